@@ -1,0 +1,76 @@
+# `make demo` and `make test` set up all they need; the second time they start at once.
+SHELL := /bin/bash
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+PIP := $(PYTHON) -m pip --disable-pip-version-check
+CSRC := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+LINTED := llmos_kernels benchmarks tests examples setup.py
+JOBS := $(shell nproc)
+
+# One thread a core, kept on its core; large tensors stay in the heap instead of being mapped and
+# cleared at every call, for every provider alike.
+PINNED := OMP_NUM_THREADS=$(JOBS) OMP_PROC_BIND=close OMP_PLACES=cores \
+          MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
+
+.PHONY: help demo test bench lint format build sanitize wheel gpu clean
+
+help:
+	@echo 'make demo      swap a trained sentence encoder: proofs, embeddings, time before and after'
+	@echo 'make test      all tests on this machine'
+	@echo 'make bench     pytest-benchmark against torch eager and torch.compile, threads pinned'
+	@echo 'make lint      ruff, clang-format, mypy (make format: apply)'
+	@echo 'make sanitize  the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make wheel     a wheel for this Python in dist/ (TORCH_CUDA_ARCH_LIST chooses GPUs)'
+	@echo 'make gpu       on a CUDA machine, no network: build, test, bench; JSON in OUT'
+
+demo: build
+	$(PYTHON) examples/swap_sentence_encoder.py
+
+test: build
+	$(PYTHON) -m pytest -n $(JOBS)
+
+bench: build
+	$(PINNED) $(PYTHON) -m pytest benchmarks $(BENCH)
+
+lint: $(VENV)/.ready
+	$(PYTHON) -m ruff check $(LINTED)
+	$(PYTHON) -m ruff format --check $(LINTED)
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	$(PYTHON) -m mypy
+
+format: $(VENV)/.ready
+	$(PYTHON) -m ruff format $(LINTED)
+	$(PYTHON) -m ruff check --fix $(LINTED)
+	$(PYTHON) -m ruff format $(LINTED)
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format -i
+
+build: $(VENV)/.built
+
+$(VENV)/.ready: .ci/requirements.txt .ci/requirements-bench.txt
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PIP) install -q -r .ci/requirements.txt -r .ci/requirements-bench.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.ready $(CSRC)
+	LLMOS_BUILD_EXT=1 $(PIP) install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+# The whole package, built anew with sanitizers, beside the tests that run on it.
+sanitize: $(VENV)/.ready
+	rm -rf build/sanitized
+	LLMOS_BUILD_EXT=1 LLMOS_SANITIZE=1 $(PIP) install -q --no-build-isolation --no-deps --target build/sanitized .
+	LLMOS_SANITIZED=$(CURDIR)/build/sanitized PYTHONPATH=$(CURDIR)/build/sanitized \
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	$(PYTHON) -P -m pytest -n $(JOBS) tests/test_sanitize.py tests/test_kernels.py tests/test_ops.py \
+	  -k "sanitize or guard or matches_reference or layouts or strided"
+
+wheel: $(VENV)/.ready
+	$(PIP) wheel -q --no-build-isolation --no-deps -w dist .
+	@ls dist
+
+gpu:
+	python3 benchmarks/gpu.py
+
+clean:
+	rm -rf build dist *.egg-info llmos_kernels/*.so $(VENV)/.built

@@ -1,0 +1,237 @@
+// A vector of floats as wide as the CPU level has, and the loop that uses it.
+//
+// Everything here has internal linkage: the file is compiled once per level, and
+// the linker must never hand one level's code to another.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "../dispatch.h"
+
+namespace llmos {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+using F32 = float __attribute__((vector_size(4 * kLanes)));
+using U32 = uint32_t __attribute__((vector_size(4 * kLanes)));
+using U16 = uint16_t __attribute__((vector_size(2 * kLanes)));
+using U64 = uint64_t __attribute__((vector_size(8 * kLanes)));
+
+template <class V>
+inline V load_bits(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// gcc takes both conversions apart into halves; AVX-512 and AVX2 have one instruction for each.
+inline U32 widen(U16 v) {
+#if defined(__AVX512F__)
+  return U32(_mm512_cvtepu16_epi32(__m256i(v)));
+#elif defined(__AVX2__)
+  return U32(_mm256_cvtepu16_epi32(__m128i(v)));
+#else
+  return __builtin_convertvector(v, U32);
+#endif
+}
+
+inline U16 narrow(U32 v) {
+#if defined(__AVX512F__)
+  return U16(_mm512_cvtepi32_epi16(__m512i(v)));
+#elif defined(__AVX2__)
+  const __m128i low = _mm256_castsi256_si128(__m256i(v)),
+                high = _mm256_extracti128_si256(__m256i(v), 1);
+  return U16(_mm_packus_epi32(low, high));
+#else
+  return __builtin_convertvector(v, U16);
+#endif
+}
+
+// Always the same order: halves, quarters, ... pairs.
+inline float horizontal_sum(F32 v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(__m512(v));
+#elif defined(__AVX2__)
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(__m256(v)), _mm256_extractf128_ps(__m256(v), 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+
+// a * b + c, rounded once where the level can. The compiler fuses nothing by itself, so that a
+// row's bits do not depend on which loop it falls into.
+inline F32 fma(F32 a, F32 b, F32 c) {
+#if defined(__AVX512F__)
+  return F32(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+#elif defined(__AVX2__)
+  return F32(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#else
+  return a * b + c;
+#endif
+}
+
+inline float fma(float a, float b, float c) {
+#if defined(__FMA__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline float half_to_float(uint16_t bits) {
+  const uint32_t sign = uint32_t(bits & 0x8000) << 16, magnitude = uint32_t(bits & 0x7fff) << 13;
+  // The exponent is 112 too small as a float; the product also normalises subnormals.
+  const uint32_t finite = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f);
+  const uint32_t special = magnitude | 0x7f800000;
+  return std::bit_cast<float>(sign | (magnitude >= 0x0f800000 ? special : finite));
+}
+
+inline uint16_t float_to_half(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value), sign = (bits >> 16) & 0x8000;
+  const uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);
+  if (magnitude < 0x38800000) {
+    // Adding 0.5 rounds to a multiple of the smallest subnormal, 2^-24.
+    const float rounded = std::bit_cast<float>(magnitude) + 0.5f;
+    return uint16_t(sign | (std::bit_cast<uint32_t>(rounded) - 0x3f000000));
+  }
+  return uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13));
+}
+
+// Upper half of a float, rounded to nearest even; a NaN stays a quiet NaN.
+template <class U>
+inline U bf16_bits(U bits) {
+  const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return (bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded;
+}
+
+// load<F32>(p) takes kLanes elements from p, load<float>(p) takes one.
+template <class V>
+inline V load(const float* p) {
+  return load_bits<V>(p);
+}
+
+template <class V>
+inline V load(const bf16* p) {
+  if constexpr (sizeof(V) == sizeof(float)) {
+    return std::bit_cast<float>(uint32_t(p->bits) << 16);
+  } else {
+    return std::bit_cast<F32>(widen(load_bits<U16>(p)) << 16);
+  }
+}
+
+template <class V>
+inline V load(const f16* p) {
+  if constexpr (sizeof(V) == sizeof(float)) {
+    return half_to_float(p->bits);
+  } else {
+#if defined(__AVX512F__)
+    return F32(_mm512_cvtph_ps(load_bits<__m256i>(p)));
+#elif defined(__AVX2__)
+    return F32(_mm256_cvtph_ps(load_bits<__m128i>(p)));
+#else
+    F32 v;
+    for (int i = 0; i < kLanes; ++i) v[i] = half_to_float(p[i].bits);
+    return v;
+#endif
+  }
+}
+
+template <class V>
+inline void store(float* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+inline void store(bf16* p, float v) { p->bits = uint16_t(bf16_bits(std::bit_cast<uint32_t>(v))); }
+
+inline void store(bf16* p, F32 v) {
+#if defined(__AVX512BF16__)
+  // The instruction takes subnormals for 0.
+  if (!_mm512_testn_epi32_mask(__m512i(v), _mm512_set1_epi32(0x7f800000))) [[likely]] {
+    const __m256bh bits = _mm512_cvtneps_pbh(__m512(v));
+    std::memcpy(p, &bits, sizeof bits);
+    return;
+  }
+#endif
+  const U16 bits = narrow(bf16_bits(std::bit_cast<U32>(v)));
+  std::memcpy(p, &bits, sizeof bits);
+}
+
+inline void store(f16* p, float v) { p->bits = float_to_half(v); }
+
+inline void store(f16* p, F32 v) {
+#if defined(__AVX512F__)
+  const __m256i bits = _mm512_cvtps_ph(__m512(v), _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &bits, sizeof bits);
+#elif defined(__AVX2__)
+  const __m128i bits = _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &bits, sizeof bits);
+#else
+  for (int i = 0; i < kLanes; ++i) p[i].bits = float_to_half(v[i]);
+#endif
+}
+
+// What a loop body is called with: the type to load, and which of four partial sums it feeds.
+template <class V_, int kPart_>
+struct Part {
+  using V = V_;
+  static constexpr int kPart = kPart_;
+};
+
+// Calls body(Part, i) over [0, d): four vectors at a time, then one, then single elements.
+template <class Body>
+[[gnu::always_inline]] inline void sweep(int64_t d, Body body) {
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= d; i += 4 * kLanes) {
+    body(Part<F32, 0>{}, i);
+    body(Part<F32, 1>{}, i + kLanes);
+    body(Part<F32, 2>{}, i + 2 * kLanes);
+    body(Part<F32, 3>{}, i + 3 * kLanes);
+  }
+  for (; i + kLanes <= d; i += kLanes) body(Part<F32, 0>{}, i);
+  for (; i < d; ++i) body(Part<float, 0>{}, i);
+}
+
+// A sum over a sweep: always the same order, whatever row or thread it runs on.
+struct Sum {
+  F32 part[4] = {};
+  float tail = 0;
+
+  template <int kPart>
+  [[gnu::always_inline]] F32& at(Part<F32, kPart>) {
+    return part[kPart];
+  }
+  [[gnu::always_inline]] float& at(Part<float, 0>) { return tail; }
+
+  template <class P>
+  [[gnu::always_inline]] void add(P p, typename P::V v) {
+    at(p) += v;
+  }
+  template <class P>
+  [[gnu::always_inline]] void add_product(P p, typename P::V a, typename P::V b) {
+    at(p) = fma(a, b, at(p));
+  }
+
+  float total() const { return horizontal_sum((part[0] + part[1]) + (part[2] + part[3])) + tail; }
+};
+
+}  // namespace
+}  // namespace llmos

@@ -1,0 +1,48 @@
+// The CPU levels, and which of them this process uses.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace llmos {
+
+enum CpuLevel { Baseline, Avx2, Avx512, Avx512Bf16, CpuLevels };
+
+inline constexpr const char* cpu_level_names[CpuLevels] = {"baseline", "avx2", "avx512",
+                                                           "avx512_bf16"};
+
+// The best level this machine can run.
+inline CpuLevel cpu_level_supported() {
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+  const bool bf16 =
+      avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+  return bf16 ? Avx512Bf16 : avx512 ? Avx512 : avx2 ? Avx2 : Baseline;
+#else
+  return Baseline;
+#endif
+}
+
+// The level in use: the best one, or the lower one that LLMOS_CPU_LEVEL names.
+inline CpuLevel cpu_level() {
+  static const CpuLevel level = [] {
+    const CpuLevel best = cpu_level_supported();
+    const char* wanted = std::getenv("LLMOS_CPU_LEVEL");
+    if (!wanted || !*wanted) return best;
+    for (int i = 0; i <= best; ++i)
+      if (!std::strcmp(wanted, cpu_level_names[i])) return CpuLevel(i);
+    std::string have;
+    for (int i = 0; i <= best; ++i) have.append(i ? ", " : "").append(cpu_level_names[i]);
+    throw std::invalid_argument("LLMOS_CPU_LEVEL must be one of " + have +
+                                " on this machine, got '" + wanted + "'");
+  }();
+  return level;
+}
+
+}  // namespace llmos

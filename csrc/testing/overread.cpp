@@ -1,0 +1,19 @@
+// A planted fault: `make sanitize` must catch it. Built with LLMOS_SANITIZE alone.
+#include <torch/csrc/stable/library.h>
+
+#include "../rows.h"
+
+namespace llmos {
+namespace {
+
+// Returns the element behind the last one of x, which is float32.
+double overread(const Tensor& x) {
+  return static_cast<const float*>(x.const_data_ptr())[x.numel()];
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(llmos_testing, m) { m.def("overread(Tensor x) -> float"); }
+STABLE_TORCH_LIBRARY_IMPL(llmos_testing, CPU, m) { m.impl("overread", TORCH_BOX(&overread)); }
+
+}  // namespace llmos

@@ -1,0 +1,14 @@
+"""Fused kernels for the classic Transformer block, as drop-in PyTorch functions and modules."""
+
+import importlib.util
+
+# Built from csrc/. Without it ops run their reference; a broken one must raise.
+if importlib.util.find_spec("llmos_kernels._C"):
+    from llmos_kernels import _extension  # noqa: F401
+
+from llmos_kernels import nn
+from llmos_kernels.ops.layer_norm import add_layer_norm, layer_norm
+from llmos_kernels.ops.rms_norm import add_rms_norm, rms_norm
+
+__version__ = "0.1.0"
+__all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "nn", "rms_norm"]

@@ -1,0 +1,94 @@
+"""Declare an op once: its schema, its reference, and who owns each device.
+
+PyTorch's dispatcher does the rest. A C++ kernel from ``csrc/`` or a Triton launcher answers for
+its own device; every other device, and a build without the extension, runs the reference.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: What every kernel accepts. float64 is the reference's, any other dtype an error.
+KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
+_LIB = torch.library.Library("llmos", "DEF")
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+@dataclass(frozen=True)
+class Op:
+    """What ``define`` was told about an op."""
+
+    reference: Callable
+    triton: str | None  # "module:launcher" under llmos_kernels._triton.
+
+    @functools.cached_property
+    def launch(self) -> Callable:
+        """The Triton launcher, imported on first use."""
+        if self.triton is None:
+            raise ValueError("this op has no Triton launcher")
+        module, _, launcher = self.triton.partition(":")
+        return getattr(importlib.import_module(f"llmos_kernels._triton.{module}"), launcher)
+
+
+#: ``llmos::<name>`` to what it was defined with.
+DEFINED: dict[str, Op] = {}
+
+
+def check_backend(backend: str | None, what: str = "backend") -> str | None:
+    """``backend``, or ValueError for a name that is none."""
+    if backend not in (None, "reference"):
+        raise ValueError(f"{what} must be None or 'reference', got {backend!r}")
+    return backend
+
+
+_FORCED = check_backend(os.environ.get("LLMOS_BACKEND") or None, "LLMOS_BACKEND")
+
+
+def use_reference(backend: str | None, dtype: torch.dtype) -> bool:
+    """Whether the reference answers this call.
+
+    It does by request (``backend`` or ``LLMOS_BACKEND``), in float64, and inside ``torch.func``
+    transforms, where its plain torch ops can be batched and differentiated to any order.
+    """
+    if backend is None and dtype in KERNEL_DTYPES and _FORCED is None:
+        return torch._C._are_functorch_transforms_active()
+    check_backend(backend)
+    if dtype not in KERNEL_DTYPES and dtype != torch.float64:
+        raise TypeError(f"expected float32, bfloat16, float16 or float64 tensors, got {dtype}")
+    return True
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to record a call with these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def define(schema: str, *, reference: Callable, fake: Callable, triton: str | None = None):
+    """Register ``llmos::<name>`` and return its overload, ready to call.
+
+    ``reference`` takes the schema's arguments, and answers where no kernel does. ``fake`` returns
+    outputs of the right shape and dtype. ``triton``, ``"module:launcher"``, answers on CUDA.
+    """
+    name = schema.partition("(")[0]
+    _LIB.define(schema)
+    _LIB.impl(name, torch.no_grad()(reference), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"llmos::{name}", fake, lib=_LIB)
+    op = DEFINED[f"llmos::{name}"] = Op(reference, triton)
+    if triton and _HAS_TRITON:
+        _LIB.impl(name, _on_device(op), "CUDA")
+    return getattr(torch.ops.llmos, name).default
+
+
+def _on_device(op: Op) -> Callable:
+    def launch(*args):
+        with torch.cuda.device_of(args[0]):
+            return op.launch(*args)
+
+    return launch

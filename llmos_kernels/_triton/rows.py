@@ -1,0 +1,64 @@
+"""What the row-wise kernels share: views of rows, the launch rule, the dropout mask."""
+
+import torch
+import triton
+import triton.language as tl
+
+
+def row_stride(t: torch.Tensor, d: int) -> int | None:
+    """The distance between rows of ``d`` elements, or None where no single one describes them."""
+    inner, rows, stride = 1, 1, d
+    for size, step in zip(reversed(t.shape), reversed(t.stride()), strict=True):
+        if size == 1:
+            continue
+        if inner < d:
+            if step != inner:
+                return None
+            inner *= size
+        elif rows == 1:
+            rows, stride = size, step
+        elif step != stride * rows:
+            return None
+        else:
+            rows *= size
+    return stride
+
+
+def as_rows(t: torch.Tensor | None, d: int) -> tuple[torch.Tensor | None, int]:
+    """``t`` and its row stride; copies only where no single stride describes its rows."""
+    if t is None:
+        return None, 0
+    stride = row_stride(t, d)
+    return (t.contiguous(), d) if stride is None else (t, stride)
+
+
+def tile(d: int, per_thread: int = 16) -> tuple[int, int, int]:
+    """Rows, columns and warps of a program that holds whole rows of ``d``.
+
+    About ``per_thread`` elements a thread, and short rows together up to 2048 elements. The rule
+    sees ``d`` alone, so that the order of a row's sums does not depend on its batch.
+    """
+    block = max(triton.next_power_of_2(d), 16)
+    rows = max(2048 // block, 1)
+    return rows, block, min(max(rows * block // (32 * per_thread), 1), 16)
+
+
+def dropout_arguments(p: float) -> tuple[int, float]:
+    """The Philox word below which an element is dropped, and the scale of a kept one."""
+    return int(p * 2**32), 1 / (1 - p)
+
+
+@triton.jit
+def dropout_factors(
+    seed, row, first_col, threshold, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """0 or ``scale`` for the rows ``row`` [ROWS, 1] and BLOCK columns from ``first_col`` on."""
+    zero = tl.zeros((ROWS, BLOCK // 4), tl.int64)
+    group = zero + first_col // 4 + tl.arange(0, BLOCK // 4)[None, :]
+    c0 = group.to(tl.uint32)
+    c1 = (zero + row).to(tl.uint32)
+    c2 = (zero + (row >> 32)).to(tl.uint32)
+    c3 = (zero + tl.load(seed + 1)).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(tl.load(seed), c0, c1, c2, c3)
+    word = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape((ROWS, BLOCK))
+    return tl.where(word < threshold.to(tl.uint32), 0.0, scale)

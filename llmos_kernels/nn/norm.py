@@ -1,0 +1,61 @@
+"""Normalisation modules."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmos_kernels.ops.dropout import check_dropout
+from llmos_kernels.ops.layer_norm import add_layer_norm, layer_norm
+from llmos_kernels.ops.rms_norm import rms_norm
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """``torch.nn.LayerNorm`` through ``llmos_kernels.layer_norm``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """``torch.nn.RMSNorm`` through ``llmos_kernels.rms_norm``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+class AddLayerNorm(torch.nn.LayerNorm):
+    """``h = residual + dropout(input)`` and ``LayerNorm(h)`` in one pass; returns ``(y, h)``.
+
+    Post-norm blocks use ``y`` alone, pre-norm blocks carry ``h`` on. The state dict is that of
+    ``torch.nn.LayerNorm``. Raises ValueError for a ``dropout`` outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        dropout: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        check_dropout(dropout)
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        self.dropout = dropout
+
+    def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return add_layer_norm(
+            input,
+            residual,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            self.dropout,
+            self.training,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, dropout={self.dropout}"

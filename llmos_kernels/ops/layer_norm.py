@@ -1,0 +1,350 @@
+"""Layer normalisation over the last dimensions, and its fusion with a residual and dropout.
+
+    h = residual + dropout(x)
+    y = (h - mean(h)) * rstd * weight + bias,   rstd = rsqrt(var(h) + eps)
+
+RMS normalisation (``ops/rms_norm.py``) is the same with mean 0 and no bias: ``center=False`` here.
+``mean`` and ``rstd`` are float32 whatever the dtype of ``x``; ``h`` is rounded to that dtype before
+it is normalised, as in torch.  Ba et al. 2016, arXiv:1607.06450.
+
+Backward, with g = dy * weight and x_hat = (h - mean) * rstd:
+
+    dresidual = (g - mean(g) - x_hat * mean(g * x_hat)) * rstd + dh,   dx = dropout(dresidual)
+    dweight = sum(dy * x_hat),   dbias = sum(dy)
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmos_kernels._registry import define, needs_grad, use_reference
+from llmos_kernels.ops.dropout import check_dropout, draw_seed, dropout_reference
+
+
+def layer_norm_reference(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The definition of ``layer_norm``: plain, differentiable, any device and dtype."""
+    return normalize(input, weight, bias, _width(normalized_shape), eps, center=True)[0]
+
+
+def add_layer_norm_reference(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    training: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The definition of ``add_layer_norm``: plain, differentiable, any device and dtype."""
+    p = dropout_p if training else 0.0
+    seed = draw_seed(input.device) if p else None
+    d = _width(normalized_shape)
+    h = add_residual(input, residual, d, p, seed)
+    return normalize(h, weight, bias, d, eps, center=True)[0], h
+
+
+def add_residual(x: Tensor, residual: Tensor, d: int, p: float, seed: Tensor | None) -> Tensor:
+    """``residual + dropout(x)``, in the dtype of both."""
+    if seed is not None:
+        x = dropout_reference(_rows(x, d), seed, p).reshape(x.shape)
+    return residual + x
+
+
+def normalize(
+    h: Tensor, weight: Tensor | None, bias: Tensor | None, d: int, eps: float, center: bool
+) -> tuple[Tensor, Tensor]:
+    """``y`` like ``h``, and the statistics [mean and rstd, or rstd alone; rows]."""
+    acc = torch.promote_types(h.dtype, torch.float32)
+    rows = _rows(h, d).to(acc)
+    mean, rstd = _moments(rows, eps, center)
+    y = (rows - mean if center else rows) * rstd
+    if weight is not None:
+        y = y * weight.flatten().to(acc)
+    if bias is not None:
+        y = y + bias.flatten().to(acc)
+    stats = (mean, rstd) if center else (rstd,)
+    return y.to(h.dtype).reshape(h.shape), torch.stack([s.flatten() for s in stats])
+
+
+def _moments(rows: Tensor, eps: float, center: bool) -> tuple[Tensor, Tensor]:
+    mean = rows.mean(-1, keepdim=True) if center else rows.new_zeros(())
+    variance = (rows - mean if center else rows).square().mean(-1, keepdim=True)
+    return mean, torch.rsqrt(variance + eps)
+
+
+def _width(normalized_shape: Sequence[int]) -> int:
+    d = 1
+    for size in normalized_shape:
+        d *= size
+    return d
+
+
+def _rows(x: Tensor, d: int) -> Tensor:
+    return x.reshape(x.numel() // d if d else 0, d)
+
+
+def _forward_reference(x, weight, bias, d, eps, center):
+    y, stats = normalize(x, weight, bias, d, eps, center)
+    return y.contiguous(), stats
+
+
+def _add_forward_reference(x, residual, weight, bias, d, eps, center, dropout_p, seed):
+    h = add_residual(x, residual, d, dropout_p, seed).contiguous()
+    return (_forward_reference(h, weight, bias, d, eps, center)[0], h, _stats(h, d, eps, center))
+
+
+def _stats(h, d, eps, center):
+    return normalize(h, None, None, d, eps, center)[1]
+
+
+def _gradients(dy, dh, h, weight, mean, rstd, d):
+    """dresidual, dweight and dbias, in the accumulation dtype; ``mean`` is None for RMS."""
+    acc = rstd.dtype
+    x_hat = _rows(h, d).to(acc)
+    x_hat = (x_hat if mean is None else x_hat - mean) * rstd
+    dy = _rows(dy, d).to(acc)
+    g = dy if weight is None else dy * weight.flatten().to(acc)
+    dresidual = g - x_hat * (g * x_hat).mean(-1, keepdim=True)
+    if mean is not None:
+        dresidual = dresidual - g.mean(-1, keepdim=True)
+    dresidual = dresidual * rstd
+    if dh is not None:
+        dresidual = dresidual + _rows(dh, d).to(acc)
+    return dresidual.to(h.dtype), (dy * x_hat).sum(0), dy.sum(0)
+
+
+def _backward_reference(
+    dy, dh, h, weight, stats, d, center, dropout_p, seed, weight_grad, bias_grad
+):
+    mean = stats[0, :, None] if center else None
+    dresidual, dweight, dbias = _gradients(dy, dh, h, weight, mean, stats[-1, :, None], d)
+    dtype = h.dtype if weight is None else weight.dtype
+    dx = dropout_reference(dresidual, seed, dropout_p) if dropout_p else None
+    return (
+        dresidual.reshape(h.shape).contiguous(),
+        h.new_empty(0) if dx is None else dx.reshape(h.shape).contiguous(),
+        dweight.to(dtype) if weight_grad else h.new_empty(0, dtype=dtype),
+        dbias.to(dtype) if bias_grad else h.new_empty(0, dtype=dtype),
+    )
+
+
+def _empty_stats(x, d, center):
+    rows = x.numel() // d if d else 0
+    return x.new_empty(
+        (2 if center else 1, rows), dtype=torch.promote_types(x.dtype, torch.float32)
+    )
+
+
+def _backward_fake(dy, dh, h, weight, stats, d, center, dropout_p, seed, weight_grad, bias_grad):
+    dtype = h.dtype if weight is None else weight.dtype
+    return (
+        h.new_empty(h.shape),
+        h.new_empty(h.shape if dropout_p else 0),
+        h.new_empty(d if weight_grad else 0, dtype=dtype),
+        h.new_empty(d if bias_grad else 0, dtype=dtype),
+    )
+
+
+_forward = define(
+    "layer_norm_forward(Tensor x, Tensor? weight, Tensor? bias, SymInt d, float eps, bool center)"
+    " -> (Tensor y, Tensor stats)",
+    reference=_forward_reference,
+    fake=lambda x, weight, bias, d, eps, center: (
+        x.new_empty(x.shape),
+        _empty_stats(x, d, center),
+    ),
+    triton="layer_norm:forward",
+)
+_add_forward = define(
+    "add_layer_norm_forward(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, SymInt d,"
+    " float eps, bool center, float dropout_p, Tensor? seed) -> (Tensor y, Tensor h, Tensor stats)",
+    reference=_add_forward_reference,
+    fake=lambda x, residual, weight, bias, d, eps, center, dropout_p, seed: (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape),
+        _empty_stats(x, d, center),
+    ),
+    triton="layer_norm:add_forward",
+)
+_backward = define(
+    "layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor stats, SymInt d,"
+    " bool center, float dropout_p, Tensor? seed, bool weight_grad, bool bias_grad)"
+    " -> (Tensor dresidual, Tensor dx, Tensor dweight, Tensor dbias)",
+    reference=_backward_reference,
+    fake=_backward_fake,
+    triton="layer_norm_backward:backward",
+)
+
+
+def _gradients_of(ctx, dy, dh, h, weight, bias, stats, seed):
+    """dresidual, dx, dweight, dbias; by differentiable torch ops where a graph is asked for."""
+    if dy is None:
+        dy = torch.zeros_like(h)
+    weight_grad = weight is not None and weight.requires_grad
+    bias_grad = bias is not None and bias.requires_grad
+    if torch.is_grad_enabled():
+        acc = torch.promote_types(h.dtype, torch.float32)
+        mean, rstd = _moments(_rows(h, ctx.d).to(acc), ctx.eps, ctx.center)
+        dresidual, dweight, dbias = _gradients(
+            dy, dh, h, weight, mean if ctx.center else None, rstd, ctx.d
+        )
+        dx = dresidual if seed is None else dropout_reference(dresidual, seed, ctx.dropout_p)
+        dresidual, dx = dresidual.reshape(h.shape), dx.reshape(h.shape)
+    else:
+        dresidual, dx, dweight, dbias = _backward(
+            dy, dh, h, weight, stats, ctx.d, ctx.center, ctx.dropout_p, seed, weight_grad, bias_grad
+        )
+        dx = dresidual if seed is None else dx
+    return (
+        dresidual,
+        dx,
+        dweight.to(weight.dtype).view_as(weight) if weight_grad else None,
+        dbias.to(bias.dtype).view_as(bias) if bias_grad else None,
+    )
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, d, eps, center):
+        y, stats = _forward(x, weight, bias, d, eps, center)
+        ctx.save_for_backward(x, weight, bias, stats)
+        ctx.d, ctx.eps, ctx.center, ctx.dropout_p = d, eps, center, 0.0
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, bias, stats = ctx.saved_tensors
+        dx, _, dweight, dbias = _gradients_of(ctx, dy, None, x, weight, bias, stats, None)
+        return dx, dweight, dbias, None, None, None
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, d, eps, center, dropout_p, seed):
+        y, h, stats = _add_forward(x, residual, weight, bias, d, eps, center, dropout_p, seed)
+        ctx.save_for_backward(h, weight, bias, stats, seed)
+        ctx.set_materialize_grads(False)
+        ctx.d, ctx.eps, ctx.center, ctx.dropout_p = d, eps, center, dropout_p
+        return y, h
+
+    @staticmethod
+    def backward(ctx, dy, dh):
+        dresidual, dx, dweight, dbias = _gradients_of(ctx, dy, dh, *ctx.saved_tensors)
+        return dx, dresidual, dweight, dbias, None, None, None, None, None
+
+
+def norm(x, weight, bias, d, eps, center) -> Tensor:
+    """LayerNorm or RMSNorm of rows of ``d``, through autograd where it is needed."""
+    if needs_grad(x, weight, bias):
+        return _Norm.apply(x, weight, bias, d, eps, center)
+    return _forward(x, weight, bias, d, eps, center)[0]
+
+
+def add_norm(x, residual, weight, bias, d, eps, center, dropout_p) -> tuple[Tensor, Tensor]:
+    """The same of ``residual + dropout(x)``; returns both."""
+    seed = draw_seed(x.device) if dropout_p else None
+    if needs_grad(x, residual, weight, bias):
+        return _AddNorm.apply(x, residual, weight, bias, d, eps, center, dropout_p, seed)
+    return _add_forward(x, residual, weight, bias, d, eps, center, dropout_p, seed)[:2]
+
+
+def check_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
+) -> int:
+    """The number of elements that one row of ``input`` has; raises where arguments disagree."""
+    shape = tuple(normalized_shape)
+    if not shape or input.shape[-len(shape) :] != shape:
+        raise ValueError(
+            f"normalized_shape {list(shape)} must be the last dimensions of input,"
+            f" got input {list(input.shape)}"
+        )
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            _check_parameter(name, parameter, shape, input, weight)
+    return shape[0] if len(shape) == 1 else _width(shape)
+
+
+def _check_parameter(name, parameter, shape, input, weight) -> None:
+    if parameter.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(parameter.shape)}")
+    if parameter.device != input.device:
+        raise ValueError(f"{name} is on {parameter.device}, input on {input.device}")
+    dtype = parameter.dtype
+    if dtype != input.dtype and (dtype != torch.float32 or input.dtype == torch.float64):
+        raise TypeError(f"{name} must be {input.dtype} or float32, got {dtype}")
+    if weight is not None and dtype != weight.dtype:
+        raise TypeError(f"{name} must have weight's dtype {weight.dtype}, got {dtype}")
+
+
+def check_residual(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """``input`` and ``residual`` in their common dtype; raises where shape or device differ."""
+    if residual.shape != input.shape:
+        raise ValueError(
+            f"residual must have the shape of input, {list(input.shape)}, got {list(residual.shape)}"
+        )
+    if residual.device != input.device:
+        raise ValueError(f"residual is on {residual.device}, input on {input.device}")
+    if residual.dtype != input.dtype:
+        common = torch.promote_types(input.dtype, residual.dtype)
+        input, residual = input.to(common), residual.to(common)
+    return input, residual
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """``torch.nn.functional.layer_norm`` in one pass over ``input``.
+
+    ``input`` [..., *normalized_shape] may be float32, bfloat16 or float16 (float64: the reference
+    answers), with any strides; ``weight`` and ``bias`` [*normalized_shape] have its dtype or are
+    float32. Returns a contiguous tensor like ``input``. ``backend="reference"`` asks for the plain
+    torch definition. Raises ValueError for shapes or devices that disagree, TypeError for dtypes.
+    Ba et al. 2016, arXiv:1607.06450.
+    """
+    d = check_norm(input, normalized_shape, weight, bias)
+    if use_reference(backend, input.dtype):
+        return layer_norm_reference(input, normalized_shape, weight, bias, eps)
+    return norm(input, weight, bias, d, eps, True)
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``h = residual + dropout(input)`` and ``layer_norm(h)`` in one pass; returns ``(y, h)``.
+
+    ``residual`` has the shape of ``input``; where their dtypes differ, both are taken in the
+    common one. Dropout acts when ``training``, with probability ``dropout_p`` in [0, 1). The other
+    arguments, dtypes and errors are those of ``layer_norm``; the mask is that of ``ops.dropout``.
+    """
+    check_dropout(dropout_p)
+    input, residual = check_residual(input, residual)
+    d = check_norm(input, normalized_shape, weight, bias)
+    if use_reference(backend, input.dtype):
+        return add_layer_norm_reference(
+            input, residual, normalized_shape, weight, bias, eps, dropout_p, training
+        )
+    p = dropout_p if training else 0.0
+    return add_norm(input, residual, weight, bias, d, eps, True, p)

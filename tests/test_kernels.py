@@ -1,0 +1,183 @@
+"""What every kernel of every op must satisfy, called directly: C++, and Triton with or without a GPU."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llmos_kernels._registry import _HAS_TRITON, DEFINED
+from llmos_kernels.testing import (
+    CASES,
+    DTYPES,
+    assert_accurate,
+    cast,
+    make_gradients,
+    raw_calls,
+    run,
+    tensors,
+)
+
+GPU = torch.cuda.is_available()
+KEYS = {"cpu": torch._C.DispatchKey.CPU, "cuda": torch._C.DispatchKey.CUDA}
+GRID = [(case, shape) for case in CASES for shape in case.shapes]
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def kernels(op):
+    """Who can answer for ``op`` here: (name, device, callable)."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CPU"):
+        yield "cpp", "cpu", lambda *args: op._op_dk(KEYS["cpu"], *args)
+    if DEFINED[op.name()].triton and _HAS_TRITON:
+        yield "triton", "cuda" if GPU else "cpu", DEFINED[op.name()].launch
+
+
+def calls(case, shape, dtype):
+    """(name, kernel, reference, arguments) for every kernel of every op that ``case`` reaches."""
+    recorded = {
+        d: raw_calls(case, shape, dtype=dtype, device=d) for d in {"cpu", "cuda" if GPU else "cpu"}
+    }
+    for i, (op, _) in enumerate(recorded["cpu"]):
+        for name, device, kernel in kernels(op):
+            yield (
+                f"{op.name()} {name}",
+                kernel,
+                DEFINED[op.name()].reference,
+                recorded[device][i][1],
+            )
+
+
+def outputs(fn, args):
+    return [o for o in run(fn, args) if o is not None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case, shape", GRID, ids=str)
+def test_matches_reference(case, shape, dtype):
+    for name, kernel, reference, args in calls(case, shape, dtype):
+        results = (
+            outputs(kernel, args),
+            outputs(reference, cast(args, torch.float64)),
+            outputs(reference, args),
+        )
+        for i, values in enumerate(zip(*results, strict=False)):
+            assert_accurate(*values, what=f"{name}, output {i}")
+
+
+@each_case
+def test_every_backend_is_here(case):
+    names = {name.split()[1] for name, *_ in calls(case, case.shapes[-1], torch.float32)}
+    assert {"triton"} <= names, "Triton is a development requirement"
+    if torch.ops.llmos.layer_norm_forward.default is not None:
+        assert "cpp" in names, "build the extension: make build"
+
+
+BAND = 64  # Elements on either side.
+
+
+def _int(t):
+    return t.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+
+
+def guarded_empty(shape, dtype, device):
+    """An uninitialised tensor whose memory, bands included, is all ones: NaN as a float."""
+    n = torch.Size(shape).numel()
+    buffer = torch.empty(n + 2 * BAND, dtype=dtype, device=device)
+    _int(buffer).fill_(-1)
+    return buffer, buffer[BAND : BAND + n].view(shape)
+
+
+class Guards(TorchDispatchMode):
+    """Gives every allocation guard bands, and remembers it."""
+
+    def __init__(self):
+        super().__init__()
+        self.buffers = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if op.overloadpacket.__name__ not in ("empty", "new_empty", "empty_like", "empty_strided"):
+            return op(*args, **kwargs)
+        like = op(*args, **kwargs)
+        assert like.is_contiguous()
+        buffer, t = guarded_empty(like.shape, like.dtype, like.device)
+        self.buffers.append((buffer, t))
+        return t
+
+    def copy_of(self, t):
+        buffer, inner = guarded_empty(t.shape, t.dtype, t.device)
+        self.buffers.append((buffer, inner))
+        return inner.copy_(t)
+
+    def assert_intact(self, name):
+        for buffer, _ in self.buffers:
+            bands = torch.cat([_int(buffer)[:BAND], _int(buffer)[-BAND:]])
+            assert (bands == -1).all(), f"{name} wrote outside a tensor"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_case
+def test_guard_bands(case, dtype):
+    """Nothing is written outside an input or output, and no output element is left unwritten."""
+    for shape in case.shapes:
+        for name, kernel, _, args in calls(case, shape, dtype):
+            guards = Guards()
+            inputs = [guards.copy_of(a) if isinstance(a, torch.Tensor) else a for a in args]
+            with guards:
+                results = outputs(kernel, inputs)
+            assert len(guards.buffers) > sum(1 for _ in tensors(args)), "no output was seen"
+            guards.assert_intact(name)
+            for a, b in zip(tensors(inputs), tensors(args), strict=True):
+                assert torch.equal(a, b), f"{name} changed an input"
+            for i, out in enumerate(results):
+                assert not (_int(out) == -1).any(), f"{name} left elements of output {i} unwritten"
+
+
+def test_guard_bands_can_fail():
+    guards = Guards()
+    with guards:
+        t = torch.empty(4)
+    torch.as_strided(t, (5,), (1,))[4] = 0
+    with pytest.raises(AssertionError, match="wrote outside"):
+        guards.assert_intact("a planted fault")
+
+
+@each_case
+def test_opcheck(case):
+    recorded = raw_calls(case, (5, 3, 24), dtype=torch.float32)
+    assert recorded, "the case never reached an op"
+    for op, args in recorded:
+        torch.library.opcheck(op, args)
+
+
+@each_case
+def test_same_bits_on_every_repeat(case):
+    for _, kernel, _, args in calls(case, (67, 129), torch.bfloat16):
+        first = outputs(kernel, args)
+        for _ in range(5):
+            for a, b in zip(outputs(kernel, args), first, strict=True):
+                assert torch.equal(a, b)
+
+
+@each_case
+def test_strided_inputs(case):
+    """A kernel takes strided tensors itself: rows that are apart, and columns that are."""
+    for name, kernel, _, args in calls(case, (6, 5, 33), torch.float32):
+        for layout in (lambda t: t.repeat_interleave(2, 0)[::2], lambda t: t.mT.contiguous().mT):
+            strided = [
+                layout(a) if isinstance(a, torch.Tensor) and a.ndim == 3 else a for a in args
+            ]
+            for a, b in zip(outputs(kernel, strided), outputs(kernel, args), strict=True):
+                assert torch.equal(a, b), name
+
+
+@each_case
+def test_dropout_masks_are_bit_equal(case):
+    """Kernels and reference drop the same elements, whatever they do with the others."""
+    if "dropout" not in case.name:
+        return
+    for dtype in DTYPES:
+        for name, kernel, reference, args in calls(case, (37, 1003), dtype):
+            for out, expected in zip(outputs(kernel, args), outputs(reference, args), strict=True):
+                if out.shape == (37, 1003):
+                    assert torch.equal(out == 0, expected == 0), name
+    gradients = make_gradients(outputs(kernel, args))
+    assert len(gradients) == 4

@@ -1,0 +1,272 @@
+"""What every op must satisfy, on every device this machine has. One Case, all of these."""
+
+import copy
+
+import pytest
+import torch
+
+from llmos_kernels._registry import use_reference
+from llmos_kernels.testing import (
+    CASES,
+    DTYPES,
+    assert_accurate,
+    cast,
+    make_gradients,
+    map_tensors,
+    run,
+    run_with_gradients,
+    tensors,
+)
+
+GRID = [(case, shape) for case in CASES for shape in case.shapes]
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def middle(case):
+    """A shape of several rows that is neither empty nor wide."""
+    return max((s for s in case.shapes if s[-1] < 1024), key=lambda s: torch.Size(s).numel())
+
+
+def check(case, args, gradients=None):
+    """Outputs and gradients within the error budget."""
+    actual = run_with_gradients(case.op, args, gradients)
+    wide = None if gradients is None else [g.double() for g in gradients]
+    exact = run_with_gradients(case.reference, cast(args, torch.float64), wide)
+    eager = run_with_gradients(case.eager, args, gradients)
+    for name, value in actual.items():
+        assert_accurate(value, exact[name], eager[name], name)
+    return actual
+
+
+@each_dtype
+@pytest.mark.parametrize("case, shape", GRID, ids=str)
+def test_matches_reference(case, shape, dtype, device):
+    check(case, case.make(shape, dtype=dtype, device=device, requires_grad=True))
+
+
+@each_case
+def test_gradient_formula(case, device):
+    args = case.make((3, 2, 5), dtype=torch.float64, device=device, requires_grad=True)
+
+    def fn(*args):
+        return run(case.op, args)
+
+    assert torch.autograd.gradcheck(fn, args)
+    assert torch.autograd.gradgradcheck(fn, args)
+
+
+@each_case
+def test_second_derivative(case, device):
+    def second(fn, args):
+        outputs = run(fn, args)
+        leaves = [a for a in tensors(args) if a.requires_grad]
+        first = torch.autograd.grad(outputs, leaves, make_gradients(outputs), create_graph=True)
+        first = [f for f in first if f.requires_grad]  # A bias gradient is linear in dy alone.
+        return torch.autograd.grad(
+            first, leaves, make_gradients(first, seed=2), materialize_grads=True
+        )
+
+    args = case.make(middle(case), dtype=torch.float32, device=device, requires_grad=True)
+    results = (
+        second(case.op, args),
+        second(case.reference, cast(args, torch.float64)),
+        second(case.eager, args),
+    )
+    for i, values in enumerate(zip(*results, strict=True)):
+        assert_accurate(*values, what=f"second derivative {i}")
+
+
+def _sliced(t):
+    wide = torch.full(
+        (*t.shape[:-1], t.shape[-1] + 3), float("nan"), dtype=t.dtype, device=t.device
+    )
+    wide[..., 1:-2] = t
+    return wide[..., 1:-2]
+
+
+def _transposed(t):
+    return t.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def _every_other(t):
+    return t.repeat_interleave(2, -1)[..., ::2]
+
+
+def _misaligned(t):
+    return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+
+def _expanded(t):
+    return t[..., :1].expand(t.shape)
+
+
+def _repeated_row(t):
+    return t[:1].expand(t.shape)
+
+
+LAYOUTS = [_sliced, _transposed, _every_other, _misaligned, _expanded, _repeated_row]
+
+
+@each_dtype
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__.strip("_"))
+@each_case
+def test_layouts(case, layout, dtype, device):
+    """Inputs, and incoming gradients, in any layout."""
+    args = case.make(middle(case), dtype=dtype, device=device, requires_grad=True)
+    args = map_tensors(layout, args)
+    gradients = [layout(g) for g in make_gradients(run(case.op, args))]
+    actual = check(case, args, gradients)
+    packed = map_tensors(torch.clone, args)
+    expected = run_with_gradients(case.op, packed, [g.clone() for g in gradients])
+    for name, value in actual.items():
+        assert torch.equal(value, expected[name]), name
+
+
+@each_case
+def test_inputs_are_unmodified(case, device):
+    args = case.make(middle(case), device=device, requires_grad=True)
+    before = copy.deepcopy(args)
+    run_with_gradients(case.op, args)
+    for a, b in zip(tensors(args), tensors(before), strict=True):
+        assert torch.equal(a, b)
+
+
+@each_dtype
+@each_case
+def test_same_bits_on_every_repeat(case, dtype, device):
+    args = case.make((67, 129), dtype=dtype, device=device, requires_grad=True)
+    first = run_with_gradients(case.op, args)
+    for _ in range(50):
+        for name, value in run_with_gradients(case.op, args).items():
+            assert torch.equal(value, first[name]), name
+
+
+@each_dtype
+@each_case
+def test_row_alone_is_the_row_in_its_batch(case, dtype, device):
+    if "dropout" in case.name or "2d" in case.name:
+        pytest.skip("a dropout mask belongs to a row's place; the 2d case has no single rows")
+    for d in (64, 129, 1000):
+        args = case.make((33, d), dtype=dtype, device=device)
+        batch = run(case.op, args)
+        for row in (0, 17, 32):
+            one = tuple(
+                a[row : row + 1] if isinstance(a, torch.Tensor) and a.shape == (33, d) else a
+                for a in args
+            )
+            for alone, together in zip(run(case.op, one), batch, strict=True):
+                assert torch.equal(alone[0], together[row])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@each_case
+def test_compiles_whole(case, backend, device):
+    if (
+        backend == "inductor" and case.name != case.op.__name__
+        if hasattr(case.op, "__name__")
+        else True
+    ):
+        backend = "aot_eager"
+    torch._dynamo.reset()
+    compiled = torch.compile(case.op, fullgraph=True, dynamic=True, backend=backend)
+    for rows in (5, 9):
+        args = case.make((rows, 3, 64), device=device, requires_grad=True)
+        actual, expected = run_with_gradients(compiled, args), run_with_gradients(case.op, args)
+        if "dropout" in case.name:  # Inductor draws other numbers; the count of zeros tells.
+            assert {k: v.shape for k, v in actual.items()} == {
+                k: v.shape for k, v in expected.items()
+            }
+            continue
+        for name, value in actual.items():
+            torch.testing.assert_close(value, expected[name])
+
+
+@each_case
+def test_exports(case, device):
+    class Model(torch.nn.Module):
+        def forward(self, *args):
+            return run(case.op, full(args))
+
+    args = case.make((4, 3, 64), device=device)
+    rest = [a for a in args if not isinstance(a, torch.Tensor)]
+
+    def full(given):
+        given, others = iter(given), iter(rest)
+        return tuple(next(given) if isinstance(a, torch.Tensor) else next(others) for a in args)
+
+    program = torch.export.export(Model(), tuple(tensors(args)))
+    assert any("llmos" in str(node.target) for node in program.graph.nodes)
+    results = program.module()(*tensors(args)), run(case.op, args)
+    for actual, expected in zip(*results, strict=True):
+        assert actual.shape == expected.shape
+        if "dropout" not in case.name:
+            assert torch.equal(actual, expected)
+
+
+@each_case
+def test_function_transforms(case, device):
+    if "dropout" in case.name:
+        pytest.skip("torch.func refuses to draw random numbers, as it does for torch's dropout")
+    args = case.make((4, 3, 16), device=device)
+    at = next(i for i, a in enumerate(args) if isinstance(a, torch.Tensor))
+
+    def loss(fn, x):
+        return sum(o.square().sum() for o in run(fn, (*args[:at], x, *args[at + 1 :])))
+
+    for transform in (torch.func.grad, torch.func.jacfwd, torch.func.hessian):
+        x = args[at][:1]
+        others = tuple(
+            a[:1] if isinstance(a, torch.Tensor) and a.shape == args[at].shape else a for a in args
+        )
+
+        def small(fn, x, others=others):
+            return sum(o.square().sum() for o in run(fn, (*others[:at], x, *others[at + 1 :])))
+
+        actual = transform(lambda x: small(case.op, x))(x)
+        torch.testing.assert_close(
+            actual, transform(lambda x: small(case.eager, x))(x), atol=1e-3, rtol=1e-3
+        )
+    in_dims = tuple(
+        0 if isinstance(a, torch.Tensor) and a.shape == args[at].shape else None for a in args
+    )
+    batched = torch.vmap(lambda *a: run(case.op, a), in_dims)(*args)
+    for actual, expected in zip(batched, run(case.op, args), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+# torch's own rms_norm warns that it leaves its fused path.
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+@each_case
+def test_autocast(case, device):
+    """The dtype that torch's namesake returns, and its value."""
+    args = case.make((6, 64), device=device)
+    low = tuple(a.bfloat16() if isinstance(a, torch.Tensor) and a.ndim == 2 else a for a in args)
+    for inputs in (args, low):
+        with torch.autocast(device, torch.bfloat16):
+            results = run(case.op, inputs), run(case.eager, inputs)
+        for actual, eager in zip(*results, strict=True):
+            assert actual.dtype == eager.dtype
+            torch.testing.assert_close(actual, eager, atol=0.05, rtol=0.02)
+
+
+@each_case
+def test_reference_answers_in_float64_and_on_request(case, device):
+    args = case.make((4, 16), dtype=torch.float64, device=device)
+    for actual, expected in zip(run(case.op, args), run(case.reference, args), strict=True):
+        assert torch.equal(actual, expected)
+    args = case.make((4, 16), device=device)
+    by_request = run(lambda *a: case.op(*a, backend="reference"), args)
+    for actual, expected in zip(by_request, run(case.reference, args), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@each_case
+def test_bad_calls_name_the_value(case, device):
+    args = case.make((4, 16), device=device)
+    with pytest.raises(ValueError, match="'cuda-magic'"):
+        case.op(*args, backend="cuda-magic")
+    for dtype in (torch.int64, torch.complex64, torch.float8_e4m3fn):
+        with pytest.raises(TypeError, match=str(dtype)):
+            case.op(*(a.to(dtype) if isinstance(a, torch.Tensor) else a for a in args))
+    assert not use_reference(None, torch.float32)
