@@ -7,8 +7,10 @@ if importlib.util.find_spec("llmos_kernels._C"):
     from llmos_kernels import _extension  # noqa: F401
 
 from llmos_kernels import nn
+from llmos_kernels.ops import device  # noqa: F401  defines its op
 from llmos_kernels.ops.layer_norm import add_layer_norm, layer_norm
 from llmos_kernels.ops.rms_norm import add_rms_norm, rms_norm
+from llmos_kernels.swap import optimize, restore
 
 __version__ = "0.1.0"
-__all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "nn", "rms_norm"]
+__all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "nn", "optimize", "restore", "rms_norm"]

@@ -202,5 +202,4 @@ def table(arch: str, dtype: torch.dtype | None = None) -> Iterator[Resources]:
     """The resources of every launch on ``arch``, one after the other."""
     if arch not in ARCHS:
         raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {arch!r}")
-    for launch in launches(dtypes=dtype and (dtype,)):
-        yield resources(launch, arch)
+    return (resources(launch, arch) for launch in launches(dtypes=dtype and (dtype,)))

@@ -5,6 +5,8 @@ today, and shapes. ``tests/test_ops.py`` and ``benchmarks/bench_ops.py`` do the 
 """
 
 import functools
+import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -212,6 +214,50 @@ def assert_accurate(actual: Tensor, exact: Tensor, eager: Tensor, what: str) -> 
     """Fails where ``error_over_budget`` is above 1."""
     ratio = error_over_budget(actual, exact, eager)
     assert ratio <= 1, f"{what}: error is {ratio:.3g} times its budget"
+
+
+def errors(case: Case, args: Sequence, gradients=None) -> dict[str, float]:
+    """Error over budget of each output and gradient of one call."""
+    actual = run_with_gradients(case.op, args, gradients)
+    wide = None if gradients is None else [g.double() for g in gradients]
+    exact = run_with_gradients(case.reference, cast(args, torch.float64), wide)
+    eager = run_with_gradients(case.eager, args, gradients)
+    return {k: error_over_budget(v, exact[k], eager[k]) for k, v in actual.items()}
+
+
+def worst_error(case: Case, shape: tuple, dtype: torch.dtype, device: str) -> float:
+    """The largest error over budget that ``case`` makes on random arguments."""
+    torch.manual_seed(0)
+    return max(
+        errors(case, case.make(shape, dtype=dtype, device=device, requires_grad=True)).values()
+    )
+
+
+def interleaved(
+    fns: Sequence[Callable[[], object]], rounds: int = 30, seconds: float = 4e-3
+) -> list[float]:
+    """The median time of each function, in seconds, all measured in turn.
+
+    Each round runs every function for about ``seconds``, so that what disturbs the machine
+    disturbs all of them alike. On a GPU the device's work is waited for.
+    """
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+
+    def timed(fn, calls):
+        wait()
+        start = time.perf_counter()
+        for _ in range(calls):
+            fn()
+        wait()
+        return (time.perf_counter() - start) / calls
+
+    warm = [min(timed(fn, 1) for _ in range(3)) for fn in fns]
+    calls = [max(1, round(seconds / t)) for t in warm]
+    times: list[list[float]] = [[] for _ in fns]
+    for _ in range(rounds):
+        for fn, n, taken in zip(fns, calls, times, strict=True):
+            taken.append(timed(fn, n))
+    return [statistics.median(t) for t in times]
 
 
 class _Record(TorchDispatchMode):

@@ -36,12 +36,13 @@ void add_residual(const T* x, const T* residual, T* h, const Dropout& dropout, i
 // A row as float: itself, or its copy in scratch. Calls body(part, v) for its elements.
 template <class T, class Body>
 [[gnu::always_inline]] inline const float* as_float(const T* row, float* scratch, int64_t d,
-                                                    Body body) {
-  sweep(d, [&](auto part, int64_t i) {
+                                                    Sum& sum, Body body) {
+  const auto visit = [&](auto part, int64_t i) {
     const auto v = load<typename decltype(part)::V>(row + i);
     if constexpr (!is_float<T>) store(scratch + i, v);
     body(part, v);
-  });
+  };
+  sweep_sums(d, visit, sum);
   if constexpr (is_float<T>)
     return row;
   else
@@ -54,7 +55,7 @@ template <class T>
 inline float variance(const float* h, int64_t d, const T* next_x, const T* y, float& mean) {
   Sum error, square;
   const float first = mean;
-  sweep(d, [&](auto part, int64_t i) {
+  const auto visit = [&](auto part, int64_t i) {
     using V = typename decltype(part)::V;
     if constexpr (!is_float<V>) {
       __builtin_prefetch(y + i, 1);
@@ -63,7 +64,8 @@ inline float variance(const float* h, int64_t d, const T* next_x, const T* y, fl
     const V delta = load<V>(h + i) - first;
     error.add(part, delta);
     square.add_product(part, delta, delta);
-  });
+  };
+  sweep_sums(d, visit, error, square);
   const float shift = error.total() / float(d);
   mean += shift;
   const float value = square.total() / float(d) - shift * shift;
@@ -107,12 +109,13 @@ void forward(const NormForward<T>& a, int64_t begin, int64_t end, float* scratch
     const float* values;
     float mean = 0, spread;
     if (a.mean) {
-      values = as_float(h, scratch, a.d, [&](auto part, auto v) { sum.add(part, v); });
+      values = as_float(h, scratch, a.d, sum, [&](auto part, auto v) { sum.add(part, v); });
       mean = sum.total() / float(a.d);
       spread = variance(values, a.d, a.x + (row + 1) * a.x_stride, y, mean);
       a.mean[row] = mean;
     } else {
-      values = as_float(h, scratch, a.d, [&](auto part, auto v) { sum.add_product(part, v, v); });
+      values =
+          as_float(h, scratch, a.d, sum, [&](auto part, auto v) { sum.add_product(part, v, v); });
       spread = sum.total() / float(a.d);
     }
     const float rstd = a.rstd[row] = 1 / std::sqrt(spread + a.eps);
@@ -134,7 +137,7 @@ void backward_row(const NormBackward<T>& a, int64_t row, float* dweight, float* 
   const float mean = a.mean ? a.mean[row] : 0, rstd = a.rstd[row];
 
   Sum sum_g, sum_gx;
-  sweep(d, [&](auto part, int64_t i) {
+  const auto visit = [&](auto part, int64_t i) {
     using V = typename decltype(part)::V;
     V g = load<V>(dy + i);
     const V x_hat = (load<V>(h + i) - mean) * rstd;
@@ -147,7 +150,8 @@ void backward_row(const NormBackward<T>& a, int64_t row, float* dweight, float* 
     store(x_hat_row + i, x_hat);
     sum_g.add(part, g);
     sum_gx.add_product(part, g, x_hat);
-  });
+  };
+  sweep_sums(d, visit, sum_g, sum_gx);
   const float mean_g = a.mean ? sum_g.total() / float(d) : 0;
   const float mean_gx = sum_gx.total() / float(d);
   sweep(d, [&](auto part, int64_t i) {

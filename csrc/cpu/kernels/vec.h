@@ -213,7 +213,7 @@ template <class Body>
 // A sum over a sweep: always the same order, whatever row or thread it runs on.
 struct Sum {
   F32 part[4] = {};
-  float tail = 0;
+  float tail = 0, before = 0;
 
   template <int kPart>
   [[gnu::always_inline]] F32& at(Part<F32, kPart>) {
@@ -230,8 +230,25 @@ struct Sum {
     at(p) = fma(a, b, at(p));
   }
 
-  float total() const { return horizontal_sum((part[0] + part[1]) + (part[2] + part[3])) + tail; }
+  float total() const {
+    return before + (horizontal_sum((part[0] + part[1]) + (part[2] + part[3])) + tail);
+  }
+
+  // Starts new partial sums: those of a wide row would grow long and lose digits.
+  void fold() { *this = {.before = total()}; }
 };
+
+// A sweep that feeds sums.
+template <class Body, class... Sums>
+[[gnu::always_inline]] inline void sweep_sums(int64_t d, Body body, Sums&... sums) {
+  constexpr int64_t kBlock = 128 * kLanes;
+  if (d <= kBlock) return sweep(d, body);
+  for (int64_t begin = 0; begin < d; begin += kBlock) {
+    sweep(d - begin < kBlock ? d - begin : kBlock,
+          [&](auto part, int64_t i) { body(part, begin + i); });
+    (sums.fold(), ...);
+  }
+}
 
 }  // namespace
 }  // namespace llmos

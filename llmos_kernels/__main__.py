@@ -1,0 +1,114 @@
+"""``python -m llmos_kernels env | verify | inspect | demo``."""
+
+import argparse
+import sys
+import time
+
+import torch
+
+import llmos_kernels
+from llmos_kernels import _environment
+
+
+def env(_) -> int:
+    """Versions, devices, build, and which file answers for each op on each device."""
+    print("\n".join(_environment.describe()))
+    return 0
+
+
+def verify(_) -> int:
+    """Every op, dtype and device against the float64 reference."""
+    from llmos_kernels.testing import CASES, DTYPES, worst_error
+
+    failed, start = 0, time.perf_counter()
+    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+        for case in CASES:
+            cells = []
+            for dtype in DTYPES:
+                shapes = [s for s in case.shapes if torch.Size(s).numel() > 0]
+                try:
+                    worst = max(worst_error(case, s, dtype, device) for s in shapes)
+                    good, text = worst <= 1, f"{worst:.2f}"
+                except Exception as e:
+                    good, text = False, f"{type(e).__name__}: {e}"
+                failed += not good
+                cells.append(
+                    f"{str(dtype).removeprefix('torch.')} {'PASS' if good else 'FAIL'} {text}"
+                )
+            print(f"{device:5} {case.name:28} " + "  ".join(cells), flush=True)
+    print(f"error over budget, 1 or less passes; {time.perf_counter() - start:.0f} s")
+    print(f"{failed} failed: FAIL" if failed else "PASS")
+    return 1 if failed else 0
+
+
+def inspect(args) -> int:
+    """Registers, spills and shared memory of every Triton kernel, compiled ahead of time."""
+    try:
+        from llmos_kernels import _inspect
+    except ImportError as e:
+        print(f"inspect needs Triton: {e}", file=sys.stderr)
+        return 2
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    rows = _inspect.table(args.arch, dtype)
+    print(f"{'regs':>4} {'spills':>6} {'shared':>7} {'wgmma':5}  kernel on {args.arch}")
+    for r in rows:
+        wgmma = "yes" if r.wgmma else "no"
+        print(f"{r.registers:4} {r.spills:6} {r.shared:7} {wgmma:5}  {r.launch}", flush=True)
+    return 0
+
+
+def demo(_) -> int:
+    """A small model swapped in place: the report, the outputs, the time."""
+    from torch import nn
+
+    from llmos_kernels.testing import interleaved
+
+    class Block(nn.Module):
+        def __init__(self, d):
+            super().__init__()
+            self.norm, self.dense, self.dropout = nn.LayerNorm(d), nn.Linear(d, d), nn.Dropout(0.1)
+
+        def forward(self, states, residual):
+            return self.norm(self.dropout(self.dense(states)) + residual)
+
+    class Model(nn.Module):
+        def __init__(self, d=256):
+            super().__init__()
+            self.first, self.block, self.last = nn.LayerNorm(d), Block(d), nn.RMSNorm(d)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last(self.block(x, x))
+
+    torch.manual_seed(0)
+    model, x = Model().eval(), torch.randn(8, 128, 256)
+    with torch.inference_mode():
+        before = model(x)
+        print(llmos_kernels.optimize(model, inputs=(x,)))
+        after = model(x)
+        (swapped,) = interleaved([lambda: model(x)])
+        llmos_kernels.restore(model)
+        (stock,) = interleaved([lambda: model(x)])
+    print(f"\nlargest difference of the outputs: {(after - before).abs().max():.1e}")
+    print(f"a batch: {stock * 1e6:.0f} us before, {swapped * 1e6:.0f} us after")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m llmos_kernels")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for command in (env, verify, inspect, demo):
+        sub = commands.add_parser(command.__name__, help=command.__doc__)
+        sub.set_defaults(run=command)
+        if command is inspect:
+            sub.add_argument("--arch", default="sm_90", help="sm_80, 86, 89, 90, 100 or 120")
+            sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    args = parser.parse_args()
+    try:
+        return args.run(args)
+    except ValueError as e:
+        parser.error(str(e))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""What of the package works on this machine, and why not more: ``python -m llmos_kernels env``."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import llmos_kernels
+from llmos_kernels._registry import _FORCED, DEFINED
+
+#: A dispatch key, and the devices that it stands for.
+KEYS = ("CPU", "CUDA")
+
+
+def owner(op: str, key: str) -> str:
+    """The file whose kernel answers for ``op`` on ``key``, or ``reference``."""
+    if _FORCED == "reference":
+        return "reference"
+    for line in torch._C._dispatch_dump(op).splitlines():
+        found, _, where = line.partition(": registered at ")
+        if found == key and "(inactive)" not in line:
+            triton = DEFINED[op].triton
+            if triton and "_registry.py" in where:
+                return f"_triton/{triton.partition(':')[0]}.py"
+            return re.sub(r"^.*?csrc/", "csrc/", where.partition(" ::")[0].partition(":")[0])
+    return "reference"
+
+
+def why_reference(op: str, key: str) -> str:
+    """Why no kernel answers for ``op`` on ``key``."""
+    if _FORCED == "reference":
+        return "LLMOS_BACKEND=reference"
+    if key == "CPU":
+        return "" if _extension() else "the C++ extension is not built"
+    if not torch.backends.cuda.is_built():
+        return "this torch has no CUDA"
+    if DEFINED[op].triton:
+        return "Triton is not installed"
+    return "the CUDA part is not built"
+
+
+def _extension():
+    if importlib.util.find_spec("llmos_kernels._C") is None:
+        return None
+    from llmos_kernels import _C  # type: ignore[attr-defined]
+
+    return _C
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _gpus() -> Iterator[str]:
+    if not torch.cuda.is_available():
+        yield "none" if torch.backends.cuda.is_built() else "none that this CPU-only torch can use"
+        return
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        yield f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"
+        code = torch.ops.llmos.built_for(torch.empty(0, device=f"cuda:{i}")).item()
+        yield f"CUDA part runs its sm_{code} code" if code else "CUDA part: not built"
+
+
+def describe() -> Iterator[str]:
+    """The lines that ``env`` prints; the last one is the verdict."""
+    yield f"llmos_kernels {llmos_kernels.__version__}"
+    yield f"python        {platform.python_version()}, {platform.system()} {platform.machine()}"
+    yield f"torch         {torch.__version__}"
+    yield f"triton        {_version('triton')}"
+    extension = _extension()
+    yield f"cpu           {_cpu_name()}, {torch.get_num_threads()} threads"
+    if extension:
+        lowered = " (LLMOS_CPU_LEVEL)" if os.environ.get("LLMOS_CPU_LEVEL") else ""
+        yield f"cpu level     {extension.cpu_level()}{lowered} of {', '.join(extension.cpu_levels())}"
+        build = extension.build
+        archs = build["cuda_archs"] or "none: nvcc was not found"
+        yield f"build         {build['compiler']}, torch {build['torch']}, CUDA archs {archs}"
+    else:
+        yield "build         pure Python: no C++ compiler or no torch at build time"
+    for line in _gpus():
+        yield f"gpu           {line}"
+    yield ""
+    yield f"{'op':32} {'device':6} answered by"
+    slow = set()
+    for op in sorted(DEFINED):
+        for key in KEYS:
+            file, why = owner(op, key), ""
+            if file == "reference":
+                why = why_reference(op, key)
+                if why and (key == "CPU" or torch.cuda.is_available()):
+                    slow.add(f"{key}: {why}")
+            yield f"{op:32} {key:6} {file}{f' ({why})' if why else ''}"
+    yield ""
+    verdict = "every op has a kernel for every device of this machine"
+    yield f"verdict: {'the reference answers on ' + '; '.join(sorted(slow)) if slow else verdict}"

@@ -1,0 +1,110 @@
+"""``optimize`` and ``restore``: a swap is an assignment to ``module.__class__``.
+
+Parameters, names, hooks, devices, optimizers and every reference to the module stay as they are.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from llmos_kernels.swap import rules, verify
+from llmos_kernels.swap.report import Entry, Report
+
+_MARK = "_llmos_swapped_from"
+
+
+def optimize(
+    model: nn.Module,
+    verify: bool = True,
+    strict: bool = False,
+    *,
+    inputs: tuple | dict | None = None,
+) -> Report:
+    """Swap what can be swapped in ``model``, in place, each swap proved; ``restore`` undoes it.
+
+    With ``verify`` each module is compared to its replacement, outputs and gradients, in eval and
+    in train mode, and timed. One that misses its error budget stays, as does one that no rule can
+    swap safely: the report says why. Modules found by structure alone are proved even without
+    ``verify``. ``inputs`` (a tuple of arguments, or a dict of keyword arguments) are run through the
+    model once, in eval mode, so that each proof uses what its module really gets; random numbers
+    are used otherwise. ``strict`` raises ValueError, the model unchanged, where a module would be
+    kept. A model that is no ``torch.nn.Module`` raises TypeError.
+    """
+    _check_model(model)
+    if inputs is not None and not isinstance(inputs, (tuple, dict)):
+        raise TypeError(f"inputs must be a tuple or a dict, got {type(inputs).__name__}")
+    plan = [(name, m, cls, rules.why_not(m, up)) for name, m, cls, up in _candidates(model)]
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[d.index for d in devices]):
+        torch.manual_seed(0)
+        captured = _capture(model, [m for _, m, _, why in plan if not why], inputs)
+        entries = [_judge(*row, captured, verify) for row in plan]
+    report = Report(entries)
+    if strict and report.kept:
+        raise ValueError(f"modules that cannot be swapped:\n{Report(report.kept)}")
+    for entry, (_, module, cls, _) in zip(entries, plan, strict=True):
+        if entry.swapped:
+            module.__dict__[_MARK] = type(module)
+            module.__class__ = cls
+    return report
+
+
+def restore(model: nn.Module) -> None:
+    """Give every module that ``optimize`` swapped in ``model`` its class back."""
+    _check_model(model)
+    for module in model.modules():
+        if original := module.__dict__.pop(_MARK, None):
+            module.__class__ = original
+
+
+def _check_model(model) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, type, list[nn.Module]]]:
+    """Each module that a rule knows, once: name, module, drop-in class, the modules around it."""
+    by_name = dict(model.named_modules())
+    for name, module in by_name.items():
+        if cls := rules.drop_in(module):
+            parts = name.split(".") if name else []
+            outer = [".".join(parts[:i]) for i in range(len(parts))]
+            yield name, module, cls, [by_name[o] for o in outer if o in by_name]
+
+
+def _capture(model, modules, inputs) -> dict:
+    if inputs is None:
+        return {}
+    if isinstance(inputs, dict):
+        return verify.captured_inputs(model, modules, lambda: model(**inputs))
+    return verify.captured_inputs(model, modules, lambda: model(*inputs))
+
+
+def _judge(name, module, cls, why, captured, proof_wanted) -> Entry:
+    shown = type(module).__name__
+    if why:
+        return Entry(name, shown, False, why)
+    if not proof_wanted and not rules.is_proof_needed(module):
+        return Entry(name, shown, True, "not verified")
+    try:
+        inputs = captured.get(module) or verify.example_inputs(module)
+        error = verify.largest_error(module, cls, inputs)
+        ratio = verify.speedup(module, cls, inputs) if proof_wanted else None
+    except Exception as e:  # Whatever a user's module raises is a reason to keep it.
+        return Entry(
+            name,
+            shown,
+            False,
+            f"could not be verified: {type(e).__name__}: {str(e).splitlines()[0]}",
+        )
+    if error > 1:
+        return Entry(
+            name,
+            shown,
+            False,
+            "it computes something else, or misses the error budget",
+            error,
+            ratio,
+        )
+    return Entry(name, shown, True, "", error, ratio)

@@ -1,0 +1,79 @@
+"""Which modules can be swapped, for what, and why one cannot."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+import llmos_kernels.nn as fused
+from llmos_kernels._registry import KERNEL_DTYPES
+from llmos_kernels.nn.residual import FusedResidual, forward_names, fused_residual, residual_parts
+
+#: A class and its drop-in. Subclasses are others: they may compute something else.
+EXACT = {nn.LayerNorm: fused.LayerNorm, nn.RMSNorm: fused.RMSNorm}
+
+
+def drop_in(module: nn.Module) -> type | None:
+    """The class that could replace the one of ``module``, or None where no rule applies."""
+    if is_fused(module):
+        return None
+    for plain, ours in EXACT.items():
+        if isinstance(module, plain):
+            return ours
+    cls: Any = type(module)
+    return fused_residual(cls) if _is_residual(module) else None
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether ``module`` is one of ours already."""
+    return isinstance(module, (FusedResidual, fused.AddLayerNorm, *EXACT.values()))
+
+
+def _is_residual(module: nn.Module) -> bool:
+    """A forward of two tensors over a projection, a dropout and a LayerNorm.
+
+    Whether it computes their residual block is for the proof to say, not for a name.
+    """
+    try:
+        _, dropout, norm = residual_parts(module)
+    except ValueError:
+        return False
+    own = [*module._parameters.values(), *module._buffers.values()]
+    exact = type(dropout) is nn.Dropout and type(norm) in (nn.LayerNorm, fused.LayerNorm)
+    return exact and not own and len(forward_names(type(module))) == 2
+
+
+def is_proof_needed(module: nn.Module) -> bool:
+    """Whether the rule found ``module`` by structure alone."""
+    return not isinstance(module, tuple(EXACT))
+
+
+def why_not(module: nn.Module, ancestors: list[nn.Module]) -> str:
+    """Why ``module`` has to stay, or an empty string."""
+    cls = type(module)
+    plain = next((p for p in EXACT if isinstance(module, p)), None)
+    if plain and cls is not plain:
+        return f"{cls.__name__} is a subclass of {plain.__name__} with a forward of its own"
+    if "forward" in module.__dict__:
+        return "its forward has been replaced on the instance"
+    for outer in [*ancestors, module]:
+        if type(outer).__name__ == "OptimizedModule" or outer._compiled_call_impl is not None:
+            return "it is compiled: optimize before torch.compile"
+        if type(outer).__name__ == "FullyShardedDataParallel":
+            return "its parameters are sharded by FSDP: optimize before wrapping"
+    for name, p in module.named_parameters():
+        if type(p.data) is not torch.Tensor:
+            return f"{name} is a {type(p.data).__name__}: optimize before sharding or quantizing"
+        if p.is_meta:
+            return f"{name} is on the meta device"
+    norms = [m for m in module.modules() if isinstance(m, tuple(EXACT))]
+    for p in (p for norm in norms for p in norm.parameters()):
+        if p.dtype not in KERNEL_DTYPES:
+            return f"no kernel for {p.dtype}"
+    if not plain:
+        _, dropout, norm = residual_parts(module)
+        if not 0 <= dropout.p < 1:
+            return f"dropout with p={dropout.p}"
+        if any(m._forward_hooks or m._forward_pre_hooks for m in (dropout, norm)):
+            return "its dropout or LayerNorm has hooks, which a fused forward would not call"
+    return ""

@@ -1,0 +1,46 @@
+"""``python -m llmos_kernels``, as a user calls it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def call(*args):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("LLMOS", "TRITON"))}
+    return subprocess.run(
+        [sys.executable, "-m", "llmos_kernels", *args], env=env, capture_output=True, text=True
+    )
+
+
+def test_env():
+    done = call("env")
+    assert done.returncode == 0, done.stderr
+    assert "csrc/cpu/layer_norm.cpp" in done.stdout and "cpu level" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("verdict: every op has a kernel")
+
+
+def test_verify():
+    done = call("verify")
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "PASS", done.stdout
+    assert "bfloat16 PASS" in done.stdout and "FAIL" not in done.stdout
+
+
+def test_demo():
+    done = call("demo")
+    assert done.returncode == 0 and "4 swapped, 0 kept" in done.stdout, done.stderr
+
+
+def test_inspect():
+    pytest.importorskip("triton")
+    done = call("inspect", "--arch", "sm_90", "--dtype", "bfloat16")
+    rows = done.stdout.splitlines()
+    assert rows[0].endswith("kernel on sm_90") and len(rows) > 20, done.stderr
+    assert all(row.split()[1] == "0" for row in rows[1:]), "a kernel spills"
+
+
+@pytest.mark.parametrize("bad", [(), ("fly",), ("inspect", "--arch", "sm_75")])
+def test_bad_calls(bad):
+    done = call(*bad)
+    assert done.returncode == 2 and "error:" in done.stderr

@@ -1,0 +1,31 @@
+"""Every CPU level that this machine can run, through the tests that every op has."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmos_kernels import _C
+
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.parametrize("level", _C.cpu_levels()[:-1])
+def test_level(level):
+    args = ["-q", "-p", "no:cacheprovider", f"{TESTS}/test_ops.py", f"{TESTS}/test_kernels.py"]
+    chosen = ["-k", "(matches_reference or layouts or guard or masks or alone) and not triton"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *args, *chosen],
+        env=os.environ | {"LLMOS_CPU_LEVEL": level, "LLMOS_SKIP_TRITON": "1"},
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
+def test_the_level_in_use():
+    wanted = os.environ.get("LLMOS_CPU_LEVEL") or _C.cpu_levels()[-1]
+    assert _C.cpu_level() == wanted

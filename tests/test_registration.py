@@ -1,0 +1,39 @@
+"""Schemas, owners and cases agree."""
+
+import pytest
+import torch
+
+from llmos_kernels import _environment
+from llmos_kernels._registry import DEFINED, define
+from llmos_kernels.testing import CASES, raw_calls
+
+#: Ops that report on the build and compute nothing.
+NO_CASE = {"llmos::built_for"}
+
+
+@pytest.mark.parametrize("name", DEFINED)
+def test_one_owner(name):
+    # A second kernel on a key wins without a warning; the dump calls the first inactive.
+    assert "(inactive)" not in torch._C._dispatch_dump(name)
+
+
+def test_every_op_has_a_case():
+    seen = {op.name() for c in CASES for op, _ in raw_calls(c, c.shapes[-1], dtype=torch.float32)}
+    assert seen == set(DEFINED) - NO_CASE
+
+
+def test_owners():
+    table = {(op, key): _environment.owner(op, key) for op in DEFINED for key in _environment.KEYS}
+    assert table["llmos::layer_norm_forward", "CPU"] == "csrc/cpu/layer_norm.cpp"
+    assert table["llmos::layer_norm_backward", "CUDA"] == "_triton/layer_norm_backward.py"
+
+
+def test_a_new_device_gets_the_reference():
+    x = torch.ones(2, 8, device="meta")
+    y, stats = torch.ops.llmos.layer_norm_forward(x, None, None, 8, 1e-5, True)
+    assert y.shape == (2, 8) and y.is_meta and stats.shape == (2, 2)
+
+
+def test_defining_twice_raises():
+    with pytest.raises(RuntimeError, match="layer_norm_forward"):
+        define("layer_norm_forward(Tensor x) -> Tensor", reference=lambda x: x, fake=lambda x: x)

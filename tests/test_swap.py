@@ -1,0 +1,368 @@
+"""optimize and restore: what is swapped, what is kept and why, and that nothing else changes."""
+
+import copy
+import io
+import json
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import llmos_kernels as lk
+from llmos_kernels.swap import verify
+
+
+class Block(nn.Module):
+    """A residual block that no rule knows by name."""
+
+    def __init__(self, d=16, p=0.1):
+        super().__init__()
+        self.project = nn.Linear(2 * d, d)
+        self.norm = nn.LayerNorm(d)
+        self.drop = nn.Dropout(p)
+
+    def forward(self, states, skip):
+        return self.norm(self.drop(self.project(states)) + skip)
+
+
+class PreNorm(Block):
+    """The same parts, another formula."""
+
+    def forward(self, states, skip):
+        return self.norm(skip) + self.drop(self.project(states))
+
+
+class TwiceNorm(nn.LayerNorm):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class Model(nn.Module):
+    def __init__(self, block=Block, p=0.1):
+        super().__init__()
+        self.embed = nn.Linear(16, 16)
+        self.first = nn.LayerNorm(16)
+        self.widen = nn.Linear(16, 32)
+        self.block = block(p=p)
+        self.last = nn.RMSNorm(16)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.3)
+
+    def forward(self, x):
+        x = self.first(self.embed(x))
+        return self.last(self.block(self.widen(x), skip=x))
+
+
+def classes(model):
+    return {name: type(m) for name, m in model.named_modules()}
+
+
+@pytest.fixture
+def x():
+    torch.manual_seed(0)
+    return torch.randn(4, 5, 16)
+
+
+@pytest.mark.parametrize("inputs", ["generated", "tuple", "dict"])
+def test_swap_and_restore(x, inputs):
+    model = Model().eval()
+    before, old, ids = model(x), classes(model), {n: id(p) for n, p in model.named_parameters()}
+    given = {"generated": None, "tuple": (x,), "dict": {"x": x}}[inputs]
+    report = lk.optimize(model, inputs=given)
+    assert {e.module for e in report.swapped} == {"first", "block", "block.norm", "last"}
+    assert not report.kept
+    assert all(0 <= e.error <= 1 and e.speedup > 0 for e in report.swapped)
+    assert type(model.first) is lk.nn.LayerNorm and type(model.last) is lk.nn.RMSNorm
+    assert isinstance(model.block, Block) and type(model.block) is not Block
+    torch.testing.assert_close(model(x), before)
+    assert {n: id(p) for n, p in model.named_parameters()} == ids
+    lk.restore(model)
+    assert classes(model) == old and torch.equal(model(x), before)
+    assert "_llmos_swapped_from" not in model.first.__dict__
+
+
+def test_in_inference_mode(x):
+    model = Model().eval()
+    with torch.inference_mode():
+        before = model(x)
+        report = lk.optimize(model, inputs=(x * 1,))
+        torch.testing.assert_close(model(x), before)
+    assert len(report.swapped) == 4
+
+
+def test_gradients_and_dropout_of_the_swapped_model(x):
+    model = Model(p=0.0).train()
+    stock = copy.deepcopy(model)
+    lk.optimize(model)
+    for m in (model, stock):
+        m(x).square().sum().backward()
+    for (name, p), q in zip(model.named_parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, msg=name)
+    model.block.drop.p = 0.5
+    torch.manual_seed(1)
+    first = model(x)
+    assert not torch.equal(model(x), first)
+    torch.manual_seed(1)
+    assert torch.equal(model(x), first)
+
+
+def test_another_formula_is_kept(x):
+    model = Model(block=PreNorm).eval()
+    before = model(x)
+    for proof in (True, False):
+        (kept,) = lk.optimize(model, verify=proof).kept
+        assert kept.module == "block" and "something else" in kept.reason
+        lk.restore(model)
+    assert torch.equal(model(x), before)
+
+
+def test_a_wrong_kernel_is_kept(x, monkeypatch):
+    model = Model().eval()
+    right = lk.nn.LayerNorm.forward
+    monkeypatch.setattr(lk.nn.LayerNorm, "forward", lambda self, x: right(self, x) * 1.001)
+    report = lk.optimize(model)
+    assert {e.module for e in report.kept} == {"first", "block.norm"}
+    assert all(e.error > 1 for e in report.kept)
+
+
+def test_second_optimize_is_a_no_op():
+    model = Model()
+    lk.optimize(model)
+    old = classes(model)
+    assert lk.optimize(model).entries == [] and classes(model) == old
+    lk.restore(model)
+    assert type(model.first) is nn.LayerNorm
+
+
+def test_report():
+    report = lk.optimize(nn.Sequential(nn.LayerNorm(8), TwiceNorm(8)))
+    text = str(report)
+    assert (
+        "swapped" in text
+        and "kept: TwiceNorm is a subclass" in text
+        and "1 swapped, 1 kept" in text
+    )
+    entries = json.loads(json.dumps(report.to_dict()))["entries"]
+    assert [e["swapped"] for e in entries] == [True, False]
+    assert str(lk.optimize(nn.Linear(1, 1))).endswith("0 swapped, 0 kept")
+    assert "(the model)" in str(lk.optimize(nn.LayerNorm(8)))
+
+
+def test_strict_raises_and_changes_nothing():
+    model = nn.Sequential(nn.LayerNorm(8), TwiceNorm(8))
+    with pytest.raises(ValueError, match="TwiceNorm"):
+        lk.optimize(model, strict=True)
+    assert type(model[0]) is nn.LayerNorm
+    assert len(lk.optimize(model[:1], strict=True).swapped) == 1
+
+
+@pytest.mark.parametrize("bad", [None, "bert", torch.ones(3)], ids=lambda v: type(v).__name__)
+def test_no_module(bad):
+    for fn in (lk.optimize, lk.restore):
+        with pytest.raises(TypeError, match=type(bad).__name__):
+            fn(bad)
+    with pytest.raises(TypeError, match="list"):
+        lk.optimize(nn.LayerNorm(8), inputs=[torch.ones(8)])
+
+
+def test_nothing_but_classes_changes(x):
+    """Neither random state, modes, gradients nor hooks notice the proof."""
+    model = Model()
+    model.block.drop.eval()
+    calls = []
+    model.first.register_forward_hook(lambda *a: calls.append("hook"))
+    model.block.project.register_forward_hook(lambda *a: calls.append("inner"))
+    modes, state = {n: m.training for n, m in model.named_modules()}, torch.get_rng_state()
+    lk.optimize(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {n: m.training for n, m in model.named_modules()} == modes
+    assert all(p.grad is None for p in model.parameters()) and not calls
+    model(x)
+    assert calls == ["hook", "inner"]
+
+
+def test_hooks_on_parts_of_a_block(x):
+    model = Model().eval()
+    seen = []
+    handle = model.block.norm.register_forward_hook(lambda *a: seen.append(1))
+    (kept,) = lk.optimize(model).kept
+    assert "hooks" in kept.reason
+    model(x)
+    assert seen == [1]
+    handle.remove()
+    lk.restore(model)
+    lk.optimize(model)
+    model.block.norm.register_forward_hook(lambda *a: seen.append(2))
+    model(x)
+    assert seen == [1, 2]
+
+
+def test_parts_replaced_after_the_swap(x):
+    model = Model().eval()
+    lk.optimize(model)
+    model.block.norm = TwiceNorm(16)
+    expected = copy.deepcopy(model)
+    lk.restore(expected)
+    assert torch.equal(model.block(x.repeat(1, 1, 2), x), expected.block(x.repeat(1, 1, 2), x))
+
+
+def test_shared_modules(x):
+    norm = nn.LayerNorm(16)
+    model = nn.Sequential(norm, nn.Linear(16, 16), norm)
+    report = lk.optimize(model)
+    assert len(report.swapped) == 1 and model[0] is model[2] is norm
+    lk.restore(model)
+    assert type(norm) is nn.LayerNorm
+
+
+def test_deepcopy_and_pickle(x):
+    model = Model().eval()
+    before = model(x)
+    lk.optimize(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    copies = [
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(buffer, weights_only=False),
+    ]
+    for again in copies:
+        assert classes(again) == classes(model)
+        assert torch.equal(again(x), model(x))
+        lk.restore(again)
+        assert torch.equal(again(x), before)
+    assert type(model.first) is lk.nn.LayerNorm
+    assert set(model.state_dict()) == set(Model().state_dict())
+
+
+def test_compiled_modules_are_kept(x):
+    compiled = torch.compile(Model().eval(), backend="eager")
+    in_place = Model().eval()
+    in_place.block.compile(backend="eager")
+    assert not lk.optimize(compiled).swapped
+    assert {e.module for e in lk.optimize(in_place).kept} == {"block", "block.norm"}
+    swapped = Model().eval()
+    expected = swapped(x)
+    lk.optimize(swapped)
+    torch.testing.assert_close(
+        torch.compile(swapped, backend="aot_eager", fullgraph=True)(x), expected
+    )
+
+
+def test_odd_modules_are_kept():
+    def reason(module, **options):
+        report = lk.optimize(module, **options)
+        assert not report.swapped
+        return report.kept[0].reason
+
+    patched = nn.LayerNorm(8)
+    patched.forward = lambda x: x
+    assert "replaced on the instance" in reason(patched)
+    parametrized = nn.LayerNorm(8)
+    nn.utils.parametrize.register_parametrization(parametrized, "weight", nn.Identity())
+    assert "subclass" in reason(parametrized)
+    assert "meta" in reason(nn.LayerNorm(8, device="meta"))
+    assert "float64" in reason(nn.LayerNorm(8, dtype=torch.float64))
+    blocks = nn.ModuleList([Block(p=1.0)])
+    assert "p=1.0" in lk.optimize(blocks).kept[0].reason
+
+
+@pytest.mark.filterwarnings(
+    "ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor"
+)
+def test_quantized_parts(x):
+    model = Model().eval()
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
+    before = quantized(x)
+    report = lk.optimize(quantized)
+    assert {e.module for e in report.swapped} == {"first", "last", "block.norm"}
+    assert "verified" in report.kept[0].reason
+    torch.testing.assert_close(quantized(x), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision(x, dtype):
+    model = Model().to(dtype).eval()
+    expected = model(x.to(dtype))
+    report = lk.optimize(model, inputs=(x.to(dtype),))
+    assert not report.kept, report
+    torch.testing.assert_close(model(x.to(dtype)), expected, atol=0.05, rtol=0.02)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_ddp(x, process_group):
+    model = nn.parallel.DistributedDataParallel(Model(p=0.0))
+    expected = torch.autograd.grad(model(x).sum(), model.module.embed.weight)[0]
+    report = lk.optimize(model)
+    assert len(report.swapped) == 4
+    model(x).sum().backward()
+    torch.testing.assert_close(model.module.embed.weight.grad, expected)
+
+
+def test_fully_shard(x, process_group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = Model().eval()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    report = lk.optimize(model)
+    assert not report.swapped and all("DTensor" in e.reason for e in report.kept)
+
+
+def test_optimize_before_fully_shard(x, process_group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = Model(p=0.0)
+    stock = copy.deepcopy(model)
+    lk.optimize(model)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    torch.testing.assert_close(model(x), stock(x))
+
+
+def test_replica_shares_nothing():
+    model = Model()
+    copied = verify.replica(model)
+    with torch.no_grad():
+        for p in copied.parameters():
+            p.zero_()
+    assert all(p.any() for p in model.parameters())
+
+
+def hf_models():
+    from transformers import models as m
+
+    small = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 50,
+        "intermediate_size": 64,
+    }
+    yield m.bert.BertModel(m.bert.BertConfig(**small)), 2
+    yield m.roberta.RobertaModel(m.roberta.RobertaConfig(**small, pad_token_id=1)), 2
+    yield m.electra.ElectraModel(m.electra.ElectraConfig(**small, embedding_size=32)), 2
+    yield m.layoutlm.LayoutLMModel(m.layoutlm.LayoutLMConfig(**small)), 2
+    yield m.albert.AlbertModel(m.albert.AlbertConfig(**small, embedding_size=16)), 0
+
+
+def test_residual_blocks_of_transformers():
+    pytest.importorskip("transformers")
+    ids = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(0))
+    for model, blocks in hf_models():
+        model.eval()
+        with torch.no_grad():
+            before = model(ids).last_hidden_state
+            report = lk.optimize(model, inputs={"input_ids": ids})
+            assert sum("Output" in e.cls for e in report.swapped) == blocks, report
+            assert not report.kept, report
+            torch.testing.assert_close(model(ids).last_hidden_state, before, atol=1e-5, rtol=1e-4)
