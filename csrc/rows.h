@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <initializer_list>
 #include <iterator>
+#include <optional>
 
 namespace llmos {
 
@@ -44,16 +45,18 @@ inline Tensor contiguous(const Tensor& t) {
 
 // Rows that a kernel can walk; copies only where no single row stride describes the tensor.
 struct Rows {
-  Tensor tensor;
+  const Tensor* tensor;
+  std::optional<Tensor> copy;
   int64_t stride;
 
-  Rows(const Tensor& t, int64_t d) : tensor(t), stride(d) {
+  Rows(const Tensor& t, int64_t d) : tensor(&t), stride(d) {
     if (t.is_contiguous()) return;
     stride = row_stride(t, d);
     if (stride >= 0) return;
-    tensor = torch::stable::contiguous(t);
+    tensor = &copy.emplace(torch::stable::contiguous(t));
     stride = d;
   }
+  Rows(const Rows&) = delete;
 };
 
 // Tests set LLMOS_DISPATCHED_OUTPUTS=1 to see every allocation, and to poison or guard it.

@@ -67,7 +67,11 @@ def use_reference(backend: str | None, dtype: torch.dtype) -> bool:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd has to record a call with these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def define(schema: str, *, reference: Callable, fake: Callable, triton: str | None = None):

@@ -67,15 +67,16 @@ struct Parameter {
     if (!t) return;
     STD_TORCH_CHECK(t->numel() == d, "layer_norm: expected a weight or bias of ", d,
                     " elements, got ", t->numel());
-    tensor = llmos::contiguous(*t);
+    if (!t->is_contiguous()) tensor = torch::stable::contiguous(*t);
+    const Tensor& packed = tensor ? *tensor : *t;
     if (t->scalar_type() == ScalarType::Float) {
-      data = llmos::data<float>(*tensor);
+      data = llmos::data<float>(packed);
       return;
     }
     copy = floats(d);
     dispatch(t->scalar_type(), [&](auto w) {
       using W = decltype(w);
-      to_float<W>.best()(llmos::data<W>(*tensor), copy.get(), d);
+      to_float<W>.best()(llmos::data<W>(packed), copy.get(), d);
     });
     data = copy.get();
   }
@@ -95,8 +96,8 @@ Tensor normalize(const Tensor& x_, const Tensor* residual_, const Optional& weig
   dispatch(x_.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const NormForward<T> args{
-        .x = data<T>(x.tensor),
-        .residual = residual_ ? data<T>(residual.tensor) : nullptr,
+        .x = data<T>(*x.tensor),
+        .residual = residual_ ? data<T>(*residual.tensor) : nullptr,
         .x_stride = x.stride,
         .residual_stride = residual.stride,
         .weight = weight.data,
@@ -165,9 +166,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy_, const Opt
     using T = decltype(t);
     const float* mean = data<float>(stats);
     const NormBackward<T> args{
-        .dy = data<T>(dy.tensor),
-        .dh = dh_ ? data<T>(dh.tensor) : nullptr,
-        .h = data<T>(h.tensor),
+        .dy = data<T>(*dy.tensor),
+        .dh = dh_ ? data<T>(*dh.tensor) : nullptr,
+        .h = data<T>(*h.tensor),
         .dy_stride = dy.stride,
         .dh_stride = dh.stride,
         .h_stride = h.stride,
@@ -181,12 +182,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy_, const Opt
     };
     const auto kernel = norm_backward<T>.best();
     const auto run = [&](int64_t begin, int64_t end) {
-      const Floats scratch = floats(2 * d);
       for (int64_t i = begin; i < end; ++i) {
         float* sum = sums ? sums + i * 2 * d : nullptr;
         if (sum) std::fill(sum, sum + 2 * d, 0.0f);
-        kernel(args, i * chunk, std::min(rows, (i + 1) * chunk), sum, sum ? sum + d : nullptr,
-               scratch.get());
+        kernel(args, i * chunk, std::min(rows, (i + 1) * chunk), sum, sum ? sum + d : nullptr);
       }
     };
     if (rows * d <= kGrain) {

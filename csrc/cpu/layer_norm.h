@@ -45,10 +45,10 @@ template <class T>
 using NormForwardRows = void (*)(const NormForward<T>&, int64_t begin, int64_t end, float* scratch);
 
 // Rows [begin, end); adds their weight and bias gradients to dweight and dbias [d], both or neither
-// null. scratch [2][d] holds g and x_hat of a row.
+// null.
 template <class T>
 using NormBackwardRows = void (*)(const NormBackward<T>&, int64_t begin, int64_t end,
-                                  float* dweight, float* dbias, float* scratch);
+                                  float* dweight, float* dbias);
 
 // out[c] = sum of partial[r * stride + c] over r, for c in [begin, end).
 template <class T>

@@ -44,11 +44,17 @@ def add_layer_norm_reference(
     training: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The definition of ``add_layer_norm``: plain, differentiable, any device and dtype."""
+    h = add_dropped(input, residual, normalized_shape, dropout_p, training)
+    return normalize(h, weight, bias, _width(normalized_shape), eps, center=True)[0], h
+
+
+def add_dropped(
+    x: Tensor, residual: Tensor, normalized_shape: Sequence[int], dropout_p: float, training: bool
+) -> Tensor:
+    """``residual + dropout(x)`` by torch ops, with a seed of its own."""
     p = dropout_p if training else 0.0
-    seed = draw_seed(input.device) if p else None
-    d = _width(normalized_shape)
-    h = add_residual(input, residual, d, p, seed)
-    return normalize(h, weight, bias, d, eps, center=True)[0], h
+    seed = draw_seed(x.device) if p else None
+    return add_residual(x, residual, _width(normalized_shape), p, seed)
 
 
 def add_residual(x: Tensor, residual: Tensor, d: int, p: float, seed: Tensor | None) -> Tensor:
@@ -266,13 +272,18 @@ def check_norm(
             f"normalized_shape {list(shape)} must be the last dimensions of input,"
             f" got input {list(input.shape)}"
         )
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None:
-            _check_parameter(name, parameter, shape, input, weight)
+    dtype, device = input.dtype, input.device
+    for parameter in (weight, bias):
+        if parameter is not None and not (
+            parameter.shape == shape and parameter.dtype is dtype and parameter.device == device
+        ):
+            _check_parameter("weight" if parameter is weight else "bias", parameter, shape, input)
+    if weight is not None and bias is not None and weight.dtype is not bias.dtype:
+        raise TypeError(f"bias must have weight's dtype {weight.dtype}, got {bias.dtype}")
     return shape[0] if len(shape) == 1 else _width(shape)
 
 
-def _check_parameter(name, parameter, shape, input, weight) -> None:
+def _check_parameter(name, parameter, shape, input) -> None:
     if parameter.shape != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(parameter.shape)}")
     if parameter.device != input.device:
@@ -280,8 +291,6 @@ def _check_parameter(name, parameter, shape, input, weight) -> None:
     dtype = parameter.dtype
     if dtype != input.dtype and (dtype != torch.float32 or input.dtype == torch.float64):
         raise TypeError(f"{name} must be {input.dtype} or float32, got {dtype}")
-    if weight is not None and dtype != weight.dtype:
-        raise TypeError(f"{name} must have weight's dtype {weight.dtype}, got {dtype}")
 
 
 def check_residual(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -298,6 +307,16 @@ def check_residual(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     return input, residual
 
 
+def autocasts(input: Tensor) -> bool:
+    """Whether autocast takes a normalisation of ``input`` to float32, as torch does on CUDA alone."""
+    return input.is_cuda and torch.is_autocast_enabled("cuda") and input.dtype != torch.float64
+
+
+def as_float32(*tensors: Tensor | None) -> tuple:
+    """The tensors in float32."""
+    return tuple(t if t is None else t.float() for t in tensors)
+
+
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -312,9 +331,11 @@ def layer_norm(
     ``input`` [..., *normalized_shape] may be float32, bfloat16 or float16 (float64: the reference
     answers), with any strides; ``weight`` and ``bias`` [*normalized_shape] have its dtype or are
     float32. Returns a contiguous tensor like ``input``. ``backend="reference"`` asks for the plain
-    torch definition. Raises ValueError for shapes or devices that disagree, TypeError for dtypes.
+    torch definition; under CUDA autocast the result is float32, as torch's. Raises ValueError for shapes or devices that disagree, TypeError for dtypes.
     Ba et al. 2016, arXiv:1607.06450.
     """
+    if autocasts(input):
+        input, weight, bias = as_float32(input, weight, bias)
     d = check_norm(input, normalized_shape, weight, bias)
     if use_reference(backend, input.dtype):
         return layer_norm_reference(input, normalized_shape, weight, bias, eps)
@@ -336,11 +357,17 @@ def add_layer_norm(
     """``h = residual + dropout(input)`` and ``layer_norm(h)`` in one pass; returns ``(y, h)``.
 
     ``residual`` has the shape of ``input``; where their dtypes differ, both are taken in the
-    common one. Dropout acts when ``training``, with probability ``dropout_p`` in [0, 1). The other
+    common one (under CUDA autocast a lower one stays that of ``h``, unfused, and ``y`` is float32, as
+    in torch). Dropout acts when ``training``, with probability ``dropout_p`` in [0, 1). The other
     arguments, dtypes and errors are those of ``layer_norm``; the mask is that of ``ops.dropout``.
     """
     check_dropout(dropout_p)
     input, residual = check_residual(input, residual)
+    if autocasts(input):
+        if input.dtype != torch.float32:
+            h = add_dropped(input, residual, normalized_shape, dropout_p, training)
+            return layer_norm(h, normalized_shape, weight, bias, eps, backend=backend), h
+        weight, bias = as_float32(weight, bias)
     d = check_norm(input, normalized_shape, weight, bias)
     if use_reference(backend, input.dtype):
         return add_layer_norm_reference(

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from llmos_kernels._registry import use_reference
-from llmos_kernels.ops.dropout import check_dropout, draw_seed
+from llmos_kernels.ops.dropout import check_dropout
 from llmos_kernels.ops.layer_norm import (
+    add_dropped,
     add_norm,
-    add_residual,
+    as_float32,
+    autocasts,
     check_norm,
     check_residual,
     norm,
@@ -45,10 +47,8 @@ def add_rms_norm_reference(
     training: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The definition of ``add_rms_norm``: plain, differentiable, any device and dtype."""
-    p = dropout_p if training else 0.0
-    seed = draw_seed(input.device) if p else None
     d = check_norm(input, normalized_shape, weight, None)
-    h = add_residual(input, residual, d, p, seed)
+    h = add_dropped(input, residual, normalized_shape, dropout_p, training)
     return normalize(h, weight, None, d, _eps(eps, h.dtype), center=False)[0], h
 
 
@@ -72,6 +72,8 @@ def rms_norm(
     defaults to the epsilon of float32 (of float64 for float64), as in torch. Raises ValueError for
     shapes or devices that disagree, TypeError for dtypes.  Zhang and Sennrich 2019.
     """
+    if autocasts(input):
+        input, weight = as_float32(input, weight)
     d = check_norm(input, normalized_shape, weight, None)
     if use_reference(backend, input.dtype):
         return rms_norm_reference(input, normalized_shape, weight, eps)
@@ -95,6 +97,11 @@ def add_rms_norm(
     """
     check_dropout(dropout_p)
     input, residual = check_residual(input, residual)
+    if autocasts(input):
+        if input.dtype != torch.float32:
+            h = add_dropped(input, residual, normalized_shape, dropout_p, training)
+            return rms_norm(h, normalized_shape, weight, eps, backend=backend), h
+        (weight,) = as_float32(weight)
     d = check_norm(input, normalized_shape, weight, None)
     if use_reference(backend, input.dtype):
         return add_rms_norm_reference(

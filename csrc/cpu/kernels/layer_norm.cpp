@@ -12,41 +12,28 @@ namespace {
 template <class T>
 constexpr bool is_float = std::is_same_v<T, float>;
 
-// Writes h = residual + dropout(x), rounded to T where torch would round.
-template <class T>
-void add_residual(const T* x, const T* residual, T* h, const Dropout& dropout, int64_t row,
-                  int64_t d) {
+// h = residual + dropout(x), rounded to T where torch would round; body(part, i, h) for each
+// element.
+template <class T, class Body>
+[[gnu::always_inline]] inline void add_residual(const T* x, const T* residual, T* h,
+                                                const Dropout& dropout, int64_t row, int64_t d,
+                                                Sum& sum, Body body) {
   if (!dropout.threshold) {
-    sweep(d, [&](auto part, int64_t i) {
+    const auto visit = [&](auto part, int64_t i) {
       using V = typename decltype(part)::V;
-      store(h + i, load<V>(residual + i) + load<V>(x + i));
-    });
-    return;
+      body(part, i, store_rounded(h + i, load<V>(residual + i) + load<V>(x + i)));
+    };
+    return sweep_sums(d, visit, sum);
   }
   for_each_dropout_block(dropout, row, d, [&](int64_t begin, int64_t count, const float* factors) {
     sweep(count, [&](auto part, int64_t i) {
       using V = typename decltype(part)::V;
       const int64_t at = begin + i;
-      store(h + at, load<V>(x + at) * load<V>(factors + i));
-      store(h + at, load<V>(residual + at) + load<V>(h + at));
+      const V dropped = store_rounded(h + at, load<V>(x + at) * load<V>(factors + i));
+      body(part, at, store_rounded(h + at, load<V>(residual + at) + dropped));
     });
+    sum.fold();
   });
-}
-
-// A row as float: itself, or its copy in scratch. Calls body(part, v) for its elements.
-template <class T, class Body>
-[[gnu::always_inline]] inline const float* as_float(const T* row, float* scratch, int64_t d,
-                                                    Sum& sum, Body body) {
-  const auto visit = [&](auto part, int64_t i) {
-    const auto v = load<typename decltype(part)::V>(row + i);
-    if constexpr (!is_float<T>) store(scratch + i, v);
-    body(part, v);
-  };
-  sweep_sums(d, visit, sum);
-  if constexpr (is_float<T>)
-    return row;
-  else
-    return scratch;
 }
 
 // Completes the mean. The sum of the rounding errors corrects it, so that a constant row has
@@ -95,27 +82,45 @@ void normalize(const float* h, float mean, float rstd, const float* weight, cons
   run(std::false_type{}, std::false_type{});
 }
 
+// A row of h as float, itself or its copy in scratch; add(part, v) feeds sum with its elements.
+template <class T, class Add>
+[[gnu::always_inline]] inline const float* row_of_h(const NormForward<T>& a, int64_t row,
+                                                    float* scratch, Sum& sum, Add add) {
+  const T* x = a.x + row * a.x_stride;
+  T* h = a.h + row * a.d;
+  const auto visit = [&](auto part, int64_t i, auto v) {
+    if constexpr (!is_float<T>) store(scratch + i, v);
+    add(part, v);
+  };
+  if (a.residual) {
+    add_residual(x, a.residual + row * a.residual_stride, h, a.dropout, row, a.d, sum, visit);
+  } else {
+    const auto load_x = [&](auto part, int64_t i) {
+      visit(part, i, load<typename decltype(part)::V>(x + i));
+    };
+    sweep_sums(a.d, load_x, sum);
+  }
+  if constexpr (is_float<T>)
+    return a.residual ? h : x;
+  else
+    return scratch;
+}
+
 template <class T>
-void forward(const NormForward<T>& a, int64_t begin, int64_t end, float* scratch) {
+[[gnu::flatten]] void forward(const NormForward<T>& a, int64_t begin, int64_t end, float* scratch) {
   for (int64_t row = begin; row < end; ++row) {
-    const T* h = a.x + row * a.x_stride;
     T* y = a.y + row * a.d;
-    if (a.residual) {
-      T* out = a.h + row * a.d;
-      add_residual(h, a.residual + row * a.residual_stride, out, a.dropout, row, a.d);
-      h = out;
-    }
     Sum sum;
     const float* values;
     float mean = 0, spread;
     if (a.mean) {
-      values = as_float(h, scratch, a.d, sum, [&](auto part, auto v) { sum.add(part, v); });
+      values = row_of_h(a, row, scratch, sum, [&](auto part, auto v) { sum.add(part, v); });
       mean = sum.total() / float(a.d);
       spread = variance(values, a.d, a.x + (row + 1) * a.x_stride, y, mean);
       a.mean[row] = mean;
     } else {
       values =
-          as_float(h, scratch, a.d, sum, [&](auto part, auto v) { sum.add_product(part, v, v); });
+          row_of_h(a, row, scratch, sum, [&](auto part, auto v) { sum.add_product(part, v, v); });
       spread = sum.total() / float(a.d);
     }
     const float rstd = a.rstd[row] = 1 / std::sqrt(spread + a.eps);
@@ -124,8 +129,8 @@ void forward(const NormForward<T>& a, int64_t begin, int64_t end, float* scratch
 }
 
 template <class T, bool kWeight, bool kAddDh, bool kWeightGrad>
-void backward_row(const NormBackward<T>& a, int64_t row, float* dweight, float* dbias,
-                  float* scratch) {
+[[gnu::flatten]] void backward_row(const NormBackward<T>& a, int64_t row, float* dweight,
+                                   float* dbias) {
   // Copies of what the struct holds: no store can change them.
   const int64_t d = a.d;
   const float* weight = a.weight;
@@ -133,7 +138,6 @@ void backward_row(const NormBackward<T>& a, int64_t row, float* dweight, float* 
   const T* dh = kAddDh ? a.dh + row * a.dh_stride : nullptr;
   const T* h = a.h + row * a.h_stride;
   T* dresidual = a.dresidual + row * d;
-  float *g_row = scratch, *x_hat_row = scratch + d;
   const float mean = a.mean ? a.mean[row] : 0, rstd = a.rstd[row];
 
   Sum sum_g, sum_gx;
@@ -146,8 +150,6 @@ void backward_row(const NormBackward<T>& a, int64_t row, float* dweight, float* 
       store(dbias + i, load<V>(dbias + i) + g);
     }
     if constexpr (kWeight) g *= load<V>(weight + i);
-    store(g_row + i, g);
-    store(x_hat_row + i, x_hat);
     sum_g.add(part, g);
     sum_gx.add_product(part, g, x_hat);
   };
@@ -156,8 +158,10 @@ void backward_row(const NormBackward<T>& a, int64_t row, float* dweight, float* 
   const float mean_gx = sum_gx.total() / float(d);
   sweep(d, [&](auto part, int64_t i) {
     using V = typename decltype(part)::V;
-    const V centred = load<V>(g_row + i) - mean_g;
-    V v = fma(load<V>(x_hat_row + i), V{} - mean_gx, centred) * rstd;
+    V g = load<V>(dy + i);
+    const V x_hat = (load<V>(h + i) - mean) * rstd;
+    if constexpr (kWeight) g *= load<V>(weight + i);
+    V v = fma(x_hat, V{} - mean_gx, g - mean_g) * rstd;
     if constexpr (kAddDh) v += load<V>(dh + i);
     store(dresidual + i, v);
   });
@@ -173,11 +177,10 @@ void backward_row(const NormBackward<T>& a, int64_t row, float* dweight, float* 
 }
 
 template <class T>
-void backward(const NormBackward<T>& a, int64_t begin, int64_t end, float* dweight, float* dbias,
-              float* scratch) {
+void backward(const NormBackward<T>& a, int64_t begin, int64_t end, float* dweight, float* dbias) {
   const auto run = [&](auto weight, auto add_dh, auto weight_grad) {
     for (int64_t row = begin; row < end; ++row)
-      backward_row<T, weight, add_dh, weight_grad>(a, row, dweight, dbias, scratch);
+      backward_row<T, weight, add_dh, weight_grad>(a, row, dweight, dbias);
   };
   const auto with_dh = [&](auto weight, auto weight_grad) {
     a.dh ? run(weight, std::true_type{}, weight_grad) : run(weight, std::false_type{}, weight_grad);

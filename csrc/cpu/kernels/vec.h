@@ -189,6 +189,19 @@ inline void store(f16* p, F32 v) {
 #endif
 }
 
+// Stores v, and returns it as it was stored.
+template <class V>
+inline V store_rounded(float* p, V v) {
+  store(p, v);
+  return v;
+}
+
+template <class T, class V>
+inline V store_rounded(T* p, V v) {
+  store(p, v);
+  return load<V>(p);
+}
+
 // What a loop body is called with: the type to load, and which of four partial sums it feeds.
 template <class V_, int kPart_>
 struct Part {

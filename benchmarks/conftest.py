@@ -1,0 +1,83 @@
+"""Side by side: each round times every provider in turn; ``extra_info`` has medians and ratios.
+
+``make bench`` pins the threads. ``--save`` writes the table to ``results/<machine>/<file>.json``.
+"""
+
+import json
+import os
+import platform
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmos_kernels import _environment
+from llmos_kernels.testing import interleaved
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROWS = []
+
+
+def pytest_addoption(parser):
+    parser.addoption("--save", metavar="FOLDER", nargs="?", const="", help="write results as JSON")
+
+
+def machine() -> str:
+    """The GPU's name, or the CPU's, as a folder name."""
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else _environment._cpu_name()
+    return re.sub(
+        r"\W+", "-", f"{name} {torch.get_num_threads()} threads" if DEVICE == "cpu" else name
+    ).lower()
+
+
+@pytest.fixture
+def compare(benchmark):
+    """Time providers in turn, the first of them ours, given the bytes that one call must move."""
+
+    def run(name, providers, *, moved, goal=None, rounds=25):
+        times = dict(zip(providers, interleaved(list(providers.values()), rounds), strict=True))
+        ours, *_ = times
+        row = {f"{k}_us": round(t * 1e6, 2) for k, t in times.items()}
+        row |= {f"vs_{k}": round(t / times[ours], 2) for k, t in times.items() if k != ours}
+        row |= {"bytes": moved, "GB/s": round(moved / times[ours] / 1e9, 1), "goal": goal}
+        benchmark.extra_info.update(row)
+        ROWS.append({"benchmark": name, **row})
+        calls = max(1, round(2e-3 / times[ours]))
+        benchmark.pedantic(providers[ours], rounds=10, iterations=calls)
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not ROWS:
+        return
+    write = terminalreporter.write_line
+    write("")
+    write(
+        f"{'median us':58} {'kernel':>9} {'eager':>9} {'compile':>9} {'vs eager':>8} {'goal':>6} {'GB/s':>7}"
+    )
+    for row in ROWS:
+        cells = [
+            row.get(k) for k in ("kernel_us", "eager_us", "compile_us", "vs_eager", "goal", "GB/s")
+        ]
+        texts = ["" if c is None else str(c) for c in cells]
+        write(
+            f"{row['benchmark']:58} "
+            + " ".join(t.rjust(w) for t, w in zip(texts, (9, 9, 9, 8, 6, 7), strict=True))
+        )
+    folder = config.getoption("save")
+    if folder is not None:
+        target = Path(folder) if folder else Path(__file__).parent / "results" / machine()
+        target.mkdir(parents=True, exist_ok=True)
+        settings = {k: v for k, v in os.environ.items() if k.startswith(("OMP_", "MALLOC_"))}
+        about = {
+            "machine": machine(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+        about |= {"threads": torch.get_num_threads(), "settings": settings}
+        (target / "ops.json").write_text(
+            json.dumps({"about": about, "rows": ROWS}, indent=1) + "\n"
+        )
+        write(f"written to {target / 'ops.json'}")
