@@ -55,7 +55,7 @@ def extensions() -> list[Extension]:
     if wanted == "1" and lacking:
         raise SystemExit(f"llmos_kernels: the extension needs {', '.join(lacking)}")
     if wanted == "0" or lacking:
-        why = "LLMOS_BUILD_EXT=0" if wanted == "0" else f"no {', '.join(lacking)} at build time"
+        why = "LLMOS_BUILD_EXT=0" if wanted == "0" else f"missing: {', '.join(lacking)}"
         print(f"llmos_kernels: building pure Python, without the C++ kernels ({why})")
         return []
     return [Extension("llmos_kernels._C", sources=[])]
