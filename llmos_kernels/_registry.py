@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 #: What every kernel accepts. float64 is the reference's, any other dtype an error.
 KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -55,10 +56,10 @@ def use_reference(backend: str | None, dtype: torch.dtype) -> bool:
     """Whether the reference answers this call.
 
     It does by request (``backend`` or ``LLMOS_BACKEND``), in float64, and inside ``torch.func``
-    transforms, where its plain torch ops can be batched and differentiated to any order.
+    transforms and forward-mode AD, where its plain torch ops can be batched and differentiated.
     """
     if backend is None and dtype in KERNEL_DTYPES and _FORCED is None:
-        return torch._C._are_functorch_transforms_active()
+        return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     check_backend(backend)
     if dtype not in KERNEL_DTYPES and dtype != torch.float64:
         raise TypeError(f"expected float32, bfloat16, float16 or float64 tensors, got {dtype}")

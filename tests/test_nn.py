@@ -54,6 +54,32 @@ def test_dropout_out_of_range(p):
         nn.AddLayerNorm(8, dropout=p)
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_rms_norm_takes_a_weight_of_any_dtype(device):
+    x = torch.randn(4, 64, device=device)
+    for input, dtype in (
+        (x, torch.bfloat16),
+        (x.double(), torch.float32),
+        (x.half(), torch.bfloat16),
+    ):
+        ours = nn.RMSNorm(64, device=device, dtype=dtype)
+        theirs = torch.nn.RMSNorm(64, device=device, dtype=dtype)
+        y = ours(input)
+        torch.testing.assert_close(y, theirs(input))
+        y.sum().backward()
+        assert ours.weight.grad.dtype == dtype
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors(device):
+    parts = [torch.randn(n, 16, device=device) for n in (3, 5)]
+    x = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    assert torch.equal(
+        nn.LayerNorm(16, device=device)(x).values(),
+        torch.nn.LayerNorm(16, device=device)(x).values(),
+    )
+
+
 def test_training_step_matches_torch(device):
     def train(norm):
         torch.manual_seed(0)

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 
+from llmos_kernels import layer_norm
 from llmos_kernels._registry import use_reference
 from llmos_kernels.testing import (
     CASES,
@@ -156,27 +158,57 @@ def test_row_alone_is_the_row_in_its_batch(case, dtype, device):
                 assert torch.equal(alone[0], together[row])
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@each_case
+COMPILED = [(case, "aot_eager") for case in CASES]
+COMPILED += [(case, "inductor") for case in CASES if case.name in ("layer_norm", "add_layer_norm")]
+
+
+@pytest.mark.parametrize("case, backend", COMPILED, ids=str)
 def test_compiles_whole(case, backend, device):
-    if (
-        backend == "inductor" and case.name != case.op.__name__
-        if hasattr(case.op, "__name__")
-        else True
-    ):
-        backend = "aot_eager"
     torch._dynamo.reset()
     compiled = torch.compile(case.op, fullgraph=True, dynamic=True, backend=backend)
     for rows in (5, 9):
         args = case.make((rows, 3, 64), device=device, requires_grad=True)
         actual, expected = run_with_gradients(compiled, args), run_with_gradients(case.op, args)
-        if "dropout" in case.name:  # Inductor draws other numbers; the count of zeros tells.
-            assert {k: v.shape for k, v in actual.items()} == {
-                k: v.shape for k, v in expected.items()
-            }
-            continue
         for name, value in actual.items():
             torch.testing.assert_close(value, expected[name])
+
+
+@each_case
+def test_forward_mode(case, device):
+    if "dropout" in case.name:
+        return
+    args = case.make((4, 16), device=device)
+    tangents = [torch.randn_like(a) if isinstance(a, torch.Tensor) else None for a in args]
+
+    def derivative(fn):
+        with fwAD.dual_level():
+            dual = [
+                a if t is None else fwAD.make_dual(a, t)
+                for a, t in zip(args, tangents, strict=True)
+            ]
+            return [fwAD.unpack_dual(o).tangent for o in run(fn, dual)]
+
+    for actual, expected in zip(derivative(case.op), derivative(case.eager), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_sum_is_used(device):
+    """The norm and its parameters have no part in the gradient of h, not even a zero or a NaN."""
+    for name in ("add_layer_norm", "add_layer_norm-dropout"):
+        case = next(c for c in CASES if c.name == name)
+        args = case.make((4, 16), device=device, requires_grad=True)
+        with torch.no_grad():
+            args[0][1, 3] = float("inf")
+        run(case.op, args)[1].sum().backward()
+        assert args[3].grad is None and args[0].grad.isfinite().all()
+        assert torch.equal(args[1].grad, torch.ones_like(args[1]))
+
+
+def test_gradient_of_a_float32_bias_alone(device):
+    bias = torch.zeros(8, device=device, requires_grad=True)
+    x, dy = torch.randn(2, 5000, 8, device=device).bfloat16()
+    layer_norm(x, (8,), None, bias).backward(dy)
+    torch.testing.assert_close(bias.grad, dy.double().sum(0).float(), rtol=1e-5, atol=1e-4)
 
 
 @each_case

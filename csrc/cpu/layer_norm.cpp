@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy_, const Opt
                                                     const Tensor& stats_, int64_t d, bool center,
                                                     double dropout_p, const Optional& seed,
                                                     bool weight_grad, bool bias_grad) {
-  const ScalarType dtype = weight_ ? weight_->scalar_type() : h_.scalar_type();
+  const ScalarType dtype = weight_ ? weight_->scalar_type() : ScalarType::Float;
   const bool drops = dropout_p > 0;
   const int64_t rows = rows_of(h_, d);
   Tensor dresidual = output_like(h_);

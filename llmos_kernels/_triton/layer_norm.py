@@ -39,7 +39,7 @@ def _scale_and_shift(v, weight, bias, col, inside):
     return v
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "threshold"])
 def _forward_kernel(x, residual, weight, bias, seed, y, h, stats, x_stride, residual_stride, N, D,
                     eps, threshold, scale,
                     CENTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
@@ -67,7 +67,7 @@ def _forward_kernel(x, residual, weight, bias, seed, y, h, stats, x_stride, resi
     tl.store(y + row * D + col, v, inside)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "threshold"])
 def _forward_wide_kernel(x, residual, weight, bias, seed, y, h, stats, x_stride, residual_stride, N,
                          D, eps, threshold, scale, CENTER: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) + tl.zeros((1, 1), tl.int64)

@@ -29,7 +29,7 @@ def _store_gradients(v, seed, dresidual, dx, at, row, first_col, threshold, scal
         tl.store(dx + at, v.to(tl.float32) * factors, inside)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "threshold"])
 def _backward_kernel(dy, dh, h, weight, stats, seed, dresidual, dx, dweight, dbias, dy_stride,
                      dh_stride, h_stride, N, D, threshold, scale,
                      CENTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
@@ -70,7 +70,7 @@ def _backward_kernel(dy, dh, h, weight, stats, seed, dresidual, dx, dweight, dbi
         tl.store(dbias + pid * D + col, dbias_sum, col < D)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "threshold"])
 def _backward_wide_kernel(dy, dh, h, weight, stats, seed, dresidual, dx, dy_stride, dh_stride,
                           h_stride, N, D, threshold, scale,
                           CENTER: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
@@ -145,7 +145,7 @@ def _sum_kernel(partial, out, SHARES, D, ROWS: tl.constexpr, BLOCK: tl.constexpr
 
 def backward(dy, dh, h, weight, stats, d, center, dropout_p, seed, weight_grad, bias_grad):
     n = h.numel() // d if d else 0
-    dtype = h.dtype if weight is None else weight.dtype
+    dtype = stats.dtype if weight is None else weight.dtype
     dresidual = h.new_empty(h.shape)
     dx = h.new_empty(h.shape if dropout_p else 0)
     if n == 0:

@@ -14,6 +14,8 @@ class LayerNorm(torch.nn.LayerNorm):
     """``torch.nn.LayerNorm`` through ``llmos_kernels.layer_norm``."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.is_nested:
+            return super().forward(input)
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
@@ -21,6 +23,8 @@ class RMSNorm(torch.nn.RMSNorm):
     """``torch.nn.RMSNorm`` through ``llmos_kernels.rms_norm``."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_nested:
+            return super().forward(x)
         return rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 

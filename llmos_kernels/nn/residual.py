@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import operator
 from typing import Any
 
 import torch
@@ -16,20 +17,26 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 class FusedResidual(torch.nn.Module):
     """``LayerNorm(residual + Dropout(dense(input)))``, mixed into the class it replaces.
 
-    Its parts are found by type: one LayerNorm, one Dropout, one other module. Where a part has
-    been replaced or given a hook since the swap, the replaced class's own forward runs.
+    Its parts are found by type: one LayerNorm, one Dropout, one other module. Where they or the
+    arguments are no longer what a fused call can take, the replaced class's own forward runs.
     """
 
     _replaced: type
-    _names: tuple[str, ...]  # Of the arguments of its forward.
+    _names: tuple[str, ...]  # Of the two arguments of its forward.
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        dense, dropout, norm = residual_parts(self)
-        if not (_is_plain(dropout, norm) and type(dropout) is torch.nn.Dropout):
+        parts = residual_parts(self)
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        whole = len(args) + len(kwargs) == len(given) == 2 and all(n in given for n in self._names)
+        if not whole or parts is None or not _is_plain(*parts[1:]):
             return self._replaced.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
-        input, residual = (*args, *(kwargs[name] for name in self._names[len(args) :]))
+        dense, dropout, norm = parts
+        input, residual = (given[name] for name in self._names)
+        input = dense(input)
+        if not isinstance(residual, Tensor) or input.shape != residual.shape:
+            return norm(dropout(input) + residual)
         return add_layer_norm(
-            dense(input),
+            input,
             residual,
             norm.normalized_shape,
             norm.weight,
@@ -47,12 +54,14 @@ class FusedResidual(torch.nn.Module):
 @functools.cache
 def fused_residual(replaced: type) -> type:
     """The drop-in subclass of ``replaced``."""
-    members = {"_replaced": replaced, "_names": forward_names(replaced)}
+    members = {"_replaced": replaced, "_names": tuple(_parameters(replaced))}
     return type(f"Fused{replaced.__name__}", (FusedResidual, replaced), members)
 
 
-def residual_parts(block: torch.nn.Module) -> tuple[Any, torch.nn.Dropout, torch.nn.LayerNorm]:
-    """Its projection, dropout and LayerNorm; raises ValueError where it has not just these."""
+def residual_parts(
+    block: torch.nn.Module,
+) -> tuple[Any, torch.nn.Dropout, torch.nn.LayerNorm] | None:
+    """Its projection, dropout and LayerNorm, or None where it has not just these."""
     dense: list[Any] = []
     dropout: list[torch.nn.Dropout] = []
     norm: list[torch.nn.LayerNorm] = []
@@ -64,18 +73,62 @@ def residual_parts(block: torch.nn.Module) -> tuple[Any, torch.nn.Dropout, torch
         else:
             dense.append(child)
     if not len(dense) == len(dropout) == len(norm) == 1:
-        raise ValueError(f"{type(block).__name__} is not a projection, a dropout and a LayerNorm")
+        return None
     return dense[0], dropout[0], norm[0]
 
 
-def forward_names(cls: type) -> tuple[str, ...]:
-    """The names of the arguments of ``cls.forward``."""
-    return tuple(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined]
+def takes_two_tensors(cls: type) -> bool:
+    """Whether ``cls.forward`` has two parameters, plain ones without a default."""
+    parameters = _parameters(cls).values()
+    plain = (p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in parameters)
+    return len(parameters) == 2 and all(plain)
 
 
-def _is_plain(*modules: torch.nn.Module) -> bool:
-    return type(modules[-1]) in (torch.nn.LayerNorm, LayerNorm) and not any(
-        getattr(m, hooks) for m in modules for hooks in _HOOKS
+def computes_residual(block: torch.nn.Module) -> bool:
+    """Whether the forward of ``block`` is, step by step, the formula that ``FusedResidual`` fuses.
+
+    Numbers alone cannot tell: without dropout many other formulas give the same ones.
+    """
+    parts = residual_parts(block)
+    try:
+        nodes = list(_Tracer().trace(block).nodes)
+    except Exception:  # A forward that cannot be traced decides something by its input.
+        return False
+    if parts is None or len(nodes) != 7:
+        return False
+    a, b, dense, dropout, add, norm, output = nodes
+    children = {m: name for name, m in block.named_children()}
+    steps = [(dense, parts[0], (a,)), (dropout, parts[1], (dense,)), (norm, parts[2], (add,))]
+    added = add.target in (operator.add, operator.iadd, torch.add, "add", "add_")
+    return (
+        a.op == b.op == "placeholder"
+        and all(
+            n.op == "call_module" and n.target == children[m] and n.args == args and not n.kwargs
+            for n, m, args in steps
+        )
+        and added
+        and not add.kwargs
+        and set(add.args) == {dropout, b}
+        and output.args == (norm,)
+    )
+
+
+class _Tracer(torch.fx.Tracer):
+    def is_leaf_module(self, m, qualified_name) -> bool:
+        return True
+
+
+def _parameters(cls: Any) -> dict[str, inspect.Parameter]:
+    _, *parameters = inspect.signature(cls.forward).parameters.items()
+    return dict(parameters)
+
+
+def _is_plain(dropout: torch.nn.Dropout, norm: torch.nn.LayerNorm) -> bool:
+    return (
+        type(dropout) is torch.nn.Dropout
+        and dropout.p < 1
+        and type(norm) in (torch.nn.LayerNorm, LayerNorm)
+        and not any(getattr(m, hooks) for m in (dropout, norm) for hooks in _HOOKS)
     )
 
 

@@ -132,7 +132,7 @@ def _backward_reference(
 ):
     mean = stats[0, :, None] if center else None
     dresidual, dweight, dbias = _gradients(dy, dh, h, weight, mean, stats[-1, :, None], d)
-    dtype = h.dtype if weight is None else weight.dtype
+    dtype = stats.dtype if weight is None else weight.dtype
     dx = dropout_reference(dresidual, seed, dropout_p) if dropout_p else None
     return (
         dresidual.reshape(h.shape).contiguous(),
@@ -150,7 +150,7 @@ def _empty_stats(x, d, center):
 
 
 def _backward_fake(dy, dh, h, weight, stats, d, center, dropout_p, seed, weight_grad, bias_grad):
-    dtype = h.dtype if weight is None else weight.dtype
+    dtype = stats.dtype if weight is None else weight.dtype
     return (
         h.new_empty(h.shape),
         h.new_empty(h.shape if dropout_p else 0),
@@ -192,8 +192,6 @@ _backward = define(
 
 def _gradients_of(ctx, dy, dh, h, weight, bias, stats, seed):
     """dresidual, dx, dweight, dbias; by differentiable torch ops where a graph is asked for."""
-    if dy is None:
-        dy = torch.zeros_like(h)
     weight_grad = weight is not None and weight.requires_grad
     bias_grad = bias is not None and bias.requires_grad
     if torch.is_grad_enabled():
@@ -243,6 +241,11 @@ class _AddNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dh):
+        if dy is None:  # Only h is used: neither the norm nor its parameters have a part in it.
+            seed, p = ctx.saved_tensors[-1], ctx.dropout_p
+            rows = _rows(dh, ctx.d)
+            dx = dh if seed is None else dropout_reference(rows, seed, p).reshape(dh.shape)
+            return dx, dh, None, None, None, None, None, None, None
         dresidual, dx, dweight, dbias = _gradients_of(ctx, dy, dh, *ctx.saved_tensors)
         return dx, dresidual, dweight, dbias, None, None, None, None, None
 

@@ -52,6 +52,13 @@ def add_rms_norm_reference(
     return normalize(h, weight, None, d, _eps(eps, h.dtype), center=False)[0], h
 
 
+def _in_accumulation_dtype(weight: Tensor | None, input: Tensor) -> Tensor | None:
+    # torch lets RMSNorm's weight have any dtype, and multiplies before it rounds.
+    if weight is None or weight.dtype == input.dtype:
+        return weight
+    return weight.to(torch.promote_types(input.dtype, torch.float32))
+
+
 def _eps(eps: float | None, dtype: torch.dtype) -> float:
     # torch takes the epsilon of the dtype it accumulates in.
     return torch.finfo(torch.promote_types(dtype, torch.float32)).eps if eps is None else eps
@@ -68,12 +75,14 @@ def rms_norm(
     """``torch.nn.functional.rms_norm`` in one pass over ``input``.
 
     ``input`` [..., *normalized_shape] may be float32, bfloat16 or float16 (float64: the reference
-    answers), with any strides; ``weight`` [*normalized_shape] has its dtype or is float32. ``eps``
+    answers), with any strides; ``weight`` [*normalized_shape] may have another floating
+    dtype. ``eps``
     defaults to the epsilon of float32 (of float64 for float64), as in torch. Raises ValueError for
     shapes or devices that disagree, TypeError for dtypes.  Zhang and Sennrich 2019.
     """
     if autocasts(input):
         input, weight = as_float32(input, weight)
+    weight = _in_accumulation_dtype(weight, input)
     d = check_norm(input, normalized_shape, weight, None)
     if use_reference(backend, input.dtype):
         return rms_norm_reference(input, normalized_shape, weight, eps)
@@ -102,6 +111,7 @@ def add_rms_norm(
             h = add_dropped(input, residual, normalized_shape, dropout_p, training)
             return rms_norm(h, normalized_shape, weight, eps, backend=backend), h
         (weight,) = as_float32(weight)
+    weight = _in_accumulation_dtype(weight, input)
     d = check_norm(input, normalized_shape, weight, None)
     if use_reference(backend, input.dtype):
         return add_rms_norm_reference(

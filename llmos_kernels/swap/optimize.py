@@ -25,8 +25,7 @@ def optimize(
 
     With ``verify`` each module is compared to its replacement, outputs and gradients, in eval and
     in train mode, and timed. One that misses its error budget stays, as does one that no rule can
-    swap safely: the report says why. Modules found by structure alone are proved even without
-    ``verify``. ``inputs`` (a tuple of arguments, or a dict of keyword arguments) are run through the
+    swap safely: the report says why. ``inputs`` (a tuple of arguments, or a dict of keyword arguments) are run through the
     model once, in eval mode, so that each proof uses what its module really gets; random numbers
     are used otherwise. ``strict`` raises ValueError, the model unchanged, where a module would be
     kept. A model that is no ``torch.nn.Module`` raises TypeError.
@@ -34,28 +33,41 @@ def optimize(
     _check_model(model)
     if inputs is not None and not isinstance(inputs, (tuple, dict)):
         raise TypeError(f"inputs must be a tuple or a dict, got {type(inputs).__name__}")
-    plan = [(name, m, cls, rules.why_not(m, up)) for name, m, cls, up in _candidates(model)]
-    devices = {p.device for p in model.parameters() if p.is_cuda}
-    with torch.inference_mode(False), torch.random.fork_rng(devices=[d.index for d in devices]):
-        torch.manual_seed(0)
-        captured = _capture(model, [m for _, m, _, why in plan if not why], inputs)
+    plan = [(name, m, rules.why_not(m, around)) for name, m, around in _candidates(model)]
+    gpus = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    with torch.inference_mode(False), torch.random.fork_rng(devices=gpus):
+        for generator in (
+            torch.default_generator,
+            *(torch.cuda.default_generators[i] for i in gpus),
+        ):
+            generator.manual_seed(0)
+        captured = _capture(model, [m for _, m, why in plan if not why], inputs)
         entries = [_judge(*row, captured, verify) for row in plan]
     report = Report(entries)
     if strict and report.kept:
         raise ValueError(f"modules that cannot be swapped:\n{Report(report.kept)}")
-    for entry, (_, module, cls, _) in zip(entries, plan, strict=True):
+    for entry, (_, module, _) in zip(entries, plan, strict=True):
         if entry.swapped:
             module.__dict__[_MARK] = type(module)
-            module.__class__ = cls
+            module.__class__ = rules.drop_in(module)
     return report
 
 
 def restore(model: nn.Module) -> None:
-    """Give every module that ``optimize`` swapped in ``model`` its class back."""
+    """Give every module that ``optimize`` swapped in ``model`` its class back.
+
+    Raises ValueError, the model unchanged, where another tool has changed such a class since.
+    """
     _check_model(model)
-    for module in model.modules():
-        if original := module.__dict__.pop(_MARK, None):
-            module.__class__ = original
+    swapped = [(name, m) for name, m in model.named_modules() if _MARK in m.__dict__]
+    for name, module in swapped:
+        if not rules.is_swap(module, module.__dict__[_MARK]):
+            raise ValueError(
+                f"{name or 'the model'} became a {type(module).__name__} after it was swapped:"
+                " undo that first (a parametrization, or sharding)"
+            )
+    for _, module in swapped:
+        module.__class__ = module.__dict__.pop(_MARK)
 
 
 def _check_model(model) -> None:
@@ -63,14 +75,14 @@ def _check_model(model) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, type, list[nn.Module]]]:
-    """Each module that a rule knows, once: name, module, drop-in class, the modules around it."""
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
+    """Each module that a rule knows, once: name, module, the modules around it."""
     by_name = dict(model.named_modules())
     for name, module in by_name.items():
-        if cls := rules.drop_in(module):
+        if rules.is_candidate(module):
             parts = name.split(".") if name else []
             outer = [".".join(parts[:i]) for i in range(len(parts))]
-            yield name, module, cls, [by_name[o] for o in outer if o in by_name]
+            yield name, module, [by_name[o] for o in outer if o in by_name]
 
 
 def _capture(model, modules, inputs) -> dict:
@@ -81,29 +93,26 @@ def _capture(model, modules, inputs) -> dict:
     return verify.captured_inputs(model, modules, lambda: model(*inputs))
 
 
-def _judge(name, module, cls, why, captured, proof_wanted) -> Entry:
+def _judge(name, module, why, captured, proof_wanted) -> Entry:
     shown = type(module).__name__
     if why:
         return Entry(name, shown, False, why)
-    if not proof_wanted and not rules.is_proof_needed(module):
+    if not proof_wanted:
         return Entry(name, shown, True, "not verified")
     try:
+        cls = rules.drop_in(module)
         inputs = captured.get(module) or verify.example_inputs(module)
         error = verify.largest_error(module, cls, inputs)
-        ratio = verify.speedup(module, cls, inputs) if proof_wanted else None
+        ratio = verify.speedup(module, cls, inputs)
     except Exception as e:  # Whatever a user's module raises is a reason to keep it.
-        return Entry(
-            name,
-            shown,
-            False,
-            f"could not be verified: {type(e).__name__}: {str(e).splitlines()[0]}",
-        )
+        first = next(iter(str(e).splitlines()), "")
+        return Entry(name, shown, False, f"could not be verified: {type(e).__name__}: {first}")
     if error > 1:
         return Entry(
             name,
             shown,
             False,
-            "it computes something else, or misses the error budget",
+            "it misses the error budget",
             error,
             ratio,
         )

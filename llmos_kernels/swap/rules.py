@@ -7,21 +7,30 @@ from torch import nn
 
 import llmos_kernels.nn as fused
 from llmos_kernels._registry import KERNEL_DTYPES
-from llmos_kernels.nn.residual import FusedResidual, forward_names, fused_residual, residual_parts
+from llmos_kernels.nn.residual import (
+    FusedResidual,
+    computes_residual,
+    fused_residual,
+    residual_parts,
+    takes_two_tensors,
+)
 
 #: A class and its drop-in. Subclasses are others: they may compute something else.
 EXACT = {nn.LayerNorm: fused.LayerNorm, nn.RMSNorm: fused.RMSNorm}
 
 
-def drop_in(module: nn.Module) -> type | None:
-    """The class that could replace the one of ``module``, or None where no rule applies."""
-    if is_fused(module):
-        return None
+def is_candidate(module: nn.Module) -> bool:
+    """Whether a rule knows ``module``; ``why_not`` says whether it can be swapped."""
+    return not is_fused(module) and (isinstance(module, tuple(EXACT)) or _is_residual(module))
+
+
+def drop_in(module: nn.Module) -> type:
+    """The class that replaces the one of the candidate ``module``."""
     for plain, ours in EXACT.items():
         if isinstance(module, plain):
             return ours
     cls: Any = type(module)
-    return fused_residual(cls) if _is_residual(module) else None
+    return fused_residual(cls)
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -29,23 +38,23 @@ def is_fused(module: nn.Module) -> bool:
     return isinstance(module, (FusedResidual, fused.AddLayerNorm, *EXACT.values()))
 
 
+def is_swap(module: nn.Module, original: type) -> bool:
+    """Whether the class of ``module`` is still the drop-in of ``original``."""
+    ours = EXACT.get(original) or fused_residual(original)
+    return type(module) is ours
+
+
 def _is_residual(module: nn.Module) -> bool:
-    """A forward of two tensors over a projection, a dropout and a LayerNorm.
-
-    Whether it computes their residual block is for the proof to say, not for a name.
-    """
-    try:
-        _, dropout, norm = residual_parts(module)
-    except ValueError:
-        return False
+    """A forward of two tensors over a projection, a dropout and a LayerNorm."""
+    parts = residual_parts(module)
     own = [*module._parameters.values(), *module._buffers.values()]
-    exact = type(dropout) is nn.Dropout and type(norm) in (nn.LayerNorm, fused.LayerNorm)
-    return exact and not own and len(forward_names(type(module))) == 2
-
-
-def is_proof_needed(module: nn.Module) -> bool:
-    """Whether the rule found ``module`` by structure alone."""
-    return not isinstance(module, tuple(EXACT))
+    return (
+        parts is not None
+        and type(parts[1]) is nn.Dropout
+        and type(parts[2]) in (nn.LayerNorm, fused.LayerNorm)
+        and not own
+        and takes_two_tensors(type(module))
+    )
 
 
 def why_not(module: nn.Module, ancestors: list[nn.Module]) -> str:
@@ -70,8 +79,11 @@ def why_not(module: nn.Module, ancestors: list[nn.Module]) -> str:
     for p in (p for norm in norms for p in norm.parameters()):
         if p.dtype not in KERNEL_DTYPES:
             return f"no kernel for {p.dtype}"
-    if not plain:
-        _, dropout, norm = residual_parts(module)
+    parts = None if plain else residual_parts(module)
+    if parts is not None:
+        _, dropout, norm = parts
+        if not computes_residual(module):
+            return "its forward is not LayerNorm(residual + Dropout(dense(input)))"
         if not 0 <= dropout.p < 1:
             return f"dropout with p={dropout.p}"
         if any(m._forward_hooks or m._forward_pre_hooks for m in (dropout, norm)):

@@ -4,6 +4,7 @@ Both run as replicas: parameters are copies, hooks are left out, random state is
 model itself is not touched.
 """
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -50,7 +51,10 @@ def example_inputs(module: nn.Module) -> tuple[Tensor, ...]:
     options: dict[str, Any] = {"device": parameter.device, "dtype": parameter.dtype}
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return (torch.randn(_ROWS, *module.normalized_shape, **options),)
-    dense, _, norm = residual_parts(module)
+    parts = residual_parts(module)
+    if parts is None:
+        raise ValueError(f"the inputs of {type(module).__name__} are unknown: pass inputs=")
+    dense, _, norm = parts
     if not isinstance(getattr(dense, "in_features", None), int):
         raise ValueError(f"the input width of {type(dense).__name__} is unknown: pass inputs=")
     shapes = [(dense.in_features,), norm.normalized_shape]
@@ -98,13 +102,15 @@ def captured_inputs(model: nn.Module, modules: list[nn.Module], call: Callable) 
     found: dict[nn.Module, tuple[Tensor, ...]] = {}
 
     def remember(module, args, kwargs):
-        tensors = tuple(t.detach().clone() for t in (*args, *kwargs.values()))
-        found.setdefault(module, tensors)
+        values = inspect.signature(module.forward).bind(*args, **kwargs).arguments.values()
+        if module not in found and all(isinstance(v, Tensor) for v in values):
+            found[module] = tuple(v.detach().clone() for v in values)
 
     modes = {m: m.training for m in model.modules()}
     handles = [m.register_forward_pre_hook(remember, with_kwargs=True) for m in modules]
     try:
-        model.eval()
+        for module in modes:  # Not eval(), which a model may have given other effects.
+            module.training = False
         with torch.no_grad():
             call()
     finally:

@@ -32,7 +32,7 @@ template <class T, class Body>
       const V dropped = store_rounded(h + at, load<V>(x + at) * load<V>(factors + i));
       body(part, at, store_rounded(h + at, load<V>(residual + at) + dropped));
     });
-    sum.fold();
+    if ((begin + count) % kFoldEvery == 0) sum.fold();
   });
 }
 

@@ -223,6 +223,9 @@ template <class Body>
   for (; i < d; ++i) body(Part<float, 0>{}, i);
 }
 
+// Elements after which a sum starts new partial sums.
+constexpr int64_t kFoldEvery = 128 * kLanes;
+
 // A sum over a sweep: always the same order, whatever row or thread it runs on.
 struct Sum {
   F32 part[4] = {};
@@ -254,10 +257,9 @@ struct Sum {
 // A sweep that feeds sums.
 template <class Body, class... Sums>
 [[gnu::always_inline]] inline void sweep_sums(int64_t d, Body body, Sums&... sums) {
-  constexpr int64_t kBlock = 128 * kLanes;
-  if (d <= kBlock) return sweep(d, body);
-  for (int64_t begin = 0; begin < d; begin += kBlock) {
-    sweep(d - begin < kBlock ? d - begin : kBlock,
+  if (d <= kFoldEvery) return sweep(d, body);
+  for (int64_t begin = 0; begin < d; begin += kFoldEvery) {
+    sweep(d - begin < kFoldEvery ? d - begin : kFoldEvery,
           [&](auto part, int64_t i) { body(part, begin + i); });
     (sums.fold(), ...);
   }
