@@ -32,6 +32,7 @@ class Case:
     make: Callable[..., tuple]
     shapes: tuple  # Small and awkward: tests.
     sizes: tuple = ()  # Of real models: benchmarks.
+    rival: Callable | None = None  # What benchmarks time instead of an eager that draws our mask.
 
     def __str__(self) -> str:
         return self.name
@@ -63,6 +64,11 @@ def _add_eager(norm, x, residual, normalized_shape, *rest, dropout_p=0.0):
     return norm(h, normalized_shape, *rest), h
 
 
+def _add_rival(norm, x, residual, normalized_shape, *rest, dropout_p):
+    h = residual + F.dropout(x, dropout_p)
+    return norm(h, normalized_shape, *rest), h
+
+
 #: Empty, one, primes, powers of two and their neighbours, wider than a block.
 SHAPES = (
     (0, 8),
@@ -86,6 +92,7 @@ SIZES = ((512, 768), (4096, 1024), (32, 384))
 def _norm_case(name, module, op, eager, *, sizes=(), shapes=SHAPES, make=None, dropout_p=0.0):
     reference = getattr(module, f"{op}_reference")
     function = getattr(module, op)
+    rival = functools.partial(_add_rival, eager, dropout_p=dropout_p) if dropout_p else None
     if op.startswith("add_"):
         eager = functools.partial(_add_eager, eager, dropout_p=dropout_p)
     if dropout_p:
@@ -93,7 +100,14 @@ def _norm_case(name, module, op, eager, *, sizes=(), shapes=SHAPES, make=None, d
         function = functools.partial(function, **drop)
         reference = functools.partial(reference, **drop)
     return Case(
-        name, function, reference, eager, functools.partial(_norm_args, **make), shapes, sizes
+        name,
+        function,
+        reference,
+        eager,
+        functools.partial(_norm_args, **make),
+        shapes,
+        sizes,
+        rival,
     )
 
 
