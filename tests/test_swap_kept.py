@@ -1,0 +1,127 @@
+"""What optimize keeps, and the reason it gives."""
+
+import pytest
+import torch
+from swap_models import (
+    Block,
+    DropsLast,
+    DropsNothing,
+    DropsSum,
+    LooksAtShapes,
+    Model,
+    PreNorm,
+    Scales,
+    TwiceNorm,
+)
+from torch import nn
+
+import llmos_kernels as lk
+
+
+@pytest.fixture
+def x():
+    torch.manual_seed(0)
+    return torch.randn(4, 5, 16)
+
+
+@pytest.mark.parametrize(
+    "block", [PreNorm, DropsLast, DropsSum, DropsNothing, LooksAtShapes, Scales]
+)
+@pytest.mark.parametrize("proof", [True, False])
+def test_another_formula_is_kept(x, block, proof):
+    """Most of these give the same numbers where dropout is off."""
+    model = Model(block=block).eval()
+    before = model(x)
+    (kept,) = lk.optimize(model, verify=proof).kept
+    assert kept.module == "block" and "is not LayerNorm(residual" in kept.reason
+    torch.testing.assert_close(model(x), before)
+
+
+def test_a_block_that_raises_is_kept():
+    block = Block()
+
+    class Raises(nn.Linear):
+        def forward(self, input):
+            assert input.dim() == 3
+
+    block.project.__class__ = Raises
+    (kept, _) = lk.optimize(block).entries
+    assert "could not be verified: AssertionError" in kept.reason
+
+
+def test_a_wrong_kernel_is_kept(x, monkeypatch):
+    model = Model().eval()
+    right = lk.nn.LayerNorm.forward
+    monkeypatch.setattr(lk.nn.LayerNorm, "forward", lambda self, x: right(self, x) * 1.001)
+    report = lk.optimize(model)
+    assert {e.module for e in report.kept} == {"first", "block.norm"}
+    assert all(e.error > 1 and "error budget" in e.reason for e in report.kept)
+
+
+def test_strict_raises_and_changes_nothing():
+    model = nn.Sequential(nn.LayerNorm(8), TwiceNorm(8))
+    with pytest.raises(ValueError, match="TwiceNorm"):
+        lk.optimize(model, strict=True)
+    assert type(model[0]) is nn.LayerNorm
+    assert len(lk.optimize(model[:1], strict=True).swapped) == 1
+
+
+def test_hooks_on_parts_of_a_block(x):
+    model = Model().eval()
+    seen = []
+    handle = model.block.norm.register_forward_hook(lambda *a: seen.append(1))
+    (kept,) = lk.optimize(model).kept
+    assert "hooks" in kept.reason
+    model(x)
+    assert seen == [1]
+    handle.remove()
+    lk.restore(model)
+    lk.optimize(model)
+    model.block.norm.register_forward_hook(lambda *a: seen.append(2))
+    model(x)
+    assert seen == [1, 2]
+
+
+def test_compiled_modules_are_kept(x):
+    compiled = torch.compile(Model().eval(), backend="eager")
+    in_place = Model().eval()
+    in_place.block.compile(backend="eager")
+    assert not lk.optimize(compiled).swapped
+    assert {e.module for e in lk.optimize(in_place).kept} == {"block", "block.norm"}
+    swapped = Model().eval()
+    expected = swapped(x)
+    lk.optimize(swapped)
+    torch.testing.assert_close(
+        torch.compile(swapped, backend="aot_eager", fullgraph=True)(x), expected
+    )
+
+
+def test_odd_modules_are_kept():
+    def reason(module, **options):
+        report = lk.optimize(module, **options)
+        assert not report.swapped
+        return report.kept[0].reason
+
+    patched = nn.LayerNorm(8)
+    patched.forward = lambda x: x
+    assert "replaced on the instance" in reason(patched)
+    parametrized = nn.LayerNorm(8)
+    nn.utils.parametrize.register_parametrization(parametrized, "weight", nn.Identity())
+    assert "subclass" in reason(parametrized)
+    assert "meta" in reason(nn.LayerNorm(8, device="meta"))
+    assert "float64" in reason(nn.LayerNorm(8, dtype=torch.float64))
+    blocks = nn.ModuleList([Block(p=1.0)])
+    assert "p=1.0" in lk.optimize(blocks).kept[0].reason
+
+
+@pytest.mark.filterwarnings(
+    "ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor"
+)
+def test_quantized_parts(x):
+    model = Model().eval()
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
+    before = quantized(x)
+    report = lk.optimize(quantized)
+    assert {e.module for e in report.swapped} == {"first", "last", "block.norm"}
+    assert "verified" in report.kept[0].reason
+    torch.testing.assert_close(quantized(x), before)
