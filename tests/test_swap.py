@@ -11,7 +11,7 @@ from swap_models import Block, Model, OptionalSkip, TwiceNorm, classes
 from torch import nn
 
 import llmos_kernels as lk
-from llmos_kernels.swap import verify
+from llmos_kernels.swap import proof
 
 
 @pytest.fixture
@@ -248,7 +248,7 @@ def test_optimize_before_fully_shard(x, process_group):
 
 def test_replica_shares_nothing():
     model = Model()
-    copied = verify.replica(model)
+    copied = proof.replica(model)
     with torch.no_grad():
         for p in copied.parameters():
             p.zero_()

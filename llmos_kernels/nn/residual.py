@@ -11,7 +11,7 @@ from torch import Tensor
 from llmos_kernels.nn.norm import LayerNorm
 from llmos_kernels.ops.layer_norm import add_layer_norm
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class FusedResidual(torch.nn.Module):
@@ -128,7 +128,7 @@ def _is_plain(dropout: torch.nn.Dropout, norm: torch.nn.LayerNorm) -> bool:
         type(dropout) is torch.nn.Dropout
         and dropout.p < 1
         and type(norm) in (torch.nn.LayerNorm, LayerNorm)
-        and not any(getattr(m, hooks) for m in (dropout, norm) for hooks in _HOOKS)
+        and not any(getattr(m, hooks) for m in (dropout, norm) for hooks in HOOKS)
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from llmos_kernels.swap import rules, verify
+from llmos_kernels.swap import proof, rules
 from llmos_kernels.swap.report import Entry, Report
 
 _MARK = "_llmos_swapped_from"
@@ -25,10 +25,10 @@ def optimize(
 
     With ``verify`` each module is compared to its replacement, outputs and gradients, in eval and
     in train mode, and timed. One that misses its error budget stays, as does one that no rule can
-    swap safely: the report says why. ``inputs`` (a tuple of arguments, or a dict of keyword arguments) are run through the
-    model once, in eval mode, so that each proof uses what its module really gets; random numbers
-    are used otherwise. ``strict`` raises ValueError, the model unchanged, where a module would be
-    kept. A model that is no ``torch.nn.Module`` raises TypeError.
+    swap safely: the report says why. ``inputs`` (a tuple of arguments, or a dict of keyword
+    arguments) are run through the model once, in eval mode, so that each proof uses what its module
+    really gets; random numbers are used otherwise. ``strict`` raises ValueError, the model
+    unchanged, where a module would be kept. A model that is no ``torch.nn.Module`` raises TypeError.
     """
     _check_model(model)
     if inputs is not None and not isinstance(inputs, (tuple, dict)):
@@ -89,8 +89,8 @@ def _capture(model, modules, inputs) -> dict:
     if inputs is None:
         return {}
     if isinstance(inputs, dict):
-        return verify.captured_inputs(model, modules, lambda: model(**inputs))
-    return verify.captured_inputs(model, modules, lambda: model(*inputs))
+        return proof.captured_inputs(model, modules, lambda: model(**inputs))
+    return proof.captured_inputs(model, modules, lambda: model(*inputs))
 
 
 def _judge(name, module, why, captured, proof_wanted) -> Entry:
@@ -101,19 +101,12 @@ def _judge(name, module, why, captured, proof_wanted) -> Entry:
         return Entry(name, shown, True, "not verified")
     try:
         cls = rules.drop_in(module)
-        inputs = captured.get(module) or verify.example_inputs(module)
-        error = verify.largest_error(module, cls, inputs)
-        ratio = verify.speedup(module, cls, inputs)
+        inputs = captured.get(module) or proof.example_inputs(module)
+        error = proof.largest_error(module, cls, inputs)
+        ratio = proof.speedup(module, cls, inputs)
     except Exception as e:  # Whatever a user's module raises is a reason to keep it.
         first = next(iter(str(e).splitlines()), "")
         return Entry(name, shown, False, f"could not be verified: {type(e).__name__}: {first}")
     if error > 1:
-        return Entry(
-            name,
-            shown,
-            False,
-            "it misses the error budget",
-            error,
-            ratio,
-        )
+        return Entry(name, shown, False, "it misses the error budget", error, ratio)
     return Entry(name, shown, True, "", error, ratio)

@@ -8,6 +8,7 @@ from torch import nn
 import llmos_kernels.nn as fused
 from llmos_kernels._registry import KERNEL_DTYPES
 from llmos_kernels.nn.residual import (
+    HOOKS,
     FusedResidual,
     computes_residual,
     fused_residual,
@@ -86,6 +87,6 @@ def why_not(module: nn.Module, ancestors: list[nn.Module]) -> str:
             return "its forward is not LayerNorm(residual + Dropout(dense(input)))"
         if not 0 <= dropout.p < 1:
             return f"dropout with p={dropout.p}"
-        if any(m._forward_hooks or m._forward_pre_hooks for m in (dropout, norm)):
+        if any(getattr(m, hooks) for m in (dropout, norm) for hooks in HOOKS):
             return "its dropout or LayerNorm has hooks, which a fused forward would not call"
     return ""
