@@ -87,7 +87,7 @@ template <class T, class Add>
 [[gnu::always_inline]] inline const float* row_of_h(const NormForward<T>& a, int64_t row,
                                                     float* scratch, Sum& sum, Add add) {
   const T* x = a.x + row * a.x_stride;
-  T* h = a.h + row * a.d;
+  T* h = a.residual ? a.h + row * a.d : nullptr;
   const auto visit = [&](auto part, int64_t i, auto v) {
     if constexpr (!is_float<T>) store(scratch + i, v);
     add(part, v);
