@@ -1,9 +1,9 @@
 """Fused kernels for the classic Transformer block, as drop-in PyTorch functions and modules."""
 
-import importlib.util
+from importlib.machinery import PathFinder
 
 # Built from csrc/. Without it ops run their reference; a broken one must raise.
-if importlib.util.find_spec("llmos_kernels._C"):
+if PathFinder.find_spec("llmos_kernels._C", __path__):
     from llmos_kernels import _extension  # noqa: F401
 
 from llmos_kernels import nn

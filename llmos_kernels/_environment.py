@@ -1,10 +1,10 @@
 """What of the package works on this machine, and why not more: ``python -m llmos_kernels env``."""
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,11 +45,7 @@ def why_reference(op: str, key: str) -> str:
 
 
 def _extension():
-    if importlib.util.find_spec("llmos_kernels._C") is None:
-        return None
-    from llmos_kernels import _C  # type: ignore[attr-defined]
-
-    return _C
+    return sys.modules.get("llmos_kernels._C")
 
 
 def _version(package: str) -> str:
