@@ -12,7 +12,6 @@ from llmos_kernels.testing import (
     DTYPES,
     assert_accurate,
     cast,
-    make_gradients,
     raw_calls,
     run,
     tensors,
@@ -169,15 +168,11 @@ def test_strided_inputs(case):
                 assert torch.equal(a, b), name
 
 
-@each_case
+@pytest.mark.parametrize("case", [c for c in CASES if "dropout" in c.name], ids=str)
 def test_dropout_masks_are_bit_equal(case):
     """Kernels and reference drop the same elements, whatever they do with the others."""
-    if "dropout" not in case.name:
-        return
     for dtype in DTYPES:
         for name, kernel, reference, args in calls(case, (37, 1003), dtype):
             for out, expected in zip(outputs(kernel, args), outputs(reference, args), strict=True):
                 if out.shape == (37, 1003):
                     assert torch.equal(out == 0, expected == 0), name
-    gradients = make_gradients(outputs(kernel, args))
-    assert len(gradients) == 4
