@@ -10,8 +10,7 @@ from llmos_kernels.testing import CASES, error_over_budget, errors, run, tensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16)
-SIZES_GPU = ((8192, 4096), (16384, 1024), (4096, 8192))
-GRID = [(c, s) for c in CASES if c.sizes for s in (c.sizes if DEVICE == "cpu" else SIZES_GPU)]
+GRID = [(c, s) for c in CASES for s in (c.sizes if DEVICE == "cpu" else c.gpu_sizes)]
 
 _CPU_GOALS = {
     ("layer_norm", "forward"): (2.0, 2.8, 1.8, 3.0, 0.9, None),

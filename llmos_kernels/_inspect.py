@@ -102,7 +102,7 @@ def recorded_launches() -> Iterator[list[Launch]]:
         yield launches
 
 
-def launches(dtypes=None, widths=(64, 768, 4096, 8192, 16384, 32768), names=None) -> list[Launch]:
+def launches(dtypes=None, widths=None, names=None) -> list[Launch]:
     """The distinct launches of every case, forward and backward."""
     from llmos_kernels._registry import DEFINED
     from llmos_kernels.testing import CASES, DTYPES, raw_calls
@@ -110,7 +110,7 @@ def launches(dtypes=None, widths=(64, 768, 4096, 8192, 16384, 32768), names=None
     found: dict[Launch, None] = {}
     for case in (c for c in CASES if names is None or c.name in names):
         for dtype in dtypes or DTYPES:
-            for shape in {(*case.shapes[-1][:-1], width) for width in widths}:
+            for shape in {(*case.shapes[-1][:-1], width) for width in widths or case.widths}:
                 for op, args in raw_calls(case, shape, dtype=dtype):
                     defined = DEFINED[op.name()]
                     if defined.triton is None:

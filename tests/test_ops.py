@@ -45,7 +45,7 @@ def test_matches_reference(case, shape, dtype, device):
 
 @each_case
 def test_gradient_formula(case, device):
-    args = case.make((3, 2, 5), dtype=torch.float64, device=device, requires_grad=True)
+    args = case.make(case.tiny, dtype=torch.float64, device=device, requires_grad=True)
 
     def fn(*args):
         return run(case.op, args)
@@ -134,7 +134,7 @@ def test_inputs_are_unmodified(case, device):
 @each_dtype
 @each_case
 def test_same_bits_on_every_repeat(case, dtype, device):
-    args = case.make((67, 129), dtype=dtype, device=device, requires_grad=True)
+    args = case.make(case.medium, dtype=dtype, device=device, requires_grad=True)
     first = run_with_gradients(case.op, args)
     for _ in range(50):
         for name, value in run_with_gradients(case.op, args).items():
@@ -142,10 +142,13 @@ def test_same_bits_on_every_repeat(case, dtype, device):
 
 
 @each_dtype
-@each_case
+@pytest.mark.parametrize(
+    "case",
+    # A dropout mask belongs to a row's place; the 2d case has no single rows.
+    [c for c in CASES if c.row_wise and "dropout" not in c.name and "2d" not in c.name],
+    ids=str,
+)
 def test_row_alone_is_the_row_in_its_batch(case, dtype, device):
-    if "dropout" in case.name or "2d" in case.name:
-        pytest.skip("a dropout mask belongs to a row's place; the 2d case has no single rows")
     for d in (64, 129, 1000):
         args = case.make((33, d), dtype=dtype, device=device)
         batch = run(case.op, args)
@@ -158,8 +161,9 @@ def test_row_alone_is_the_row_in_its_batch(case, dtype, device):
                 assert torch.equal(alone[0], together[row])
 
 
+INDUCTOR = ("layer_norm", "add_layer_norm", "attention")
 COMPILED = [(case, "aot_eager") for case in CASES]
-COMPILED += [(case, "inductor") for case in CASES if case.name in ("layer_norm", "add_layer_norm")]
+COMPILED += [(case, "inductor") for case in CASES if case.name in INDUCTOR]
 
 
 @pytest.mark.parametrize("case, backend", COMPILED, ids=str)
@@ -167,7 +171,7 @@ def test_compiles_whole(case, backend, device):
     torch._dynamo.reset()
     compiled = torch.compile(case.op, fullgraph=True, dynamic=True, backend=backend)
     for rows in (5, 9):
-        args = case.make((rows, 3, 64), device=device, requires_grad=True)
+        args = case.make(case.sized(rows), device=device, requires_grad=True)
         actual, expected = run_with_gradients(compiled, args), run_with_gradients(case.op, args)
         for name, value in actual.items():
             torch.testing.assert_close(value, expected[name])
@@ -177,8 +181,11 @@ def test_compiles_whole(case, backend, device):
 def test_forward_mode(case, device):
     if "dropout" in case.name:
         return
-    args = case.make((4, 16), device=device)
-    tangents = [torch.randn_like(a) if isinstance(a, torch.Tensor) else None for a in args]
+    args = case.make(case.sized(4), device=device)
+    tangents = [
+        torch.randn_like(a) if isinstance(a, torch.Tensor) and a.is_floating_point() else None
+        for a in args
+    ]
 
     def derivative(fn):
         with fwAD.dual_level():
@@ -217,7 +224,7 @@ def test_exports(case, device):
         def forward(self, *args):
             return run(case.op, full(args))
 
-    args = case.make((4, 3, 64), device=device)
+    args = case.make(case.sized(4), device=device)
     rest = [a for a in args if not isinstance(a, torch.Tensor)]
 
     def full(given):
@@ -237,28 +244,24 @@ def test_exports(case, device):
 def test_function_transforms(case, device):
     if "dropout" in case.name:
         pytest.skip("torch.func refuses to draw random numbers, as it does for torch's dropout")
-    args = case.make((4, 3, 16), device=device)
+    args = case.make((4, 3, 16) if case.row_wise else case.sized(4), device=device)
     at = next(i for i, a in enumerate(args) if isinstance(a, torch.Tensor))
+    if case.row_wise:  # A few rows are enough for a Hessian.
+        same = [isinstance(a, torch.Tensor) and a.shape == args[at].shape for a in args]
+        few = tuple(a[:1] if s else a for a, s in zip(args, same, strict=True))
+    else:
+        few = case.make(case.tiny, device=device)
 
     def loss(fn, x):
-        return sum(o.square().sum() for o in run(fn, (*args[:at], x, *args[at + 1 :])))
+        return sum(o.square().sum() for o in run(fn, (*few[:at], x, *few[at + 1 :])))
 
     for transform in (torch.func.grad, torch.func.jacfwd, torch.func.hessian):
-        x = args[at][:1]
-        others = tuple(
-            a[:1] if isinstance(a, torch.Tensor) and a.shape == args[at].shape else a for a in args
-        )
-
-        def small(fn, x, others=others):
-            return sum(o.square().sum() for o in run(fn, (*others[:at], x, *others[at + 1 :])))
-
-        actual = transform(lambda x: small(case.op, x))(x)
-        torch.testing.assert_close(
-            actual, transform(lambda x: small(case.eager, x))(x), atol=1e-3, rtol=1e-3
-        )
-    in_dims = tuple(
-        0 if isinstance(a, torch.Tensor) and a.shape == args[at].shape else None for a in args
-    )
+        actual = transform(lambda x: loss(case.op, x))(few[at])
+        expected = transform(lambda x: loss(case.eager, x))(few[at])
+        torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-3)
+    if not case.row_wise:
+        return
+    in_dims = tuple(0 if s else None for s in same)
     batched = torch.vmap(lambda *a: run(case.op, a), in_dims)(*args)
     for actual, expected in zip(batched, run(case.op, args), strict=True):
         torch.testing.assert_close(actual, expected)
@@ -269,8 +272,11 @@ def test_function_transforms(case, device):
 @each_case
 def test_autocast(case, device):
     """The dtype that torch's namesake returns, and its value."""
-    args = case.make((6, 64), device=device)
-    low = tuple(a.bfloat16() if isinstance(a, torch.Tensor) and a.ndim == 2 else a for a in args)
+    args = case.make(case.sized(6), device=device)
+    low = tuple(
+        a.bfloat16() if isinstance(a, torch.Tensor) and a.is_floating_point() and a.ndim > 1 else a
+        for a in args
+    )
     for inputs in (args, low):
         with torch.autocast(device, torch.bfloat16):
             results = run(case.op, inputs), run(case.eager, inputs)
@@ -281,10 +287,10 @@ def test_autocast(case, device):
 
 @each_case
 def test_reference_answers_in_float64_and_on_request(case, device):
-    args = case.make((4, 16), dtype=torch.float64, device=device)
+    args = case.make(case.sized(4), dtype=torch.float64, device=device)
     for actual, expected in zip(run(case.op, args), run(case.reference, args), strict=True):
         assert torch.equal(actual, expected)
-    args = case.make((4, 16), device=device)
+    args = case.make(case.sized(4), device=device)
     by_request = run(lambda *a: case.op(*a, backend="reference"), args)
     for actual, expected in zip(by_request, run(case.reference, args), strict=True):
         assert torch.equal(actual, expected)
@@ -292,7 +298,7 @@ def test_reference_answers_in_float64_and_on_request(case, device):
 
 @each_case
 def test_bad_calls_name_the_value(case, device):
-    args = case.make((4, 16), device=device)
+    args = case.make(case.sized(4), device=device)
     with pytest.raises(ValueError, match="'cuda-magic'"):
         case.op(*args, backend="cuda-magic")
     for dtype in (torch.int64, torch.complex64, torch.float8_e4m3fn):

@@ -3,17 +3,14 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <memory>
-#include <optional>
 #include <tuple>
 #include <type_traits>
 
 #include "../rows.h"
+#include "host.h"
 
 namespace llmos {
 namespace {
-
-using Optional = std::optional<Tensor>;
 
 // Below this many elements a thread costs more than it brings.
 constexpr int64_t kGrain = 32768;
@@ -23,39 +20,6 @@ constexpr int64_t kGrain = 32768;
 int64_t rows_per_chunk(int64_t rows) { return std::max<int64_t>(32, (rows + 63) / 64); }
 
 int64_t rows_of(const Tensor& x, int64_t d) { return d ? x.numel() / d : 0; }
-
-template <class T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-template <class T>
-T* mutable_data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-// seed [2], int64: the Philox seed and offset.
-Dropout dropout_of(double p, const Optional& seed) {
-  if (p == 0 || !seed) return {};
-  STD_TORCH_CHECK(
-      seed->numel() == 2 && seed->scalar_type() == ScalarType::Long && seed->is_contiguous(),
-      "layer_norm: seed must be 2 contiguous int64, got ", seed->numel(), " elements");
-  const int64_t* value = data<int64_t>(*seed);
-  return {uint64_t(value[0]), uint64_t(value[1]), uint32_t(p * 0x1p32), float(1 / (1 - p))};
-}
-
-// Calls body(T{}) with the element type of dtype.
-template <class Body>
-void dispatch(ScalarType dtype, Body body) {
-  if (dtype == ScalarType::Float) return body(float{});
-  if (dtype == ScalarType::BFloat16) return body(bf16{});
-  if (dtype == ScalarType::Half) return body(f16{});
-  STD_TORCH_CHECK(false, "layer_norm: no kernel for dtype ", int(dtype));
-}
-
-using Floats = std::unique_ptr<float[]>;
-
-Floats floats(int64_t n) { return std::make_unique_for_overwrite<float[]>(n); }
 
 // A weight or bias as d floats, of which it keeps a copy where its dtype is another.
 struct Parameter {

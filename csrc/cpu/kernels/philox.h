@@ -27,19 +27,8 @@ inline void multiply_wide(U32 a, uint32_t m, U32& high, U32& low) {
 #endif
 }
 
-template <size_t... kLane>
-inline void zip(U32 a, U32 b, U32& first, U32& second, std::index_sequence<kLane...>) {
-  constexpr int n = kLanes;
-  first = __builtin_shufflevector(a, b, int(kLane / 2 + kLane % 2 * n)...);
-  second = __builtin_shufflevector(a, b, int(n / 2 + kLane / 2 + kLane % 2 * n)...);
-}
-
-// Writes the factors (0 or scale) of columns [begin, begin + 4 * kLanes) of a row; begin % 4 == 0.
-inline void dropout_block(const Dropout& dropout, int64_t row, int64_t begin, float* factors) {
-  uint32_t counters[kLanes];
-  for (int i = 0; i < kLanes; ++i) counters[i] = uint32_t(begin / 4 + i);
-  U32 c[4] = {load_bits<U32>(counters), U32{} + uint32_t(row),
-              U32{} + uint32_t(uint64_t(row) >> 32), U32{} + uint32_t(dropout.offset)};
+// Turns the counters c of each lane into its four random words.
+inline void philox(const Dropout& dropout, U32 c[4]) {
   uint32_t key0 = uint32_t(dropout.seed), key1 = uint32_t(dropout.seed >> 32);
   for (int round = 0; round < 10; ++round) {
     U32 high0, low0, high1, low1;
@@ -52,15 +41,26 @@ inline void dropout_block(const Dropout& dropout, int64_t row, int64_t begin, fl
     key0 += 0x9E3779B9;
     key1 += 0xBB67AE85;
   }
-  constexpr auto lanes = std::make_index_sequence<kLanes>{};
+}
+
+// 0 or the scale of kept elements for each random word.
+inline F32 dropout_factors(const Dropout& dropout, U32 word) {
+  return word < dropout.threshold ? F32{} : F32{} + dropout.scale;
+}
+
+// Writes the factors of columns [begin, begin + 4 * kLanes) of a row; begin % 4 == 0.
+inline void dropout_block(const Dropout& dropout, int64_t row, int64_t begin, float* factors) {
+  uint32_t counters[kLanes];
+  for (int i = 0; i < kLanes; ++i) counters[i] = uint32_t(begin / 4 + i);
+  U32 c[4] = {load_bits<U32>(counters), U32{} + uint32_t(row),
+              U32{} + uint32_t(uint64_t(row) >> 32), U32{} + uint32_t(dropout.offset)};
+  philox(dropout, c);
   U32 even[2], odd[2], word[4];
-  zip(c[0], c[2], even[0], even[1], lanes);
-  zip(c[1], c[3], odd[0], odd[1], lanes);
-  zip(even[0], odd[0], word[0], word[1], lanes);
-  zip(even[1], odd[1], word[2], word[3], lanes);
-  const F32 scale = F32{} + dropout.scale, zero = {};
-  for (int i = 0; i < 4; ++i)
-    store(factors + i * kLanes, word[i] < dropout.threshold ? zero : scale);
+  zip(c[0], c[2], even[0], even[1]);
+  zip(c[1], c[3], odd[0], odd[1]);
+  zip(even[0], odd[0], word[0], word[1]);
+  zip(even[1], odd[1], word[2], word[3]);
+  for (int i = 0; i < 4; ++i) store(factors + i * kLanes, dropout_factors(dropout, word[i]));
 }
 
 // Calls body(begin, count, factors) for each piece of a row's d columns.

@@ -202,6 +202,19 @@ inline V store_rounded(T* p, V v) {
   return load<V>(p);
 }
 
+template <class V, size_t... kLane>
+inline void zip(V a, V b, V& first, V& second, std::index_sequence<kLane...>) {
+  constexpr int n = kLanes;
+  first = __builtin_shufflevector(a, b, int(kLane / 2 + kLane % 2 * n)...);
+  second = __builtin_shufflevector(a, b, int(n / 2 + kLane / 2 + kLane % 2 * n)...);
+}
+
+// The lanes of a and b in turn: a0 b0 a1 b1 ...
+template <class V>
+inline void zip(V a, V b, V& first, V& second) {
+  zip(a, b, first, second, std::make_index_sequence<kLanes>{});
+}
+
 // What a loop body is called with: the type to load, and which of four partial sums it feeds.
 template <class V_, int kPart_>
 struct Part {

@@ -1,0 +1,160 @@
+// The arguments of the attention ops as the loops take them.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "attention.h"
+#include "host.h"
+
+namespace llmos {
+
+// What all attention ops are called with, checked.
+struct AttentionInputs {
+  Tensor query, key, value;
+  Optional mask, padding;
+  std::vector<Sequence> sequences;
+  int64_t batch, heads, kv_heads, q_total, k_total, dim, v_dim, k_longest = 0, q_longest = 0;
+  double scale, dropout_p;
+  const Optional& seed;
+
+  AttentionInputs(const Tensor& query_, const Tensor& key_, const Tensor& value_,
+                  const Optional& mask_, const Optional& padding_, const Optional& cu_q,
+                  const Optional& cu_k, double scale_, int64_t causal, double dropout_p_,
+                  const Optional& seed_)
+      : query(by_rows(query_)),
+        key(by_rows(key_)),
+        value(by_rows(value_)),
+        mask(mask_),
+        padding(padding_),
+        batch(query.size(0)),
+        heads(query.size(1)),
+        kv_heads(key.size(1)),
+        q_total(query.size(2)),
+        k_total(key.size(2)),
+        dim(query.size(3)),
+        v_dim(value.size(3)),
+        scale(scale_),
+        dropout_p(dropout_p_),
+        seed(seed_) {
+    STD_TORCH_CHECK(dim >= 1 && dim <= 256 && v_dim >= 1 && v_dim <= 256,
+                    "attention: head dims must be from 1 to 256, got ", dim, " and ", v_dim);
+    STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "attention: ", heads,
+                    " query heads cannot share ", kv_heads, " key heads");
+    cu_q ? pack(*cu_q, *cu_k, causal) : split(causal);
+    for (const Sequence& s : sequences) {
+      k_longest = std::max(k_longest, s.k_len);
+      q_longest = std::max(q_longest, s.q_len);
+    }
+  }
+
+  // A tensor whose last dimension is contiguous.
+  static Tensor by_rows(const Tensor& t) {
+    return t.stride(3) == 1 || t.size(3) == 1 ? t : torch::stable::contiguous(t);
+  }
+
+  template <class T>
+  static Heads<const T> heads_of(const Tensor& t) {
+    return {data<T>(t), t.stride(0), t.stride(1), t.stride(2)};
+  }
+
+  // Of [batch, row, head, element].
+  template <class T>
+  static Heads<T> output_heads(const Tensor& t) {
+    return {mutable_data<T>(t), t.size(1) * t.size(2) * t.size(3), t.size(3),
+            t.size(2) * t.size(3)};
+  }
+
+  template <class T>
+  Attention<T> of(float* m, float* inverse) const {
+    Attention<T> a{};
+    a.query = heads_of<T>(query);
+    a.key = heads_of<T>(key);
+    a.value = heads_of<T>(value);
+    if (mask) a.mask = mask_of(*mask);
+    if (padding) {
+      a.padding = data<bool>(*padding);
+      a.padding_batch = padding->stride(0);
+      a.padding_key = padding->stride(1);
+    }
+    a.sequences = sequences.data();
+    a.heads = heads;
+    a.kv_heads = kv_heads;
+    a.q_total = q_total;
+    a.k_longest = k_longest;
+    a.dim = dim;
+    a.v_dim = v_dim;
+    a.scale = float(scale);
+    a.dropout = dropout_of(dropout_p, seed);
+    a.m = m;
+    a.inverse = inverse;
+    return a;
+  }
+
+ private:
+  static Mask mask_of(const Tensor& t) {
+    const auto step = [&](int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); };
+    MaskType type = MaskType::Bool;
+    if (t.scalar_type() != ScalarType::Bool)
+      dispatch(t.scalar_type(), [&](auto e) {
+        type = sizeof(e) == 4                        ? MaskType::Float
+               : t.scalar_type() == ScalarType::Half ? MaskType::F16
+                                                     : MaskType::Bf16;
+      });
+    return {type, t.const_data_ptr(), step(0), step(1), step(2), step(3)};
+  }
+
+  static int64_t diagonal(int64_t causal, int64_t q_len, int64_t k_len) {
+    return causal == 0 ? k_len : causal == 1 ? 0 : k_len - q_len;
+  }
+
+  void split(int64_t causal) {
+    for (int64_t b = 0; b < batch; ++b) {
+      Sequence s{b, 0, q_total, 0, k_total, 0, k_total, diagonal(causal, q_total, k_total)};
+      if (padding) {
+        const bool* ignored = data<bool>(*padding) + b * padding->stride(0);
+        const int64_t step = padding->stride(1);
+        while (s.first < s.last && ignored[s.first * step]) ++s.first;
+        while (s.last > s.first && ignored[(s.last - 1) * step]) --s.last;
+      }
+      sequences.push_back(s);
+    }
+  }
+
+  void pack(const Tensor& cu_q_, const Tensor& cu_k_, int64_t causal) {
+    const Tensor cu_q = llmos::contiguous(cu_q_), cu_k = llmos::contiguous(cu_k_);
+    const int32_t *q = data<int32_t>(cu_q), *k = data<int32_t>(cu_k);
+    const int64_t n = cu_q.numel() - 1;
+    STD_TORCH_CHECK(q[0] == 0 && k[0] == 0 && q[n] == q_total && k[n] == k_total,
+                    "attention: cu_seqlens must go from 0 to the total, ", q_total, " and ",
+                    k_total, ", got ", q[0], " to ", q[n], " and ", k[0], " to ", k[n]);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t q_len = q[i + 1] - q[i], k_len = k[i + 1] - k[i];
+      STD_TORCH_CHECK(q_len >= 0 && k_len >= 0, "attention: cu_seqlens must not fall, got ", q[i],
+                      " to ", q[i + 1], " and ", k[i], " to ", k[i + 1]);
+      sequences.push_back({0, q[i], q_len, k[i], k_len, 0, k_len, diagonal(causal, q_len, k_len)});
+    }
+  }
+};
+
+// Runs the tasks on torch's threads, each with scratch of its own. `work` is their multiplications.
+template <class Args>
+void run_tasks(const AttentionKernel<Args>& kernel, const Args& args,
+               const std::vector<Task>& tasks, double work) {
+  const auto run = [&](int64_t begin, int64_t end) {
+    const AlignedFloats scratch(kernel.scratch(args));
+    kernel.run(args, tasks.data() + begin, end - begin, scratch.data.get());
+  };
+  constexpr double kGrain = 1 << 19;  // Below it a thread costs more than it brings.
+  const int64_t count = int64_t(tasks.size());
+  if (work <= kGrain) {
+    if (count) run(0, count);
+    return;
+  }
+  torch::stable::parallel_for(0, count, 1, run);
+}
+
+// The same number of tasks for each thread may be unlike work: first the last, then the first ...
+inline int64_t in_turn(int64_t i, int64_t n) { return i % 2 ? i / 2 : n - 1 - i / 2; }
+
+}  // namespace llmos

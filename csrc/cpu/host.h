@@ -1,0 +1,61 @@
+// What the host side of every CPU op needs: typed pointers, dtypes, dropout, scratch.
+#pragma once
+
+#include <memory>
+#include <new>
+#include <optional>
+
+#include "../rows.h"
+#include "dispatch.h"
+#include "philox.h"
+
+namespace llmos {
+
+using Optional = std::optional<Tensor>;
+
+template <class T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// seed [2], int64: the Philox seed and offset.
+inline Dropout dropout_of(double p, const Optional& seed) {
+  if (p == 0 || !seed) return {};
+  STD_TORCH_CHECK(
+      seed->numel() == 2 && seed->scalar_type() == ScalarType::Long && seed->is_contiguous(),
+      "seed must be 2 contiguous int64, got ", seed->numel(), " elements");
+  const int64_t* value = data<int64_t>(*seed);
+  return {uint64_t(value[0]), uint64_t(value[1]), uint32_t(p * 0x1p32), float(1 / (1 - p))};
+}
+
+// Calls body(T{}) with the element type of dtype.
+template <class Body>
+void dispatch(ScalarType dtype, Body body) {
+  if (dtype == ScalarType::Float) return body(float{});
+  if (dtype == ScalarType::BFloat16) return body(bf16{});
+  if (dtype == ScalarType::Half) return body(f16{});
+  STD_TORCH_CHECK(false, "no kernel for dtype ", int(dtype));
+}
+
+using Floats = std::unique_ptr<float[]>;
+
+inline Floats floats(int64_t n) { return std::make_unique_for_overwrite<float[]>(n); }
+
+// Floats aligned to a cache line.
+struct AlignedFloats {
+  static constexpr auto kAlignment = std::align_val_t(64);
+  struct Free {
+    void operator()(float* p) const { ::operator delete[](p, kAlignment); }
+  };
+  std::unique_ptr<float, Free> data;
+
+  explicit AlignedFloats(int64_t n)
+      : data(static_cast<float*>(::operator new[](n * sizeof(float), kAlignment))) {}
+};
+
+}  // namespace llmos

@@ -1,0 +1,338 @@
+#include "attention_cache.h"
+
+namespace llmos {
+namespace {
+
+// Rows of one dimension for all that a block of query rows multiplies with.
+template <class T>
+struct BlockOperands {
+  using U = UnitOf<T>;
+  U *query, *dout;                 // [unit][row]
+  U *query_inner, *dout_inner;     // [row unit][element]; null where not needed.
+  float *shift, *inverse, *delta;  // [row]; inverse is 0 in rows that do not exist.
+  U* line;
+
+  BlockOperands(const Attention<T>& a, Scratch& scratch, bool inner)
+      : query(scratch.take<U>(kBlock * units<U>(a.dim))),
+        dout(scratch.take<U>(kBlock * units<U>(a.v_dim))),
+        query_inner(inner ? scratch.take<U>(kBlock * to_vectors(a.dim)) : nullptr),
+        dout_inner(inner ? scratch.take<U>(kBlock * to_vectors(a.v_dim)) : nullptr),
+        shift(scratch.take(kBlock)),
+        inverse(scratch.take(kBlock)),
+        delta(scratch.take(kBlock)),
+        line(scratch.take<U>(kLanes * kMaxDim)) {}
+
+  static int64_t scratch(const Attention<T>& a, bool inner) {
+    return Scratch::size<U>(kBlock * units<U>(a.dim)) +
+           Scratch::size<U>(kBlock * units<U>(a.v_dim)) +
+           inner * (Scratch::size<U>(kBlock * to_vectors(a.dim)) +
+                    Scratch::size<U>(kBlock * to_vectors(a.v_dim))) +
+           3 * Scratch::size(kBlock) + Scratch::size<U>(kLanes * kMaxDim);
+  }
+
+  void pack(const AttentionBackward<T>& args, const Exponent& exponent, const Block& block) {
+    const Attention<T>& a = args.of;
+    const auto query_row = [&](int64_t r) {
+      return a.query.at(block.batch, block.head[r], block.index[r]);
+    };
+    const auto dout_row = [&](int64_t r) {
+      return args.dout.at(block.batch, block.head[r], block.index[r]);
+    };
+    pack_by_columns(block, a.dim, query, line, query_row);
+    pack_by_columns(block, a.v_dim, dout, line, dout_row);
+    if (query_inner) {
+      pack_inner<U, T>(block.rows, a.dim, query_inner, query_row);
+      pack_inner<U, T>(block.rows, a.v_dim, dout_inner, dout_row);
+    }
+    for (int64_t r = 0; r < block.vectors * kLanes; ++r) {
+      const bool there = r < block.rows;
+      const int64_t at = a.stats_at(block.batch, block.head[r], block.index[r]);
+      shift[r] = there ? exponent.shift(F32{} + a.m[at])[0] : 0;
+      inverse[r] = there ? a.inverse[at] : 0;
+      delta[r] =
+          there ? dot(dout_row(r), args.out.at(block.batch, block.head[r], block.index[r]), a.v_dim)
+                : 0;
+    }
+  }
+
+  static float dot(const T* x, const T* y, int64_t n) {
+    Sum sum;
+    sweep_sums(
+        n,
+        [&](auto part, int64_t i) {
+          using V = typename decltype(part)::V;
+          sum.add_product(part, load<V>(x + i), load<V>(y + i));
+        },
+        sum);
+    return sum.total();
+  }
+};
+
+// The weights and the gradient of the logits of one tile.
+template <class T>
+struct Gradient {
+  using U = UnitOf<T>;
+  const Attention<T>& a;
+  const Exponent exponent;
+  float *products, *dproducts, *mask;  // [key][row]
+
+  Gradient(const Attention<T>& a, Scratch& scratch)
+      : a(a),
+        exponent(a),
+        products(scratch.take(kTile * kBlock)),
+        dproducts(scratch.take(kTile * kBlock)),
+        mask(scratch.take(kTile * kBlock)) {}
+
+  static int64_t scratch() { return 3 * Scratch::size(kTile * kBlock); }
+
+  // query . key and dout . value; false where no key of the tile is visible.
+  template <class Packed>
+  bool multiply(const Block& block, int64_t sequence, int64_t kv_head, const Keys& keys,
+                const BlockOperands<T>& rows, Packed& cache) {
+    if (!keys.any) return false;
+    if (a.mask.type != MaskType::None && !pack_mask(a.mask, block, keys, mask)) return false;
+    cache.get(sequence, kv_head, keys.begin);
+    product<U, false, Into::Replace>(keys.count, block.vectors, units<U>(a.dim), cache.key_rows,
+                                     units<U>(a.dim), rows.query, kBlock, products, kBlock);
+    product<U, false, Into::Replace>(keys.count, block.vectors, units<U>(a.v_dim), cache.value_rows,
+                                     units<U>(a.v_dim), rows.dout, kBlock, dproducts, kBlock);
+    return true;
+  }
+
+  // put(j, v, dropped weight, gradient of the logit) for each key, four keys at a time in order.
+  template <int kVectors, class Put>
+  void each(const Block& block, const Keys& keys, const BlockOperands<T>& rows, Put put) {
+    F32 shift[kVectors], inverse[kVectors], delta[kVectors], factors[kVectors][4];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      shift[v] = load<F32>(rows.shift + v * kLanes);
+      inverse[v] = load<F32>(rows.inverse + v * kLanes);
+      delta[v] = load<F32>(rows.delta + v * kLanes);
+    }
+    mask_products<kVectors>(
+        block, keys, exponent, a.mask.type, mask, products, [&](int64_t j, int v, F32 x) {
+          const F32 p = exp2_negative<kPerUnit<U> == 1>(exponent.power(x, shift[v])) * inverse[v];
+          F32 dp = load<F32>(dproducts + j * kBlock + v * kLanes);
+          if (!a.dropout.threshold) return put(j, v, p, p * (dp - delta[v]));
+          if (j % 4 == 0) dropout_of_keys(a.dropout, block, keys.begin + j, v, factors[v]);
+          const F32 factor = factors[v][j % 4];
+          put(j, v, p * factor, p * (dp * factor - delta[v]));
+        });
+  }
+};
+
+template <class T>
+struct Backward {
+  using U = UnitOf<T>;
+  using Packed = Cache<T, Forms{.key_rows = true, .value_rows = true, .key_inner = true}>;
+  const AttentionBackward<T>& args;
+  const Attention<T>& a;
+  const int64_t width, v_width;
+  Packed cache;
+  BlockOperands<T> rows;
+  Gradient<T> gradient;
+  // The dropped weights and the gradient of the logits: [key][row], and by pairs of keys.
+  Element<U>*weights, *dlogits;
+  U* dlogit_pairs;
+  float *dquery, *dkey, *dvalue;
+
+  Backward(const AttentionBackward<T>& args, Scratch scratch)
+      : args(args),
+        a(args.of),
+        width(to_vectors(a.dim)),
+        v_width(to_vectors(a.v_dim)),
+        cache(a, scratch),
+        rows(a, scratch, true),
+        gradient(a, scratch),
+        weights(scratch.take<Element<U>>(kTile * kBlock)),
+        dlogits(scratch.take<Element<U>>(kTile * kBlock)),
+        dlogit_pairs(kPerUnit<U> == 1 ? reinterpret_cast<U*>(dlogits)
+                                      : scratch.take<U>(kTile / 2 * kBlock)),
+        dquery(scratch.take(kBlock * width)),
+        dkey(scratch.take(a.k_longest * width)),
+        dvalue(scratch.take(a.k_longest * v_width)) {}
+
+  static int64_t scratch(const AttentionBackward<T>& args) {
+    const Attention<T>& a = args.of;
+    return Packed::scratch(a) + BlockOperands<T>::scratch(a, true) + Gradient<T>::scratch() +
+           3 * Scratch::size(kTile * kBlock) +
+           Scratch::size((kBlock + a.k_longest) * to_vectors(a.dim)) + 32 +
+           Scratch::size(a.k_longest * to_vectors(a.v_dim));
+  }
+
+  void tile(const Block& block, const Task& task, const Keys& keys) {
+    if (!gradient.multiply(block, task.sequence, task.kv_head, keys, rows, cache)) return;
+    with_vectors(block.vectors, [&](auto vectors) {
+      F32 before[vectors];
+      gradient.template each<vectors>(
+          block, keys, rows, [&](int64_t j, int v, F32 weight, F32 dlogit) {
+            const int64_t at = j * kBlock + v * kLanes;
+            store(weights + at, weight);
+            store(dlogits + at, dlogit);
+            if constexpr (kPerUnit<U> == 2) {
+              if (j % 2 || j + 1 == keys.count)
+                store_pairs(reinterpret_cast<float*>(dlogit_pairs) + j / 2 * kBlock + v * kLanes,
+                            j % 2 ? before[v] : dlogit, j % 2 ? dlogit : F32{});
+              before[v] = dlogit;
+            }
+          });
+    });
+    const int64_t inner = units<U>(block.rows), step = kBlock / kPerUnit<U>;
+    product<U, false, Into::Add>(keys.count, v_width / kLanes, inner,
+                                 reinterpret_cast<const U*>(weights), step, rows.dout_inner,
+                                 v_width, dvalue + keys.begin * v_width, v_width);
+    product<U, false, Into::Add>(keys.count, width / kLanes, inner,
+                                 reinterpret_cast<const U*>(dlogits), step, rows.query_inner, width,
+                                 dkey + keys.begin * width, width);
+    product<U, true, Into::Add>(block.rows, width / kLanes, units<U>(keys.count), dlogit_pairs,
+                                kBlock, cache.key_inner, width, dquery, width);
+  }
+
+  static void finish(const float* from, float scale, int64_t n, T* to) {
+    sweep(n, [&](auto part, int64_t i) {
+      store(to + i, load<typename decltype(part)::V>(from + i) * scale);
+    });
+  }
+
+  void run(const Task& task) {
+    const Sequence& s = a.sequences[task.sequence];
+    std::memset(dkey, 0, s.k_len * width * sizeof(float));
+    std::memset(dvalue, 0, s.k_len * v_width * sizeof(float));
+    for (int64_t begin = 0; begin < a.group() * s.q_len; begin += kBlock) {
+      const Block block(a, s, task.kv_head * a.group(), a.group(), begin);
+      rows.pack(args, gradient.exponent, block);
+      std::memset(dquery, 0, kBlock * width * sizeof(float));
+      const int64_t last = std::min(s.last, block.limit_most);
+      for (int64_t at = s.first / kTile * kTile; at < last; at += kTile)
+        tile(block, task, Keys(a, s, at, last));
+      for (int64_t r = 0; r < block.rows; ++r)
+        finish(dquery + r * width, a.scale, a.dim,
+               args.dquery.at(s.batch, block.head[r], block.index[r]));
+    }
+    for (int64_t j = 0; j < s.k_len; ++j) {
+      finish(dkey + j * width, a.scale, a.dim, args.dkey.at(s.batch, task.kv_head, s.k_begin + j));
+      finish(dvalue + j * v_width, 1, a.v_dim,
+             args.dvalue.at(s.batch, task.kv_head, s.k_begin + j));
+    }
+  }
+};
+
+// The gradient of attn_mask.
+template <class T>
+struct MaskBackward {
+  using Packed = Cache<T, Forms{.key_rows = true, .value_rows = true}>;
+  const AttentionMaskBackward<T>& args;
+  const Attention<T>& a;
+  Packed cache;
+  BlockOperands<T> rows;
+  Gradient<T> gradient;
+
+  MaskBackward(const AttentionMaskBackward<T>& args, Scratch scratch)
+      : args(args),
+        a(args.of.of),
+        cache(a, scratch),
+        rows(a, scratch, false),
+        gradient(a, scratch) {}
+
+  static int64_t scratch(const AttentionMaskBackward<T>& args) {
+    const Attention<T>& a = args.of.of;
+    return Packed::scratch(a) + BlockOperands<T>::scratch(a, false) + Gradient<T>::scratch();
+  }
+
+  // Adds a tile of gradients [key][row] to the part of dmask that it belongs to.
+  void add(const Block& block, const Keys& keys, const float* tile, float* head) {
+    for (int64_t first = 0; first < block.rows; first += kLanes) {
+      for (int64_t j = 0; j < keys.count; j += kLanes) {
+        const int64_t count = std::min<int64_t>(kLanes, keys.count - j);
+        U32 v[kLanes] = {};
+        for (int64_t i = 0; i < count; ++i) v[i] = load_bits<U32>(tile + (j + i) * kBlock + first);
+        transpose(v);
+        const int64_t rows = std::min<int64_t>(kLanes, block.rows - first);
+        if (args.q_len == 1) {
+          for (int64_t i = 1; i < rows; ++i)
+            v[0] = std::bit_cast<U32>(std::bit_cast<F32>(v[0]) + std::bit_cast<F32>(v[i]));
+          add_row(std::bit_cast<F32>(v[0]), keys.begin + j, count, head);
+          continue;
+        }
+        for (int64_t i = 0; i < rows; ++i)
+          add_row(std::bit_cast<F32>(v[i]), keys.begin + j, count,
+                  head + block.index[first + i] * args.k_len);
+      }
+    }
+  }
+
+  // Adds the gradients of `count` keys from `begin` on to a row of dmask.
+  void add_row(F32 gradients, int64_t begin, int64_t count, float* to) {
+    if (args.k_len == 1) {
+      *to += horizontal_sum(gradients);
+    } else if (count == kLanes) {
+      store(to + begin, load<F32>(to + begin) + gradients);
+    } else {
+      for (int64_t lane = 0; lane < count; ++lane) to[begin + lane] += gradients[lane];
+    }
+  }
+
+  void of_block(int64_t batch, int64_t head, int64_t begin, float* to) {
+    const Sequence& s = a.sequences[batch];
+    const Block block(a, s, head, 1, begin);
+    rows.pack(args.of, gradient.exponent, block);
+    const int64_t last = std::min(s.last, block.limit_most);
+    for (int64_t at = s.first / kTile * kTile; at < last; at += kTile) {
+      const Keys keys(a, s, at, last);
+      if (!gradient.multiply(block, batch, head / a.group(), keys, rows, cache)) continue;
+      with_vectors(block.vectors, [&](auto vectors) {
+        gradient.template each<vectors>(block, keys, rows, [&](int64_t j, int v, F32, F32 dlogit) {
+          store(gradient.dproducts + j * kBlock + v * kLanes, dlogit);
+        });
+      });
+      add(block, keys, gradient.dproducts, to);
+    }
+  }
+
+  // task.sequence and kv_head are the batch element and the head of the mask.
+  void run(const Task& task) {
+    const bool all_heads = args.heads == 1, all_batch = args.batch == 1;
+    float* to = args.dmask + (task.sequence * args.heads + task.kv_head) * args.q_len * args.k_len;
+    const int64_t q_len = a.sequences[0].q_len;
+    for (int64_t b = 0; b < (all_batch ? args.all_batch : 1); ++b)
+      for (int64_t h = 0; h < (all_heads ? a.heads : 1); ++h) {
+        const int64_t batch = all_batch ? b : task.sequence, head = all_heads ? h : task.kv_head;
+        if (args.q_len > 1) {
+          of_block(batch, head, task.block * kBlock, to);
+        } else {
+          for (int64_t begin = 0; begin < q_len; begin += kBlock) of_block(batch, head, begin, to);
+        }
+      }
+  }
+};
+
+template <class T>
+[[gnu::flatten]] void run_backward(const AttentionBackward<T>& args, const Task* tasks,
+                                   int64_t count, float* scratch) {
+  Backward<T> backward(args, {scratch});
+  for (int64_t i = 0; i < count; ++i) backward.run(tasks[i]);
+}
+
+template <class T>
+[[gnu::flatten]] void run_mask_backward(const AttentionMaskBackward<T>& args, const Task* tasks,
+                                        int64_t count, float* scratch) {
+  MaskBackward<T> backward(args, {scratch});
+  for (int64_t i = 0; i < count; ++i) backward.run(tasks[i]);
+}
+
+template <class T>
+struct Builds {
+  using Rows = AttentionKernel<AttentionBackward<T>>;
+  using Masks = AttentionKernel<AttentionMaskBackward<T>>;
+  static constexpr Rows kBackward{kBlock, &Backward<T>::scratch, &run_backward<T>};
+  static constexpr Masks kMask{kBlock, &MaskBackward<T>::scratch, &run_mask_backward<T>};
+  Build<const Rows*> backward_{LLMOS_CPU_LEVEL, attention_kernel<AttentionBackward<T>>, &kBackward};
+  Build<const Masks*> mask_{LLMOS_CPU_LEVEL, attention_kernel<AttentionMaskBackward<T>>, &kMask};
+};
+
+const Builds<float> builds_f32;
+const Builds<bf16> builds_bf16;
+const Builds<f16> builds_f16;
+
+}  // namespace
+}  // namespace llmos

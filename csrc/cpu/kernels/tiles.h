@@ -1,0 +1,244 @@
+// Small matrices in scratch memory: how they are packed, and their product.
+//
+// A product steps over its inner dimension by units of 32 bits: one float, or a pair of bfloat16
+// where the level multiplies such pairs (vdpbf16ps). A unit of the left operand is broadcast, the
+// right operand is read by rows of whole vectors.
+#pragma once
+
+#include <algorithm>
+
+#include "vec.h"
+
+namespace llmos {
+namespace {
+
+struct Pair {
+  bf16 first, second;
+};
+
+#if defined(__AVX512BF16__)
+template <class T>
+using UnitOf = std::conditional_t<std::is_same_v<T, bf16>, Pair, float>;
+#else
+template <class T>
+using UnitOf = float;
+#endif
+
+// Elements in a unit, and what one element is stored as.
+template <class Unit>
+constexpr int kPerUnit = std::is_same_v<Unit, Pair> ? 2 : 1;
+template <class Unit>
+using Element = std::conditional_t<std::is_same_v<Unit, Pair>, bf16, float>;
+
+template <class Unit>
+constexpr int64_t units(int64_t elements) {
+  return (elements + kPerUnit<Unit> - 1) / kPerUnit<Unit>;
+}
+
+constexpr int64_t to_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// acc + a * b in each lane; of pairs, the sum of both products.
+template <class Unit>
+[[gnu::always_inline]] inline F32 multiply_add(U32 a, U32 b, F32 acc) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<Unit, Pair>)
+    return F32(_mm512_dpbf16_ps(__m512(acc), __m512bh(a), __m512bh(b)));
+#endif
+  return fma(std::bit_cast<F32>(a), std::bit_cast<F32>(b), acc);
+}
+
+// What a product does to what c holds: replaces it, adds to it, or adds to alpha[row] times it.
+enum class Into { Replace, Add, Scale };
+
+// Vectors of a row of c that one step holds in registers, and rows of c.
+#if defined(__AVX512F__)
+constexpr int kColumns = 4;
+#else
+constexpr int kColumns = 2;
+#endif
+template <int kVectors>
+constexpr int kRows = kColumns == 2   ? 6
+                      : kVectors == 4 ? 6
+                      : kVectors == 3 ? 8
+                                      : 12;
+
+// c[m][n] from a[m][k] and b[k][n]. kByColumn: a is stored by columns, a_step between them.
+template <class Unit, bool kByColumn, Into kInto, int kM, int kN>
+[[gnu::always_inline]] inline void step(const Unit* a, int64_t a_step, const Unit* b,
+                                        int64_t b_step, int64_t k, float* c, int64_t c_step,
+                                        const float* alpha) {
+  F32 acc[kM][kN];
+#pragma GCC unroll 16
+  for (int m = 0; m < kM; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < kN; ++n) acc[m][n] = F32{};
+  for (int64_t i = 0; i < k; ++i) {
+    U32 right[kN];
+#pragma GCC unroll 4
+    for (int n = 0; n < kN; ++n) right[n] = load_bits<U32>(b + i * b_step + n * kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < kM; ++m) {
+      const Unit* at = kByColumn ? a + i * a_step + m : a + m * a_step + i;
+      const U32 left = U32{} + load_bits<uint32_t>(at);
+#pragma GCC unroll 4
+      for (int n = 0; n < kN; ++n) acc[m][n] = multiply_add<Unit>(left, right[n], acc[m][n]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < kM; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < kN; ++n) {
+      // Sums of tiles are added, not carried on: a long sum in one piece would lose digits.
+      float* at = c + m * c_step + n * kLanes;
+      F32 sum = acc[m][n];
+      if constexpr (kInto == Into::Add) sum += load<F32>(at);
+      if constexpr (kInto == Into::Scale) sum = fma(load<F32>(at), F32{} + alpha[m], sum);
+      store(at, sum);
+    }
+}
+
+template <class Unit, bool kByColumn, Into kInto, int kN>
+inline void columns(int64_t rows, const Unit* a, int64_t a_step, const Unit* b, int64_t b_step,
+                    int64_t k, float* c, int64_t c_step, const float* alpha) {
+  int64_t row = 0;
+  const auto run = [&](auto count) {
+    constexpr int kM = decltype(count)::value;
+    for (; row + kM <= rows; row += kM)
+      step<Unit, kByColumn, kInto, kM, kN>(a + row * (kByColumn ? 1 : a_step), a_step, b, b_step, k,
+                                           c + row * c_step, c_step,
+                                           kInto == Into::Scale ? alpha + row : nullptr);
+  };
+  run(std::integral_constant<int, kRows<kN>>{});
+  if constexpr (kRows<kN> > 4) run(std::integral_constant<int, 4>{});
+  run(std::integral_constant<int, 2>{});
+  run(std::integral_constant<int, 1>{});
+}
+
+// c [rows, vectors * kLanes] from a [rows, k] and b [k, vectors * kLanes]; k in units, steps in
+// units of a and b and in floats of c. alpha [rows] with Into::Scale.
+template <class Unit, bool kByColumn, Into kInto>
+inline void product(int64_t rows, int64_t vectors, int64_t k, const Unit* a, int64_t a_step,
+                    const Unit* b, int64_t b_step, float* c, int64_t c_step,
+                    const float* alpha = nullptr) {
+  int64_t at = 0;
+  const auto run = [&](auto count) {
+    constexpr int kN = decltype(count)::value;
+    for (; at + kN <= vectors; at += kN)
+      columns<Unit, kByColumn, kInto, kN>(rows, a, a_step, b + at * kLanes, b_step, k,
+                                          c + at * kLanes, c_step, alpha);
+  };
+  run(std::integral_constant<int, kColumns>{});
+  if constexpr (kColumns > 2) run(std::integral_constant<int, 3>{});
+  if constexpr (kColumns > 2) run(std::integral_constant<int, 2>{});
+  run(std::integral_constant<int, 1>{});
+}
+
+// Rows of elements of T as elements of a unit, zeros up to `padded` elements.
+template <class Unit, class T>
+inline void pack_row(const T* from, int64_t n, int64_t padded, Unit* to_) {
+  auto* to = reinterpret_cast<Element<Unit>*>(to_);
+  if constexpr (std::is_same_v<Element<Unit>, T>) {
+    std::memcpy(to, from, n * sizeof(T));
+  } else {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(to + i, load<F32>(from + i));
+    for (; i < n; ++i) store(to + i, load<float>(from + i));
+  }
+  if (padded > n) std::memset(to + n, 0, (padded - n) * sizeof(*to));
+}
+
+// Turns kLanes vectors around: lane j of vector i goes to lane i of vector j.
+[[gnu::always_inline]] inline void transpose(U32 (&v)[kLanes]) {
+#pragma GCC unroll 5
+  for (int width = 1; width < kLanes; width *= 2) {
+    U32 out[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes / 2; ++i) zip(v[i], v[i + kLanes / 2], out[2 * i], out[2 * i + 1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) v[i] = out[i];
+  }
+}
+
+// to[unit][row] of kLanes rows, given row pointers to packed rows of `count` units.
+template <class Unit>
+inline void transpose_rows(const Unit* const* rows, int64_t count, Unit* to, int64_t to_step) {
+  int64_t at = 0;
+  for (; at + kLanes <= count; at += kLanes) {
+    U32 v[kLanes];
+    for (int i = 0; i < kLanes; ++i) v[i] = load_bits<U32>(rows[i] + at);
+    transpose(v);
+    for (int i = 0; i < kLanes; ++i) std::memcpy(to + (at + i) * to_step, &v[i], sizeof v[i]);
+  }
+  for (; at < count; ++at)
+    for (int i = 0; i < kLanes; ++i) to[at * to_step + i] = rows[i][at];
+}
+
+// Two rows a, b of `n` elements as units of an inner dimension that runs over the rows: with pairs
+// (a0 b0) (a1 b1) ..., else a, then b to_step further.
+template <class Unit, class T>
+inline void pack_two_rows(const T* a, const T* b, int64_t n, int64_t padded, Unit* to,
+                          int64_t to_step) {
+  if constexpr (std::is_same_v<Unit, Pair>) {
+    int64_t i = 0;
+#if defined(__AVX512BF16__)
+    for (; i + kLanes <= n; i += kLanes) {
+      const U32 first = widen(load_bits<U16>(a + i)), second = widen(load_bits<U16>(b + i)) << 16;
+      const U32 both = first | second;
+      std::memcpy(to + i, &both, sizeof both);
+    }
+#endif
+    for (; i < n; ++i) to[i] = {a[i], b[i]};
+    for (; i < padded; ++i) to[i] = {};
+  } else {
+    pack_row(a, n, padded, to);
+    pack_row(b, n, padded, to + to_step);
+  }
+}
+
+// One row of units whose inner dimension has two elements of each lane, first and second.
+inline void store_pairs(float* to, F32 first, F32 second) {
+#if defined(__AVX512BF16__)
+  const __m512i both = __m512i(_mm512_cvtne2ps_pbh(__m512(second), __m512(first)));
+  using U16x32 = uint16_t __attribute__((vector_size(64)));
+  const U16x32 in_turn = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i pairs = _mm512_permutexvar_epi16(__m512i(in_turn), both);
+  std::memcpy(to, &pairs, sizeof pairs);
+#endif
+}
+
+// 2^t for t up to 0 or just above: -infinity gives 0, NaN stays NaN. kPrecise: to float's last
+// digits, else to 3e-6.
+template <bool kPrecise>
+[[gnu::always_inline]] inline F32 exp2_negative(F32 t) {
+#if defined(__AVX512F__)
+  t = F32(_mm512_max_ps(_mm512_set1_ps(-200), __m512(t)));
+  const __m512 whole = _mm512_roundscale_ps(__m512(t), _MM_FROUND_TO_NEAREST_INT);
+  const F32 f = t - F32(whole);
+#else
+  const U32 magic = std::bit_cast<U32>(t + 0x1.8p23f);
+  const F32 f = t - (std::bit_cast<F32>(magic) - 0x1.8p23f);
+#endif
+  F32 p;
+  if constexpr (kPrecise) {
+    p = fma(f, F32{} + 1.535336181e-4f, F32{} + 1.339887445e-3f);
+    p = fma(p, f, F32{} + 9.618437358e-3f);
+    p = fma(p, f, F32{} + 5.550332471e-2f);
+    p = fma(p, f, F32{} + 2.402264791e-1f);
+    p = fma(p, f, F32{} + 6.931472029e-1f);
+  } else {
+    p = fma(f, F32{} + 9.582852867e-3f, F32{} + 5.590642492e-2f);
+    p = fma(p, f, F32{} + 2.402409862e-1f);
+    p = fma(p, f, F32{} + 6.931241934e-1f);
+  }
+  p = fma(p, f, F32{} + 1);
+#if defined(__AVX512F__)
+  return F32(_mm512_scalef_ps(__m512(p), whole));
+#else
+  const F32 scaled = std::bit_cast<F32>(std::bit_cast<U32>(p) + (magic << 23));
+  return t != t ? t : t < -126 ? F32{} : scaled;
+#endif
+}
+
+}  // namespace
+}  // namespace llmos

@@ -1,0 +1,186 @@
+"""What ``scaled_dot_product_attention`` is called with: checked, and in the one form kernels take."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmos_kernels._registry import KERNEL_DTYPES
+from llmos_kernels.ops.dropout import check_dropout
+
+NOT_CAUSAL, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
+MAX_DIM = 256
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """``tensors``: query, key, value [batch, heads, length, dim]; attn_mask of four dimensions,
+    key_padding_mask, cu_seqlens_q, cu_seqlens_k, or None. Packed sequences are a batch of 1.
+    """
+
+    tensors: tuple
+    options: tuple  # scale (0 or more), causal, dropout_p
+    weights: str | None
+    form: str  # "heads", "no heads" or "packed": the form of what the user gave.
+
+    def shaped(self, out: Tensor, weights: Tensor | None = None):
+        """``out`` [batch, q_len, heads, v_dim] in the user's form, with the weights if asked for."""
+        if self.form == "packed":
+            return out.squeeze(0)
+        out = out.squeeze(2) if self.form == "no heads" else out.transpose(1, 2)
+        if self.weights is None:
+            return out
+        if self.form == "no heads" and self.weights == "per_head":
+            weights = weights.squeeze(1)  # type: ignore[union-attr]
+        return out, weights
+
+
+def check_attention(
+    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_padding_mask,
+    cu_seqlens_q, cu_seqlens_k, bottom_right, return_weights,
+) -> Arguments:  # fmt: skip
+    """The arguments as kernels take them; raises where they disagree."""
+    check_dropout(dropout_p)
+    _check_dtypes(query, key, value, attn_mask)
+    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    if query.ndim not in (3, 4) or not query.ndim == key.ndim == value.ndim:
+        raise ValueError(
+            "query, key and value must all have 4 dimensions, [batch, heads, length, head_dim], or"
+            f" all 3, got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
+        )
+    form = "heads" if query.ndim == 4 else "no heads"
+    if cu_seqlens_q is not None or cu_seqlens_k is not None:
+        form = "packed"
+        _check_packed(
+            query, cu_seqlens_q, cu_seqlens_k, attn_mask, key_padding_mask, return_weights
+        )
+        query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
+    elif form == "no heads":
+        query, key, value = (t.unsqueeze(1) for t in (query, key, value))
+        if attn_mask is not None and attn_mask.ndim == 3:
+            attn_mask = attn_mask.unsqueeze(1)
+    _check_shapes(query, key, value, enable_gqa)
+    if attn_mask is not None:
+        attn_mask = _check_mask(attn_mask, query, key)
+    if key_padding_mask is not None:
+        _check_padding(key_padding_mask, query, key)
+    if bottom_right and not is_causal:
+        raise ValueError("bottom_right says how is_causal aligns: it needs is_causal=True")
+    if return_weights not in (None, "mean", "per_head"):
+        raise ValueError(
+            f"return_weights must be None, 'mean' or 'per_head', got {return_weights!r}"
+        )
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if scale < 0:  # Kernels take the maximum before they scale.
+        query, scale = -query, -scale
+    causal = (BOTTOM_RIGHT if bottom_right else TOP_LEFT) if is_causal else NOT_CAUSAL
+    return Arguments(
+        (query, key, value, attn_mask, key_padding_mask, cu_seqlens_q, cu_seqlens_k),
+        (scale, causal, dropout_p),
+        return_weights,
+        form,
+    )
+
+
+def _check_dtypes(query, key, value, attn_mask) -> None:
+    if query.dtype not in KERNEL_DTYPES and query.dtype != torch.float64:
+        raise TypeError(
+            f"expected float32, bfloat16, float16 or float64 tensors, got {query.dtype}"
+        )
+    for name, t in (("key", key), ("value", value)):
+        if t.dtype != query.dtype and not _autocast_dtype(query):
+            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {t.dtype}")
+        if t.device != query.device:
+            raise ValueError(f"{name} is on {t.device}, query on {query.device}")
+    if attn_mask is None:
+        return
+    dtype = attn_mask.dtype
+    if dtype not in (torch.bool, query.dtype) and dtype not in KERNEL_DTYPES:
+        raise TypeError(f"attn_mask must be bool, {query.dtype} or float32, got {dtype}")
+    if attn_mask.device != query.device:
+        raise ValueError(f"attn_mask is on {attn_mask.device}, query on {query.device}")
+
+
+def _autocast_dtype(query: Tensor) -> torch.dtype | None:
+    device = query.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _autocast(*tensors: Tensor | None) -> tuple:
+    """What autocast does to the arguments of torch's namesake."""
+    dtype = _autocast_dtype(tensors[0])
+    if dtype is None:
+        return tensors
+    keep = (torch.bool, torch.float64)
+    return tuple(t if t is None or t.dtype in keep else t.to(dtype) for t in tensors)
+
+
+def _check_shapes(query, key, value, enable_gqa) -> None:
+    batch, heads, _, dim = query.shape
+    shown = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+    if key.shape[0] != batch or key.shape[3] != dim or value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"the shapes disagree as [batch, heads, length, head_dim]: {shown}")
+    for d in (dim, value.shape[3]):
+        if not 1 <= d <= MAX_DIM:
+            raise ValueError(f"head dims must be from 1 to {MAX_DIM}, got {d}: {shown}")
+    kv_heads = key.shape[1]
+    if kv_heads != heads and not enable_gqa:
+        raise ValueError(f"query has {heads} heads, key {kv_heads}: that takes enable_gqa=True")
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"{heads} query heads cannot share {kv_heads} key heads")
+
+
+def _check_mask(attn_mask, query, key) -> Tensor:
+    full = (*query.shape[:3], key.shape[2])
+    while attn_mask.ndim < 4:
+        attn_mask = attn_mask.unsqueeze(0)
+    fits = all(m in (1, n) for m, n in zip(attn_mask.shape, full, strict=False))
+    if attn_mask.ndim > 4 or not fits:
+        raise ValueError(f"attn_mask must broadcast to {list(full)}, got {list(attn_mask.shape)}")
+    return attn_mask
+
+
+def _check_padding(key_padding_mask, query, key) -> None:
+    shape = (query.shape[0], key.shape[2])
+    if key_padding_mask.dtype != torch.bool:
+        raise TypeError(f"key_padding_mask must be bool, got {key_padding_mask.dtype}")
+    if key_padding_mask.shape != shape:
+        raise ValueError(
+            f"key_padding_mask must be [batch, k_len] = {list(shape)},"
+            f" got {list(key_padding_mask.shape)}"
+        )
+    if key_padding_mask.device != query.device:
+        raise ValueError(
+            f"key_padding_mask is on {key_padding_mask.device}, query on {query.device}"
+        )
+
+
+def _check_packed(query, cu_q, cu_k, attn_mask, key_padding_mask, return_weights) -> None:
+    if cu_q is None or cu_k is None:
+        raise ValueError("packed sequences take both cu_seqlens_q and cu_seqlens_k")
+    if query.ndim != 3:
+        raise ValueError(
+            f"with cu_seqlens, query is [total_q, heads, head_dim], got {list(query.shape)}"
+        )
+    for name, given in (
+        ("attn_mask", attn_mask),
+        ("key_padding_mask", key_padding_mask),
+        ("return_weights", return_weights),
+    ):
+        if given is not None:
+            raise ValueError(
+                f"{name} does not go with cu_seqlens: packed sequences hold no padding"
+            )
+    for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
+        if cu.dtype != torch.int32:
+            raise TypeError(f"{name} must be int32, got {cu.dtype}")
+        if cu.ndim != 1 or cu.shape != cu_q.shape or cu.shape[0] < 2:
+            raise ValueError(
+                "cu_seqlens_q and cu_seqlens_k must be [sequences + 1],"
+                f" got {list(cu_q.shape)} and {list(cu_k.shape)}"
+            )
+        if cu.device != query.device:
+            raise ValueError(f"{name} is on {cu.device}, query on {query.device}")
