@@ -253,6 +253,106 @@ def test_replica_shares_nothing():
         for p in copied.parameters():
             p.zero_()
     assert all(p.any() for p in model.parameters())
+    attention = nn.MultiheadAttention(8, 2, dropout=0.5)
+    assert proof.replica(attention).dropout == 0 and attention.dropout == 0.5
+
+
+class Attends(nn.Module):
+    """Attention called as models do: by keyword, with masks, self and cross."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.own = nn.MultiheadAttention(32, 4, dropout=0.1, batch_first=True)
+        self.cross = nn.MultiheadAttention(32, 4, kdim=16, vdim=16, **options)
+        for p in self.parameters():
+            nn.init.normal_(p, std=0.3)
+
+    def forward(self, x, memory, padding=None, float_padding=None):
+        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        x = x + self.own(x, x, x, key_padding_mask=padding, attn_mask=causal, need_weights=False)[0]
+        memory = memory.transpose(0, 1)
+        y, weights = self.cross(
+            x.transpose(0, 1), memory, memory, float_padding, average_attn_weights=False
+        )
+        return x + y.transpose(0, 1), weights
+
+
+@pytest.fixture
+def attention_inputs():
+    torch.manual_seed(0)
+    padding = torch.zeros(3, 24, dtype=torch.bool)
+    padding[1, 17:] = True
+    bias = torch.zeros(3, 40).masked_fill(torch.arange(40) > 31, float("-inf"))
+    x, memory = torch.randn(3, 24, 32), torch.randn(3, 40, 16)
+    return {"x": x, "memory": memory, "padding": padding, "float_padding": bias}
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True, "bias": False}], ids=str)
+def test_attention(attention_inputs, options, given):
+    model = Attends(**options).eval()
+    before = model(**attention_inputs)
+    report = lk.optimize(model, inputs=attention_inputs if given else None)
+    assert {e.module for e in report.swapped} == {"own", "cross"} and not report.kept, report
+    assert all(0 < e.error <= 1 and e.speedup > 0 for e in report.swapped)
+    assert type(model.own) is type(model.cross) is lk.nn.MultiheadAttention
+    assert model.own.dropout == 0.1
+    torch.testing.assert_close(model(**attention_inputs), before)
+    lk.restore(model)
+    assert type(model.own) is nn.MultiheadAttention
+    assert all(torch.equal(a, b) for a, b in zip(model(**attention_inputs), before, strict=True))
+
+
+def test_a_proof_makes_the_models_own_call(attention_inputs):
+    model = Attends()
+    call = lambda: model(**attention_inputs)
+    found = proof.captured_calls(model, [model.own, model.cross], call)
+    own, cross = found[model.own], found[model.cross]
+    assert own.args[0] is own.args[1] is own.args[2] and own.args[0] is not attention_inputs["x"]
+    assert own.kwargs["need_weights"] is False and own.kwargs["attn_mask"].dtype == torch.bool
+    assert torch.equal(own.kwargs["key_padding_mask"], attention_inputs["padding"])
+    assert cross.args[1] is cross.args[2] and torch.equal(cross.args[3], cross.args[3])
+    assert cross.kwargs == {"average_attn_weights": False}
+    double = own.map(torch.Tensor.double)
+    assert double.args[0] is double.args[2] and double.kwargs["need_weights"] is False
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_queries_that_see_nothing(need_weights):
+    """Where torch gives NaN there, that is no reason to keep the module."""
+    torch.manual_seed(0)
+    module, x = nn.MultiheadAttention(32, 4), torch.randn(24, 3, 32)
+    inputs = {"query": x, "key": x, "value": x, "need_weights": need_weights}
+    inputs["key_padding_mask"] = torch.zeros(3, 24, dtype=torch.bool)
+    inputs["key_padding_mask"][2] = True
+    before = module(**inputs)[0]
+    assert before[:, 2].isnan().all() == need_weights and before[:, :2].isfinite().all()
+    assert lk.optimize(module, inputs=inputs).swapped
+    after = module(**inputs)[0]
+    assert after.isfinite().all()
+    torch.testing.assert_close(after[:, :2], before[:, :2])
+
+
+def test_torchs_transformer(x):
+    layer = nn.TransformerDecoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.Transformer(
+        16,
+        2,
+        1,
+        1,
+        32,
+        dropout=0.0,
+        batch_first=True,
+        custom_decoder=nn.TransformerDecoder(layer, 2),
+    )
+    mask = nn.Transformer.generate_square_subsequent_mask(5)
+    for training in (False, True):
+        model.train(training)
+        before = model(x, x, tgt_mask=mask)
+        report = lk.optimize(model, verify=False)
+        assert sum(e.cls == "MultiheadAttention" for e in report.swapped) == 5
+        torch.testing.assert_close(model(x, x, tgt_mask=mask), before)
+        lk.restore(model)
 
 
 def hf_models():

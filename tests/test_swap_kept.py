@@ -58,6 +58,28 @@ def test_a_wrong_kernel_is_kept(x, monkeypatch):
     assert all(e.error > 1 and "error budget" in e.reason for e in report.kept)
 
 
+@pytest.mark.parametrize("dropped", ["attn_mask", "key_padding_mask"])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_wrong_attention_is_kept(monkeypatch, dropped, hidden):
+    """By its own calls, and by a captured one, even where torch gives NaN for another query."""
+    torch.manual_seed(0)
+    right = lk.nn.MultiheadAttention.forward
+
+    def wrong(self, query, key, value, **options):
+        return right(self, query, key, value, **options | {dropped: None})
+
+    monkeypatch.setattr(lk.nn.MultiheadAttention, "forward", wrong)
+    module, x = nn.MultiheadAttention(32, 4, batch_first=True), torch.randn(3, 24, 32)
+    (kept,) = lk.optimize(module).kept
+    assert kept.error > 1 and "error budget" in kept.reason
+    padding = torch.zeros(3, 24, dtype=torch.bool)
+    padding[1, 20:] = True
+    padding[2] = hidden
+    masks = {"key_padding_mask": padding, "attn_mask": torch.ones(24, 24).triu(1).bool()}
+    inputs = {"query": x, "key": x, "value": x, **masks}
+    assert lk.optimize(module, inputs=inputs).kept[0].error > 1
+
+
 def test_strict_raises_and_changes_nothing():
     model = nn.Sequential(nn.LayerNorm(8), TwiceNorm(8))
     with pytest.raises(ValueError, match="TwiceNorm"):
@@ -110,6 +132,14 @@ def test_odd_modules_are_kept():
     assert "subclass" in reason(parametrized)
     assert "meta" in reason(nn.LayerNorm(8, device="meta"))
     assert "float64" in reason(nn.LayerNorm(8, dtype=torch.float64))
+    attention = nn.MultiheadAttention
+    assert "above 256" in reason(attention(257, 1))
+    assert "p=1.0" in reason(attention(16, 2, dropout=1.0))
+    assert "subclass" in reason(torch.ao.nn.quantizable.MultiheadAttention(16, 2))
+    parametrized = attention(16, 2)
+    nn.utils.parametrize.register_parametrization(parametrized, "in_proj_weight", nn.Identity())
+    assert "subclass" in reason(parametrized)
+    assert "float64" in reason(attention(16, 2, dtype=torch.float64))
     blocks = nn.ModuleList([Block(p=1.0)])
     assert "p=1.0" in lk.optimize(blocks).kept[0].reason
 

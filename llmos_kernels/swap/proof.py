@@ -4,9 +4,9 @@ Both run as replicas: parameters are copies, hooks are left out, random state is
 model itself is not touched.
 """
 
-import inspect
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,30 @@ from llmos_kernels.nn.residual import residual_parts
 from llmos_kernels.testing import error_over_budget, interleaved, make_gradients
 
 _ROWS = 16
+_PLAIN = (type(None), bool, int, float, str)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a module."""
+
+    args: tuple = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def values(self) -> list:
+        return [*self.args, *self.kwargs.values()]
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Call":
+        """The call with ``fn`` of each tensor; a tensor given twice stays one tensor."""
+        tensors = {id(v): v for v in self.values if isinstance(v, Tensor)}
+        new = {i: fn(t) for i, t in tensors.items()}
+        args = tuple(new.get(id(v), v) for v in self.args)
+        return Call(args, {k: new.get(id(v), v) for k, v in self.kwargs.items()})
+
+    def on(self, module: nn.Module) -> Any:
+        """What ``module`` returns."""
+        return module(*self.args, **self.kwargs)
 
 
 def replica(
@@ -42,15 +66,19 @@ def replica(
     }
     if isinstance(clone, nn.Dropout):
         clone.p = 0.0  # Another generator draws other masks; the op's own tests compare those.
+    if isinstance(clone, nn.MultiheadAttention):
+        clone.dropout = 0.0
     return clone
 
 
-def example_inputs(module: nn.Module) -> tuple[Tensor, ...]:
-    """Random inputs for a module of ``rules``; raises ValueError where their shape is unknown."""
+def example_calls(module: nn.Module) -> list[Call]:
+    """Random calls of a module of ``rules``; raises ValueError where their shape is unknown."""
     parameter = next(module.parameters(), torch.empty(0))
     options: dict[str, Any] = {"device": parameter.device, "dtype": parameter.dtype}
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        return (torch.randn(_ROWS, *module.normalized_shape, **options),)
+        return [Call((torch.randn(_ROWS, *module.normalized_shape, **options),))]
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention_calls(module, options)
     parts = residual_parts(module)
     if parts is None:
         raise ValueError(f"the inputs of {type(module).__name__} are unknown: pass inputs=")
@@ -58,53 +86,104 @@ def example_inputs(module: nn.Module) -> tuple[Tensor, ...]:
     if not isinstance(getattr(dense, "in_features", None), int):
         raise ValueError(f"the input width of {type(dense).__name__} is unknown: pass inputs=")
     shapes = [(dense.in_features,), norm.normalized_shape]
-    return tuple(torch.randn(_ROWS, *shape, **options) for shape in shapes)
+    return [Call(tuple(torch.randn(_ROWS, *shape, **options) for shape in shapes))]
 
 
-def largest_error(module: nn.Module, cls: type, inputs: tuple[Tensor, ...]) -> float:
-    """The largest error over its budget of outputs and gradients, in eval and in train mode."""
+def _attention_calls(module: nn.MultiheadAttention, options: dict[str, Any]) -> list[Call]:
+    """Causal self-attention where the widths allow it, and cross-attention with padding."""
+    batch, q_len, k_len = 4, 2 * _ROWS + 1, 3 * _ROWS - 1
+
+    def make(length, dim):
+        shape = (batch, length) if module.batch_first else (length, batch)
+        return torch.randn(*shape, dim, **options)
+
+    query, device = make(q_len, module.embed_dim), options["device"]
+    causal = torch.ones(q_len, q_len, dtype=torch.bool, device=device).triu(1)
+    ends = torch.randint(1, k_len + 1, (batch, 1), device=device)
+    padding = torch.arange(k_len, device=device) >= ends
+    cross = (query, make(k_len, module.kdim), make(k_len, module.vdim))
+    calls = [Call(cross, {"key_padding_mask": padding})]
+    if module.kdim == module.vdim == module.embed_dim:
+        calls.insert(0, Call((query,) * 3, {"attn_mask": causal, "need_weights": False}))
+    return calls
+
+
+def largest_error(module: nn.Module, cls: type, call: Call) -> float:
+    """The largest error over its budget of outputs and gradients, in eval and in train mode.
+
+    Where every key of a query is masked, an attention of torch and all its gradients may be NaN,
+    ours are not: outputs are then compared elsewhere, and gradients on calls of our own.
+    """
     worst = 0.0
     for training in (False, True):
-        exact = _outputs_and_gradients(
-            replica(module, dtype=torch.float64), inputs, training, torch.float64
+        exact, gradients = _outputs_and_gradients(
+            replica(module, dtype=torch.float64), call, training, torch.float64
         )
-        eager = _outputs_and_gradients(replica(module), inputs, training)
-        actual = _outputs_and_gradients(replica(module, cls), inputs, training)
+        eager, eager_gradients = _outputs_and_gradients(replica(module), call, training)
+        actual, actual_gradients = _outputs_and_gradients(replica(module, cls), call, training)
+        if isinstance(module, nn.MultiheadAttention) and any(o.isnan().any() for o in exact):
+            actual = [
+                a.where(a.isnan() | ~e.isnan(), e) for a, e in zip(actual, eager, strict=True)
+            ]
+            errors = [largest_error(module, cls, c) for c in example_calls(module)]
+            worst = max(worst, *errors)
+        else:
+            exact, eager = exact + gradients, eager + eager_gradients
+            actual = actual + actual_gradients
         if not len(actual) == len(eager) == len(exact):
             return float("inf")
-        ratios = map(error_over_budget, actual, exact, eager)
-        worst = max(worst, *ratios)
+        worst = max(worst, *map(error_over_budget, actual, exact, eager))
     return worst
 
 
-def _outputs_and_gradients(module, inputs, training, dtype=None) -> list[Tensor]:
+def _outputs_and_gradients(
+    module, call: Call, training, dtype=None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """All outputs, and the gradients of the first one."""
+
+    def leaf(t):
+        if not t.is_floating_point():
+            return t
+        return t.detach().to(dtype or t.dtype, copy=True).requires_grad_()
+
     module.train(training)
     with torch.enable_grad():
-        leaves = [x.detach().to(dtype or x.dtype, copy=True).requires_grad_() for x in inputs]
-        y = module(*leaves)
-        wanted = [*leaves, *module.parameters()]
-        gradients = torch.autograd.grad(y, wanted, make_gradients([y])[0], allow_unused=True)
-    return [y.detach(), *(g for g in gradients if g is not None)]
+        leaves = call.map(leaf)
+        y = leaves.on(module)
+        outputs = [o for o in (y if isinstance(y, tuple) else (y,)) if isinstance(o, Tensor)]
+        wanted = [v for v in leaves.values if isinstance(v, Tensor) and v.requires_grad]
+        gradients = torch.autograd.grad(
+            outputs[0],
+            [*wanted, *module.parameters()],
+            make_gradients(outputs[:1]),
+            allow_unused=True,
+        )
+    return [o.detach() for o in outputs], [g for g in gradients if g is not None]
 
 
-def speedup(module: nn.Module, cls: type, inputs: tuple[Tensor, ...]) -> float:
+def speedup(module: nn.Module, cls: type, call: Call) -> float:
     """The original's time over the swapped one's, in eval mode, medians of interleaved runs."""
     old, new = replica(module).eval(), replica(module, cls).eval()
     with torch.inference_mode():
         before, after = interleaved(
-            [lambda: old(*inputs), lambda: new(*inputs)], rounds=9, seconds=5e-4
+            [lambda: call.on(old), lambda: call.on(new)], rounds=9, seconds=5e-4
         )
     return before / after
 
 
-def captured_inputs(model: nn.Module, modules: list[nn.Module], call: Callable) -> dict:
-    """The tensors that each of ``modules`` is called with first while ``call()`` runs ``model``."""
-    found: dict[nn.Module, tuple[Tensor, ...]] = {}
+def captured_calls(
+    model: nn.Module, modules: list[nn.Module], call: Callable
+) -> dict[nn.Module, Call]:
+    """How each of ``modules`` is called first while ``call()`` runs ``model``.
+
+    A call with other arguments than tensors, None, numbers and strings is not kept.
+    """
+    found: dict[nn.Module, Call] = {}
 
     def remember(module, args, kwargs):
-        values = inspect.signature(module.forward).bind(*args, **kwargs).arguments.values()
-        if module not in found and all(isinstance(v, Tensor) for v in values):
-            found[module] = tuple(v.detach().clone() for v in values)
+        given = Call(args, kwargs)
+        if module not in found and all(isinstance(v, (Tensor, *_PLAIN)) for v in given.values):
+            found[module] = given.map(lambda t: t.detach().clone())
 
     modes = {m: m.training for m in model.modules()}
     handles = [m.register_forward_pre_hook(remember, with_kwargs=True) for m in modules]

@@ -15,9 +15,14 @@ from llmos_kernels.nn.residual import (
     residual_parts,
     takes_two_tensors,
 )
+from llmos_kernels.ops.attention_arguments import MAX_DIM
 
 #: A class and its drop-in. Subclasses are others: they may compute something else.
-EXACT = {nn.LayerNorm: fused.LayerNorm, nn.RMSNorm: fused.RMSNorm}
+EXACT = {
+    nn.LayerNorm: fused.LayerNorm,
+    nn.RMSNorm: fused.RMSNorm,
+    nn.MultiheadAttention: fused.MultiheadAttention,
+}
 
 
 def is_candidate(module: nn.Module) -> bool:
@@ -66,6 +71,29 @@ def why_not(module: nn.Module, ancestors: list[nn.Module]) -> str:
         return f"{cls.__name__} is a subclass of {plain.__name__} with a forward of its own"
     if "forward" in module.__dict__:
         return "its forward has been replaced on the instance"
+    why = why_untouchable(module, ancestors)
+    if why:
+        return why
+    known = [m for m in module.modules() if isinstance(m, tuple(EXACT))]
+    for p in (p for m in known for p in m.parameters()):
+        if p.dtype not in KERNEL_DTYPES:
+            return f"no kernel for {p.dtype}"
+    if isinstance(module, nn.MultiheadAttention):
+        return _why_no_attention(module)
+    parts = None if plain else residual_parts(module)
+    if parts is not None:
+        _, dropout, norm = parts
+        if not computes_residual(module):
+            return "its forward is not LayerNorm(residual + Dropout(dense(input)))"
+        if not 0 <= dropout.p < 1:
+            return f"dropout with p={dropout.p}"
+        if any(getattr(m, hooks) for m in (dropout, norm) for hooks in HOOKS):
+            return "its dropout or LayerNorm has hooks, which a fused forward would not call"
+    return ""
+
+
+def why_untouchable(module: nn.Module, ancestors: list[nn.Module]) -> str:
+    """Why nothing of ``module`` can be swapped, whatever it is, or an empty string."""
     for outer in [*ancestors, module]:
         if type(outer).__name__ == "OptimizedModule" or outer._compiled_call_impl is not None:
             return "it is compiled: optimize before torch.compile"
@@ -76,17 +104,12 @@ def why_not(module: nn.Module, ancestors: list[nn.Module]) -> str:
             return f"{name} is a {type(p.data).__name__}: optimize before sharding or quantizing"
         if p.is_meta:
             return f"{name} is on the meta device"
-    norms = [m for m in module.modules() if isinstance(m, tuple(EXACT))]
-    for p in (p for norm in norms for p in norm.parameters()):
-        if p.dtype not in KERNEL_DTYPES:
-            return f"no kernel for {p.dtype}"
-    parts = None if plain else residual_parts(module)
-    if parts is not None:
-        _, dropout, norm = parts
-        if not computes_residual(module):
-            return "its forward is not LayerNorm(residual + Dropout(dense(input)))"
-        if not 0 <= dropout.p < 1:
-            return f"dropout with p={dropout.p}"
-        if any(getattr(m, hooks) for m in (dropout, norm) for hooks in HOOKS):
-            return "its dropout or LayerNorm has hooks, which a fused forward would not call"
+    return ""
+
+
+def _why_no_attention(module: nn.MultiheadAttention) -> str:
+    if module.head_dim > MAX_DIM:
+        return f"no kernel for a head dim of {module.head_dim}, above {MAX_DIM}"
+    if not 0 <= module.dropout < 1:
+        return f"dropout with p={module.dropout}"
     return ""

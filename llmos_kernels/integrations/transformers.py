@@ -1,0 +1,153 @@
+"""Attention of Hugging Face transformers through ``llmos_kernels``, under the name "llmos".
+
+Importing this registers the attention function and the mask function that belongs to it; after that
+``model.set_attn_implementation("llmos")`` takes them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from llmos_kernels.ops.attention import scaled_dot_product_attention
+
+try:
+    from transformers.utils.output_capturing import _active_collector
+except ImportError:  # It is private there.
+    _active_collector = None  # type: ignore[assignment]
+
+NAME = "llmos"
+
+#: What models pass along that changes no attention.
+_HARMLESS = frozenset(
+    (
+        "cache_position",
+        "deterministic",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "seq_idx",
+        "token_type_ids",
+        "use_cache",
+    )
+)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    *,
+    position_bias: Tensor | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    output_attentions: bool | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function of transformers' interface.
+
+    ``query`` [batch, heads, q_len, head_dim]; ``key`` and ``value`` may have fewer heads. Without a
+    mask the attention is causal where ``is_causal`` or ``module.is_causal`` says so and there is
+    more than one query. ``position_bias`` [1 or batch, heads, q_len, k_len] gets a gradient.
+
+    Returns the attention [batch, q_len, heads, v_dim], and with ``output_attentions`` the weights
+    [batch, heads, q_len, k_len]. Raises NotImplementedError for any other argument that is not
+    None and could change the result, and for a window that no mask applies.
+    """
+    for name, given in kwargs.items():
+        if name not in _HARMLESS and given is not None and given is not False:
+            shown = f"a {type(given).__name__}" if isinstance(given, Tensor) else repr(given)
+            raise NotImplementedError(f'the "llmos" attention does not support {name}: got {shown}')
+    if sliding_window is not None and attention_mask is None and key.shape[2] > sliding_window:
+        raise NotImplementedError(
+            f"sliding_window={sliding_window} needs a mask that applies it to {key.shape[2]} keys"
+        )
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    # One query without a mask sees all keys: it is the newest.
+    is_causal = query.shape[2] > 1 and attention_mask is None and is_causal
+    options: dict[str, Any] = {
+        "dropout_p": dropout if module.training else 0.0,
+        "is_causal": is_causal,
+        "scale": scaling,
+        "enable_gqa": True,
+    }
+    if cu_seq_lens_q is not None and attention_mask is None:
+        return _packed(
+            query, key, value, cu_seq_lens_q, cu_seq_lens_k, position_bias, options
+        ), None
+    attn_mask, padding = _masks(attention_mask, query.shape[0])
+    if position_bias is not None:
+        attn_mask = _biased(position_bias, attn_mask)
+    wanted = output_attentions or _are_weights_collected(module)
+    result = scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask,
+        key_padding_mask=padding,
+        return_weights="per_head" if wanted else None,
+        **options,
+    )
+    out, weights = result if isinstance(result, tuple) else (result, None)
+    return out.transpose(1, 2), weights
+
+
+def _are_weights_collected(module: nn.Module) -> bool:
+    """Layers of GPT-2, OPT and others keep ``output_attentions`` to themselves."""
+    if getattr(getattr(module, "config", None), "output_attentions", False):
+        return True
+    if _active_collector is None or torch.compiler.is_compiling():
+        return False
+    return any(name.endswith("attentions") for name in _active_collector.get() or ())
+
+
+def _masks(mask: Tensor | None, batch: int) -> tuple[Tensor | None, Tensor | None]:
+    """``mask`` as attn_mask, or as key_padding_mask where it is alike for all heads and queries."""
+    if mask is None or mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1:
+        return mask, None
+    if mask.shape[2] > 1 and mask.stride(2) != 0:
+        return mask, None
+    return None, ~mask[:, 0, 0].expand(batch, -1)
+
+
+def _biased(position_bias: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return position_bias
+    if mask.dtype == torch.bool:
+        return position_bias.masked_fill(~mask, float("-inf"))
+    return position_bias + mask
+
+
+def _packed(query, key, value, cu_q, cu_k, position_bias, options) -> Tensor:
+    """Several sequences behind one another in a batch of one, as FlashAttention takes them."""
+    if query.shape[0] != 1 or position_bias is not None:
+        raise NotImplementedError(
+            "cu_seq_lens_q goes with a batch of 1 and no position_bias,"
+            f" got {query.shape[0]} and {'one' if position_bias is not None else 'none'}"
+        )
+    cu_q, cu_k = cu_q.int(), (cu_q if cu_k is None else cu_k).int()
+    query, key, value = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
+    out = scaled_dot_product_attention(
+        query, key, value, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **options
+    )
+    assert isinstance(out, Tensor)
+    return out.unsqueeze(0)
+
+
+AttentionInterface.register(NAME, attention)
+# None where the mask is plainly causal or full, else bool [batch, 1, q_len, k_len].
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,190 @@
+"""The attention of Hugging Face models: a name in their configs, proved on the whole model.
+
+transformers is not imported here: it is optional, and a model's classes tell where it comes from.
+"""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmos_kernels._registry import KERNEL_DTYPES
+from llmos_kernels.swap.proof import Call, replica
+from llmos_kernels.swap.rules import why_untouchable
+from llmos_kernels.testing import error_over_budget, interleaved
+
+NAME = "llmos"
+_MARK = "_llmos_attention_before"
+#: What transformers chooses by itself. Any other name is its user's choice.
+_OURS_TO_CHANGE = ("eager", "sdpa", NAME)
+_TOKENS = 12
+
+
+def is_pretrained(module: nn.Module) -> bool:
+    """Whether ``module`` is a ``transformers.PreTrainedModel``."""
+    base = ("transformers.modeling_utils", "PreTrainedModel")
+    return any((c.__module__, c.__name__) == base for c in type(module).__mro__)
+
+
+def candidates(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The outermost Hugging Face models in ``model`` whose attention is not ours yet."""
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if is_pretrained(module) and module not in inside:
+            inside.update(module.modules())
+            if set(_implementations(module)) != {NAME}:
+                yield name, module
+
+
+def why_not(model: Any, ancestors: list[nn.Module]) -> str:
+    """Why the attention of ``model`` has to stay, or an empty string."""
+    why = why_untouchable(model, ancestors)
+    if why:
+        return why
+    for module in model.modules():
+        if module._compiled_call_impl is not None:
+            return "a part of it is compiled: optimize before torch.compile"
+        if is_pretrained(module) and not module._can_set_attn_implementation():
+            return f"{type(module).__name__} does not take its attention from AttentionInterface"
+    for name in _implementations(model):
+        if name not in _OURS_TO_CHANGE:
+            return f"its attention is {name!r}, chosen by name"
+    for p in model.parameters():
+        if p.is_floating_point() and p.dtype not in KERNEL_DTYPES:
+            return f"no kernel for {p.dtype}"
+    return ""
+
+
+def select(model: Any) -> None:
+    """Choose our attention; ``restore`` puts back what was chosen before."""
+    before = _implementations(model)
+    earlier = model.__dict__.get(_MARK, before)
+    _choose(model)
+    model.__dict__[_MARK] = [
+        e if name == NAME else name for name, e in zip(before, earlier, strict=True)
+    ]
+
+
+def restore(model: nn.Module) -> None:
+    """Undo ``select`` in every model inside ``model``, but for what was chosen since."""
+    for module in model.modules():
+        if _MARK in module.__dict__:
+            before = module.__dict__.pop(_MARK)
+            now = _implementations(module)
+            _put(module, [b if n == NAME else n for n, b in zip(now, before, strict=True)])
+
+
+def prove(model: Any, call: Call | None) -> tuple[float, float]:
+    """The largest error of its outputs over budget, in eval mode, and old time over new.
+
+    Exact is a copy in float64 with transformers' eager attention. Padded positions are left out:
+    causal attention of left padding sees nothing, and eager makes something of that.
+    """
+    before = _implementations(model)
+    calls = [call] if call else _example_calls(model)
+    try:
+        model.set_attn_implementation("eager")
+        wide = _frozen(model, torch.float64)
+        exact = [_outputs(wide, c.map(_double)) for c in calls]
+        del wide  # The largest thing here.
+        copy = _frozen(model)
+        eager = [_outputs(copy, c) for c in calls]
+        _choose(model)
+        worst = 0.0
+        for c, wanted, allowed in zip(calls, exact, eager, strict=True):
+            actual = _outputs(copy, c)
+            if not len(actual) == len(allowed) == len(wanted):
+                raise ValueError("it returns other things than with eager attention")
+            worst = max(worst, *map(error_over_budget, actual, wanted, allowed))
+        ours = _implementations(model)
+
+        def run(names):
+            _put(model, names)
+            calls[0].on(copy)
+
+        with torch.no_grad():
+            old, new = interleaved([lambda: run(before), lambda: run(ours)], 5, 5e-4)
+        return worst, old / new
+    finally:
+        _put(model, before)
+
+
+def _choose(model: Any) -> None:
+    import llmos_kernels.integrations.transformers  # noqa: F401  registers the name
+
+    model.set_attn_implementation(NAME)
+
+
+def _configs(model: nn.Module) -> list:
+    """Every config that names an attention for a part of ``model``, outer ones first."""
+    found: dict[int, Any] = {}
+
+    def add(config):
+        found[id(config)] = config
+        for name in config.sub_configs:
+            inner = getattr(config, name, None)
+            if inner is not None and id(inner) not in found:
+                add(inner)
+
+    for module in model.modules():
+        if is_pretrained(module) and id(module.config) not in found:
+            add(module.config)
+    return list(found.values())
+
+
+def _implementations(model: nn.Module) -> list[str]:
+    return [config._attn_implementation for config in _configs(model)]
+
+
+def _put(model: nn.Module, names: list[str]) -> None:
+    for config, name in zip(_configs(model), names, strict=True):
+        config._attn_implementation = name
+
+
+def _frozen(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    copy = replica(model, dtype=dtype)
+    for module in copy.modules():
+        module.training = False
+    return copy
+
+
+def _double(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t
+
+
+def _example_calls(model: Any) -> list[Call]:
+    """Random tokens, without a mask and with left padding."""
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    if model.main_input_name != "input_ids" or not isinstance(vocabulary, int):
+        raise ValueError(f"the inputs of {type(model).__name__} are unknown: pass inputs=")
+    ids = torch.randint(vocabulary, (2, _TOKENS), device=model.device)
+    given = {"input_ids": ids}
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        given["decoder_input_ids"] = ids.flip(0)
+    mask = torch.ones_like(ids)
+    mask[1, : _TOKENS // 3] = 0
+    return [Call(kwargs=given), Call(kwargs=given | {"attention_mask": mask})]
+
+
+def _outputs(model: nn.Module, call: Call) -> list[Tensor]:
+    """The floating point tensors that ``model`` returns, without padded positions."""
+    bound = inspect.signature(model.forward).bind(*call.args, **call.kwargs).arguments
+    names = ("attention_mask", "decoder_attention_mask")
+    masks = [bound[n].bool() for n in names if isinstance(bound.get(n), Tensor)]
+    with torch.no_grad():
+        found = list(_tensors(call.on(model)))
+    if not found:
+        raise ValueError("it returns no floating point tensors to compare")
+    for mask in masks:
+        found = [t[mask] if t.shape[:2] == mask.shape else t for t in found]
+    return found
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for v in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(v)
