@@ -54,6 +54,14 @@ def test_gradient_formula(case, device):
     assert torch.autograd.gradgradcheck(fn, args)
 
 
+@pytest.fixture
+def math_sdpa():
+    """Torch's fused attention has no second derivative, no forward mode and no vmap."""
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        yield
+
+
+@pytest.mark.usefixtures("math_sdpa")
 @each_case
 def test_second_derivative(case, device):
     def second(fn, args):
@@ -114,7 +122,10 @@ def test_layouts(case, layout, dtype, device):
     args = case.make(middle(case), dtype=dtype, device=device, requires_grad=True)
     args = map_tensors(layout, args)
     gradients = [layout(g) for g in make_gradients(run(case.op, args))]
-    check(case, args, gradients)
+    # Equal elements make attention's softmax a single one, equal rows its gradient 0: the error is
+    # then noise, and the bits of the packed case are all that is asked for.
+    if case.row_wise or layout not in (_expanded, _repeated_row):
+        check(case, args, gradients)
     actual = run_with_gradients(case.op, args, gradients)
     packed = map_tensors(torch.clone, args)
     expected = run_with_gradients(case.op, packed, [g.clone() for g in gradients])
@@ -177,6 +188,7 @@ def test_compiles_whole(case, backend, device):
             torch.testing.assert_close(value, expected[name])
 
 
+@pytest.mark.usefixtures("math_sdpa")
 @each_case
 def test_forward_mode(case, device):
     if "dropout" in case.name:
@@ -240,6 +252,7 @@ def test_exports(case, device):
             assert torch.equal(actual, expected)
 
 
+@pytest.mark.usefixtures("math_sdpa")
 @each_case
 def test_function_transforms(case, device):
     if "dropout" in case.name:

@@ -18,6 +18,8 @@ The mask of dropout is that of ``ops/dropout.py``: row (b * heads + h) * q_len +
 counts from the start of its own sequence.
 """
 
+from itertools import zip_longest
+
 import torch
 from torch import Tensor
 
@@ -60,17 +62,21 @@ def attend(
     """
     query, key, value = _widened(query, key, value, key_padding_mask)
     logits = _logits(query, key, attn_mask, key_padding_mask, cu_q, cu_k, scale, causal)
-    m = logits.detach().amax(-1) if key.shape[2] else logits.detach().sum(-1)
+    weights, stats = _softmax(logits)
+    if seed is not None:
+        weights = weights * dropout_factors(weights, seed, dropout_p, cu_k)
+    return (weights @ value).transpose(1, 2), stats, weights
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights, 0 in rows where every logit is -inf, and stats."""
+    m = logits.detach().amax(-1) if logits.shape[-1] else logits.detach().sum(-1)
     m = m.masked_fill(m == float("-inf"), 0)
     p = torch.exp(logits - m[..., None])
     total = p.sum(-1)
     nothing = total == 0
     inverse = total.masked_fill(nothing, 1).reciprocal().masked_fill(nothing, 0)
-    weights = p * inverse[..., None]
-    if seed is not None:
-        weights = weights * dropout_factors(weights, seed, dropout_p, cu_k)
-    out = (weights @ value).transpose(1, 2)
-    return out, torch.stack((m, inverse.detach())), weights
+    return p * inverse[..., None], torch.stack((m, inverse.detach()))
 
 
 def _widened(query, key, value, key_padding_mask):
@@ -136,28 +142,48 @@ def _weights_reference(q, k, attn_mask, padding, stats, scale, causal, dropout_p
     return (weights.mean(1) if mean else weights).to(q.dtype)
 
 
+def _gradients(dout, dweights, tensors, options, seed, out=None, stats=None) -> list[Tensor]:
+    """Of query, key, value and attn_mask, in the dtype of each; through differentiable torch ops.
+
+    ``dout`` [batch, heads, q_len, v_dim] and ``dweights``, per head, may be None, not both. Without
+    ``out`` and ``stats`` of the forward they are computed again.
+    """
+    q, k, v, attn_mask, padding, cu_q, cu_k = tensors
+    scale, causal, dropout_p = options
+    query, key, value = _widened(q, k, v, padding)
+    logits = _logits(query, key, attn_mask, padding, cu_q, cu_k, scale, causal)
+    p = _softmax(logits)[0] if stats is None else (
+        torch.exp(logits - stats[0, ..., None]) * stats[1, ..., None]
+    )  # fmt: skip
+    factors = 1 if seed is None else dropout_factors(p, seed, dropout_p, cu_k)
+    dp = torch.zeros_like(p) if dweights is None else dweights.to(p.dtype)
+    dvalue = torch.zeros_like(value)
+    if dout is not None:
+        dout = dout.to(p.dtype)
+        dp = dp + dout @ value.mT
+        dvalue = (p * factors).mT @ dout
+    dp = dp * factors
+    delta = (p * dp if out is None else dout * out.transpose(1, 2)).sum(-1, keepdim=True)
+    ds = p * (dp - delta)
+
+    def of_heads(gradient, t):
+        return gradient.unflatten(1, (t.shape[1], -1)).sum(2).to(t.dtype)
+
+    gradients = [of_heads(ds @ key * scale, q), of_heads(ds.mT @ query * scale, k)]
+    gradients.append(of_heads(dvalue, v))
+    if attn_mask is not None and attn_mask.is_floating_point():
+        gradients.append(ds.sum_to_size(attn_mask.shape).to(attn_mask.dtype))
+    return gradients
+
+
 def _backward_reference(
     dout, q, k, v, attn_mask, padding, cu_q, cu_k, out, stats, scale, causal, dropout_p, seed,
     mask_grad,
 ):  # fmt: skip
-    query, key, value = _widened(q, k, v, padding)
-    logits = _logits(query, key, attn_mask, padding, cu_q, cu_k, scale, causal)
-    p = torch.exp(logits - stats[0, ..., None]) * stats[1, ..., None]
-    dout = dout.to(p.dtype)
-    factors = dropout_factors(p, seed, dropout_p, cu_k) if seed is not None else 1
-    delta = (dout * out.transpose(1, 2)).sum(-1, keepdim=True)
-    ds = p * (factors * (dout @ value.mT) - delta)
-
-    def to_heads(t, dtype):  # [batch, length, heads of the key, dim]
-        t = t.unflatten(1, (k.shape[1], -1)).sum(2)
-        return t.transpose(1, 2).to(dtype).contiguous()
-
-    return (
-        (ds @ key * scale).transpose(1, 2).to(q.dtype).contiguous(),
-        to_heads(ds.mT @ query * scale, k.dtype),
-        to_heads((p * factors).mT @ dout, v.dtype),
-        ds.sum_to_size(attn_mask.shape).to(attn_mask.dtype) if mask_grad else q.new_empty(0),
-    )
+    tensors, options = (q, k, v, attn_mask, padding, cu_q, cu_k), (scale, causal, dropout_p)
+    dq, dk, dv, *dmask = _gradients(dout, None, tensors, options, seed, out, stats)
+    heads = (d.transpose(1, 2).contiguous() for d in (dq, dk, dv))
+    return *heads, dmask[0].contiguous() if mask_grad else q.new_empty(0)
 
 
 def _forward_fake(q, k, v, attn_mask, padding, cu_q, cu_k, scale, causal, dropout_p, seed):
@@ -232,40 +258,18 @@ class _Attention(torch.autograd.Function):
         if dout is None and dweights is None:
             return (None,) * 4 + none
         if dweights is not None or torch.is_grad_enabled():
-            grads = _gradients_by_reference(
-                tensors, ctx.options, seed, ctx.kind, dout, dweights, wanted
-            )
-            return *grads, *none
+            # The weights' own gradient, and one to be differentiated again, are plain torch ops.
+            if ctx.kind == "mean" and dweights is not None:
+                heads = tensors[0].shape[1]
+                dweights = (dweights / heads).unsqueeze(1).expand(-1, heads, -1, -1)
+            dout = None if dout is None else dout.transpose(1, 2)
+            gradients = _gradients(dout, dweights, tensors, ctx.options, seed)
+            return *[g if w else None for g, w in zip_longest(gradients, wanted)], *none
         dquery, dkey, dvalue, dmask = _backward(
             dout.transpose(1, 2), *tensors, out, stats, *ctx.options, seed, wanted[3]
         )
         grads = [d.transpose(1, 2) for d in (dquery, dkey, dvalue)]
         return *grads, dmask if wanted[3] else None, *none
-
-
-def _gradients_by_reference(tensors, options, seed, kind, dout, dweights, wanted) -> list:
-    """Gradients through plain torch ops: of the weights, and such as are differentiated again."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        if not create_graph:
-            leaves = [
-                t.detach().requires_grad_() if w else t
-                for t, w in zip(tensors, wanted, strict=False)
-            ]
-            tensors = [*leaves, *tensors[4:]]
-        outputs = zip(_by_reference(tensors, options, seed, kind), (dout, dweights), strict=False)
-        used = [(o, d) for o, d in outputs if d is not None]
-        inputs = [t for t, w in zip(tensors, wanted, strict=False) if w]
-        found = iter(
-            torch.autograd.grad(
-                [o for o, _ in used],
-                inputs,
-                [d for _, d in used],
-                create_graph=create_graph,
-                allow_unused=True,
-            )
-        )
-    return [next(found) if w else None for w in wanted]
 
 
 def _fused(tensors, options, seed, kind) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -329,6 +333,8 @@ def scaled_dot_product_attention(
     if use_reference(backend, a.tensors[0].dtype):
         return a.shaped(*_by_reference(a.tensors, a.options, seed, a.weights))
     if needs_grad(*a.tensors[:4]):
+        if torch.compiler.is_compiling():  # It refuses the same tensor twice.
+            a = a.with_views()
         return a.shaped(*_Attention.apply(*a.tensors, *a.options, seed, a.weights))
     out, _, weights = _fused(a.tensors, a.options, seed, a.weights)
     return a.shaped(out, weights)

@@ -1,7 +1,7 @@
 """What ``scaled_dot_product_attention`` is called with: checked, and in the one form kernels take."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,11 @@ class Arguments:
         if self.form == "no heads" and self.weights == "per_head":
             weights = weights.squeeze(1)  # type: ignore[union-attr]
         return out, weights
+
+    def with_views(self) -> "Arguments":
+        """The same with query, key and value three tensor objects, whatever they were."""
+        q, k, v, *rest = self.tensors
+        return replace(self, tensors=(q, k.view_as(k), v.view_as(v), *rest))
 
 
 def check_attention(

@@ -11,9 +11,10 @@ struct Rows {
 // Turns a tile of products into powers, for a right operand or a left one by columns, and updates
 // m, l and shift; alpha is what earlier sums have to be multiplied by.
 template <class U, int kVectors>
-inline void softmax_tile(const Block& block, const Keys& keys, const Exponent& exponent,
-                         const Dropout& dropout, MaskType type, const float* mask, float* products,
-                         const Rows& r) {
+[[gnu::noinline, gnu::flatten]] void softmax_tile(const Block& block, const Keys& keys,
+                                                  const Exponent& exponent, const Dropout& dropout,
+                                                  MaskType type, const float* mask, float* products,
+                                                  const Rows& r) {
   F32 top[kVectors], shift[kVectors], sum[kVectors];
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) top[v] = load<F32>(r.m + v * kLanes);
@@ -179,8 +180,8 @@ struct Forward {
 };
 
 template <class T>
-[[gnu::flatten]] void run_forward(const AttentionForward<T>& args, const Task* tasks, int64_t count,
-                                  float* scratch) {
+void run_forward(const AttentionForward<T>& args, const Task* tasks, int64_t count,
+                 float* scratch) {
   Forward<T> forward(args, {scratch});
   for (int64_t i = 0; i < count; ++i) forward.run(tasks[i]);
 }

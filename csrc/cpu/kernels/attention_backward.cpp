@@ -3,23 +3,25 @@
 namespace llmos {
 namespace {
 
-// Rows of one dimension for all that a block of query rows multiplies with.
+// Of each row of a block; inverse is 0 in rows that do not exist.
+struct RowValues {
+  float *shift, *inverse, *delta;
+};
+
+// What a block of query rows multiplies with.
 template <class T>
-struct BlockOperands {
+struct BlockOperands : RowValues {
   using U = UnitOf<T>;
-  U *query, *dout;                 // [unit][row]
-  U *query_inner, *dout_inner;     // [row unit][element]; null where not needed.
-  float *shift, *inverse, *delta;  // [row]; inverse is 0 in rows that do not exist.
+  U *query, *dout;              // [unit][row]
+  U *query_inner, *dout_inner;  // [row unit][element]; null where not needed.
   U* line;
 
   BlockOperands(const Attention<T>& a, Scratch& scratch, bool inner)
-      : query(scratch.take<U>(kBlock * units<U>(a.dim))),
+      : RowValues{scratch.take(kBlock), scratch.take(kBlock), scratch.take(kBlock)},
+        query(scratch.take<U>(kBlock * units<U>(a.dim))),
         dout(scratch.take<U>(kBlock * units<U>(a.v_dim))),
         query_inner(inner ? scratch.take<U>(kBlock * to_vectors(a.dim)) : nullptr),
         dout_inner(inner ? scratch.take<U>(kBlock * to_vectors(a.v_dim)) : nullptr),
-        shift(scratch.take(kBlock)),
-        inverse(scratch.take(kBlock)),
-        delta(scratch.take(kBlock)),
         line(scratch.take<U>(kLanes * kMaxDim)) {}
 
   static int64_t scratch(const Attention<T>& a, bool inner) {
@@ -68,7 +70,55 @@ struct BlockOperands {
   }
 };
 
-// The weights and the gradient of the logits of one tile.
+// Where the dropped weights and the gradients of the logits go: by keys, [key][row], and with pairs
+// also by pairs of keys. Or the gradients alone, as floats.
+template <class U>
+struct TileOutputs {
+  Element<U>*weights, *dlogits;
+  float *dlogit_pairs, *alone;
+};
+
+template <class U, int kVectors>
+[[gnu::noinline, gnu::flatten]] void logit_gradients(const Block& block, const Keys& keys,
+                                                     const Exponent& exponent,
+                                                     const Dropout& dropout, MaskType type,
+                                                     const float* mask, const RowValues& rows,
+                                                     float* products, const float* dproducts,
+                                                     const TileOutputs<U>& to) {
+  F32 shift[kVectors], inverse[kVectors], delta[kVectors], factors[kVectors][4], before[kVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    shift[v] = load<F32>(rows.shift + v * kLanes);
+    inverse[v] = load<F32>(rows.inverse + v * kLanes);
+    delta[v] = load<F32>(rows.delta + v * kLanes);
+    before[v] = F32{};
+  }
+  mask_products<kVectors>(
+      block, keys, exponent, type, mask, products, [&](int64_t j, int v, F32 x) {
+        const int64_t at = j * kBlock + v * kLanes;
+        const F32 p = exp2_negative<kPerUnit<U> == 1>(exponent.power(x, shift[v])) * inverse[v];
+        F32 weight = p, dp = load<F32>(dproducts + at);
+        if (dropout.threshold) {
+          if (j % 4 == 0) dropout_of_keys(dropout, block, keys.begin + j, v, factors[v]);
+          weight *= factors[v][j % 4];
+          dp *= factors[v][j % 4];
+        }
+        const F32 dlogit = p * (dp - delta[v]);
+        if (to.alone) return store(to.alone + at, dlogit);
+        store(to.weights + at, weight);
+        store(to.dlogits + at, dlogit);
+        if constexpr (kPerUnit<U> == 2) {
+          float* pairs = to.dlogit_pairs + j / 2 * kBlock + v * kLanes;
+          if (j % 2)
+            store_pairs(pairs, before[v], dlogit);
+          else if (j + 1 == keys.count)
+            store_pairs(pairs, dlogit, F32{});
+          before[v] = dlogit;
+        }
+      });
+}
+
+// The tiles of one block of query rows.
 template <class T>
 struct Gradient {
   using U = UnitOf<T>;
@@ -99,25 +149,12 @@ struct Gradient {
     return true;
   }
 
-  // put(j, v, dropped weight, gradient of the logit) for each key, four keys at a time in order.
-  template <int kVectors, class Put>
-  void each(const Block& block, const Keys& keys, const BlockOperands<T>& rows, Put put) {
-    F32 shift[kVectors], inverse[kVectors], delta[kVectors], factors[kVectors][4];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      shift[v] = load<F32>(rows.shift + v * kLanes);
-      inverse[v] = load<F32>(rows.inverse + v * kLanes);
-      delta[v] = load<F32>(rows.delta + v * kLanes);
-    }
-    mask_products<kVectors>(
-        block, keys, exponent, a.mask.type, mask, products, [&](int64_t j, int v, F32 x) {
-          const F32 p = exp2_negative<kPerUnit<U> == 1>(exponent.power(x, shift[v])) * inverse[v];
-          F32 dp = load<F32>(dproducts + j * kBlock + v * kLanes);
-          if (!a.dropout.threshold) return put(j, v, p, p * (dp - delta[v]));
-          if (j % 4 == 0) dropout_of_keys(a.dropout, block, keys.begin + j, v, factors[v]);
-          const F32 factor = factors[v][j % 4];
-          put(j, v, p * factor, p * (dp * factor - delta[v]));
-        });
+  void gradients(const Block& block, const Keys& keys, const BlockOperands<T>& rows,
+                 const TileOutputs<U>& to) {
+    with_vectors(block.vectors, [&](auto vectors) {
+      logit_gradients<U, vectors>(block, keys, exponent, a.dropout, a.mask.type, mask, rows,
+                                  products, dproducts, to);
+    });
   }
 };
 
@@ -162,21 +199,8 @@ struct Backward {
 
   void tile(const Block& block, const Task& task, const Keys& keys) {
     if (!gradient.multiply(block, task.sequence, task.kv_head, keys, rows, cache)) return;
-    with_vectors(block.vectors, [&](auto vectors) {
-      F32 before[vectors];
-      gradient.template each<vectors>(
-          block, keys, rows, [&](int64_t j, int v, F32 weight, F32 dlogit) {
-            const int64_t at = j * kBlock + v * kLanes;
-            store(weights + at, weight);
-            store(dlogits + at, dlogit);
-            if constexpr (kPerUnit<U> == 2) {
-              if (j % 2 || j + 1 == keys.count)
-                store_pairs(reinterpret_cast<float*>(dlogit_pairs) + j / 2 * kBlock + v * kLanes,
-                            j % 2 ? before[v] : dlogit, j % 2 ? dlogit : F32{});
-              before[v] = dlogit;
-            }
-          });
-    });
+    gradient.gradients(block, keys, rows,
+                       {weights, dlogits, reinterpret_cast<float*>(dlogit_pairs), nullptr});
     const int64_t inner = units<U>(block.rows), step = kBlock / kPerUnit<U>;
     product<U, false, Into::Add>(keys.count, v_width / kLanes, inner,
                                  reinterpret_cast<const U*>(weights), step, rows.dout_inner,
@@ -280,11 +304,7 @@ struct MaskBackward {
     for (int64_t at = s.first / kTile * kTile; at < last; at += kTile) {
       const Keys keys(a, s, at, last);
       if (!gradient.multiply(block, batch, head / a.group(), keys, rows, cache)) continue;
-      with_vectors(block.vectors, [&](auto vectors) {
-        gradient.template each<vectors>(block, keys, rows, [&](int64_t j, int v, F32, F32 dlogit) {
-          store(gradient.dproducts + j * kBlock + v * kLanes, dlogit);
-        });
-      });
+      gradient.gradients(block, keys, rows, {nullptr, nullptr, nullptr, gradient.dproducts});
       add(block, keys, gradient.dproducts, to);
     }
   }
@@ -307,15 +327,15 @@ struct MaskBackward {
 };
 
 template <class T>
-[[gnu::flatten]] void run_backward(const AttentionBackward<T>& args, const Task* tasks,
-                                   int64_t count, float* scratch) {
+void run_backward(const AttentionBackward<T>& args, const Task* tasks, int64_t count,
+                  float* scratch) {
   Backward<T> backward(args, {scratch});
   for (int64_t i = 0; i < count; ++i) backward.run(tasks[i]);
 }
 
 template <class T>
-[[gnu::flatten]] void run_mask_backward(const AttentionMaskBackward<T>& args, const Task* tasks,
-                                        int64_t count, float* scratch) {
+void run_mask_backward(const AttentionMaskBackward<T>& args, const Task* tasks, int64_t count,
+                       float* scratch) {
   MaskBackward<T> backward(args, {scratch});
   for (int64_t i = 0; i < count; ++i) backward.run(tasks[i]);
 }

@@ -56,7 +56,8 @@ struct Block {
   bool one_mask_row;
 
   template <class T>
-  Block(const Attention<T>& a, const Sequence& s, int64_t first_head, int64_t heads, int64_t begin)
+  [[gnu::noinline]] Block(const Attention<T>& a, const Sequence& s, int64_t first_head,
+                          int64_t heads, int64_t begin)
       : rows(std::min<int64_t>(kBlock, heads * s.q_len - begin)),
         vectors(to_vectors(rows) / kLanes),
         batch(s.batch),
@@ -82,7 +83,8 @@ struct Block {
 
 // to[unit][row] of the rows that row(r) points at; rows past the last are zeros.
 template <class Unit, class RowOf>
-inline void pack_by_columns(const Block& block, int64_t dim, Unit* to, Unit* line, RowOf row) {
+[[gnu::noinline]] void pack_by_columns(const Block& block, int64_t dim, Unit* to, Unit* line,
+                                       RowOf row) {
   const int64_t n = units<Unit>(dim);
   for (int64_t first = 0; first < block.vectors * kLanes; first += kLanes) {
     const Unit* lines[kLanes];
@@ -126,8 +128,8 @@ struct Keys {
 // Rows of a key or value head as a left operand: [key][unit]. Ignored ones are zeros: there may be
 // NaN in them.
 template <class Unit, class T>
-inline void pack_rows(const Heads<const T>& from, const Sequence& s, int64_t head, const Keys& keys,
-                      int64_t dim, Unit* to) {
+[[gnu::noinline]] void pack_rows(const Heads<const T>& from, const Sequence& s, int64_t head,
+                                 const Keys& keys, int64_t dim, Unit* to) {
   const int64_t n = units<Unit>(dim);
   for (int64_t j = 0; j < keys.count; ++j) {
     if (keys.holes && keys.hole[j])
@@ -140,7 +142,7 @@ inline void pack_rows(const Heads<const T>& from, const Sequence& s, int64_t hea
 
 // `count` rows, row(j) each, as a right operand whose inner dimension they are; null is zeros.
 template <class Unit, class T, class RowOf>
-inline void pack_inner(int64_t count, int64_t dim, Unit* to, RowOf row) {
+[[gnu::noinline]] void pack_inner(int64_t count, int64_t dim, Unit* to, RowOf row) {
   static const T zeros[kMaxDim] = {};
   const int64_t padded = to_vectors(dim);
   for (int64_t j = 0; j < count; j += 2) {
@@ -181,8 +183,8 @@ inline V load(const Byte* p) {
 
 // Writes a tile of the mask, [key][row]; whether any of it lets a key be seen.
 template <class M>
-inline bool pack_mask(const M* mask, int64_t key_step, const Block& block, const Keys& keys,
-                      float* to) {
+[[gnu::noinline]] bool pack_mask(const M* mask, int64_t key_step, const Block& block,
+                                 const Keys& keys, float* to) {
   I32 seen = {};
   const auto put = [&](int64_t j, int64_t first, F32 v) {
     seen |= v != -kInfinity;
@@ -289,8 +291,8 @@ template <int kVectors, class Body>
 }
 
 // The dropout factors of four keys, from key j on (a multiple of 4), for kLanes rows.
-inline void dropout_of_keys(const Dropout& dropout, const Block& block, int64_t key, int v,
-                            F32 factors[4]) {
+[[gnu::noinline]] inline void dropout_of_keys(const Dropout& dropout, const Block& block,
+                                              int64_t key, int v, F32 factors[4]) {
   U32 c[4] = {U32{} + uint32_t(key / 4), load_bits<U32>(block.row_low + v * kLanes),
               load_bits<U32>(block.row_high + v * kLanes), U32{} + uint32_t(dropout.offset)};
   philox(dropout, c);

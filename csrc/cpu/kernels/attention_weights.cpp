@@ -60,7 +60,7 @@ struct Weights {
   }
 
   template <int kVectors>
-  void add_tile(const Block& block, const Keys& keys) {
+  [[gnu::noinline, gnu::flatten]] void add_tile(const Block& block, const Keys& keys) {
     F32 factors[kVectors][4];
     mask_products<kVectors>(
         block, keys, exponent, a.mask.type, mask, products, [&](int64_t j, int v, F32 x) {
@@ -107,8 +107,8 @@ struct Weights {
 };
 
 template <class T>
-[[gnu::flatten]] void run_weights(const AttentionWeights<T>& args, const Task* tasks, int64_t count,
-                                  float* scratch) {
+void run_weights(const AttentionWeights<T>& args, const Task* tasks, int64_t count,
+                 float* scratch) {
   Weights<T> weights(args, {scratch});
   for (int64_t i = 0; i < count; ++i) weights.run(tasks[i]);
 }

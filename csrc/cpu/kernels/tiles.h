@@ -98,8 +98,9 @@ template <class Unit, bool kByColumn, Into kInto, int kM, int kN>
 }
 
 template <class Unit, bool kByColumn, Into kInto, int kN>
-inline void columns(int64_t rows, const Unit* a, int64_t a_step, const Unit* b, int64_t b_step,
-                    int64_t k, float* c, int64_t c_step, const float* alpha) {
+[[gnu::noinline]] void columns(int64_t rows, const Unit* a, int64_t a_step, const Unit* b,
+                               int64_t b_step, int64_t k, float* c, int64_t c_step,
+                               const float* alpha) {
   int64_t row = 0;
   const auto run = [&](auto count) {
     constexpr int kM = decltype(count)::value;
@@ -117,9 +118,9 @@ inline void columns(int64_t rows, const Unit* a, int64_t a_step, const Unit* b, 
 // c [rows, vectors * kLanes] from a [rows, k] and b [k, vectors * kLanes]; k in units, steps in
 // units of a and b and in floats of c. alpha [rows] with Into::Scale.
 template <class Unit, bool kByColumn, Into kInto>
-inline void product(int64_t rows, int64_t vectors, int64_t k, const Unit* a, int64_t a_step,
-                    const Unit* b, int64_t b_step, float* c, int64_t c_step,
-                    const float* alpha = nullptr) {
+[[gnu::noinline]] void product(int64_t rows, int64_t vectors, int64_t k, const Unit* a,
+                               int64_t a_step, const Unit* b, int64_t b_step, float* c,
+                               int64_t c_step, const float* alpha = nullptr) {
   int64_t at = 0;
   const auto run = [&](auto count) {
     constexpr int kN = decltype(count)::value;
@@ -135,7 +136,7 @@ inline void product(int64_t rows, int64_t vectors, int64_t k, const Unit* a, int
 
 // Rows of elements of T as elements of a unit, zeros up to `padded` elements.
 template <class Unit, class T>
-inline void pack_row(const T* from, int64_t n, int64_t padded, Unit* to_) {
+[[gnu::always_inline]] inline void pack_row(const T* from, int64_t n, int64_t padded, Unit* to_) {
   auto* to = reinterpret_cast<Element<Unit>*>(to_);
   if constexpr (std::is_same_v<Element<Unit>, T>) {
     std::memcpy(to, from, n * sizeof(T));
@@ -161,7 +162,8 @@ inline void pack_row(const T* from, int64_t n, int64_t padded, Unit* to_) {
 
 // to[unit][row] of kLanes rows, given row pointers to packed rows of `count` units.
 template <class Unit>
-inline void transpose_rows(const Unit* const* rows, int64_t count, Unit* to, int64_t to_step) {
+[[gnu::noinline]] void transpose_rows(const Unit* const* rows, int64_t count, Unit* to,
+                                      int64_t to_step) {
   int64_t at = 0;
   for (; at + kLanes <= count; at += kLanes) {
     U32 v[kLanes];
@@ -176,8 +178,8 @@ inline void transpose_rows(const Unit* const* rows, int64_t count, Unit* to, int
 // Two rows a, b of `n` elements as units of an inner dimension that runs over the rows: with pairs
 // (a0 b0) (a1 b1) ..., else a, then b to_step further.
 template <class Unit, class T>
-inline void pack_two_rows(const T* a, const T* b, int64_t n, int64_t padded, Unit* to,
-                          int64_t to_step) {
+[[gnu::always_inline]] inline void pack_two_rows(const T* a, const T* b, int64_t n, int64_t padded,
+                                                 Unit* to, int64_t to_step) {
   if constexpr (std::is_same_v<Unit, Pair>) {
     int64_t i = 0;
 #if defined(__AVX512BF16__)
