@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
     for (const Splits::Row& row : work.rows) {
       const Sequence& s = in.sequences[row.sequence];
       const int64_t at = args.of.stats_at(s.batch, row.head, row.index);
-      combine(work.partial.get() + row.at, row.splits, group * s.q_len * one, in.v_dim,
+      combine(args.of, work.partial.get() + row.at, row.splits, group * s.q_len * one,
               args.out.at(s.batch, row.head, row.index), m + at, inverse + at);
     }
   });

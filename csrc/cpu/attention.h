@@ -100,8 +100,8 @@ inline Dispatch<const AttentionKernel<Args>*> attention_kernel;
 
 // out [v_dim] from `splits` partial rows, `stride` floats apart; returns m and 1 / l.
 template <class T>
-using CombineSplits = void (*)(const float* partial, int64_t splits, int64_t stride, int64_t v_dim,
-                               T* out, float* m, float* inverse);
+using CombineSplits = void (*)(const Attention<T>&, const float* partial, int64_t splits,
+                               int64_t stride, T* out, float* m, float* inverse);
 template <class T>
 inline Dispatch<CombineSplits<T>> combine_splits;
 

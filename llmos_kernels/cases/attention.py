@@ -91,12 +91,12 @@ def _eager(options, q, k, v, attn_mask, padding, cu_q=None, cu_k=None):
         pieces = []
         for i in range(len(cu_q) - 1):
             own = (slice(*cu_q[i : i + 2].tolist()), slice(*cu_k[i : i + 2].tolist()))
-            one = [
+            one_q, one_k, one_v = (
                 t[s].transpose(0, 1)[None]
                 for t, s in zip((q, k, v), own[:1] + own[1:] * 2, strict=True)
-            ]
-            if one[0].shape[2]:
-                pieces.append(_sdpa(*one, None, None, options)[0].transpose(0, 1))
+            )
+            if one_q.shape[2]:
+                pieces.append(_sdpa(one_q, one_k, one_v, None, None, options)[0].transpose(0, 1))
         return torch.cat(pieces)
     dropout_p, kind = options.get("dropout_p", 0.0), options.get("return_weights")
     if not dropout_p and not kind:
@@ -179,7 +179,12 @@ ATTENTION = (
         sizes=((2, 12, 512, 512, 64),),
         gpu_sizes=_GPU[1:],
     ),
-    _case("-bias_batch", make={"mask": "b1qk", "padding": True}, is_causal=True),
+    _case(
+        "-bias_batch",
+        make={"mask": "b1qk", "padding": True},
+        is_causal=True,
+        bottom_right=True,
+    ),
     _case("-bias_keys", make={"mask": "b11k"}),
     _case("-bias_queries", make={"mask": "hq1"}),
     _case(

@@ -18,6 +18,7 @@ The mask of dropout is that of ``ops/dropout.py``: row (b * heads + h) * q_len +
 counts from the start of its own sequence.
 """
 
+from collections.abc import Sequence
 from itertools import zip_longest
 
 import torch
@@ -53,13 +54,13 @@ def scaled_dot_product_attention_reference(
     return a.shaped(*_by_reference(a.tensors, a.options, seed, a.weights))
 
 
-def attend(
-    query, key, value, attn_mask, key_padding_mask, cu_q, cu_k, scale, causal, dropout_p, seed
-) -> tuple[Tensor, Tensor, Tensor]:
+def attend(tensors: Sequence, options: tuple, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """out [batch, q_len, heads, v_dim], stats (m, 1 / l) and the dropped weights, per head.
 
-    ``attn_mask`` has four dimensions, each of its full size or 1.
+    ``tensors`` and ``options`` are those of ``Arguments``.
     """
+    query, key, value, attn_mask, key_padding_mask, cu_q, cu_k = tensors
+    scale, causal, dropout_p = options
     query, key, value = _widened(query, key, value, key_padding_mask)
     logits = _logits(query, key, attn_mask, key_padding_mask, cu_q, cu_k, scale, causal)
     weights, stats = _softmax(logits)
@@ -129,7 +130,8 @@ def dropout_factors(weights: Tensor, seed: Tensor, p: float, cu_k: Tensor | None
 
 
 def _forward_reference(q, k, v, attn_mask, padding, cu_q, cu_k, scale, causal, dropout_p, seed):
-    out, stats, _ = attend(q, k, v, attn_mask, padding, cu_q, cu_k, scale, causal, dropout_p, seed)
+    tensors, options = (q, k, v, attn_mask, padding, cu_q, cu_k), (scale, causal, dropout_p)
+    out, stats, _ = attend(tensors, options, seed)
     return out.to(q.dtype).contiguous(), stats
 
 
@@ -282,7 +284,7 @@ def _fused(tensors, options, seed, kind) -> tuple[Tensor, Tensor, Tensor | None]
 
 
 def _by_reference(tensors, options, seed, kind) -> tuple[Tensor, Tensor]:
-    out, _, weights = attend(*tensors, *options, seed)
+    out, _, weights = attend(tensors, options, seed)
     weights = weights.mean(1) if kind == "mean" else weights
     dtype = tensors[0].dtype
     return out.to(dtype), weights.to(dtype)

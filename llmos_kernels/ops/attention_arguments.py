@@ -114,9 +114,9 @@ def _autocast_dtype(query: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def _autocast(*tensors: Tensor | None) -> tuple:
+def _autocast(query: Tensor, *others: Tensor | None) -> tuple:
     """What autocast does to the arguments of torch's namesake."""
-    dtype = _autocast_dtype(tensors[0])
+    dtype, tensors = _autocast_dtype(query), (query, *others)
     if dtype is None:
         return tensors
     keep = (torch.bool, torch.float64)

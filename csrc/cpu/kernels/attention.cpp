@@ -12,8 +12,9 @@ struct Rows {
 // m, l and shift; alpha is what earlier sums have to be multiplied by.
 template <class U, int kVectors>
 [[gnu::noinline, gnu::flatten]] void softmax_tile(const Block& block, const Keys& keys,
-                                                  const Exponent& exponent, const Dropout& dropout,
-                                                  MaskType type, const float* mask, float* products,
+                                                  const Exponent<U>& exponent,
+                                                  const Dropout& dropout, MaskType type,
+                                                  const float* mask, float* products,
                                                   const Rows& r) {
   F32 top[kVectors], shift[kVectors], sum[kVectors];
 #pragma GCC unroll 4
@@ -28,7 +29,7 @@ template <class U, int kVectors>
     // Before the first visible key m is -infinity: nothing was summed.
     const F32 before =
         load<F32>(r.m + at) == -kInfinity ? F32{} - kInfinity : load<F32>(r.shift + at);
-    const F32 alpha = exp2_negative<true>(exponent.change(before, shift[v]));
+    const F32 alpha = exponent.change(before, shift[v]);
     store(r.m + at, top[v]);
     store(r.shift + at, shift[v]);
     store(r.alpha + at, alpha);
@@ -36,8 +37,7 @@ template <class U, int kVectors>
     store(r.l + at, load<F32>(r.l + at) * alpha);
   }
   const auto power = [&](int64_t j, int v) {
-    const F32 p = exp2_negative<kPerUnit<U> == 1>(
-        exponent.power(load<F32>(products + j * kBlock + v * kLanes), shift[v]));
+    const F32 p = exponent.power(load<F32>(products + j * kBlock + v * kLanes), shift[v]);
     sum[v] += p;
     return p;
   };
@@ -84,7 +84,7 @@ struct Forward {
   using Packed = Cache<T, Forms{.key_rows = true, .value_inner = true}>;
   const AttentionForward<T>& args;
   const Attention<T>& a;
-  const Exponent exponent;
+  const Exponent<U> exponent;
   const int64_t width;  // Of a row of out in scratch.
   Packed cache;
   U *query, *line;
@@ -115,8 +115,7 @@ struct Forward {
     if (a.mask.type != MaskType::None && !pack_mask(a.mask, block, keys, mask)) return;
     cache.get(task.sequence, task.kv_head, keys.begin);
     const int64_t inner = units<U>(a.dim);
-    product<U, false, Into::Replace>(keys.count, block.vectors, inner, cache.key_rows, inner, query,
-                                     kBlock, products, kBlock);
+    dots(keys.count, block.vectors, inner, cache.key_rows, query, kBlock, products, kBlock);
     with_vectors(block.vectors, [&](auto vectors) {
       softmax_tile<U, vectors>(block, keys, exponent, a.dropout, a.mask.type, mask, products, sums);
     });
@@ -187,8 +186,10 @@ void run_forward(const AttentionForward<T>& args, const Task* tasks, int64_t cou
 }
 
 template <class T>
-void combine(const float* partial, int64_t splits, int64_t stride, int64_t v_dim, T* out, float* m,
-             float* inverse) {
+void combine(const Attention<T>& a, const float* partial, int64_t splits, int64_t stride, T* out,
+             float* m, float* inverse) {
+  const Exponent<UnitOf<T>> exponent(a);
+  const int64_t v_dim = a.v_dim;
   float top = -kInfinity, l = 0;
   for (int64_t i = 0; i < splits; ++i)
     if (const float* p = partial + i * stride; p[v_dim + 1] != 0)
@@ -197,7 +198,9 @@ void combine(const float* partial, int64_t splits, int64_t stride, int64_t v_dim
   for (int64_t i = 0; i < splits; ++i) {
     const float* p = partial + i * stride;
     if (p[v_dim + 1] == 0) continue;
-    const F32 weight = exp2_negative<true>(F32{} + (p[v_dim] - top) * kLog2E);
+    // Of the very shifts that powers are taken with, here and in the backward.
+    const F32 weight =
+        exponent.change(exponent.shift(F32{} + p[v_dim]), exponent.shift(F32{} + top));
     l += p[v_dim + 1] * weight[0];
     sweep(v_dim, [&](auto part, int64_t j) {
       using V = typename decltype(part)::V;

@@ -3,7 +3,7 @@
 namespace llmos {
 namespace {
 
-// Of each row of a block; inverse is 0 in rows that do not exist.
+// Of each row of a block. In rows that do not exist shift is infinite: all their powers are 0.
 struct RowValues {
   float *shift, *inverse, *delta;
 };
@@ -12,7 +12,7 @@ struct RowValues {
 template <class T>
 struct BlockOperands : RowValues {
   using U = UnitOf<T>;
-  U *query, *dout;              // [unit][row]
+  U *query, *dout, *out;        // [unit][row]
   U *query_inner, *dout_inner;  // [row unit][element]; null where not needed.
   U* line;
 
@@ -20,19 +20,20 @@ struct BlockOperands : RowValues {
       : RowValues{scratch.take(kBlock), scratch.take(kBlock), scratch.take(kBlock)},
         query(scratch.take<U>(kBlock * units<U>(a.dim))),
         dout(scratch.take<U>(kBlock * units<U>(a.v_dim))),
+        out(scratch.take<U>(kBlock * units<U>(a.v_dim))),
         query_inner(inner ? scratch.take<U>(kBlock * to_vectors(a.dim)) : nullptr),
         dout_inner(inner ? scratch.take<U>(kBlock * to_vectors(a.v_dim)) : nullptr),
         line(scratch.take<U>(kLanes * kMaxDim)) {}
 
   static int64_t scratch(const Attention<T>& a, bool inner) {
     return Scratch::size<U>(kBlock * units<U>(a.dim)) +
-           Scratch::size<U>(kBlock * units<U>(a.v_dim)) +
+           2 * Scratch::size<U>(kBlock * units<U>(a.v_dim)) +
            inner * (Scratch::size<U>(kBlock * to_vectors(a.dim)) +
                     Scratch::size<U>(kBlock * to_vectors(a.v_dim))) +
            3 * Scratch::size(kBlock) + Scratch::size<U>(kLanes * kMaxDim);
   }
 
-  void pack(const AttentionBackward<T>& args, const Exponent& exponent, const Block& block) {
+  void pack(const AttentionBackward<T>& args, const Exponent<U>& exponent, const Block& block) {
     const Attention<T>& a = args.of;
     const auto query_row = [&](int64_t r) {
       return a.query.at(block.batch, block.head[r], block.index[r]);
@@ -49,24 +50,25 @@ struct BlockOperands : RowValues {
     for (int64_t r = 0; r < block.vectors * kLanes; ++r) {
       const bool there = r < block.rows;
       const int64_t at = a.stats_at(block.batch, block.head[r], block.index[r]);
-      shift[r] = there ? exponent.shift(F32{} + a.m[at])[0] : 0;
+      shift[r] = there ? exponent.shift(F32{} + a.m[at])[0] : kInfinity;
       inverse[r] = there ? a.inverse[at] : 0;
-      delta[r] =
-          there ? dot(dout_row(r), args.out.at(block.batch, block.head[r], block.index[r]), a.v_dim)
-                : 0;
     }
-  }
-
-  static float dot(const T* x, const T* y, int64_t n) {
-    Sum sum;
-    sweep_sums(
-        n,
-        [&](auto part, int64_t i) {
-          using V = typename decltype(part)::V;
-          sum.add_product(part, load<V>(x + i), load<V>(y + i));
-        },
-        sum);
-    return sum.total();
+    pack_by_columns(block, a.v_dim, out, line, [&](int64_t r) {
+      return args.out.at(block.batch, block.head[r], block.index[r]);
+    });
+    // By the very steps that dout . value takes: where one key has all the weight, out is its value
+    // and the gradient of its logit is exactly 0.
+    for (int64_t v = 0; v < block.vectors * kLanes; v += kLanes) {
+      F32 total = {};
+      for (int64_t from = 0; from < units<U>(a.v_dim); from += kDotUnits) {
+        F32 sum = {};
+        for (int64_t i = from; i < std::min(from + kDotUnits, units<U>(a.v_dim)); ++i)
+          sum = multiply_add<U>(load_bits<U32>(out + i * kBlock + v),
+                                load_bits<U32>(dout + i * kBlock + v), sum);
+        total += sum;
+      }
+      store(delta + v, total);
+    }
   }
 };
 
@@ -80,7 +82,7 @@ struct TileOutputs {
 
 template <class U, int kVectors>
 [[gnu::noinline, gnu::flatten]] void logit_gradients(const Block& block, const Keys& keys,
-                                                     const Exponent& exponent,
+                                                     const Exponent<U>& exponent,
                                                      const Dropout& dropout, MaskType type,
                                                      const float* mask, const RowValues& rows,
                                                      float* products, const float* dproducts,
@@ -93,29 +95,30 @@ template <class U, int kVectors>
     delta[v] = load<F32>(rows.delta + v * kLanes);
     before[v] = F32{};
   }
-  mask_products<kVectors>(
-      block, keys, exponent, type, mask, products, [&](int64_t j, int v, F32 x) {
-        const int64_t at = j * kBlock + v * kLanes;
-        const F32 p = exp2_negative<kPerUnit<U> == 1>(exponent.power(x, shift[v])) * inverse[v];
-        F32 weight = p, dp = load<F32>(dproducts + at);
-        if (dropout.threshold) {
-          if (j % 4 == 0) dropout_of_keys(dropout, block, keys.begin + j, v, factors[v]);
-          weight *= factors[v][j % 4];
-          dp *= factors[v][j % 4];
-        }
-        const F32 dlogit = p * (dp - delta[v]);
-        if (to.alone) return store(to.alone + at, dlogit);
-        store(to.weights + at, weight);
-        store(to.dlogits + at, dlogit);
-        if constexpr (kPerUnit<U> == 2) {
-          float* pairs = to.dlogit_pairs + j / 2 * kBlock + v * kLanes;
-          if (j % 2)
-            store_pairs(pairs, before[v], dlogit);
-          else if (j + 1 == keys.count)
-            store_pairs(pairs, dlogit, F32{});
-          before[v] = dlogit;
-        }
-      });
+  mask_products<kVectors>(block, keys, exponent, type, mask, products,
+                          [&](int64_t j, int v, F32 x) {
+                            const int64_t at = j * kBlock + v * kLanes;
+                            const F32 p = exponent.power(x, shift[v]) * inverse[v];
+                            F32 weight = p, dp = load<F32>(dproducts + at);
+                            if (dropout.threshold) {
+                              if (j % 4 == 0)
+                                dropout_of_keys(dropout, block, keys.begin + j, v, factors[v]);
+                              weight *= factors[v][j % 4];
+                              dp *= factors[v][j % 4];
+                            }
+                            const F32 dlogit = p * (dp - delta[v]);
+                            if (to.alone) return store(to.alone + at, dlogit);
+                            store(to.weights + at, weight);
+                            store(to.dlogits + at, dlogit);
+                            if constexpr (kPerUnit<U> == 2) {
+                              float* pairs = to.dlogit_pairs + j / 2 * kBlock + v * kLanes;
+                              if (j % 2)
+                                store_pairs(pairs, before[v], dlogit);
+                              else if (j + 1 == keys.count)
+                                store_pairs(pairs, dlogit, F32{});
+                              before[v] = dlogit;
+                            }
+                          });
 }
 
 // The tiles of one block of query rows.
@@ -123,7 +126,7 @@ template <class T>
 struct Gradient {
   using U = UnitOf<T>;
   const Attention<T>& a;
-  const Exponent exponent;
+  const Exponent<U> exponent;
   float *products, *dproducts, *mask;  // [key][row]
 
   Gradient(const Attention<T>& a, Scratch& scratch)
@@ -142,10 +145,10 @@ struct Gradient {
     if (!keys.any) return false;
     if (a.mask.type != MaskType::None && !pack_mask(a.mask, block, keys, mask)) return false;
     cache.get(sequence, kv_head, keys.begin);
-    product<U, false, Into::Replace>(keys.count, block.vectors, units<U>(a.dim), cache.key_rows,
-                                     units<U>(a.dim), rows.query, kBlock, products, kBlock);
-    product<U, false, Into::Replace>(keys.count, block.vectors, units<U>(a.v_dim), cache.value_rows,
-                                     units<U>(a.v_dim), rows.dout, kBlock, dproducts, kBlock);
+    dots(keys.count, block.vectors, units<U>(a.dim), cache.key_rows, rows.query, kBlock, products,
+         kBlock);
+    dots(keys.count, block.vectors, units<U>(a.v_dim), cache.value_rows, rows.dout, kBlock,
+         dproducts, kBlock);
     return true;
   }
 

@@ -17,17 +17,8 @@ constexpr int kBlock = 4 * kLanes;  // Rows in a block.
 constexpr int64_t kTile = 128;      // Keys in a tile; a multiple of 4, as dropout is.
 constexpr int kMaxDim = 256;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kLog2E = 1.44269504088896341f;
 
 using I32 = int32_t __attribute__((vector_size(4 * kLanes)));
-
-inline F32 max(F32 a, F32 b) {
-#if defined(__AVX512F__)
-  return F32(_mm512_max_ps(__m512(a), __m512(b)));
-#else
-  return a > b ? a : b;
-#endif
-}
 
 // Hands out pieces of scratch, each aligned to a vector.
 struct Scratch {
@@ -233,32 +224,40 @@ inline bool pack_mask(const Mask& mask, const Block& block, const Keys& keys, fl
   }
 }
 
-// How a product x = query . key becomes a power of two. Without a float mask the scale is folded
-// into it, exp2(x * factor - shift); else x becomes a logit first, exp2((x - shift) * factor): a
-// mask may hold the lowest float.
+// How a product x = query . key becomes a weight. Units of float take exp(logit - shift). Pairs
+// round it anyway, and fold the scale into a power of two, exp2(x * factor - shift); not with a
+// float mask, which may hold the lowest float.
+template <class Unit>
 struct Exponent {
-  bool natural;
+  static constexpr bool kPrecise = kPerUnit<Unit> == 1;
+  bool natural;  // x is a logit already, not a product.
   float scale, factor;
 
   template <class T>
   explicit Exponent(const Attention<T>& a)
       : natural(a.mask.type > MaskType::Bool || a.scale == 0),
         scale(a.scale),
-        factor(natural ? kLog2E : a.scale * kLog2E) {}
+        factor(a.scale * kLog2E) {}
 
   F32 logit(F32 x) const { return natural ? x : x * scale; }
-  F32 shift(F32 logit) const { return natural ? logit : logit * kLog2E; }
+  F32 shift(F32 logit) const { return natural || kPrecise ? logit : logit * kLog2E; }
   F32 power(F32 x, F32 shift) const {
-    return natural ? (x - shift) * factor : fma(x, F32{} + factor, -shift);
+    if constexpr (kPrecise)
+      return exp_negative(natural ? x - shift : fma(x, F32{} + scale, -shift));
+    else
+      return exp2_negative(natural ? (x - shift) * kLog2E : fma(x, F32{} + factor, -shift));
   }
-  F32 change(F32 from, F32 to) const { return (from - to) * (natural ? factor : 1); }
+  // What sums of powers have to be multiplied by when the shift changes.
+  F32 change(F32 from, F32 to) const {
+    return exp_negative((from - to) * (natural || kPrecise ? 1 : 1 / kLog2E));
+  }
 };
 
 // Applies all masks to a tile of products; body(j, v, x) gets each vector, with x as Exponent
 // takes it. kept: whether products that change are stored.
-template <int kVectors, class Body>
+template <int kVectors, class Unit, class Body>
 [[gnu::always_inline]] inline void mask_products(const Block& block, const Keys& keys,
-                                                 const Exponent& exponent, MaskType type,
+                                                 const Exponent<Unit>& exponent, MaskType type,
                                                  const float* mask, float* products, Body body) {
   const bool edge = block.limit_least < keys.begin + keys.count;
   if (!edge && !keys.holes && !exponent.natural && type == MaskType::None) {

@@ -9,7 +9,7 @@ struct Weights {
   using Packed = Cache<T, Forms{.key_rows = true}>;
   const AttentionWeights<T>& args;
   const Attention<T>& a;
-  const Exponent exponent;
+  const Exponent<U> exponent;
   Packed cache;
   U *query, *line;
   float *products, *mask, *sums, *shift, *inverse;
@@ -53,8 +53,7 @@ struct Weights {
       if (!keys.any) continue;
       if (a.mask.type != MaskType::None && !pack_mask(a.mask, block, keys, mask)) continue;
       cache.get(sequence, head / a.group(), keys.begin);
-      product<U, false, Into::Replace>(keys.count, block.vectors, inner, cache.key_rows, inner,
-                                       query, kBlock, products, kBlock);
+      dots(keys.count, block.vectors, inner, cache.key_rows, query, kBlock, products, kBlock);
       with_vectors(block.vectors, [&](auto vectors) { add_tile<vectors>(block, keys); });
     }
   }
@@ -62,18 +61,19 @@ struct Weights {
   template <int kVectors>
   [[gnu::noinline, gnu::flatten]] void add_tile(const Block& block, const Keys& keys) {
     F32 factors[kVectors][4];
-    mask_products<kVectors>(
-        block, keys, exponent, a.mask.type, mask, products, [&](int64_t j, int v, F32 x) {
-          const int lane = v * kLanes;
-          F32 p = exp2_negative<true>(exponent.power(x, load<F32>(shift + lane)));
-          p *= load<F32>(inverse + lane);
-          if (a.dropout.threshold) {
-            if (j % 4 == 0) dropout_of_keys(a.dropout, block, keys.begin + j, v, factors[v]);
-            p *= factors[v][j % 4];
-          }
-          float* to = sums + (keys.begin + j) * kBlock + lane;
-          store(to, load<F32>(to) + p);
-        });
+    mask_products<kVectors>(block, keys, exponent, a.mask.type, mask, products,
+                            [&](int64_t j, int v, F32 x) {
+                              const int lane = v * kLanes;
+                              F32 p = exponent.power(x, load<F32>(shift + lane));
+                              p *= load<F32>(inverse + lane);
+                              if (a.dropout.threshold) {
+                                if (j % 4 == 0)
+                                  dropout_of_keys(a.dropout, block, keys.begin + j, v, factors[v]);
+                                p *= factors[v][j % 4];
+                              }
+                              float* to = sums + (keys.begin + j) * kBlock + lane;
+                              store(to, load<F32>(to) + p);
+                            });
   }
 
   // task.kv_head is a query head, or 0 where the mean over all of them is wanted.

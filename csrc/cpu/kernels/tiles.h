@@ -35,6 +35,17 @@ constexpr int64_t units(int64_t elements) {
   return (elements + kPerUnit<Unit> - 1) / kPerUnit<Unit>;
 }
 
+constexpr float kLog2E = 1.44269504088896341f;
+
+// b where a is not greater, so that NaN in b stays.
+inline F32 max(F32 a, F32 b) {
+#if defined(__AVX512F__)
+  return F32(_mm512_max_ps(__m512(a), __m512(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
 constexpr int64_t to_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // acc + a * b in each lane; of pairs, the sum of both products.
@@ -134,6 +145,19 @@ template <class Unit, bool kByColumn, Into kInto>
   run(std::integral_constant<int, 1>{});
 }
 
+constexpr int64_t kDotUnits = 64;  // A longer sum in one piece would lose digits.
+
+// A product over a head dimension, whose rows lie packed.
+template <class Unit>
+inline void dots(int64_t rows, int64_t vectors, int64_t k, const Unit* a, const Unit* b,
+                 int64_t b_step, float* c, int64_t c_step) {
+  product<Unit, false, Into::Replace>(rows, vectors, std::min(k, kDotUnits), a, k, b, b_step, c,
+                                      c_step);
+  for (int64_t i = kDotUnits; i < k; i += kDotUnits)
+    product<Unit, false, Into::Add>(rows, vectors, std::min(k - i, kDotUnits), a + i, k,
+                                    b + i * b_step, b_step, c, c_step);
+}
+
 // Rows of elements of T as elements of a unit, zeros up to `padded` elements.
 template <class Unit, class T>
 [[gnu::always_inline]] inline void pack_row(const T* from, int64_t n, int64_t padded, Unit* to_) {
@@ -209,37 +233,46 @@ inline void store_pairs(float* to, F32 first, F32 second) {
 #endif
 }
 
-// 2^t for t up to 0 or just above: -infinity gives 0, NaN stays NaN. kPrecise: to float's last
-// digits, else to 3e-6.
-template <bool kPrecise>
-[[gnu::always_inline]] inline F32 exp2_negative(F32 t) {
+// 2^whole in each lane, times p; whole is an integer.
+[[gnu::always_inline]] inline F32 times_power_of_two(F32 p, F32 whole) {
 #if defined(__AVX512F__)
-  t = F32(_mm512_max_ps(_mm512_set1_ps(-200), __m512(t)));
-  const __m512 whole = _mm512_roundscale_ps(__m512(t), _MM_FROUND_TO_NEAREST_INT);
-  const F32 f = t - F32(whole);
+  return F32(_mm512_scalef_ps(__m512(p), __m512(whole)));
 #else
-  const U32 magic = std::bit_cast<U32>(t + 0x1.8p23f);
-  const F32 f = t - (std::bit_cast<F32>(magic) - 0x1.8p23f);
+  const U32 scaled = std::bit_cast<U32>(p) + (std::bit_cast<U32>(whole + 0x1.8p23f) << 23);
+  return p != p ? p : whole < -126 ? F32{} : std::bit_cast<F32>(scaled);
 #endif
-  F32 p;
-  if constexpr (kPrecise) {
-    p = fma(f, F32{} + 1.535336181e-4f, F32{} + 1.339887445e-3f);
-    p = fma(p, f, F32{} + 9.618437358e-3f);
-    p = fma(p, f, F32{} + 5.550332471e-2f);
-    p = fma(p, f, F32{} + 2.402264791e-1f);
-    p = fma(p, f, F32{} + 6.931472029e-1f);
-  } else {
-    p = fma(f, F32{} + 9.582852867e-3f, F32{} + 5.590642492e-2f);
-    p = fma(p, f, F32{} + 2.402409862e-1f);
-    p = fma(p, f, F32{} + 6.931241934e-1f);
-  }
+}
+
+[[gnu::always_inline]] inline F32 round_to_whole(F32 t) {
+#if defined(__AVX512F__)
+  return F32(_mm512_roundscale_ps(__m512(t), _MM_FROUND_TO_NEAREST_INT));
+#else
+  return (t + 0x1.8p23f) - 0x1.8p23f;
+#endif
+}
+
+// e^t to float's last digit, and 2^t to 3e-6, for t up to 0 or just above: -infinity gives 0, NaN
+// stays NaN.
+[[gnu::always_inline]] inline F32 exp_negative(F32 t) {
+  t = max(F32{} - 200, t);
+  const F32 whole = round_to_whole(t * kLog2E);
+  F32 f = fma(whole, F32{} - 0x1.62e4p-1f, t);
+  f = fma(whole, F32{} - 0x1.7f7d1cp-20f, f);
+  F32 p = fma(f, F32{} + 1.381446674e-3f, F32{} + 8.368780429e-3f);
+  p = fma(p, f, F32{} + 4.166839422e-2f);
+  p = fma(p, f, F32{} + 1.666652011e-1f);
+  p = fma(p, f, F32{} + 4.999999341e-1f);
   p = fma(p, f, F32{} + 1);
-#if defined(__AVX512F__)
-  return F32(_mm512_scalef_ps(__m512(p), whole));
-#else
-  const F32 scaled = std::bit_cast<F32>(std::bit_cast<U32>(p) + (magic << 23));
-  return t != t ? t : t < -126 ? F32{} : scaled;
-#endif
+  return times_power_of_two(fma(p, f, F32{} + 1), whole);
+}
+
+[[gnu::always_inline]] inline F32 exp2_negative(F32 t) {
+  t = max(F32{} - 200, t);
+  const F32 whole = round_to_whole(t), f = t - whole;
+  F32 p = fma(f, F32{} + 9.582852867e-3f, F32{} + 5.590642492e-2f);
+  p = fma(p, f, F32{} + 2.402409862e-1f);
+  p = fma(p, f, F32{} + 6.931241934e-1f);
+  return times_power_of_two(fma(p, f, F32{} + 1), whole);
 }
 
 }  // namespace
