@@ -37,6 +37,25 @@ def _round_to_nearest(interpreter):
     interpreter._convert_float = convert
 
 
+def _dot_of_bfloat16(interpreter):
+    """Triton 3.6 to 3.9 interpret a dot of bfloat16 as one of their bits, as unsigned integers."""
+    import numpy as np
+
+    original = interpreter.InterpreterBuilder.create_dot
+
+    def widened(handle):
+        if str(handle.dtype.scalar) != "bf16":
+            return handle
+        bits = handle.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), interpreter.tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return original(self, widened(a), widened(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+    np.seterr(over="ignore", invalid="ignore")  # A GPU does not warn of infinities and NaN.
+
+
 if not HAS_GPU:
     try:
         from triton.runtime import interpreter
@@ -44,3 +63,4 @@ if not HAS_GPU:
         pass
     else:
         _round_to_nearest(interpreter)
+        _dot_of_bfloat16(interpreter)

@@ -179,12 +179,7 @@ ATTENTION = (
         sizes=((2, 12, 512, 512, 64),),
         gpu_sizes=_GPU[1:],
     ),
-    _case(
-        "-bias_batch",
-        make={"mask": "b1qk", "padding": True},
-        is_causal=True,
-        bottom_right=True,
-    ),
+    _case("-bias_batch", make={"mask": "b1qk", "padding": True}),
     _case("-bias_keys", make={"mask": "b11k"}),
     _case("-bias_queries", make={"mask": "hq1"}),
     _case(
