@@ -6,16 +6,23 @@ import pytest
 import torch
 
 import llmos_kernels as lk
-from llmos_kernels.testing import CASES, error_over_budget, errors, run, tensors
+from llmos_kernels.testing import CASES, cast, error_over_budget, errors, run, tensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16)
 GRID = [(c, s) for c in CASES for s in (c.sizes if DEVICE == "cpu" else c.gpu_sizes)]
+# Steps of training, where the two directions are judged together.
+TRAINING = [(c, s) for c, s in GRID if c.name.startswith("attention") and 1 < s[2] < 1024]
 
 _CPU_GOALS = {
     ("layer_norm", "forward"): (2.0, 2.8, 1.8, 3.0, 0.9, None),
     ("add_layer_norm", "forward"): (2.0, 3.5, 1.2, 3.5, 1.2, None),
     ("layer_norm", "backward"): (1.5, 1.5, 1.5, 1.5, None, None),
+    ("attention", "forward"): (2.0, 4.5, 2.0, 3.5, 1.5, 7.0, None, None),
+    ("attention-causal", "forward"): (2.0, 3.5),
+    ("attention-padding", "forward"): (2.5, 5.0),
+    ("attention-bias", "forward"): (2.0, 4.0),
+    ("attention", "training"): (None, None, None, None, None, None, 1.6, 4.0),
 }
 
 
@@ -25,6 +32,15 @@ def goal(case, size, dtype, direction):
     if goals is None or DEVICE != "cpu" or size not in case.sizes:
         return None
     return goals[2 * case.sizes.index(size) + DTYPES.index(dtype)]
+
+
+def attention_kernel(fn):
+    """The attention kernel of torch that ``fn`` runs, or None."""
+    with torch.profiler.profile() as profile:
+        fn()
+    prefix = "aten::_scaled_dot_product_"
+    names = (e.key for e in profile.key_averages() if e.key.startswith(prefix))
+    return next((n.removeprefix(prefix) for n in names if not n.endswith("_backward")), None)
 
 
 def compiled(fn):
@@ -45,15 +61,14 @@ def test_forward(case, size, dtype, compare):
     fns = {"kernel": case.op, "eager": eager, "compile": compiled(eager)}
     with torch.inference_mode():
         ours, theirs = run(case.op, args), run(case.eager, args)
-        exact = run(
-            case.reference, [a.double() if isinstance(a, torch.Tensor) else a for a in args]
-        )
+        exact = run(case.reference, cast(args, torch.float64))
         for values in zip(ours, exact, theirs, strict=True):
             assert error_over_budget(*values) <= 1
         moved = sum(t.nbytes for t in (*tensors(args), *ours))
         calls = {k: functools.partial(fn, *args) for k, fn in fns.items()}
         name = f"{case} {list(size)} {str(dtype)[6:]} forward"
-        compare(name, calls, moved=moved, goal=goal(case, size, dtype, "forward"))
+        row = {"goal": goal(case, size, dtype, "forward")}
+        compare(name, calls, moved=moved, **row, eager_kernel=attention_kernel(calls["eager"]))
 
 
 @each
@@ -62,7 +77,7 @@ def test_backward(case, size, dtype, compare):
     torch.manual_seed(0)
     args = case.make(size, dtype=dtype, device=DEVICE, requires_grad=True)
     assert max(errors(case, args).values()) <= 1
-    leaves = list(tensors(args))
+    leaves = [t for t in tensors(args) if t.requires_grad]
 
     def backward(fn):
         outputs = run(fn, args)
@@ -76,6 +91,25 @@ def test_backward(case, size, dtype, compare):
     )
     name = f"{case} {list(size)} {str(dtype)[6:]} backward"
     compare(name, calls, moved=moved, goal=goal(case, size, dtype, "backward"))
+
+
+@each
+@pytest.mark.parametrize("case, size", TRAINING, ids=str)
+def test_training(case, size, dtype, compare):
+    """Forward and backward of a step, graph and all."""
+    torch.manual_seed(0)
+    args = case.make(size, dtype=dtype, device=DEVICE, requires_grad=True)
+    leaves = [t for t in tensors(args) if t.requires_grad]
+    gradient = torch.randn_like(run(case.op, args)[0])
+
+    def step(fn):
+        return lambda: torch.autograd.grad(fn(*args), leaves, gradient)
+
+    eager = step(case.rival or case.eager)
+    moved = sum(t.nbytes for t in leaves) * 2 + gradient.nbytes * 2
+    name = f"{case} {list(size)} {str(dtype)[6:]} forward + backward"
+    row = {"goal": goal(case, size, dtype, "training"), "eager_kernel": attention_kernel(eager)}
+    compare(name, {"kernel": step(case.op), "eager": eager}, moved=moved, **row)
 
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])

@@ -35,12 +35,13 @@ def machine() -> str:
 def compare(benchmark):
     """Time providers in turn, the first of them ours, given the bytes that one call must move."""
 
-    def run(name, providers, *, moved, goal=None, rounds=25):
+    def run(name, providers, *, moved, goal=None, rounds=25, **more):
         times = dict(zip(providers, interleaved(list(providers.values()), rounds), strict=True))
         ours, *_ = times
         row = {f"{k}_us": round(t * 1e6, 2) for k, t in times.items()}
         row |= {f"vs_{k}": round(t / times[ours], 2) for k, t in times.items() if k != ours}
         row |= {"bytes": moved, "GB/s": round(moved / times[ours] / 1e9, 1), "goal": goal}
+        row |= {k: v for k, v in more.items() if v is not None}
         benchmark.extra_info.update(row)
         ROWS.append({"benchmark": name, **row})
         calls = max(1, round(2e-3 / times[ours]))

@@ -1,7 +1,6 @@
 """Cases of attention. A shape is (batch, heads, q_len, k_len, head_dim)."""
 
 import functools
-import math
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +35,12 @@ def _make(shape, mask=None, padding=None, kv_heads=None, v_dim=None, packed=Fals
         attn_mask = torch.randn([full[c] for c in mask], **options)
     key_padding_mask = None
     if padding:
-        column, length = torch.arange(k_len, device=q.device), max(1, math.ceil(0.6 * k_len))
-        key_padding_mask = (column >= length).expand(batch, k_len).contiguous()
-        key_padding_mask[1::2] = column % 3 == 1  # Holes.
+        # Lengths from 20 % to 100 %, 60 % in the mean.
+        column, filled = torch.arange(k_len, device=q.device), torch.arange(batch) * 2 + 1
+        lengths = (k_len * (0.2 + 0.4 * filled / batch)).ceil().to(q.device, torch.int64)
+        key_padding_mask = column >= lengths[:, None]
+        if padding == "holes":
+            key_padding_mask[1::2] = column % 3 == 1
     return q, k, v, attn_mask, key_padding_mask
 
 
@@ -179,12 +181,12 @@ ATTENTION = (
         sizes=((2, 12, 512, 512, 64),),
         gpu_sizes=_GPU[1:],
     ),
-    _case("-bias_batch", make={"mask": "b1qk", "padding": True}),
+    _case("-bias_batch", make={"mask": "b1qk", "padding": "holes"}),
     _case("-bias_keys", make={"mask": "b11k"}),
     _case("-bias_queries", make={"mask": "hq1"}),
     _case(
         "-padding",
-        make={"padding": True},
+        make={"padding": "right"},
         shapes=(*_FEW, (3, 2, 5, 1000, 33)),
         sizes=((8, 12, 512, 512, 64),),
         gpu_sizes=_GPU[1:],
@@ -206,6 +208,6 @@ ATTENTION = (
         shapes=((1, 2, 70, 135, 24), (1, 2, 3, 9, 8)),
         is_causal=True,
     ),
-    _case("-weights", make={"padding": True, "mask": "1hqk"}, return_weights="mean"),
+    _case("-weights", make={"padding": "holes", "mask": "1hqk"}, return_weights="mean"),
     _case("-weights-dropout", return_weights="per_head", dropout_p=0.3, is_causal=True),
 )

@@ -1,4 +1,5 @@
 #include "attention_cache.h"
+#include "attention_few.h"
 
 namespace llmos {
 namespace {
@@ -97,7 +98,7 @@ struct Forward {
         exponent(a),
         width(to_vectors(a.v_dim)),
         cache(a, scratch),
-        query(scratch.take<U>(kBlock * units<U>(a.dim))),
+        query(scratch.take<U>(kBlock * units<U>(a.dim))),  // Or floats of few rows.
         line(scratch.take<U>(kLanes * kMaxDim)),
         products(scratch.take(kTile * kBlock)),
         mask(scratch.take(kTile * kBlock)),
@@ -124,11 +125,32 @@ struct Forward {
                                   width, sums.out, width, sums.alpha);
   }
 
+  // The same for few rows, in float.
+  void few_tile(const Block& block, const Task& task, const Keys& keys) {
+    if (a.mask.type != MaskType::None && !pack_mask(a.mask, block, keys, mask)) return;
+    const Sequence& s = a.sequences[task.sequence];
+    const float* rows = reinterpret_cast<const float*>(query);
+    few_products(a, s, task.kv_head, keys, block.rows, rows, products);
+    softmax_tile<float, 1>(block, keys, Exponent<float>(a), a.dropout, a.mask.type, mask, products,
+                           sums);
+    few_values(a, s, task.kv_head, keys, block.rows, products, sums.alpha, sums.out);
+  }
+
   void run(const Task& task) {
     const Sequence& s = a.sequences[task.sequence];
     const Block block(a, s, task.kv_head * a.group(), a.group(), task.block * kBlock);
-    pack_by_columns(block, a.dim, query, line,
-                    [&](int64_t r) { return a.query.at(s.batch, block.head[r], block.index[r]); });
+    const auto query_row = [&](int64_t r) {
+      return a.query.at(s.batch, block.head[r], block.index[r]);
+    };
+    const bool few = are_few(block.rows, a.dim, a.v_dim);
+    if (few) {
+      // Lanes that have no row.
+      for (int64_t j = 0; j < kTile; ++j) store(products + j * kBlock, F32{});
+      for (int64_t r = 0; r < block.rows; ++r)
+        pack_row(query_row(r), a.dim, a.dim, reinterpret_cast<float*>(query) + r * a.dim);
+    } else {
+      pack_by_columns(block, a.dim, query, line, query_row);
+    }
     std::memset(sums.out, 0, kBlock * width * sizeof(float));
     for (int64_t i = 0; i < kBlock; ++i) {
       sums.m[i] = -kInfinity;
@@ -138,7 +160,7 @@ struct Forward {
     const int64_t from = std::max(task.begin, s.first / kTile * kTile);
     for (int64_t begin = from; begin < last; begin += kTile) {
       const Keys keys(a, s, begin, last);
-      if (keys.any) tile(block, task, keys);
+      if (keys.any) few ? few_tile(block, task, keys) : tile(block, task, keys);
     }
     task.partial ? finish_partial(block, task.partial) : finish(block);
   }

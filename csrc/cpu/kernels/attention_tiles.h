@@ -176,9 +176,9 @@ inline V load(const Byte* p) {
 template <class M>
 [[gnu::noinline]] bool pack_mask(const M* mask, int64_t key_step, const Block& block,
                                  const Keys& keys, float* to) {
-  I32 seen = {};
+  F32 top = F32{} - kInfinity;
   const auto put = [&](int64_t j, int64_t first, F32 v) {
-    seen |= v != -kInfinity;
+    top = max(top, v);
     store(to + j * kBlock + first, v);
   };
   for (int64_t first = 0; first < block.vectors * kLanes; first += kLanes) {
@@ -204,7 +204,7 @@ template <class M>
     }
   }
   for (int i = 0; i < kLanes; ++i)
-    if (seen[i]) return true;
+    if (top[i] != -kInfinity) return true;
   return false;
 }
 
@@ -266,17 +266,28 @@ template <int kVectors, class Unit, class Body>
       for (int v = 0; v < kVectors; ++v) body(j, v, load<F32>(products + j * kBlock + v * kLanes));
     return;
   }
+  if (!edge && !keys.holes && type > MaskType::Bool) {
+    for (int64_t j = 0; j < keys.count; ++j)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t at = j * kBlock + v * kLanes;
+        const F32 x = fma(load<F32>(products + at), F32{} + exponent.scale, load<F32>(mask + at));
+        store(products + at, x);
+        body(j, v, x);
+      }
+    return;
+  }
   const F32 nothing = F32{} - kInfinity;
   for (int64_t j = 0; j < keys.count; ++j) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const int64_t at = j * kBlock + v * kLanes;
       F32 x = load<F32>(products + at);
-      if (exponent.natural) x *= exponent.scale;
-      if (type == MaskType::Bool) {
-        x = load<F32>(mask + at) == nothing ? nothing : x;
-      } else if (type != MaskType::None) {
-        x += load<F32>(mask + at);
+      if (type > MaskType::Bool) {
+        x = fma(x, F32{} + exponent.scale, load<F32>(mask + at));
+      } else {
+        if (exponent.natural) x *= exponent.scale;
+        if (type == MaskType::Bool) x = load<F32>(mask + at) == nothing ? nothing : x;
       }
       if (edge) {
         const I32 limit = load_bits<I32>(block.limit + v * kLanes);

@@ -251,7 +251,7 @@ inline void store_pairs(float* to, F32 first, F32 second) {
 #endif
 }
 
-// e^t to float's last digit, and 2^t to 3e-6, for t up to 0 or just above: -infinity gives 0, NaN
+// e^t to float's last digit, and 2^t to 1e-7, for t up to 0 or just above: -infinity gives 0, NaN
 // stays NaN.
 [[gnu::always_inline]] inline F32 exp_negative(F32 t) {
   t = max(F32{} - 200, t);
@@ -269,9 +269,10 @@ inline void store_pairs(float* to, F32 first, F32 second) {
 [[gnu::always_inline]] inline F32 exp2_negative(F32 t) {
   t = max(F32{} - 200, t);
   const F32 whole = round_to_whole(t), f = t - whole;
-  F32 p = fma(f, F32{} + 9.582852867e-3f, F32{} + 5.590642492e-2f);
-  p = fma(p, f, F32{} + 2.402409862e-1f);
-  p = fma(p, f, F32{} + 6.931241934e-1f);
+  F32 p = fma(f, F32{} + 1.326472690e-3f, F32{} + 9.671512661e-3f);
+  p = fma(p, f, F32{} + 5.550733744e-2f);
+  p = fma(p, f, F32{} + 2.402224208e-1f);
+  p = fma(p, f, F32{} + 6.931469776e-1f);
   return times_power_of_two(fma(p, f, F32{} + 1), whole);
 }
 
