@@ -149,9 +149,10 @@ def test_opcheck(case):
 
 @each_case
 def test_same_bits_on_every_repeat(case):
-    for _, kernel, _, args in calls(case, case.medium, torch.bfloat16):
+    for name, kernel, _, args in calls(case, case.medium, torch.bfloat16):
         first = outputs(kernel, args)
-        for _ in range(5):
+        # Triton's interpreter is as deterministic as numpy.
+        for _ in range(5 if GPU or name.endswith("cpp") else 1):
             for a, b in zip(outputs(kernel, args), first, strict=True):
                 assert torch.equal(a, b)
 
@@ -160,7 +161,7 @@ def test_same_bits_on_every_repeat(case):
 def test_strided_inputs(case):
     """A kernel takes strided tensors itself: rows that are apart, and columns that are."""
     for name, kernel, _, args in calls(
-        case, (6, 5, 33) if case.row_wise else case.medium, torch.float32
+        case, (6, 5, 33) if case.row_wise else case.sized(19), torch.float32
     ):
         for layout in (lambda t: t.repeat_interleave(2, 0)[::2], lambda t: t.mT.contiguous().mT):
             strided = [

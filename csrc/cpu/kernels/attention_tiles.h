@@ -172,6 +172,15 @@ inline V load(const Byte* p) {
   }
 }
 
+// The lower halves of each lane, whose type the pointer tells.
+inline F32 first_of_pairs(const bf16*, U32 pairs) { return std::bit_cast<F32>(pairs << 16); }
+inline F32 first_of_pairs(const f16*, U32 pairs) {
+  const U16 halves = narrow(pairs & 0xffff);
+  f16 elements[kLanes];
+  std::memcpy(elements, &halves, sizeof halves);
+  return load<F32>(elements);
+}
+
 // Writes a tile of the mask, [key][row]; whether any of it lets a key be seen.
 template <class M>
 [[gnu::noinline]] bool pack_mask(const M* mask, int64_t key_step, const Block& block,
@@ -185,6 +194,17 @@ template <class M>
     const int64_t* at = block.mask_at + first;
     int64_t j = 0;
     if (key_step == 1 && !block.one_mask_row) {
+      if constexpr (sizeof(M) == 2) {  // Two keys in a lane: half the shuffles.
+        for (; j + 2 * kLanes <= keys.count; j += 2 * kLanes) {
+          U32 v[kLanes];
+          for (int i = 0; i < kLanes; ++i) v[i] = load_bits<U32>(mask + at[i] + keys.begin + j);
+          transpose(v);
+          for (int i = 0; i < kLanes; ++i) {
+            put(j + 2 * i, first, first_of_pairs(mask, v[i]));
+            put(j + 2 * i + 1, first, first_of_pairs(mask, v[i] >> 16));
+          }
+        }
+      }
       for (; j + kLanes <= keys.count; j += kLanes) {
         U32 v[kLanes];
         for (int i = 0; i < kLanes; ++i)
