@@ -27,7 +27,7 @@ demo: build
 	$(PYTHON) examples/swap_sentence_encoder.py
 
 test: build
-	$(PYTHON) -m pytest -n $(JOBS)
+	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(JOBS)
 
 bench: build
 	$(PINNED) $(PYTHON) -m pytest benchmarks $(BENCH)

@@ -145,7 +145,7 @@ template <class Unit, bool kByColumn, Into kInto>
   run(std::integral_constant<int, 1>{});
 }
 
-constexpr int64_t kDotUnits = 64;  // A longer sum in one piece would lose digits.
+constexpr int64_t kDotUnits = 32;  // A longer sum in one piece would lose digits.
 
 // A product over a head dimension, whose rows lie packed.
 template <class Unit>
