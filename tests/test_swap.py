@@ -265,7 +265,7 @@ class Attends(nn.Module):
         self.own = nn.MultiheadAttention(32, 4, dropout=0.1, batch_first=True)
         self.cross = nn.MultiheadAttention(32, 4, kdim=16, vdim=16, **options)
         for p in self.parameters():
-            nn.init.normal_(p, std=0.1)
+            nn.init.normal_(p, std=0.3)
 
     def forward(self, x, memory, padding=None, float_padding=None):
         causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)

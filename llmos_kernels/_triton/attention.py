@@ -18,12 +18,12 @@ from llmos_kernels._triton.attention_tiles import (
     block_dim,
     exponential,
     key_span,
+    keys_inside,
     load_rows,
     logits,
     mask_arguments,
     packed_arguments,
     query_block,
-    readable_keys,
     slots,
     store_rows,
     stride_arguments,
@@ -46,10 +46,7 @@ def _step(m, total, acc, query, k, v, mask, attended, padding, padding_col, seed
           BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
     """One tile of keys into the largest logit m, the sum total and the weighted values acc."""
     col = start + tl.arange(0, BLOCK_N)
-    inside = None
-    if EDGE:
-        inside = readable_keys(padding if EDGE == 2 else None, padding_col, col, k_stop)
-        inside &= col >= k_first
+    inside = keys_inside(padding, padding_col, col, k_first, k_stop, EDGE)
     key = load_rows(k, col, k_row, inside, D, BLOCK_D)
     x = logits(query, key, mask + col.to(tl.int64)[None, :] * mask_col if BIAS else None, attended,
                inside[None, :] if EDGE else None, col[None, :], last if EDGE and CAUSAL else None,

@@ -15,6 +15,7 @@ from llmos_kernels._triton.attention_tiles import (
     block_dim,
     exponential,
     key_span,
+    keys_inside,
     load_rows,
     locate,
     logits,
@@ -33,36 +34,35 @@ from llmos_kernels._triton.rows import dropout_arguments, dropout_factors
 
 
 @triton.jit
-def _dlogits(query, key, value, dout, m, inverse, delta, mask, attended, inside, col, last, seed,
-             drawn, start, scale, threshold, factor,
+def _weights(query, key, value, dout, m, inverse, mask, attended, inside, col, last, seed, drawn,
+             start, scale, threshold, factor,
              BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """A tile of weights and their gradient, [queries, keys]."""
     x = logits(query, key, mask, attended, inside, col, last, scale, BIAS)
     p = exponential(x, m, scale, BIAS) * inverse
     dp = tl.dot(dout, tl.trans(value), input_precision="ieee")
     if seed is not None:
         dp *= dropout_factors(seed, drawn, start, threshold, factor, BLOCK_M, BLOCK_N)
-    return p * (dp - delta)
+    return p, dp
 
 
 @triton.jit
-def _dquery_step(acc, query, dout, m, inverse, delta, k, v, mask, attended, padding, padding_col,
-                 seed, drawn, start, last, k_first, k_stop, k_row, v_row, mask_col, scale, threshold,
-                 factor, EDGE: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr,
-                 D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                 BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
+def _weights_of_keys(query, dout, m, inverse, k, v, mask, attended, padding, padding_col, seed, drawn,
+                     start, last, k_first, k_stop, k_row, v_row, mask_col, scale, threshold, factor,
+                     EDGE: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr,
+                     DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
+    """``_weights`` of the keys from ``start`` on, and these keys."""
     col = start + tl.arange(0, BLOCK_N)
-    inside = None
-    if EDGE:
-        inside = readable_keys(padding if EDGE == 2 else None, padding_col, col, k_stop)
-        inside &= col >= k_first
+    inside = keys_inside(padding, padding_col, col, k_first, k_stop, EDGE)
     key = load_rows(k, col, k_row, inside, D, BLOCK_D)
     value = load_rows(v, col, v_row, inside, DV, BLOCK_DV)
-    ds = _dlogits(query, key, value, dout, m, inverse, delta,
-                  mask + col.to(tl.int64)[None, :] * mask_col if BIAS else None, attended,
-                  inside[None, :] if EDGE else None, col[None, :],
-                  last if EDGE and CAUSAL else None, seed, drawn, start, scale, threshold, factor,
-                  BIAS, BLOCK_M, BLOCK_N)  # fmt: skip
-    return tl.dot(ds.to(key.dtype), key, acc, input_precision="ieee")
+    p, dp = _weights(query, key, value, dout, m, inverse,
+                     mask + col.to(tl.int64)[None, :] * mask_col if BIAS else None, attended,
+                     inside[None, :] if EDGE else None, col[None, :],
+                     last if EDGE and CAUSAL else None, seed, drawn, start, scale, threshold, factor,
+                     BIAS, BLOCK_M, BLOCK_N)  # fmt: skip
+    return p, dp, key
 
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "BLOCKS", "SEQUENCES", "ROWS", "threshold"])
@@ -94,34 +94,46 @@ def _dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, d
     d_out = load_rows(dout + b * dout_batch + h * dout_head, row, dout_row, real, DV, BLOCK_DV)
     o = load_rows(out + (b * q_len * HEADS + h) * DV, row, HEADS * DV, real, DV, BLOCK_DV)
     total = tl.sum(d_out.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(delta + at, total, real)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     k_first, k_stop, first, whole, holes, stop = key_span(
         padding, padding_col, 0 * k_count, tl.where(tl.min(i) < q_count, k_count, 0),
         tl.min(i) + offset, tl.minimum(tl.max(i), q_count - 1) + offset, CAUSAL, BLOCK_N,
     )  # fmt: skip
     last = (i + offset)[:, None]
+    if out.dtype.element_ty == tl.float32:
+        # What is rounded in dout * out, and not in dp, weighs most where there are few keys: a lone
+        # one has no gradient at all. There delta is the sum of p * dp itself.
+        for start in range(first, tl.where(stop - first <= BLOCK_N, stop, first), BLOCK_N):
+            attended = None
+            if mask is not None and not BIAS:
+                col = start + tl.arange(0, BLOCK_N)[None, :]
+                attended = attends(mask + col.to(tl.int64) * mask_col, col < k_stop)
+            p, dp, _ = _weights_of_keys(
+                query, d_out, m, inverse, k, v, mask, attended, padding, padding_col, seed,
+                at[:, None], start, last, k_first, k_stop, k_row, v_row, mask_col, scale, threshold,
+                factor, 1 if padding is None else 2, CAUSAL, BIAS, D, DV, BLOCK_M, BLOCK_N, BLOCK_D,
+                BLOCK_DV,
+            )  # fmt: skip
+            total = tl.sum(p * dp, 1)
+    tl.store(delta + at, total, real)
     for edge in tl.static_range(2 if padding is None else 3):
         low = first if edge == 0 else (whole if edge == 1 else holes)
         high = whole if edge == 0 else (holes if edge == 1 else stop)
         for start in range(low, high, BLOCK_N):
+            attended = None
+            any_attended = True
             if mask is not None and not BIAS:
                 col = start + tl.arange(0, BLOCK_N)[None, :]
                 attended = attends(mask + col.to(tl.int64) * mask_col, col < k_stop)
-                if tl.max(attended.to(tl.int32)) > 0:
-                    acc = _dquery_step(
-                        acc, query, d_out, m, inverse, total[:, None], k, v, mask, attended,
-                        padding, padding_col, seed, at[:, None], start, last, k_first, k_stop, k_row,
-                        v_row, mask_col, scale, threshold, factor, edge, CAUSAL, BIAS, D, DV,
-                        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-                    )  # fmt: skip
-            else:
-                acc = _dquery_step(
-                    acc, query, d_out, m, inverse, total[:, None], k, v, mask, None,
-                    padding, padding_col, seed, at[:, None], start, last, k_first, k_stop, k_row,
-                    v_row, mask_col, scale, threshold, factor, edge, CAUSAL, BIAS, D, DV,
-                    BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+                any_attended = tl.max(attended.to(tl.int32)) > 0
+            if any_attended:
+                p, dp, key = _weights_of_keys(
+                    query, d_out, m, inverse, k, v, mask, attended, padding, padding_col, seed,
+                    at[:, None], start, last, k_first, k_stop, k_row, v_row, mask_col, scale,
+                    threshold, factor, edge, CAUSAL, BIAS, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
+                ds = p * (dp - total[:, None])
+                acc = tl.dot(ds.to(key.dtype), key, acc, input_precision="ieee")
     store_rows(dq + (b * q_len * HEADS + h) * D, row, HEADS * D, real, acc * scale, D, BLOCK_D)
 
 
@@ -285,9 +297,10 @@ def _dmask_kernel(q, k, v, dout, mask, padding, seed, stats, delta, dmask,
         m = tl.load(stats + at, real, float("inf"))[:, None]
         inverse = tl.load(stats + ROWS.to(tl.int64) + at, real, 0.0)[:, None]
         d = tl.load(delta + at, real, 0.0)[:, None]
-        acc += _dlogits(query, key, value, d_out, m, inverse, d, mask_at, None, inside[None, :],
-                        col[None, :], (i + offset)[:, None] if CAUSAL else None, seed, at[:, None],
-                        start, scale, threshold, factor, BIAS, BLOCK_M, BLOCK_N)  # fmt: skip
+        p, dp = _weights(query, key, value, d_out, m, inverse, mask_at, None, inside[None, :],
+                         col[None, :], (i + offset)[:, None] if CAUSAL else None, seed, at[:, None],
+                         start, scale, threshold, factor, BIAS, BLOCK_M, BLOCK_N)  # fmt: skip
+        acc += p * (dp - d)
     row = (q_block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
     col = (k_block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[None, :]
     if SUM_ROWS:

@@ -126,6 +126,17 @@ def readable_keys(padding, padding_col, col, k_count):
 
 
 @triton.jit
+def keys_inside(padding, padding_col, col, k_first, k_stop, EDGE: tl.constexpr):
+    """Which of the keys ``col`` any query may see: in the first part of a ``key_span`` (0) all, None;
+    in the next those from k_first to k_stop; in the last (2) those that padding keeps."""
+    inside = None
+    if EDGE:
+        inside = readable_keys(padding if EDGE == 2 else None, padding_col, col, k_stop)
+        inside &= col >= k_first
+    return inside
+
+
+@triton.jit
 def load_rows(x, row, stride, inside, D: tl.constexpr, BLOCK: tl.constexpr):
     """Rows ``x[row]`` of D columns, with zeros where not ``inside`` (None: all are) and past D."""
     d = tl.arange(0, BLOCK)[None, :]

@@ -136,7 +136,7 @@ SHAPES = (
     (1, 1, 33, 40, 256),
     (1, 1, 193, 129, 16),
 )
-_FEW = ((2, 8, 17, 65, 8), (2, 4, 64, 65, 40), (2, 2, 33, 130, 72))
+_FEW = ((2, 2, 1, 65, 8), (2, 4, 64, 65, 40), (2, 2, 33, 130, 72))
 
 
 def _case(name, *, sizes=(), gpu_sizes=(), shapes=_FEW, make=None, heads=2, **options):
@@ -181,7 +181,7 @@ ATTENTION = (
         sizes=((2, 12, 512, 512, 64),),
         gpu_sizes=_GPU[1:],
     ),
-    _case("-bias_batch", make={"mask": "b1qk", "padding": "holes"}),
+    _case("-bias_batch", make={"mask": "b1qk", "padding": "holes"}, is_causal=True),
     _case("-bias_keys", make={"mask": "b11k"}),
     _case("-bias_queries", make={"mask": "hq1"}),
     _case(
@@ -200,7 +200,7 @@ ATTENTION = (
         is_causal=True,
         bottom_right=True,
     ),
-    _case("-v_dim", make={"v_dim": 24}, scale=0.1),
+    _case("-v_dim", make={"v_dim": 24}, scale=0.3),
     _case("-dropout", dropout_p=0.2, sizes=((8, 12, 128, 128, 64),), gpu_sizes=_GPU[1:]),
     _case(
         "-packed",

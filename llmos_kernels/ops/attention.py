@@ -29,31 +29,6 @@ from llmos_kernels.ops.attention_arguments import NOT_CAUSAL, TOP_LEFT, check_at
 from llmos_kernels.ops.dropout import draw_seed, keep_mask
 
 
-def scaled_dot_product_attention_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    *,
-    key_padding_mask: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    bottom_right: bool = False,
-    return_weights: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The definition of ``scaled_dot_product_attention``: plain, differentiable, any device and dtype."""
-    a = check_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_padding_mask,
-        cu_seqlens_q, cu_seqlens_k, bottom_right, return_weights,
-    )  # fmt: skip
-    seed = draw_seed(query.device) if dropout_p else None
-    return a.shaped(*_by_reference(a.tensors, a.options, seed, a.weights))
-
-
 def attend(tensors: Sequence, options: tuple, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """out [batch, q_len, heads, v_dim], stats (m, 1 / l) and the dropped weights, per head.
 
@@ -340,3 +315,11 @@ def scaled_dot_product_attention(
         return a.shaped(*_Attention.apply(*a.tensors, *a.options, seed, a.weights))
     out, _, weights = _fused(a.tensors, a.options, seed, a.weights)
     return a.shaped(out, weights)
+
+
+def scaled_dot_product_attention_reference(*args, **options) -> Tensor | tuple[Tensor, Tensor]:
+    """The definition of ``scaled_dot_product_attention``: plain, differentiable, any device and dtype.
+
+    Takes what that takes, but ``backend``.
+    """
+    return scaled_dot_product_attention(*args, **options, backend="reference")

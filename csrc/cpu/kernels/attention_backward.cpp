@@ -80,21 +80,36 @@ struct TileOutputs {
   float *dlogit_pairs, *alone;
 };
 
-template <class U, int kVectors>
+// kWhole: these are all the keys that the block may see. Then delta is the sum of p * dp itself, and
+// rows.delta is not used: gradients that cancel in theory keep no rounding of dout * out.
+template <bool kWhole, class U, int kVectors>
 [[gnu::noinline, gnu::flatten]] void logit_gradients(const Block& block, const Keys& keys,
                                                      const Exponent<U>& exponent,
                                                      const Dropout& dropout, MaskType type,
                                                      const float* mask, const RowValues& rows,
-                                                     float* products, const float* dproducts,
+                                                     float* products, float* dproducts,
                                                      const TileOutputs<U>& to) {
   F32 shift[kVectors], inverse[kVectors], delta[kVectors], factors[kVectors][4], before[kVectors];
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
     shift[v] = load<F32>(rows.shift + v * kLanes);
     inverse[v] = load<F32>(rows.inverse + v * kLanes);
-    delta[v] = load<F32>(rows.delta + v * kLanes);
+    delta[v] = kWhole ? F32{} : load<F32>(rows.delta + v * kLanes);
     before[v] = F32{};
   }
+  const auto put = [&](int64_t j, int v, F32 dlogit) {
+    const int64_t at = j * kBlock + v * kLanes;
+    if (to.alone) return store(to.alone + at, dlogit);
+    store(to.dlogits + at, dlogit);
+    if constexpr (kPerUnit<U> == 2) {
+      float* pairs = to.dlogit_pairs + j / 2 * kBlock + v * kLanes;
+      if (j % 2)
+        store_pairs(pairs, before[v], dlogit);
+      else if (j + 1 == keys.count)
+        store_pairs(pairs, dlogit, F32{});
+      before[v] = dlogit;
+    }
+  };
   mask_products<kVectors>(block, keys, exponent, type, mask, products,
                           [&](int64_t j, int v, F32 x) {
                             const int64_t at = j * kBlock + v * kLanes;
@@ -106,19 +121,23 @@ template <class U, int kVectors>
                               weight *= factors[v][j % 4];
                               dp *= factors[v][j % 4];
                             }
-                            const F32 dlogit = p * (dp - delta[v]);
-                            if (to.alone) return store(to.alone + at, dlogit);
-                            store(to.weights + at, weight);
-                            store(to.dlogits + at, dlogit);
-                            if constexpr (kPerUnit<U> == 2) {
-                              float* pairs = to.dlogit_pairs + j / 2 * kBlock + v * kLanes;
-                              if (j % 2)
-                                store_pairs(pairs, before[v], dlogit);
-                              else if (j + 1 == keys.count)
-                                store_pairs(pairs, dlogit, F32{});
-                              before[v] = dlogit;
+                            if (!to.alone) store(to.weights + at, weight);
+                            if constexpr (kWhole) {
+                              delta[v] = fma(p, dp, delta[v]);
+                              store(products + at, p);
+                              store(dproducts + at, dp);
+                            } else {
+                              put(j, v, p * (dp - delta[v]));
                             }
                           });
+  if constexpr (kWhole) {
+    for (int64_t j = 0; j < keys.count; ++j)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t at = j * kBlock + v * kLanes;
+        put(j, v, load<F32>(products + at) * (load<F32>(dproducts + at) - delta[v]));
+      }
+  }
 }
 
 // The tiles of one block of query rows.
@@ -152,11 +171,14 @@ struct Gradient {
     return true;
   }
 
-  void gradients(const Block& block, const Keys& keys, const BlockOperands<T>& rows,
+  // whole: the block sees no keys but these. In 16 bits out itself has been rounded far more.
+  void gradients(const Block& block, const Keys& keys, bool whole, const BlockOperands<T>& rows,
                  const TileOutputs<U>& to) {
     with_vectors(block.vectors, [&](auto vectors) {
-      logit_gradients<U, vectors>(block, keys, exponent, a.dropout, a.mask.type, mask, rows,
-                                  products, dproducts, to);
+      auto run = &logit_gradients<false, U, vectors>;
+      if constexpr (std::is_same_v<T, float>)
+        if (whole) run = &logit_gradients<true, U, vectors>;
+      run(block, keys, exponent, a.dropout, a.mask.type, mask, rows, products, dproducts, to);
     });
   }
 };
@@ -200,9 +222,9 @@ struct Backward {
            Scratch::size(a.k_longest * to_vectors(a.v_dim));
   }
 
-  void tile(const Block& block, const Task& task, const Keys& keys) {
+  void tile(const Block& block, const Task& task, const Keys& keys, bool whole) {
     if (!gradient.multiply(block, task.sequence, task.kv_head, keys, rows, cache)) return;
-    gradient.gradients(block, keys, rows,
+    gradient.gradients(block, keys, whole, rows,
                        {weights, dlogits, reinterpret_cast<float*>(dlogit_pairs), nullptr});
     const int64_t inner = units<U>(block.rows), step = kBlock / kPerUnit<U>;
     product<U, false, Into::Add>(keys.count, v_width / kLanes, inner,
@@ -229,9 +251,9 @@ struct Backward {
       const Block block(a, s, task.kv_head * a.group(), a.group(), begin);
       rows.pack(args, gradient.exponent, block);
       std::memset(dquery, 0, kBlock * width * sizeof(float));
-      const int64_t last = std::min(s.last, block.limit_most);
-      for (int64_t at = s.first / kTile * kTile; at < last; at += kTile)
-        tile(block, task, Keys(a, s, at, last));
+      const int64_t first = s.first / kTile * kTile, last = std::min(s.last, block.limit_most);
+      for (int64_t at = first; at < last; at += kTile)
+        tile(block, task, Keys(a, s, at, last), last - first <= kTile);
       for (int64_t r = 0; r < block.rows; ++r)
         finish(dquery + r * width, a.scale, a.dim,
                args.dquery.at(s.batch, block.head[r], block.index[r]));
@@ -303,11 +325,12 @@ struct MaskBackward {
     const Sequence& s = a.sequences[batch];
     const Block block(a, s, head, 1, begin);
     rows.pack(args.of, gradient.exponent, block);
-    const int64_t last = std::min(s.last, block.limit_most);
-    for (int64_t at = s.first / kTile * kTile; at < last; at += kTile) {
+    const int64_t first = s.first / kTile * kTile, last = std::min(s.last, block.limit_most);
+    for (int64_t at = first; at < last; at += kTile) {
       const Keys keys(a, s, at, last);
       if (!gradient.multiply(block, batch, head / a.group(), keys, rows, cache)) continue;
-      gradient.gradients(block, keys, rows, {nullptr, nullptr, nullptr, gradient.dproducts});
+      gradient.gradients(block, keys, last - first <= kTile, rows,
+                         {nullptr, nullptr, nullptr, gradient.dproducts});
       add(block, keys, gradient.dproducts, to);
     }
   }

@@ -274,7 +274,7 @@ struct Exponent {
 };
 
 // Applies all masks to a tile of products; body(j, v, x) gets each vector, with x as Exponent
-// takes it. kept: whether products that change are stored.
+// takes it; products that change are stored.
 template <int kVectors, class Unit, class Body>
 [[gnu::always_inline]] inline void mask_products(const Block& block, const Keys& keys,
                                                  const Exponent<Unit>& exponent, MaskType type,
