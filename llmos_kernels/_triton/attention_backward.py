@@ -102,7 +102,8 @@ def _dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, d
     last = (i + offset)[:, None]
     if out.dtype.element_ty == tl.float32:
         # What is rounded in dout * out, and not in dp, weighs most where there are few keys: a lone
-        # one has no gradient at all. There delta is the sum of p * dp itself.
+        # one has no gradient at all. There delta is the mean of dp by the weights themselves, whose
+        # sum is 1, or 0 where nothing is seen.
         for start in range(first, tl.where(stop - first <= BLOCK_N, stop, first), BLOCK_N):
             attended = None
             if mask is not None and not BIAS:
@@ -114,7 +115,7 @@ def _dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, d
                 factor, 1 if padding is None else 2, CAUSAL, BIAS, D, DV, BLOCK_M, BLOCK_N, BLOCK_D,
                 BLOCK_DV,
             )  # fmt: skip
-            total = tl.sum(p * dp, 1)
+            total = tl.sum(p * dp, 1) / tl.maximum(tl.sum(p, 1), 0.5)
     tl.store(delta + at, total, real)
     for edge in tl.static_range(2 if padding is None else 3):
         low = first if edge == 0 else (whole if edge == 1 else holes)

@@ -17,6 +17,7 @@ template <class U, int kVectors>
                                                   const Dropout& dropout, MaskType type,
                                                   const float* mask, float* products,
                                                   const Rows& r) {
+  // The sum is of pairs: half the roundings of a large sum.
   F32 top[kVectors], shift[kVectors], sum[kVectors];
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) top[v] = load<F32>(r.m + v * kLanes);
@@ -38,9 +39,7 @@ template <class U, int kVectors>
     store(r.l + at, load<F32>(r.l + at) * alpha);
   }
   const auto power = [&](int64_t j, int v) {
-    const F32 p = exponent.power(load<F32>(products + j * kBlock + v * kLanes), shift[v]);
-    sum[v] += p;
-    return p;
+    return exponent.power(load<F32>(products + j * kBlock + v * kLanes), shift[v]);
   };
   const auto put = [&](int64_t j, int v, F32 first, F32 second) {
     if constexpr (kPerUnit<U> == 1) {
@@ -57,9 +56,10 @@ template <class U, int kVectors>
         F32 factors[4];
         dropout_of_keys(dropout, block, keys.begin + j, v, factors);
         for (int i = 0; i < 4 && j + i < keys.count; i += 2) {
-          const F32 first = power(j + i, v) * factors[i];
-          put(j + i, v, first,
-              j + i + 1 < keys.count ? power(j + i + 1, v) * factors[i + 1] : F32{});
+          const F32 first = power(j + i, v);
+          const F32 second = j + i + 1 < keys.count ? power(j + i + 1, v) : F32{};
+          sum[v] += first + second;
+          put(j + i, v, first * factors[i], second * factors[i + 1]);
         }
       }
     }
@@ -68,12 +68,17 @@ template <class U, int kVectors>
     for (; j + 2 <= keys.count; j += 2)
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        const F32 first = power(j, v);
-        put(j, v, first, power(j + 1, v));
+        const F32 first = power(j, v), second = power(j + 1, v);
+        sum[v] += first + second;
+        put(j, v, first, second);
       }
     if (j < keys.count)
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) put(j, v, power(j, v), F32{});
+      for (int v = 0; v < kVectors; ++v) {
+        const F32 first = power(j, v);
+        sum[v] += first;
+        put(j, v, first, F32{});
+      }
   }
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) store(r.l + v * kLanes, load<F32>(r.l + v * kLanes) + sum[v]);

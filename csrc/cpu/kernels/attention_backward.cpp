@@ -80,8 +80,8 @@ struct TileOutputs {
   float *dlogit_pairs, *alone;
 };
 
-// kWhole: these are all the keys that the block may see. Then delta is the sum of p * dp itself, and
-// rows.delta is not used: gradients that cancel in theory keep no rounding of dout * out.
+// kWhole: these are all the keys that the block may see. Then delta is the mean of dp by the weights
+// themselves, and rows.delta is not used: gradients that cancel in theory do so here.
 template <bool kWhole, class U, int kVectors>
 [[gnu::noinline, gnu::flatten]] void logit_gradients(const Block& block, const Keys& keys,
                                                      const Exponent<U>& exponent,
@@ -90,8 +90,10 @@ template <bool kWhole, class U, int kVectors>
                                                      float* products, float* dproducts,
                                                      const TileOutputs<U>& to) {
   F32 shift[kVectors], inverse[kVectors], delta[kVectors], factors[kVectors][4], before[kVectors];
+  F32 total[kVectors], delta_part[kVectors], total_part[kVectors];
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
+    total[v] = delta_part[v] = total_part[v] = F32{};
     shift[v] = load<F32>(rows.shift + v * kLanes);
     inverse[v] = load<F32>(rows.inverse + v * kLanes);
     delta[v] = kWhole ? F32{} : load<F32>(rows.delta + v * kLanes);
@@ -123,7 +125,14 @@ template <bool kWhole, class U, int kVectors>
                             }
                             if (!to.alone) store(to.weights + at, weight);
                             if constexpr (kWhole) {
-                              delta[v] = fma(p, dp, delta[v]);
+                              delta_part[v] = fma(p, dp, delta_part[v]);
+                              total_part[v] += p;
+                              // In parts: one rounding of a large sum for every 8 keys.
+                              if (j % 8 == 7 || j + 1 == keys.count) {
+                                delta[v] += delta_part[v];
+                                total[v] += total_part[v];
+                                delta_part[v] = total_part[v] = F32{};
+                              }
                               store(products + at, p);
                               store(dproducts + at, dp);
                             } else {
@@ -131,6 +140,8 @@ template <bool kWhole, class U, int kVectors>
                             }
                           });
   if constexpr (kWhole) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) delta[v] /= max(total[v], F32{} + 0.5f);
     for (int64_t j = 0; j < keys.count; ++j)
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
