@@ -20,6 +20,15 @@ def device(request):
     return request.param
 
 
+@pytest.fixture
+def one_thread():
+    """Where tensors are so small that a second thread would only wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def _round_to_nearest(interpreter):
     """Triton 3.6 to 3.9 interpret a cast from float32 to bfloat16 as truncation; GPUs round."""
     import numpy as np

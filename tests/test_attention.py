@@ -1,11 +1,20 @@
-"""What attention has to do beyond the tests of every op: torch's semantics, extreme rows, splits."""
+"""What attention has to do beyond the tests of every op: torch's semantics, lengths, splits."""
 
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from attention_checks import (
+    check,
+    compare,
+    explicit,
+    make,
+    math,
+    outputs_and_gradients,
+    results,
+    worse,
+)
 
 from llmos_kernels import scaled_dot_product_attention as attention
 from llmos_kernels.ops.dropout import draw_seed, keep_mask
@@ -13,80 +22,6 @@ from llmos_kernels.testing import DTYPES, assert_accurate
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 SIZES = ((1, 1), (1, 65), (63, 64), (64, 193), (130, 129))
-
-
-def make(q_len, k_len, dtype=torch.float32, batch=2, heads=4, kv_heads=4, dim=24, device="cpu"):
-    generator = torch.Generator().manual_seed(q_len * 1000 + k_len)
-    return [
-        torch.randn(batch, length, n, dim, generator=generator).to(device, dtype).transpose(1, 2)
-        for length, n in ((q_len, heads), (k_len, kv_heads), (k_len, kv_heads))
-    ]
-
-
-def explicit(q, k, v, mask=None, enable_gqa=False):
-    """What is written without any fused op; rows that see nothing are 0."""
-    if enable_gqa:
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    logits = q @ k.mT * q.shape[-1] ** -0.5
-    if mask is not None and mask.dtype == torch.bool:
-        logits = logits.masked_fill(~mask, float("-inf"))
-    elif mask is not None:
-        logits = logits + mask
-    return logits.softmax(-1).nan_to_num(0.0) @ v
-
-
-def outputs_and_gradients(fn, args, dtype=None, **options):
-    """The output and the gradients of the float arguments, in ``dtype`` throughout."""
-    args = [
-        a.detach().to(dtype or a.dtype, copy=True).requires_grad_()
-        if a is not None and a.is_floating_point()
-        else a
-        for a in args
-    ]
-    out = fn(*args, **options)
-    generator = torch.Generator().manual_seed(7)
-    dout = torch.randn(out.shape, generator=generator, dtype=torch.float64)
-    leaves = [a for a in args if a is not None and a.requires_grad]
-    return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.device, out.dtype))]
-
-
-def compare(*results):
-    """Each result of one call or several: (ours, in float64, torch's); the largest errors count."""
-    for i, columns in enumerate(zip(*(zip(*r, strict=True) for r in results), strict=True)):
-        a, exact, e = (torch.cat([t.flatten() for t in ts]) for ts in zip(*columns, strict=True))
-        if exact.abs().max() < 1e-12:  # One visible key: the gradient is 0, and rounding errors.
-            assert a.abs().max() <= 64 * torch.finfo(a.dtype).eps
-        else:
-            assert_accurate(a, exact, e, f"result {i}")
-
-
-def worse(exact, *eagers):
-    """Of torch's two ways to compute each result, the one with the larger error."""
-    return [
-        max(ways, key=lambda t, e=e: (t - e).abs().max())
-        for e, *ways in zip(exact, *eagers, strict=True)
-    ]
-
-
-def math(*args, **options):
-    with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(*args, **options)
-
-
-def results(args, mask=None, exact=explicit, **options):
-    """Ours with ``options``, ``exact`` in float64 and torch's, both with the merged mask."""
-    gqa = {"enable_gqa": True} if options.get("enable_gqa") else {}
-    actual = outputs_and_gradients(attention, args, **options)
-    merged = args if mask is None else [*args[:3], mask]
-    right = outputs_and_gradients(exact, merged, torch.float64, **gqa)
-    eagers = (outputs_and_gradients(fn, merged, **gqa) for fn in (explicit, exact))
-    return actual, right, worse(right, *eagers)
-
-
-def check(args, mask=None, exact=explicit, **options):
-    found = results(args, mask, exact, **options)
-    compare(found)
-    return found[0]
 
 
 @each_dtype
@@ -150,126 +85,6 @@ def test_head_dims(dims, dtype, device):
         return results([q, k, make(9, 21, dtype, dim=v_dim, device=device)[2]])
 
     compare(*(one_size(dim, v_dim) for dim in dims for v_dim in (dim, 257 - dim)))
-
-
-def hidden_rows(device):
-    """(options, rows that see no key)"""
-    mask = torch.ones(2, 1, 9, 20, dtype=torch.bool, device=device)
-    mask[:, :, 4] = False
-    none = torch.zeros(2, 4, 9, dtype=torch.bool, device=device)
-    row, batch = none.clone(), none.clone()
-    row[:, :, 4], batch[1] = True, True
-    ignored = torch.zeros(2, 20, dtype=torch.bool, device=device)
-    ignored[1] = True
-    float_mask = torch.zeros(2, 1, 9, 20, device=device).masked_fill(~mask, float("-inf"))
-    yield {"attn_mask": mask}, row
-    yield {"attn_mask": float_mask}, row
-    yield {"key_padding_mask": ignored}, batch
-    left = ignored.clone()
-    left[0, :3] = True
-    first = batch.clone()
-    first[0, :, :3] = True
-    yield {"key_padding_mask": left, "is_causal": True}, first
-
-
-@each_dtype
-def test_rows_that_see_nothing(dtype, device):
-    for options, hidden in hidden_rows(device):
-        args = [t.requires_grad_() for t in make(9, 20, dtype, device=device)]
-        out, weights = attention(*args, **options, return_weights="per_head")
-        assert out.isfinite().all() and not out[hidden].any() and not weights[hidden].any()
-        assert out[~hidden].abs().sum(-1).min() > 0
-        plain = attention(*args, **options)
-        assert torch.equal(plain, out)
-        grads = torch.autograd.grad(plain.sum() + (plain * 3).sum(), args)
-        assert all(g.isfinite().all() for g in grads) and not grads[0][hidden].any()
-    q, k, v = make(9, 4, dtype, device=device)
-    out = attention(q, k, v, is_causal=True, bottom_right=True)
-    assert not out[:, :, :5].any() and out[:, :, 5:].any(-1).all()
-    out = attention(q, k[:, :, :0], v[:, :, :0])
-    assert out.shape == q.shape and not out.any()
-
-
-@each_dtype
-def test_nothing_of_ignored_keys_leaks(dtype, device):
-    q, k, v = make(33, 200, dtype, device=device)
-    ignored = torch.zeros(2, 200, dtype=torch.bool, device=device)
-    ignored[0, 150:], ignored[1, 7::5] = True, True
-    mask = torch.randn(1, 4, 33, 200, device=device)
-    clean = outputs_and_gradients(attention, [q, k, v, mask], key_padding_mask=ignored)
-    for t, value in ((k, float("nan")), (v, float("inf"))):
-        t.masked_fill_(ignored[:, None, :, None], value)
-    dirty = outputs_and_gradients(attention, [q, k, v, mask], key_padding_mask=ignored)
-    for a, b in zip(dirty, clean, strict=True):
-        assert torch.equal(a, b)
-    hidden = ignored[:, None, :, None].expand(k.shape)
-    assert not dirty[2][hidden].any() and not dirty[3][hidden].any()
-
-
-@each_dtype
-@pytest.mark.parametrize("shift", [0.0, -1000.0, 1e4])
-@pytest.mark.parametrize("spread", [0.0, 1.0, 60.0])
-def test_extreme_logits(spread, shift, dtype, device):
-    """All equal, near +-1e4 and with a log-sum-exp far below -88."""
-    q, k, v = make(65, 130, dtype, device=device)
-    q = q * spread
-    bias = torch.full((1, 1, 65, 130), shift, device=device)
-    actual = outputs_and_gradients(attention, [q, k, v, bias])
-    assert all(a.isfinite().all() for a in actual)
-    right = outputs_and_gradients(explicit, [q, k, v, bias], torch.float64)
-    eager = outputs_and_gradients(explicit, [q, k, v, bias.to(dtype)])
-    assert_accurate(actual[0], right[0], eager[0], "out")
-    assert_accurate(actual[3], right[3], eager[3], "dvalue")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_row_of_the_lowest_float(dtype, device):
-    """Where a mask of finfo.min hides all of a row, it hides nothing: torch attends to all alike."""
-    q, k, v = make(5, 70, dtype, device=device)
-    mask = torch.zeros(5, 70, dtype=dtype, device=device)
-    mask[2], mask[3, 10:] = torch.finfo(dtype).min, torch.finfo(dtype).min
-    out = attention(q, k, v, mask)
-    torch.testing.assert_close(out[:, :, 2], v.float().mean(2).to(dtype), atol=1e-2, rtol=1e-2)
-    alone = attention(q[:, :, 3:4], k[:, :, :10], v[:, :, :10])
-    torch.testing.assert_close(out[:, :, 3:4], alone, atol=1e-2, rtol=1e-2)
-
-
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16, torch.float16])
-def test_mask_layouts(dtype, device):
-    """Any strides and dtype, and no difference in a single bit."""
-    q, k, v = make(67, 150, device=device)
-    mask = torch.randn(2, 4, 67, 150, device=device)
-    mask = mask > -1 if dtype == torch.bool else mask.to(dtype)
-    expected = attention(q, k, v, mask)
-    for layout in (
-        lambda m: m.mT.contiguous().mT,
-        lambda m: m.repeat_interleave(3, -1)[..., ::3],
-        lambda m: m.transpose(0, 2).contiguous().transpose(0, 2),
-        lambda m: m.flip(0).contiguous().flip(0),
-    ):
-        assert torch.equal(attention(q, k, v, layout(mask)), expected)
-    for small in (mask[:1, :1], mask[..., :1], mask[:, :, :1], mask[0], mask[0, 0]):
-        whole = small.expand(2, 4, 67, 150)
-        expected = attention(q, k, v, whole.clone())
-        assert torch.equal(attention(q, k, v, small), expected)
-        assert torch.equal(attention(q, k, v, whole), expected)
-
-
-@pytest.mark.parametrize("full", list(itertools.product([0, 1], repeat=4)), ids=str)
-@each_dtype
-def test_mask_gradient(full, dtype, device):
-    """Reduced over whatever the mask is broadcast to."""
-    sizes = (2, 4, 67, 150)
-    shape = [n if f else 1 for n, f in zip(sizes, full, strict=True)]
-    q, k, v = make(67, 150, dtype, device=device)
-    mask = torch.randn(shape, device=device).to(dtype)
-    if full[3]:
-        check([q, k, v, mask])
-    else:  # The same for all keys changes nothing: the gradient is 0 but for rounding errors.
-        *_, dmask = outputs_and_gradients(attention, [q, k, v, mask])
-        per_key = outputs_and_gradients(attention, [q, k, v, mask.expand(*shape[:3], 150)])[-1]
-        assert dmask.shape == mask.shape
-        assert dmask.abs().max() <= 0.02 * per_key.abs().sum(-1).max()
 
 
 @each_dtype

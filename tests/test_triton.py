@@ -14,20 +14,14 @@ pytest.importorskip("triton")
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 # The interpreter replaces the compiler for a whole process, so the compiler gets its own.
-COMPILE = """
+NORMS = """
 import sys, torch
 from llmos_kernels import _inspect
 names = ("layer_norm", "add_layer_norm-dropout", "rms_norm")
 launches = _inspect.launches((torch.float32, torch.bfloat16), (64, 768, 8192, 32768), names)
-print(len(launches), "kernels")
-for launch in launches:
-    r = _inspect.resources(launch, sys.argv[1])
-    assert r.spills == 0, f"{launch}: {r.spills} bytes spilled"
-    assert r.shared <= 99 * 1024, f"{launch}: {r.shared} bytes of shared memory"
-    assert not r.overflows, f"{launch}: 32-bit offsets {r.overflows}"
 """
 
-COMPILE_ATTENTION = """
+ATTENTION = """
 import sys, torch
 from llmos_kernels import _inspect
 from llmos_kernels._registry import DEFINED
@@ -60,6 +54,10 @@ with _inspect.recorded_launches() as launches:
     attend(64, bf16, padding=padding, dropout_p=0.1)
     attend(64, bf16, packed=torch.empty(5, dtype=torch.int32), dropout_p=0.1)
 launches = list(dict.fromkeys(launches))
+"""
+
+# What the scripts above have launched, within the limits; on sm_90 tensor cores of its own kind.
+CHECK = """
 print(len(launches), "kernels")
 for launch in launches:
     r = _inspect.resources(launch, sys.argv[1])
@@ -71,12 +69,12 @@ for launch in launches:
 """
 
 
-@pytest.mark.parametrize("script", [COMPILE, COMPILE_ATTENTION], ids=["norms", "attention"])
+@pytest.mark.parametrize("script", [NORMS, ATTENTION], ids=["norms", "attention"])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_compiles_within_limits(arch, script):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", script, arch], env=env, capture_output=True, text=True
+        [sys.executable, "-c", script + CHECK, arch], env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout.split()[0]) >= 20

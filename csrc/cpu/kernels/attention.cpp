@@ -206,13 +206,6 @@ struct Forward {
 };
 
 template <class T>
-void run_forward(const AttentionForward<T>& args, const Task* tasks, int64_t count,
-                 float* scratch) {
-  Forward<T> forward(args, {scratch});
-  for (int64_t i = 0; i < count; ++i) forward.run(tasks[i]);
-}
-
-template <class T>
 void combine(const Attention<T>& a, const float* partial, int64_t splits, int64_t stride, T* out,
              float* m, float* inverse) {
   const Exponent<UnitOf<T>> exponent(a);
@@ -241,18 +234,12 @@ void combine(const Attention<T>& a, const float* partial, int64_t splits, int64_
   });
 }
 
-template <class T>
-struct Builds {
-  static constexpr AttentionKernel<AttentionForward<T>> kForward{kBlock, &Forward<T>::scratch,
-                                                                 &run_forward<T>};
-  Build<const AttentionKernel<AttentionForward<T>>*> forward_{
-      LLMOS_CPU_LEVEL, attention_kernel<AttentionForward<T>>, &kForward};
-  Build<CombineSplits<T>> combine_{LLMOS_CPU_LEVEL, combine_splits<T>, &combine<T>};
-};
-
-const Builds<float> builds_f32;
-const Builds<bf16> builds_bf16;
-const Builds<f16> builds_f16;
+const KernelBuilds<Forward, AttentionForward> builds;
+const Build<CombineSplits<float>> combine_f32{LLMOS_CPU_LEVEL, combine_splits<float>,
+                                              &combine<float>};
+const Build<CombineSplits<bf16>> combine_bf16{LLMOS_CPU_LEVEL, combine_splits<bf16>,
+                                              &combine<bf16>};
+const Build<CombineSplits<f16>> combine_f16{LLMOS_CPU_LEVEL, combine_splits<f16>, &combine<f16>};
 
 }  // namespace
 }  // namespace llmos

@@ -80,8 +80,8 @@ struct TileOutputs {
   float *dlogit_pairs, *alone;
 };
 
-// kWhole: these are all the keys that the block may see. Then delta is the mean of dp by the weights
-// themselves, and rows.delta is not used: gradients that cancel in theory do so here.
+// kWhole: these are all the keys that the block may see. Then delta is the mean of dp by the
+// weights themselves, and rows.delta is not used: gradients that cancel in theory do so here.
 template <bool kWhole, class U, int kVectors>
 [[gnu::noinline, gnu::flatten]] void logit_gradients(const Block& block, const Keys& keys,
                                                      const Exponent<U>& exponent,
@@ -100,9 +100,7 @@ template <bool kWhole, class U, int kVectors>
     before[v] = F32{};
   }
   const auto put = [&](int64_t j, int v, F32 dlogit) {
-    const int64_t at = j * kBlock + v * kLanes;
-    if (to.alone) return store(to.alone + at, dlogit);
-    store(to.dlogits + at, dlogit);
+    store(to.dlogits + j * kBlock + v * kLanes, dlogit);
     if constexpr (kPerUnit<U> == 2) {
       float* pairs = to.dlogit_pairs + j / 2 * kBlock + v * kLanes;
       if (j % 2)
@@ -123,8 +121,8 @@ template <bool kWhole, class U, int kVectors>
                               weight *= factors[v][j % 4];
                               dp *= factors[v][j % 4];
                             }
-                            if (!to.alone) store(to.weights + at, weight);
                             if constexpr (kWhole) {
+                              if (!to.alone) store(to.weights + at, weight);
                               delta_part[v] = fma(p, dp, delta_part[v]);
                               total_part[v] += p;
                               // In parts: one rounding of a large sum for every 8 keys.
@@ -136,7 +134,10 @@ template <bool kWhole, class U, int kVectors>
                               store(products + at, p);
                               store(dproducts + at, dp);
                             } else {
-                              put(j, v, p * (dp - delta[v]));
+                              const F32 dlogit = p * (dp - delta[v]);
+                              if (to.alone) return store(to.alone + at, dlogit);
+                              store(to.weights + at, weight);
+                              put(j, v, dlogit);
                             }
                           });
   if constexpr (kWhole) {
@@ -146,7 +147,11 @@ template <bool kWhole, class U, int kVectors>
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         const int64_t at = j * kBlock + v * kLanes;
-        put(j, v, load<F32>(products + at) * (load<F32>(dproducts + at) - delta[v]));
+        const F32 dlogit = load<F32>(products + at) * (load<F32>(dproducts + at) - delta[v]);
+        if (to.alone)
+          store(to.alone + at, dlogit);
+        else
+          put(j, v, dlogit);
       }
   }
 }
@@ -363,33 +368,8 @@ struct MaskBackward {
   }
 };
 
-template <class T>
-void run_backward(const AttentionBackward<T>& args, const Task* tasks, int64_t count,
-                  float* scratch) {
-  Backward<T> backward(args, {scratch});
-  for (int64_t i = 0; i < count; ++i) backward.run(tasks[i]);
-}
-
-template <class T>
-void run_mask_backward(const AttentionMaskBackward<T>& args, const Task* tasks, int64_t count,
-                       float* scratch) {
-  MaskBackward<T> backward(args, {scratch});
-  for (int64_t i = 0; i < count; ++i) backward.run(tasks[i]);
-}
-
-template <class T>
-struct Builds {
-  using Rows = AttentionKernel<AttentionBackward<T>>;
-  using Masks = AttentionKernel<AttentionMaskBackward<T>>;
-  static constexpr Rows kBackward{kBlock, &Backward<T>::scratch, &run_backward<T>};
-  static constexpr Masks kMask{kBlock, &MaskBackward<T>::scratch, &run_mask_backward<T>};
-  Build<const Rows*> backward_{LLMOS_CPU_LEVEL, attention_kernel<AttentionBackward<T>>, &kBackward};
-  Build<const Masks*> mask_{LLMOS_CPU_LEVEL, attention_kernel<AttentionMaskBackward<T>>, &kMask};
-};
-
-const Builds<float> builds_f32;
-const Builds<bf16> builds_bf16;
-const Builds<f16> builds_f16;
+const KernelBuilds<Backward, AttentionBackward> builds;
+const KernelBuilds<MaskBackward, AttentionMaskBackward> mask_builds;
 
 }  // namespace
 }  // namespace llmos

@@ -344,5 +344,25 @@ inline void with_vectors(int64_t vectors, Body body) {
   }
 }
 
+template <class Impl, class Args>
+void run_tasks(const Args& args, const Task* tasks, int64_t count, float* scratch) {
+  Impl impl(args, {scratch});
+  for (int64_t i = 0; i < count; ++i) impl.run(tasks[i]);
+}
+
+// Enters Impl<T>, which has scratch(args) and run(task), as the kernel of Args<T> for every type.
+template <template <class> class Impl, template <class> class Args>
+struct KernelBuilds {
+  template <class T>
+  struct Of {
+    using Kernel = AttentionKernel<Args<T>>;
+    static constexpr Kernel kKernel{kBlock, &Impl<T>::scratch, &run_tasks<Impl<T>, Args<T>>};
+    Build<const Kernel*> build{LLMOS_CPU_LEVEL, attention_kernel<Args<T>>, &kKernel};
+  };
+  Of<float> f32;
+  Of<bf16> b16;
+  Of<f16> f16_;
+};
+
 }  // namespace
 }  // namespace llmos

@@ -106,23 +106,7 @@ struct Weights {
   }
 };
 
-template <class T>
-void run_weights(const AttentionWeights<T>& args, const Task* tasks, int64_t count,
-                 float* scratch) {
-  Weights<T> weights(args, {scratch});
-  for (int64_t i = 0; i < count; ++i) weights.run(tasks[i]);
-}
-
-template <class T>
-struct Builds {
-  using Kernel = AttentionKernel<AttentionWeights<T>>;
-  static constexpr Kernel kWeights{kBlock, &Weights<T>::scratch, &run_weights<T>};
-  Build<const Kernel*> weights_{LLMOS_CPU_LEVEL, attention_kernel<AttentionWeights<T>>, &kWeights};
-};
-
-const Builds<float> builds_f32;
-const Builds<bf16> builds_bf16;
-const Builds<f16> builds_f16;
+const KernelBuilds<Weights, AttentionWeights> builds;
 
 }  // namespace
 }  // namespace llmos

@@ -1,0 +1,112 @@
+"""Small Hugging Face models and what is compared of them."""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import models as m
+
+from llmos_kernels.testing import assert_accurate, make_gradients
+
+BATCH, LENGTH, VOCABULARY = 3, 20, 60
+TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, **TOKENS}
+SEQ2SEQ = {"d_model": 64, "decoder_start_token_id": 1, **TOKENS}
+
+
+def bert(**options):
+    config = m.bert.BertConfig(**SIZES, intermediate_size=96, **options)
+    return m.bert.BertForMaskedLM(config)
+
+
+def gpt2(**options):
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, **TOKENS}
+    return m.gpt2.GPT2LMHeadModel(m.gpt2.GPT2Config(**sizes, **options))
+
+
+def opt(**options):
+    config = m.opt.OPTConfig(**SIZES, ffn_dim=96, word_embed_proj_dim=64, **options)
+    return m.opt.OPTForCausalLM(config)
+
+
+def llama(**options):
+    config = m.llama.LlamaConfig(**SIZES, num_key_value_heads=2, intermediate_size=96, **options)
+    return m.llama.LlamaForCausalLM(config)
+
+
+def t5(**options):
+    sizes = {"d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
+    return m.t5.T5ForConditionalGeneration(m.t5.T5Config(**SEQ2SEQ, **sizes, **options))
+
+
+def bart(**options):
+    sizes = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in
+             (("layers", 2), ("attention_heads", 4), ("ffn_dim", 96))}  # fmt: skip
+    return m.bart.BartForConditionalGeneration(m.bart.BartConfig(**SEQ2SEQ, **sizes, **options))
+
+
+DROPOUT = {
+    bert: ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    gpt2: ("embd_pdrop", "resid_pdrop", "attn_pdrop"),
+    opt: ("dropout", "attention_dropout"),
+    llama: ("attention_dropout",),
+    t5: ("dropout_rate",),
+    bart: ("dropout", "activation_dropout", "attention_dropout"),
+}
+MODELS = list(DROPOUT)
+GENERATORS = [gpt2, opt, llama, t5, bart]
+
+
+def build(make, attention="llmos", **options):
+    """A model without dropout whose attention is far from uniform."""
+    torch.manual_seed(0)
+    model = make(**dict.fromkeys(DROPOUT.get(make, ()), 0.0) | options)
+    for p in model.parameters():
+        if p.dim() > 1:
+            nn.init.normal_(p, std=0.15)
+    model.set_attn_implementation(attention)
+    return model
+
+
+def batch(model, padding="left"):
+    """Tokens and a mask; encoder-decoder models get both sides, of different lengths."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCABULARY, (BATCH, LENGTH), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = mask[2, :1] = 0
+    mask = mask.flip(1) if padding == "right" else mask
+    given = {"input_ids": ids.where(mask.bool(), 0)}
+    if padding:
+        given["attention_mask"] = mask
+    if model.config.is_encoder_decoder:
+        given["decoder_input_ids"] = ids.flip(1)[:, :-3]
+    return given
+
+
+def seen(logits, given):
+    """Rows of real tokens: causal attention of left padding sees nothing."""
+    mask = given.get("attention_mask")
+    whole = mask is None or mask.dim() != 2 or "decoder_input_ids" in given
+    return logits if whole else logits[mask.bool()]
+
+
+def logits_and_gradients(model, given):
+    out = seen(model(**given).logits, given)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(out, parameters, make_gradients([out]))
+    matrices = {n: g for n, g in zip(names, gradients, strict=True) if g.dim() > 1}
+    # Keys' biases have no gradient but rounding: vectors are judged together.
+    vectors = [g.flatten() for g in gradients if g.dim() <= 1]
+    return {"logits": out.detach(), **matrices, "vectors": torch.cat([*vectors, out.new_zeros(1)])}
+
+
+def check(model, given, run=logits_and_gradients):
+    """``run`` under llmos by the error budget, against float64 and fp32 under eager."""
+    actual = run(model, given)
+    model.set_attn_implementation("eager")
+    exact = run(copy.deepcopy(model).double(), given)
+    eager = run(model, given)
+    model.set_attn_implementation("llmos")
+    for name, value in actual.items():
+        assert_accurate(value, exact[name], eager[name], name)
+    return actual
