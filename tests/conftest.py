@@ -46,20 +46,24 @@ def _round_to_nearest(interpreter):
     interpreter._convert_float = convert
 
 
-def _dot_of_bfloat16(interpreter):
-    """Triton 3.6 to 3.9 interpret a dot of bfloat16 as one of their bits, as unsigned integers."""
+def _dot(interpreter):
+    """Triton 3.6 to 3.9 interpret a dot of bfloat16 as one of their bits, as unsigned integers. And
+    numpy sums in an order that is no GPU's and differs from machine to machine: here a dot of floats
+    is rounded once."""
     import numpy as np
 
     original = interpreter.InterpreterBuilder.create_dot
 
-    def widened(handle):
-        if str(handle.dtype.scalar) != "bf16":
-            return handle
-        bits = handle.data.astype(np.uint32) << 16
-        return interpreter.TensorHandle(bits.view(np.float32), interpreter.tl.float32)
+    def wide(handle):
+        if str(handle.dtype.scalar) == "bf16":
+            return (handle.data.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        return handle.data.astype(np.float64)
 
-    def create_dot(self, a, b, *rest):
-        return original(self, widened(a), widened(b), *rest)
+    def create_dot(self, a, b, d, *rest):
+        if d.data.dtype != np.float32:
+            return original(self, a, b, d, *rest)
+        product = np.matmul(wide(a), wide(b)) + d.data
+        return interpreter.TensorHandle(product.astype(np.float32), d.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
     np.seterr(over="ignore", invalid="ignore")  # A GPU does not warn of infinities and NaN.
@@ -72,4 +76,4 @@ if not HAS_GPU:
         pass
     else:
         _round_to_nearest(interpreter)
-        _dot_of_bfloat16(interpreter)
+        _dot(interpreter)

@@ -125,9 +125,9 @@ struct Forward {
     with_vectors(block.vectors, [&](auto vectors) {
       softmax_tile<U, vectors>(block, keys, exponent, a.dropout, a.mask.type, mask, products, sums);
     });
-    product<U, true, Into::Scale>(block.rows, width / kLanes, units<U>(keys.count),
-                                  reinterpret_cast<const U*>(products), kBlock, cache.value_inner,
-                                  width, sums.out, width, sums.alpha);
+    product_in_parts<U, true, Into::Scale>(block.rows, width / kLanes, units<U>(keys.count),
+                                           reinterpret_cast<const U*>(products), kBlock,
+                                           cache.value_inner, width, sums.out, width, sums.alpha);
   }
 
   // The same for few rows, in float.

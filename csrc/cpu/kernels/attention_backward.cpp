@@ -60,9 +60,9 @@ struct BlockOperands : RowValues {
     // and the gradient of its logit is exactly 0.
     for (int64_t v = 0; v < block.vectors * kLanes; v += kLanes) {
       F32 total = {};
-      for (int64_t from = 0; from < units<U>(a.v_dim); from += kDotUnits) {
+      for (int64_t from = 0; from < units<U>(a.v_dim); from += kSumUnits) {
         F32 sum = {};
-        for (int64_t i = from; i < std::min(from + kDotUnits, units<U>(a.v_dim)); ++i)
+        for (int64_t i = from; i < std::min(from + kSumUnits, units<U>(a.v_dim)); ++i)
           sum = multiply_add<U>(load_bits<U32>(out + i * kBlock + v),
                                 load_bits<U32>(dout + i * kBlock + v), sum);
         total += sum;
@@ -249,8 +249,9 @@ struct Backward {
     product<U, false, Into::Add>(keys.count, width / kLanes, inner,
                                  reinterpret_cast<const U*>(dlogits), step, rows.query_inner, width,
                                  dkey + keys.begin * width, width);
-    product<U, true, Into::Add>(block.rows, width / kLanes, units<U>(keys.count), dlogit_pairs,
-                                kBlock, cache.key_inner, width, dquery, width);
+    product_in_parts<U, true, Into::Add>(block.rows, width / kLanes, units<U>(keys.count),
+                                         dlogit_pairs, kBlock, cache.key_inner, width, dquery,
+                                         width);
   }
 
   static void finish(const float* from, float scale, int64_t n, T* to) {

@@ -63,17 +63,21 @@ template <class T>
 template <class T, int kVectors>
 inline void few_values(const Attention<T>& a, const Sequence& s, int64_t head, const Keys& keys,
                        int64_t row, int64_t from, const float* powers, float alpha, float* out) {
-  F32 sum[kVectors] = {};
-  for (int64_t j = 0; j < keys.count; ++j) {
-    if (keys.holes && keys.hole[j]) continue;  // There may be NaN in it.
-    const T* value = a.value.at(s.batch, head, s.k_begin + keys.begin + j) + from;
-    const F32 power = F32{} + powers[j * kBlock + row];
+  constexpr int64_t kKeys = 16;  // A longer sum in one piece would lose digits.
+  for (int64_t begin = 0; begin < keys.count; begin += kKeys) {
+    F32 sum[kVectors] = {};
+    for (int64_t j = begin; j < std::min(begin + kKeys, keys.count); ++j) {
+      if (keys.holes && keys.hole[j]) continue;  // There may be NaN in it.
+      const T* value = a.value.at(s.batch, head, s.k_begin + keys.begin + j) + from;
+      const F32 power = F32{} + powers[j * kBlock + row];
 #pragma GCC unroll 8
-    for (int n = 0; n < kVectors; ++n) sum[n] = fma(load<F32>(value + n * kLanes), power, sum[n]);
+      for (int n = 0; n < kVectors; ++n) sum[n] = fma(load<F32>(value + n * kLanes), power, sum[n]);
+    }
+    const F32 before = F32{} + (begin ? 1 : alpha);
+#pragma GCC unroll 8
+    for (int n = 0; n < kVectors; ++n)
+      store(out + from + n * kLanes, fma(load<F32>(out + from + n * kLanes), before, sum[n]));
   }
-#pragma GCC unroll 8
-  for (int n = 0; n < kVectors; ++n)
-    store(out + from + n * kLanes, fma(load<F32>(out + from + n * kLanes), F32{} + alpha, sum[n]));
 }
 
 template <class T>

@@ -145,17 +145,26 @@ template <class Unit, bool kByColumn, Into kInto>
   run(std::integral_constant<int, 1>{});
 }
 
-constexpr int64_t kDotUnits = 32;  // A longer sum in one piece would lose digits.
+constexpr int64_t kSumUnits = 32;  // A longer sum in one piece would lose digits.
+
+// A product whose inner dimension is taken in parts.
+template <class Unit, bool kByColumn, Into kInto>
+inline void product_in_parts(int64_t rows, int64_t vectors, int64_t k, const Unit* a,
+                             int64_t a_step, const Unit* b, int64_t b_step, float* c,
+                             int64_t c_step, const float* alpha = nullptr) {
+  product<Unit, kByColumn, kInto>(rows, vectors, std::min(k, kSumUnits), a, a_step, b, b_step, c,
+                                  c_step, alpha);
+  for (int64_t i = kSumUnits; i < k; i += kSumUnits)
+    product<Unit, kByColumn, Into::Add>(rows, vectors, std::min(k - i, kSumUnits),
+                                        a + i * (kByColumn ? a_step : 1), a_step, b + i * b_step,
+                                        b_step, c, c_step);
+}
 
 // A product over a head dimension, whose rows lie packed.
 template <class Unit>
 inline void dots(int64_t rows, int64_t vectors, int64_t k, const Unit* a, const Unit* b,
                  int64_t b_step, float* c, int64_t c_step) {
-  product<Unit, false, Into::Replace>(rows, vectors, std::min(k, kDotUnits), a, k, b, b_step, c,
-                                      c_step);
-  for (int64_t i = kDotUnits; i < k; i += kDotUnits)
-    product<Unit, false, Into::Add>(rows, vectors, std::min(k - i, kDotUnits), a + i, k,
-                                    b + i * b_step, b_step, c, c_step);
+  product_in_parts<Unit, false, Into::Replace>(rows, vectors, k, a, k, b, b_step, c, c_step);
 }
 
 // Rows of elements of T as elements of a unit, zeros up to `padded` elements.
