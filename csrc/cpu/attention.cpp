@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kSplitRows = 16, kSplitKeys = 1024;
 
 struct Splits {
-  std::vector<Task> tasks;
+  std::vector<AttentionTask> tasks;
   Floats partial;
   // Of each row that is split: its place in partial, and in the tensors.
   struct Row {
@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
 
   dispatch(query.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    const auto& kernel = *attention_kernel<AttentionForward<T>>.best();
+    const auto& kernel = *task_kernel<AttentionForward<T>>.best();
     const AttentionForward<T> args{in.of<T>(m, inverse), AttentionInputs::output_heads<T>(out)};
     const Splits work = split(in, kernel.block);
     const double size = double(in.q_total) * in.k_longest * in.heads * in.batch;

@@ -5,6 +5,7 @@
 
 #include "dispatch.h"
 #include "philox.h"
+#include "tasks.h"
 
 namespace llmos {
 
@@ -51,19 +52,21 @@ struct Attention {
 
 // A block of query rows against the keys [begin, end), or a block of keys against all queries.
 // Rows of a key head are those of its group, one query head after the other.
-struct Task {
+struct AttentionTask {
   int64_t sequence, kv_head, block, begin, end;
   float* partial;  // Null, or where unfinished rows go: v_dim sums, m and l each.
 };
 
 template <class T>
 struct AttentionForward {
+  using Task = AttentionTask;
   Attention<T> of;
   Heads<T> out;
 };
 
 template <class T>
 struct AttentionWeights {
+  using Task = AttentionTask;
   Attention<T> of;
   T* out;  // [batch][head, unless mean][query][key]
   bool mean;
@@ -71,6 +74,7 @@ struct AttentionWeights {
 
 template <class T>
 struct AttentionBackward {
+  using Task = AttentionTask;
   Attention<T> of;
   Heads<const T> dout, out;
   Heads<T> dquery, dkey, dvalue;
@@ -81,22 +85,12 @@ struct AttentionBackward {
 // batch and the heads that the mask is broadcast to.
 template <class T>
 struct AttentionMaskBackward {
+  using Task = AttentionTask;
   AttentionBackward<T> of;
   float* dmask;  // Zeros at first.
   int64_t batch, heads, q_len, k_len;
   int64_t all_batch;
 };
-
-// How one CPU level walks over attention. Scratch is floats, aligned to 64 bytes.
-template <class Args>
-struct AttentionKernel {
-  int64_t block;  // Query rows in a task's block.
-  int64_t (*scratch)(const Args&);
-  void (*run)(const Args&, const Task*, int64_t tasks, float* scratch);
-};
-
-template <class Args>
-inline Dispatch<const AttentionKernel<Args>*> attention_kernel;
 
 // out [v_dim] from `splits` partial rows, `stride` floats apart; returns m and 1 / l.
 template <class T>

@@ -9,8 +9,8 @@
 namespace llmos {
 namespace {
 
-std::vector<Task> blocks(int64_t batch, int64_t heads, int64_t rows, int64_t block) {
-  std::vector<Task> tasks;
+std::vector<AttentionTask> blocks(int64_t batch, int64_t heads, int64_t rows, int64_t block) {
+  std::vector<AttentionTask> tasks;
   const int64_t n = (rows + block - 1) / block;
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t h = 0; h < heads; ++h)
@@ -31,7 +31,7 @@ Tensor weights(const Tensor& query, const Tensor& key, const Optional& mask,
   float* m = const_cast<float*>(data<float>(stats));
   dispatch(dtype, [&](auto t) {
     using T = decltype(t);
-    const auto& kernel = *attention_kernel<AttentionWeights<T>>.best();
+    const auto& kernel = *task_kernel<AttentionWeights<T>>.best();
     const AttentionWeights<T> args{in.of<T>(m, m + in.batch * in.heads * in.q_total),
                                    mutable_data<T>(out), mean};
     const double work = double(in.q_total) * in.k_total * in.heads * in.batch * in.dim;
@@ -47,7 +47,7 @@ void mask_gradient(const AttentionInputs& in, const AttentionBackward<T>& of, co
   std::fill_n(to, dmask.numel(), 0.0f);
   const AttentionMaskBackward<T> args{
       of, to, dmask.size(0), dmask.size(1), dmask.size(2), dmask.size(3), in.batch};
-  const auto& kernel = *attention_kernel<AttentionMaskBackward<T>>.best();
+  const auto& kernel = *task_kernel<AttentionMaskBackward<T>>.best();
   const double work = double(in.q_total) * in.k_total * in.heads * in.batch * (in.dim + in.v_dim);
   run_tasks(kernel, args, blocks(args.batch, args.heads, args.q_len, kernel.block), work);
 }
@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout_, const T
 
   dispatch(dtype, [&](auto t) {
     using T = decltype(t);
-    const auto& kernel = *attention_kernel<AttentionBackward<T>>.best();
+    const auto& kernel = *task_kernel<AttentionBackward<T>>.best();
     const auto out_heads = AttentionInputs::output_heads<T>(out);
     const AttentionBackward<T> args{
         .of = in.of<T>(m, m + in.batch * in.heads * in.q_total),

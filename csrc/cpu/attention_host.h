@@ -137,23 +137,6 @@ struct AttentionInputs {
   }
 };
 
-// Runs the tasks on torch's threads, each with scratch of its own. `work` is their multiplications.
-template <class Args>
-void run_tasks(const AttentionKernel<Args>& kernel, const Args& args,
-               const std::vector<Task>& tasks, double work) {
-  const auto run = [&](int64_t begin, int64_t end) {
-    const AlignedFloats scratch(kernel.scratch(args));
-    kernel.run(args, tasks.data() + begin, end - begin, scratch.data.get());
-  };
-  constexpr double kGrain = 1 << 19;  // Below it a thread costs more than it brings.
-  const int64_t count = int64_t(tasks.size());
-  if (work <= kGrain) {
-    if (count) run(0, count);
-    return;
-  }
-  torch::stable::parallel_for(0, count, 1, run);
-}
-
 // The same number of tasks for each thread may be unlike work: first the last, then the first ...
 inline int64_t in_turn(int64_t i, int64_t n) { return i % 2 ? i / 2 : n - 1 - i / 2; }
 

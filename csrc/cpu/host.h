@@ -4,10 +4,12 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <vector>
 
 #include "../rows.h"
 #include "dispatch.h"
 #include "philox.h"
+#include "tasks.h"
 
 namespace llmos {
 
@@ -57,5 +59,22 @@ struct AlignedFloats {
   explicit AlignedFloats(int64_t n)
       : data(static_cast<float*>(::operator new[](n * sizeof(float), kAlignment))) {}
 };
+
+// Runs the tasks on torch's threads, each with scratch of its own. `work` is their multiplications.
+template <class Args>
+void run_tasks(const TaskKernel<Args>& kernel, const Args& args,
+               const std::vector<typename Args::Task>& tasks, double work) {
+  const auto run = [&](int64_t begin, int64_t end) {
+    const AlignedFloats scratch(kernel.scratch(args));
+    kernel.run(args, tasks.data() + begin, end - begin, scratch.data.get());
+  };
+  constexpr double kGrain = 1 << 19;  // Below it a thread costs more than it brings.
+  const int64_t count = int64_t(tasks.size());
+  if (work <= kGrain) {
+    if (count) run(0, count);
+    return;
+  }
+  torch::stable::parallel_for(0, count, 1, run);
+}
 
 }  // namespace llmos

@@ -56,10 +56,11 @@ def _step(m, total, acc, query, k, v, mask, attended, padding, padding_col, seed
         largest *= tl.maximum(scale, LEAST_SCALE)
     largest = tl.maximum(m, largest)
     finite = tl.where(largest == float("-inf"), 0.0, largest)
-    if BIAS:
+    if BIAS or query.dtype == tl.float32:
         p = exponential(x, finite[:, None], scale, BIAS)
     else:
-        # One fused product for each logit: the sum is of the same p, so what m loses cancels.
+        # One fused product for each logit: the sum is of the same p, so what m loses cancels. The
+        # backward's p differ from these by less than they are rounded.
         p = tl.exp2(x * (tl.maximum(scale, LEAST_SCALE) * LOG2E) - (finite * LOG2E)[:, None])
     shrink = tl.exp2((m - finite) * LOG2E)
     total = total * shrink + tl.sum(p, 1)

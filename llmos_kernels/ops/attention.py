@@ -11,8 +11,11 @@ Vaswani et al. 2017, arXiv:1706.03762; tiled as in Dao 2023, arXiv:2307.08691.
 
 Backward, with p = weights, f = the dropout factors (0 or 1 / (1 - dropout_p)):
 
-    dvalue = (f p)^T dout,   dp = f (dout value^T),   ds = p (dp - sum(dout * out))
+    dvalue = (f p)^T dout,   dp = f (dout value^T),   ds = p (dp - sum(p * dp))
     dquery = ds key * scale,   dkey = ds^T query * scale,   dattn_mask = ds summed to its shape
+
+Kernels take p from the saved statistics, and where a row has many keys sum(dout * out) for
+sum(p * dp).
 
 The mask of dropout is that of ``ops/dropout.py``: row (b * heads + h) * q_len + i, column j, where j
 counts from the start of its own sequence.
@@ -119,11 +122,11 @@ def _weights_reference(q, k, attn_mask, padding, stats, scale, causal, dropout_p
     return (weights.mean(1) if mean else weights).to(q.dtype)
 
 
-def _gradients(dout, dweights, tensors, options, seed, out=None, stats=None) -> list[Tensor]:
+def _gradients(dout, dweights, tensors, options, seed, stats=None) -> list[Tensor]:
     """Of query, key, value and attn_mask, in the dtype of each; through differentiable torch ops.
 
-    ``dout`` [batch, heads, q_len, v_dim] and ``dweights``, per head, may be None, not both. Without
-    ``out`` and ``stats`` of the forward they are computed again.
+    ``dout`` [batch, heads, q_len, v_dim] and ``dweights``, per head, may be None, not both. ``p``
+    comes from the ``stats`` of a forward where they are given.
     """
     q, k, v, attn_mask, padding, cu_q, cu_k = tensors
     scale, causal, dropout_p = options
@@ -140,8 +143,8 @@ def _gradients(dout, dweights, tensors, options, seed, out=None, stats=None) -> 
         dp = dp + dout @ value.mT
         dvalue = (p * factors).mT @ dout
     dp = dp * factors
-    delta = (p * dp if out is None else dout * out.transpose(1, 2)).sum(-1, keepdim=True)
-    ds = p * (dp - delta)
+    # The sum of p is 1, or what rounded stats make of it; 0 where nothing is seen.
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True) / p.sum(-1, keepdim=True).clamp_min(0.5))
 
     def of_heads(gradient, t):
         return gradient.unflatten(1, (t.shape[1], -1)).sum(2).to(t.dtype)
@@ -158,7 +161,7 @@ def _backward_reference(
     mask_grad,
 ):  # fmt: skip
     tensors, options = (q, k, v, attn_mask, padding, cu_q, cu_k), (scale, causal, dropout_p)
-    dq, dk, dv, *dmask = _gradients(dout, None, tensors, options, seed, out, stats)
+    dq, dk, dv, *dmask = _gradients(dout, None, tensors, options, seed, stats)
     heads = (d.transpose(1, 2).contiguous() for d in (dq, dk, dv))
     return *heads, dmask[0].contiguous() if mask_grad else q.new_empty(0)
 

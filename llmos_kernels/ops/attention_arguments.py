@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llmos_kernels._registry import KERNEL_DTYPES
+from llmos_kernels.ops.autocast import autocast, autocast_dtype
 from llmos_kernels.ops.dropout import check_dropout
 
 NOT_CAUSAL, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
@@ -48,7 +49,7 @@ def check_attention(
     """The arguments as kernels take them; raises where they disagree."""
     check_dropout(dropout_p)
     _check_dtypes(query, key, value, attn_mask)
-    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     if query.ndim not in (3, 4) or not query.ndim == key.ndim == value.ndim:
         raise ValueError(
             "query, key and value must all have 4 dimensions, [batch, heads, length, head_dim], or"
@@ -94,7 +95,7 @@ def _check_dtypes(query, key, value, attn_mask) -> None:
             f"expected float32, bfloat16, float16 or float64 tensors, got {query.dtype}"
         )
     for name, t in (("key", key), ("value", value)):
-        if t.dtype != query.dtype and not _autocast_dtype(query):
+        if t.dtype != query.dtype and not autocast_dtype(query):
             raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {t.dtype}")
         if t.device != query.device:
             raise ValueError(f"{name} is on {t.device}, query on {query.device}")
@@ -105,22 +106,6 @@ def _check_dtypes(query, key, value, attn_mask) -> None:
         raise TypeError(f"attn_mask must be bool, {query.dtype} or float32, got {dtype}")
     if attn_mask.device != query.device:
         raise ValueError(f"attn_mask is on {attn_mask.device}, query on {query.device}")
-
-
-def _autocast_dtype(query: Tensor) -> torch.dtype | None:
-    device = query.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
-def _autocast(query: Tensor, *others: Tensor | None) -> tuple:
-    """What autocast does to the arguments of torch's namesake."""
-    dtype, tensors = _autocast_dtype(query), (query, *others)
-    if dtype is None:
-        return tensors
-    keep = (torch.bool, torch.float64)
-    return tuple(t if t is None or t.dtype in keep else t.to(dtype) for t in tensors)
 
 
 def _check_shapes(query, key, value, enable_gqa) -> None:

@@ -86,6 +86,7 @@ template <class U, int kVectors>
 
 template <class T>
 struct Forward {
+  static constexpr int64_t kBlock = llmos::kBlock;
   using U = UnitOf<T>;
   using Packed = Cache<T, Forms{.key_rows = true, .value_inner = true}>;
   const AttentionForward<T>& args;
@@ -117,7 +118,7 @@ struct Forward {
            Scratch::size(kBlock * to_vectors(a.v_dim)) + 4 * Scratch::size(kBlock);
   }
 
-  void tile(const Block& block, const Task& task, const Keys& keys) {
+  void tile(const Block& block, const AttentionTask& task, const Keys& keys) {
     if (a.mask.type != MaskType::None && !pack_mask(a.mask, block, keys, mask)) return;
     cache.get(task.sequence, task.kv_head, keys.begin);
     const int64_t inner = units<U>(a.dim);
@@ -131,7 +132,7 @@ struct Forward {
   }
 
   // The same for few rows, in float.
-  void few_tile(const Block& block, const Task& task, const Keys& keys) {
+  void few_tile(const Block& block, const AttentionTask& task, const Keys& keys) {
     if (a.mask.type != MaskType::None && !pack_mask(a.mask, block, keys, mask)) return;
     const Sequence& s = a.sequences[task.sequence];
     const float* rows = reinterpret_cast<const float*>(query);
@@ -141,7 +142,7 @@ struct Forward {
     few_values(a, s, task.kv_head, keys, block.rows, products, sums.alpha, sums.out);
   }
 
-  void run(const Task& task) {
+  void run(const AttentionTask& task) {
     const Sequence& s = a.sequences[task.sequence];
     const Block block(a, s, task.kv_head * a.group(), a.group(), task.block * kBlock);
     const auto query_row = [&](int64_t r) {

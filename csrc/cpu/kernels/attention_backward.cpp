@@ -90,13 +90,13 @@ template <bool kWhole, class U, int kVectors>
                                                      float* products, float* dproducts,
                                                      const TileOutputs<U>& to) {
   F32 shift[kVectors], inverse[kVectors], delta[kVectors], factors[kVectors][4], before[kVectors];
-  F32 total[kVectors], delta_part[kVectors], total_part[kVectors];
+  F32 total[kVectors], excess[kVectors], part[kVectors];
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
-    total[v] = delta_part[v] = total_part[v] = F32{};
+    total[v] = excess[v] = part[v] = F32{};
     shift[v] = load<F32>(rows.shift + v * kLanes);
     inverse[v] = load<F32>(rows.inverse + v * kLanes);
-    delta[v] = kWhole ? F32{} : load<F32>(rows.delta + v * kLanes);
+    delta[v] = load<F32>(rows.delta + v * kLanes);
     before[v] = F32{};
   }
   const auto put = [&](int64_t j, int v, F32 dlogit) {
@@ -123,16 +123,16 @@ template <bool kWhole, class U, int kVectors>
                             }
                             if constexpr (kWhole) {
                               if (!to.alone) store(to.weights + at, weight);
-                              delta_part[v] = fma(p, dp, delta_part[v]);
-                              total_part[v] += p;
+                              const F32 above = dp - delta[v];
+                              part[v] = fma(p, above, part[v]);
+                              total[v] += p;
                               // In parts: one rounding of a large sum for every 8 keys.
                               if (j % 8 == 7 || j + 1 == keys.count) {
-                                delta[v] += delta_part[v];
-                                total[v] += total_part[v];
-                                delta_part[v] = total_part[v] = F32{};
+                                excess[v] += part[v];
+                                part[v] = F32{};
                               }
                               store(products + at, p);
-                              store(dproducts + at, dp);
+                              store(dproducts + at, above);
                             } else {
                               const F32 dlogit = p * (dp - delta[v]);
                               if (to.alone) return store(to.alone + at, dlogit);
@@ -142,12 +142,12 @@ template <bool kWhole, class U, int kVectors>
                           });
   if constexpr (kWhole) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) delta[v] /= max(total[v], F32{} + 0.5f);
+    for (int v = 0; v < kVectors; ++v) excess[v] /= max(total[v], F32{} + 0.5f);
     for (int64_t j = 0; j < keys.count; ++j)
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         const int64_t at = j * kBlock + v * kLanes;
-        const F32 dlogit = load<F32>(products + at) * (load<F32>(dproducts + at) - delta[v]);
+        const F32 dlogit = load<F32>(products + at) * (load<F32>(dproducts + at) - excess[v]);
         if (to.alone)
           store(to.alone + at, dlogit);
         else
@@ -187,13 +187,12 @@ struct Gradient {
     return true;
   }
 
-  // whole: the block sees no keys but these. In 16 bits out itself has been rounded far more.
+  // whole: the block sees no keys but these.
   void gradients(const Block& block, const Keys& keys, bool whole, const BlockOperands<T>& rows,
                  const TileOutputs<U>& to) {
     with_vectors(block.vectors, [&](auto vectors) {
-      auto run = &logit_gradients<false, U, vectors>;
-      if constexpr (std::is_same_v<T, float>)
-        if (whole) run = &logit_gradients<true, U, vectors>;
+      const auto run = whole ? &logit_gradients<true, U, vectors>
+                             : &logit_gradients<false, U, vectors>;
       run(block, keys, exponent, a.dropout, a.mask.type, mask, rows, products, dproducts, to);
     });
   }
@@ -201,6 +200,7 @@ struct Gradient {
 
 template <class T>
 struct Backward {
+  static constexpr int64_t kBlock = llmos::kBlock;
   using U = UnitOf<T>;
   using Packed = Cache<T, Forms{.key_rows = true, .value_rows = true, .key_inner = true}>;
   const AttentionBackward<T>& args;
@@ -238,15 +238,15 @@ struct Backward {
            Scratch::size(a.k_longest * to_vectors(a.v_dim));
   }
 
-  void tile(const Block& block, const Task& task, const Keys& keys, bool whole) {
+  void tile(const Block& block, const AttentionTask& task, const Keys& keys, bool whole) {
     if (!gradient.multiply(block, task.sequence, task.kv_head, keys, rows, cache)) return;
     gradient.gradients(block, keys, whole, rows,
                        {weights, dlogits, reinterpret_cast<float*>(dlogit_pairs), nullptr});
     const int64_t inner = units<U>(block.rows), step = kBlock / kPerUnit<U>;
-    product<U, false, Into::Add>(keys.count, v_width / kLanes, inner,
+    product_in_parts<U, false, Into::Add>(keys.count, v_width / kLanes, inner,
                                  reinterpret_cast<const U*>(weights), step, rows.dout_inner,
                                  v_width, dvalue + keys.begin * v_width, v_width);
-    product<U, false, Into::Add>(keys.count, width / kLanes, inner,
+    product_in_parts<U, false, Into::Add>(keys.count, width / kLanes, inner,
                                  reinterpret_cast<const U*>(dlogits), step, rows.query_inner, width,
                                  dkey + keys.begin * width, width);
     product_in_parts<U, true, Into::Add>(block.rows, width / kLanes, units<U>(keys.count),
@@ -260,7 +260,7 @@ struct Backward {
     });
   }
 
-  void run(const Task& task) {
+  void run(const AttentionTask& task) {
     const Sequence& s = a.sequences[task.sequence];
     std::memset(dkey, 0, s.k_len * width * sizeof(float));
     std::memset(dvalue, 0, s.k_len * v_width * sizeof(float));
@@ -286,6 +286,7 @@ struct Backward {
 // The gradient of attn_mask.
 template <class T>
 struct MaskBackward {
+  static constexpr int64_t kBlock = llmos::kBlock;
   using Packed = Cache<T, Forms{.key_rows = true, .value_rows = true}>;
   const AttentionMaskBackward<T>& args;
   const Attention<T>& a;
@@ -353,7 +354,7 @@ struct MaskBackward {
   }
 
   // task.sequence and kv_head are the batch element and the head of the mask.
-  void run(const Task& task) {
+  void run(const AttentionTask& task) {
     const bool all_heads = args.heads == 1, all_batch = args.batch == 1;
     float* to = args.dmask + (task.sequence * args.heads + task.kv_head) * args.q_len * args.k_len;
     const int64_t q_len = a.sequences[0].q_len;

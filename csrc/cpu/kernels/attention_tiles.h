@@ -8,6 +8,7 @@
 
 #include "../attention.h"
 #include "philox.h"
+#include "tasks.h"
 #include "tiles.h"
 
 namespace llmos {
@@ -19,21 +20,6 @@ constexpr int kMaxDim = 256;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 using I32 = int32_t __attribute__((vector_size(4 * kLanes)));
-
-// Hands out pieces of scratch, each aligned to a vector.
-struct Scratch {
-  float* at;
-  template <class T = float>
-  T* take(int64_t n) {
-    T* taken = reinterpret_cast<T*>(at);
-    at += size<T>(n);
-    return taken;
-  }
-  template <class T = float>
-  static int64_t size(int64_t n) {
-    return (n * int64_t(sizeof(T)) + 63) / 64 * 16;
-  }
-};
 
 // Up to kBlock query rows of one key head.
 struct Block {
@@ -343,26 +329,6 @@ inline void with_vectors(int64_t vectors, Body body) {
       return body(std::integral_constant<int, 4>{});
   }
 }
-
-template <class Impl, class Args>
-void run_tasks(const Args& args, const Task* tasks, int64_t count, float* scratch) {
-  Impl impl(args, {scratch});
-  for (int64_t i = 0; i < count; ++i) impl.run(tasks[i]);
-}
-
-// Enters Impl<T>, which has scratch(args) and run(task), as the kernel of Args<T> for every type.
-template <template <class> class Impl, template <class> class Args>
-struct KernelBuilds {
-  template <class T>
-  struct Of {
-    using Kernel = AttentionKernel<Args<T>>;
-    static constexpr Kernel kKernel{kBlock, &Impl<T>::scratch, &run_tasks<Impl<T>, Args<T>>};
-    Build<const Kernel*> build{LLMOS_CPU_LEVEL, attention_kernel<Args<T>>, &kKernel};
-  };
-  Of<float> f32;
-  Of<bf16> b16;
-  Of<f16> f16_;
-};
 
 }  // namespace
 }  // namespace llmos

@@ -5,6 +5,7 @@ namespace {
 
 template <class T>
 struct Weights {
+  static constexpr int64_t kBlock = llmos::kBlock;
   using U = UnitOf<T>;
   using Packed = Cache<T, Forms{.key_rows = true}>;
   const AttentionWeights<T>& args;
@@ -77,7 +78,7 @@ struct Weights {
   }
 
   // task.kv_head is a query head, or 0 where the mean over all of them is wanted.
-  void run(const Task& task) {
+  void run(const AttentionTask& task) {
     const Sequence& s = a.sequences[task.sequence];
     const int64_t begin = task.block * kBlock, rows = std::min<int64_t>(kBlock, s.q_len - begin);
     std::memset(sums, 0, padded_keys(a) * kBlock * sizeof(float));
