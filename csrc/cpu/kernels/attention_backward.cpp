@@ -191,8 +191,8 @@ struct Gradient {
   void gradients(const Block& block, const Keys& keys, bool whole, const BlockOperands<T>& rows,
                  const TileOutputs<U>& to) {
     with_vectors(block.vectors, [&](auto vectors) {
-      const auto run = whole ? &logit_gradients<true, U, vectors>
-                             : &logit_gradients<false, U, vectors>;
+      const auto run =
+          whole ? &logit_gradients<true, U, vectors> : &logit_gradients<false, U, vectors>;
       run(block, keys, exponent, a.dropout, a.mask.type, mask, rows, products, dproducts, to);
     });
   }
@@ -243,12 +243,12 @@ struct Backward {
     gradient.gradients(block, keys, whole, rows,
                        {weights, dlogits, reinterpret_cast<float*>(dlogit_pairs), nullptr});
     const int64_t inner = units<U>(block.rows), step = kBlock / kPerUnit<U>;
-    product_in_parts<U, false, Into::Add>(keys.count, v_width / kLanes, inner,
-                                 reinterpret_cast<const U*>(weights), step, rows.dout_inner,
-                                 v_width, dvalue + keys.begin * v_width, v_width);
-    product_in_parts<U, false, Into::Add>(keys.count, width / kLanes, inner,
-                                 reinterpret_cast<const U*>(dlogits), step, rows.query_inner, width,
-                                 dkey + keys.begin * width, width);
+    product_in_parts<U, false, Into::Add>(
+        keys.count, v_width / kLanes, inner, reinterpret_cast<const U*>(weights), step,
+        rows.dout_inner, v_width, dvalue + keys.begin * v_width, v_width);
+    product_in_parts<U, false, Into::Add>(
+        keys.count, width / kLanes, inner, reinterpret_cast<const U*>(dlogits), step,
+        rows.query_inner, width, dkey + keys.begin * width, width);
     product_in_parts<U, true, Into::Add>(block.rows, width / kLanes, units<U>(keys.count),
                                          dlogit_pairs, kBlock, cache.key_inner, width, dquery,
                                          width);

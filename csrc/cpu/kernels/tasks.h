@@ -35,7 +35,8 @@ struct KernelBuilds {
   template <class T>
   struct Of {
     using Kernel = TaskKernel<Args<T>>;
-    static constexpr Kernel kKernel{Impl<T>::kBlock, &Impl<T>::scratch, &run_tasks<Impl<T>, Args<T>>};
+    static constexpr Kernel kKernel{Impl<T>::kBlock, &Impl<T>::scratch,
+                                    &run_tasks<Impl<T>, Args<T>>};
     Build<const Kernel*> build{LLMOS_CPU_LEVEL, task_kernel<Args<T>>, &kKernel};
   };
   Of<float> f32;
