@@ -93,28 +93,35 @@ def _dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, d
     query = load_rows(q + b * q_batch + h * q_head, row, q_row, real, D, BLOCK_D)
     d_out = load_rows(dout + b * dout_batch + h * dout_head, row, dout_row, real, DV, BLOCK_DV)
     o = load_rows(out + (b * q_len * HEADS + h) * DV, row, HEADS * DV, real, DV, BLOCK_DV)
-    total = tl.sum(d_out.to(tl.float32) * o.to(tl.float32), 1)
+    PRECISE: tl.constexpr = out.dtype.element_ty == tl.float32
+    # By the very product that dp takes: a lone key's value is out, and its gradient exactly 0.
+    diagonal = tl.arange(0, BLOCK_M)[:, None] == tl.arange(0, BLOCK_M)[None, :]
+    total = tl.dot(d_out, tl.trans(o), input_precision="ieee")
+    total = tl.sum(tl.where(diagonal, total, 0.0), 1)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     k_first, k_stop, first, whole, holes, stop = key_span(
         padding, padding_col, 0 * k_count, tl.where(tl.min(i) < q_count, k_count, 0),
         tl.min(i) + offset, tl.minimum(tl.max(i), q_count - 1) + offset, CAUSAL, BLOCK_N,
     )  # fmt: skip
     last = (i + offset)[:, None]
-    # What is rounded in dout * out, and not in dp, weighs most where there are few keys: a lone
-    # one has no gradient at all. There delta is the mean of dp by the weights themselves, whose
-    # sum is 1, or 0 where nothing is seen.
-    for start in range(first, tl.where(stop - first <= BLOCK_N, stop, first), BLOCK_N):
-        attended = None
-        if mask is not None and not BIAS:
-            col = start + tl.arange(0, BLOCK_N)[None, :]
-            attended = attends(mask + col.to(tl.int64) * mask_col, col < k_stop)
-        p, dp, _ = _weights_of_keys(
-            query, d_out, m, inverse, k, v, mask, attended, padding, padding_col, seed,
-            at[:, None], start, last, k_first, k_stop, k_row, v_row, mask_col, scale, threshold,
-            factor, 1 if padding is None else 2, CAUSAL, BIAS, D, DV, BLOCK_M, BLOCK_N, BLOCK_D,
-            BLOCK_DV,
-        )  # fmt: skip
-        total += tl.sum(p * (dp - total[:, None]), 1) / tl.maximum(tl.sum(p, 1), 0.5)
+    if PRECISE:
+        # What is rounded in dout * out, and not in dp, weighs most where there are few keys. There
+        # delta is the mean of dp by the weights themselves, whose sum is 1, or 0 where nothing is
+        # seen. In 16 bits out has been rounded more than that.
+        for start in range(first, tl.where(stop - first <= BLOCK_N, stop, first), BLOCK_N):
+            attended = None
+            if mask is not None and not BIAS:
+                col = start + tl.arange(0, BLOCK_N)[None, :]
+                attended = attends(mask + col.to(tl.int64) * mask_col, col < k_stop)
+            p, dp, _ = _weights_of_keys(
+                query, d_out, m, inverse, k, v, mask, attended, padding, padding_col, seed,
+                at[:, None], start, last, k_first, k_stop, k_row, v_row, mask_col, scale, threshold,
+                factor, 1 if padding is None else 2, CAUSAL, BIAS, D, DV, BLOCK_M, BLOCK_N, BLOCK_D,
+                BLOCK_DV,
+            )  # fmt: skip
+            total += tl.sum(p * (dp - total[:, None]), 1) / tl.maximum(tl.sum(p, 1), 0.5)
+    else:
+        tl.store(delta + at, total, real)
     excess = tl.zeros((BLOCK_M,), tl.float32)
     for edge in tl.static_range(2 if padding is None else 3):
         low = first if edge == 0 else (whole if edge == 1 else holes)
@@ -134,10 +141,11 @@ def _dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, d
                 )  # fmt: skip
                 ds = p * (dp - total[:, None])
                 acc = tl.dot(ds.to(key.dtype), key, acc, input_precision="ieee")
-                if out.dtype.element_ty == tl.float32:
+                if PRECISE:
                     excess += tl.sum(ds, 1)
-    # The sum of ds is 0 but for rounding: the other kernels take delta without what was left of it.
-    tl.store(delta + at, total + excess, real)
+    if PRECISE:
+        # The sum of ds is 0 but for rounding: the other kernels take delta without what is left.
+        tl.store(delta + at, total + excess, real)
     store_rows(dq + (b * q_len * HEADS + h) * D, row, HEADS * D, real, acc * scale, D, BLOCK_D)
 
 

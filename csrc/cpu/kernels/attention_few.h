@@ -51,8 +51,11 @@ template <class T>
         for (int n = 0; n < 4; ++n) dots[i + n] = std::bit_cast<U32>(sum[n]);
       }
       transpose(dots);
-      F32 total = std::bit_cast<F32>(dots[0]);
-      for (int i = 1; i < kLanes; ++i) total += std::bit_cast<F32>(dots[i]);
+      F32 lanes[kLanes];
+      for (int i = 0; i < kLanes; ++i) lanes[i] = std::bit_cast<F32>(dots[i]);
+      for (int half = kLanes / 2; half > 0; half /= 2)  // By halves: few roundings of each.
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+      const F32 total = lanes[0];
       for (int64_t i = 0; i < std::min<int64_t>(kLanes, keys.count - begin); ++i)
         products[(begin + i) * kBlock + r] = total[i];
     }
@@ -63,7 +66,7 @@ template <class T>
 template <class T, int kVectors>
 inline void few_values(const Attention<T>& a, const Sequence& s, int64_t head, const Keys& keys,
                        int64_t row, int64_t from, const float* powers, float alpha, float* out) {
-  constexpr int64_t kKeys = 16;  // A longer sum in one piece would lose digits.
+  constexpr int64_t kKeys = 8;  // A longer sum in one piece would lose digits.
   for (int64_t begin = 0; begin < keys.count; begin += kKeys) {
     F32 sum[kVectors] = {};
     for (int64_t j = begin; j < std::min(begin + kKeys, keys.count); ++j) {
