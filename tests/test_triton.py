@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llmos_kernels._registry import DEFINED
-from llmos_kernels.testing import raw_calls
+from llmos_kernels.testing import DTYPES, assert_accurate, cast, raw_calls, run
 
 pytest.importorskip("triton")
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -56,6 +56,46 @@ with _inspect.recorded_launches() as launches:
 launches = list(dict.fromkeys(launches))
 """
 
+LINEAR = """
+import sys, torch
+from llmos_kernels import _inspect
+from llmos_kernels._registry import DEFINED
+from llmos_kernels.ops.activations import GELU, NONE, RELU
+forward, dinput, dweight = (
+    DEFINED[f"llmos::linear_{name}"].launch for name in ("forward", "dinput", "dweight")
+)
+activate, slopes = (
+    DEFINED[f"llmos::activation_{name}"].launch for name in ("forward", "backward")
+)
+plain = NONE, 0.0, None
+bf16 = torch.bfloat16
+def feed_forward(rows, d, hidden, dtype, activation, dropout_p=0.0):
+    x, h, weight1, bias, weight2 = (
+        torch.empty(shape, dtype=dtype)
+        for shape in ((rows, d), (rows, hidden), (hidden, d), (hidden,), (d, hidden))
+    )
+    dropout = activation, dropout_p, torch.empty(2, dtype=torch.int64)
+    forward(x, weight1, bias, *dropout, activation == GELU)
+    forward(h, weight2, None, *plain, False)
+    dinput(x, weight2, h, *dropout)
+    dinput(h, weight1, None, *plain)
+    dweight(x, h, True)
+    dweight(h, x, False)
+    activate(h, *dropout)
+    slopes(h, h, *dropout)
+def decode(rows, k, n, dtype, by_columns=False):
+    weight = torch.empty(k, n, dtype=dtype).mT if by_columns else torch.empty(n, k, dtype=dtype)
+    forward(torch.empty(rows, k, dtype=dtype), weight, None, *plain, False)
+with _inspect.recorded_launches() as launches:
+    feed_forward(1024, 768, 3072, bf16, GELU, 0.1)
+    feed_forward(1024, 768, 3072, torch.float32, RELU)
+    feed_forward(64, 384, 1536, bf16, RELU, 0.1)
+    for dtype in (bf16, torch.float32):
+        decode(12, 4096, 768, dtype)
+        decode(3, 3072, 768, dtype, by_columns=True)
+launches = list(dict.fromkeys(launches))
+"""
+
 # What the scripts above have launched, within the limits; on sm_90 tensor cores of its own kind.
 CHECK = """
 print(len(launches), "kernels")
@@ -64,12 +104,14 @@ for launch in launches:
     assert r.spills == 0, f"{launch}: {r.spills} bytes spilled"
     assert r.shared <= 99 * 1024, f"{launch}: {r.shared} bytes of shared memory"
     assert not r.overflows, f"{launch}: 32-bit offsets {r.overflows}"
-    if sys.argv[1] == "sm_90" and launch.name == "_forward_kernel" and "*fp32" not in str(launch.signature):
+    product = launch.name in ("_forward_kernel", "_dinput_kernel", "_dweight_kernel")
+    tall = dict(launch.constants).get("BLOCK_M", 0) >= 64
+    if sys.argv[1] == "sm_90" and product and tall and launch.signature[0][1] != "*fp32":
         assert r.wgmma, launch
 """
 
 
-@pytest.mark.parametrize("script", [NORMS, ATTENTION], ids=["norms", "attention"])
+@pytest.mark.parametrize("script", [NORMS, ATTENTION, LINEAR], ids=["norms", "attention", "linear"])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_compiles_within_limits(arch, script):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -146,3 +188,82 @@ def test_attention_offsets_past_two_to_the_31(far_dim):
         distant = [*inputs[:i], far.copy_(t), *inputs[i + 1 :]]
         for actual, right in zip(results(*distant), expected, strict=True):
             assert torch.equal(actual, right)
+
+
+@pytest.mark.parametrize("far_dim", [0, 1])
+def test_linear_offsets_past_two_to_the_31(far_dim):
+    """The same for every matrix that the products of a linear layer read."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    forward, dinput, dweight = (
+        DEFINED[f"llmos::linear_{name}"].launch for name in ("forward", "dinput", "dweight")
+    )
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, 3, dtype=torch.bfloat16, device=device) for _ in range(4)]
+    if far_dim == 1:  # Stored by columns, as what is far then is.
+        inputs = [t.mT for t in inputs]
+
+    def results(dout, x, weight, kept):
+        dropout = 1, 0.0, None
+        return (
+            *forward(x, weight, None, *dropout, True),
+            *dinput(dout, weight, kept, *dropout),
+            *dweight(dout, x, True),
+        )
+
+    expected = results(*inputs)
+    far = torch.empty(2**31 + 9, dtype=torch.bfloat16, device=device)
+    far = far.as_strided((3, 3), (2**30, 1) if far_dim == 0 else (1, 2**30))
+    for i, t in enumerate(inputs):
+        distant = [*inputs[:i], far.copy_(t), *inputs[i + 1 :]]
+        for actual, right in zip(results(*distant), expected, strict=True):
+            assert torch.equal(actual, right)
+
+
+LONG_SUMS = {
+    "few rows": ("forward", (5, 2100), (40, 2100)),
+    "few rows, by columns": ("forward", (3, 1100), (40, 1100)),
+    "dinput": ("dinput", (20, 2100), (2100, 40)),
+    "dweight": ("dweight", (2100, 40), (2100, 24)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LONG_SUMS)
+def test_sums_in_parts(name, dtype):
+    """Where there are few tiles a long sum is split; no Case has one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    which, *shapes = LONG_SUMS[name]
+    op = DEFINED[f"llmos::linear_{which}"]
+    torch.manual_seed(0)
+    a, b = (torch.randn(shape, device=device) * shape[-1] ** -0.25 for shape in shapes)
+    a, b = a.to(dtype), b.to(dtype)
+    dropout = 3, 0.2, torch.randint(2**62, (2,), device=device)
+    if name.endswith("columns"):
+        b = b.mT.contiguous().mT
+    if which == "forward":
+        args = a, b, torch.randn(len(b), device=device).to(dtype), *dropout, True
+    elif which == "dinput":
+        args = a, b, torch.randn(20, 40, device=device).to(dtype), *dropout
+    else:
+        args = a, b, True
+    exact = op.reference(*cast(args, torch.float64))
+    for i, values in enumerate(zip(run(op.launch, args), exact, op.reference(*args), strict=True)):
+        assert_accurate(*values, what=f"{name}, output {i}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_skipped_columns_are_not_read(rows, dtype):
+    """Of a weight stored by columns, those whose input is 0 in all rows: here they hold NaN."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    forward = DEFINED["llmos::linear_forward"].launch
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 700, device=device), torch.randn(33, 700, device=device)
+    x[:, ::3] = 0
+    x[1:, ::7] = 0
+    x, weight = x.to(dtype), weight.to(dtype).mT.contiguous().mT
+    options = None, 0, 0.0, None, False
+    expected, _ = forward(x, weight, *options)
+    weight[:, (x == 0).all(0)] = float("nan")
+    out, _ = forward(x, weight, *options)
+    assert torch.equal(out, expected)

@@ -2,8 +2,9 @@
 
 from llmos_kernels.cases.attention import ATTENTION
 from llmos_kernels.cases.case import Case
+from llmos_kernels.cases.linear import LINEAR
 from llmos_kernels.cases.norms import NORMS
 
-CASES = NORMS + ATTENTION
+CASES = NORMS + ATTENTION + LINEAR
 
 __all__ = ["CASES", "Case"]

@@ -1,0 +1,267 @@
+#include "activations.h"
+#include "panels.h"
+#include "philox.h"
+
+namespace llmos {
+namespace {
+
+// z as it is rounded to T.
+template <class T>
+[[gnu::always_inline]] inline F32 rounded(F32 z) {
+  if constexpr (std::is_same_v<T, float>) return z;
+  T stored[kLanes];
+  return store_rounded(stored, z);
+}
+
+// Writes the first `count` lanes.
+template <class T>
+[[gnu::always_inline]] inline void store_lanes(T* to, F32 v, int64_t count) {
+  if (count >= kLanes) return store(to, v);
+  for (int64_t i = 0; i < count; ++i) store(to + i, float(v[i]));
+}
+
+// y and z of sums c[outer][row] of a panel of rows, turned into rows of out and kept.
+template <class T, Activation kActivation>
+[[gnu::noinline]] void finish_turned(const LinearForward<T>& a, int64_t first_row, int64_t rows,
+                                     int64_t begin, int64_t count, const float* c) {
+  const Dropout& dropout = a.epilogue.dropout;
+  for (int64_t at = 0; at < rows; at += kLanes) {
+    const int64_t row = first_row + at, own = std::min<int64_t>(kLanes, rows - at);
+    U32 row_low = U32{} + uint32_t(row), row_high = U32{} + uint32_t(uint64_t(row) >> 32);
+    for (int i = 0; i < kLanes; ++i) {
+      row_low[i] += uint32_t(i);
+      row_high[i] += row_low[i] < uint32_t(row);
+    }
+    for (int64_t j = 0; j < count; j += kLanes) {
+      const int64_t n = std::min<int64_t>(kLanes, count - j);
+      U32 y[kLanes] = {}, z[kLanes] = {}, words[4];
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t column = begin + j + i;
+        F32 sum = load<F32>(c + (j + i) * kPanel + at);
+        if (a.bias) sum += load<float>(a.bias + column);
+        const F32 kept = rounded<T>(sum);
+        F32 result = activate<kActivation>(kept);
+        if (dropout.threshold) {
+          if (i % 4 == 0) {
+            words[0] = U32{} + uint32_t(column / 4);
+            words[1] = row_low;
+            words[2] = row_high;
+            words[3] = U32{} + uint32_t(dropout.offset);
+            philox(dropout, words);
+          }
+          result *= dropout_factors(dropout, words[i % 4]);
+        }
+        y[i] = std::bit_cast<U32>(result);
+        z[i] = std::bit_cast<U32>(kept);
+      }
+      transpose(y);
+      for (int64_t i = 0; i < own; ++i)
+        store_lanes(a.out + (row + i) * a.outer + begin + j, std::bit_cast<F32>(y[i]), n);
+      if (!a.kept) continue;
+      transpose(z);
+      for (int64_t i = 0; i < own; ++i)
+        store_lanes(a.kept + (row + i) * a.outer + begin + j, std::bit_cast<F32>(z[i]), n);
+    }
+  }
+}
+
+template <class T>
+struct Forward {
+  static constexpr int64_t kBlock = kPanel;
+  const LinearForward<T>& a;
+  Panels<T> panels;
+
+  Forward(const LinearForward<T>& a, Scratch scratch) : a(a), panels(scratch) {}
+  static int64_t scratch(const LinearForward<T>&) { return Panels<T>::scratch(); }
+
+  void run(const ProductTask& task) {
+    const int64_t first = task.panel * kPanel, rows = std::min(kPanel, a.rows - first);
+    // The rows of input are the columns of a panel.
+    const Matrix<T> right{a.input.data, a.input.column, a.input.row};
+    with_activation(a.epilogue.activation, [&](auto activation) {
+      panels.multiply(a.weight, right, a.inner, task.begin, task.end, first, rows,
+                      [&](int64_t begin, int64_t count, const float* c) {
+                        finish_turned<T, activation>(a, first, rows, begin, count, c);
+                      });
+    });
+  }
+};
+
+// y and z of sums [rows][kStep] of columns [begin, begin + count), row by row.
+template <class T>
+[[gnu::noinline]] void finish_few(const LinearForward<T>& a, int64_t begin, int64_t count,
+                                  const float* sums, int64_t step) {
+  const Dropout& dropout = a.epilogue.dropout;
+  constexpr int64_t kWidth = 4 * kLanes;
+  float factors[kWidth];
+  with_activation(a.epilogue.activation, [&](auto activation) {
+    for (int64_t r = 0; r < a.rows; ++r)
+      for (int64_t at = 0; at < count; at += kWidth) {
+        if (dropout.threshold) dropout_block(dropout, r, begin + at, factors);
+        for (int64_t j = at; j < std::min(at + kWidth, count); j += kLanes) {
+          const int64_t n = std::min<int64_t>(kLanes, count - j);
+          F32 sum = load<F32>(sums + r * step + j);
+          if (a.bias)
+            for (int64_t i = 0; i < n; ++i) sum[i] += load<float>(a.bias + begin + j + i);
+          const F32 z = rounded<T>(sum);
+          F32 y = activate<decltype(activation)::value>(z);
+          if (dropout.threshold) y *= load<F32>(factors + j - at);
+          store_lanes(a.out + r * a.outer + begin + j, y, n);
+          if (a.kept) store_lanes(a.kept + r * a.outer + begin + j, z, n);
+        }
+      }
+  });
+}
+
+// Rows of the weight are read once, where they lie.
+template <class T>
+struct Few {
+  using U = UnitOf<T>;
+  static constexpr int64_t kBlock = 16 * kLanes;          // Columns of out in a task.
+  static constexpr int64_t kStep = kLanes * kPerUnit<U>;  // Elements in a vector of units.
+  static constexpr int64_t kFold = 64;                    // Vectors after which a sum starts anew.
+  const LinearFew<T>& a;
+  const int64_t whole;  // Elements of a row in whole vectors.
+  U* x;                 // [row][unit], zeros up to a whole vector.
+  float* sums;          // [row][kBlock]
+
+  Few(const LinearFew<T>& a, Scratch scratch)
+      : a(a),
+        whole(a.inner / kStep * kStep),
+        x(scratch.take<U>(kFewRows * width(a))),
+        sums(scratch.take(kFewRows * kBlock)) {
+    for (int64_t r = 0; r < a.rows; ++r)
+      pack_row(a.input.at(r, 0), a.inner, width(a) * kPerUnit<U>, x + r * width(a));
+  }
+  static int64_t width(const LinearFew<T>& a) { return to_vectors(units<U>(a.inner)); }
+  static int64_t scratch(const LinearFew<T>& a) {
+    return Scratch::size<U>(kFewRows * width(a)) + Scratch::size(kFewRows * kBlock);
+  }
+
+  static U32 vector(const T* p) {
+    if constexpr (kPerUnit<U> == 2)
+      return load_bits<U32>(p);
+    else
+      return std::bit_cast<U32>(load<F32>(p));
+  }
+
+  // Products of kRows rows of x and kN rows of the weight from `first` on.
+  template <int kRows, int kN>
+  [[gnu::noinline]] void columns(int64_t first, float* to) {
+    const T* w[kN];
+    F32 total[kRows][kN] = {};
+    for (int n = 0; n < kN; ++n) w[n] = a.weight.at(first + n, 0);
+    const int64_t step = width(a);
+    for (int64_t k = 0; k < whole;) {
+      F32 sum[kRows][kN] = {};
+      const int64_t stop = std::min(k + kFold * kStep, whole);
+      for (; k < stop; k += kStep) {
+        U32 left[kRows];
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) left[r] = load_bits<U32>(x + r * step + k / kPerUnit<U>);
+#pragma GCC unroll 4
+        for (int n = 0; n < kN; ++n) {
+          const U32 right = vector(w[n] + k);
+#pragma GCC unroll 4
+          for (int r = 0; r < kRows; ++r) sum[r][n] = multiply_add<U>(left[r], right, sum[r][n]);
+        }
+      }
+      for (int r = 0; r < kRows; ++r)
+        for (int n = 0; n < kN; ++n) total[r][n] += sum[r][n];
+    }
+    for (int n = 0; n < kN; ++n) {
+      T tail[kStep] = {};
+      std::memcpy(tail, w[n] + whole, (a.inner - whole) * sizeof(T));
+      for (int r = 0; r < kRows; ++r) {
+        F32 sum = total[r][n];
+        if (whole < a.inner)
+          sum = multiply_add<U>(load_bits<U32>(x + r * step + whole / kPerUnit<U>), vector(tail),
+                                sum);
+        to[r * kBlock + n] = horizontal_sum(sum);
+      }
+    }
+  }
+
+  template <int kRows>
+  void run_rows(int64_t begin, int64_t end) {
+    int64_t at = begin;
+    constexpr int kN = kRows > 2 && kLanes < 16 ? 2 : 4;
+    for (; at + kN <= end; at += kN) columns<kRows, kN>(at, sums + at - begin);
+    for (; at < end; ++at) columns<kRows, 1>(at, sums + at - begin);
+  }
+
+  void run(const ProductTask& task) {
+    switch (a.rows) {
+      case 1:
+        run_rows<1>(task.begin, task.end);
+        break;
+      case 2:
+        run_rows<2>(task.begin, task.end);
+        break;
+      case 3:
+        run_rows<3>(task.begin, task.end);
+        break;
+      default:
+        run_rows<4>(task.begin, task.end);
+    }
+    finish_few<T>(a, task.begin, task.end - task.begin, sums, kBlock);
+  }
+};
+
+// Columns of the weight whose input is not 0, added up where they lie.
+template <class T>
+struct Columns {
+  static constexpr int64_t kBlock = 2048;  // Columns of out in a task: rows of the weight.
+  static constexpr int64_t kFold = 64;     // Columns of the weight after which a sum starts anew.
+  const LinearColumns<T>& a;
+  float *sums, *part;  // [row][kBlock]
+
+  Columns(const LinearColumns<T>& a, Scratch scratch)
+      : a(a), sums(scratch.take(kFewRows * kBlock)), part(scratch.take(kFewRows * kBlock)) {}
+  static int64_t scratch(const LinearColumns<T>&) { return 2 * Scratch::size(kFewRows * kBlock); }
+
+  // Adds kN columns, from place `at` of the index on, to part.
+  template <int kN>
+  [[gnu::noinline]] void add(int64_t at, int64_t begin, int64_t count) {
+    const T* w[kN];
+    for (int n = 0; n < kN; ++n) w[n] = a.weight.at(begin, a.index[at + n]);
+    for (int64_t r = 0; r < a.rows; ++r) {
+      float* to = part + r * kBlock;
+      float x[kN];
+      for (int n = 0; n < kN; ++n) x[n] = a.x[(at + n) * a.rows + r];
+      sweep(count, [&](auto p, int64_t i) {
+        using V = typename decltype(p)::V;
+        V sum = load<V>(to + i);
+#pragma GCC unroll 4
+        for (int n = 0; n < kN; ++n) sum = fma(load<V>(w[n] + i), V{} + x[n], sum);
+        store(to + i, sum);
+      });
+    }
+  }
+
+  void run(const ProductTask& task) {
+    const int64_t count = task.end - task.begin;
+    std::memset(sums, 0, kFewRows * kBlock * sizeof(float));
+    for (int64_t from = 0; from < a.count; from += kFold) {
+      std::memset(part, 0, kFewRows * kBlock * sizeof(float));
+      int64_t at = from;
+      const int64_t stop = std::min(from + kFold, a.count);
+      for (; at + 4 <= stop; at += 4) add<4>(at, task.begin, count);
+      for (; at < stop; ++at) add<1>(at, task.begin, count);
+      for (int64_t r = 0; r < a.rows; ++r)
+        sweep(count, [&](auto p, int64_t i) {
+          using V = typename decltype(p)::V;
+          float* to = sums + r * kBlock + i;
+          store(to, load<V>(to) + load<V>(part + r * kBlock + i));
+        });
+    }
+    finish_few<T>(a, task.begin, count, sums, kBlock);
+  }
+};
+
+const KernelBuilds<Forward, LinearForward> forward_builds;
+const KernelBuilds<Few, LinearFew> few_builds;
+const KernelBuilds<Columns, LinearColumns> columns_builds;
+
+}  // namespace
+}  // namespace llmos

@@ -1,0 +1,171 @@
+#include "activations.h"
+#include "panels.h"
+#include "philox.h"
+
+namespace llmos {
+namespace {
+
+// Turns sums c [rows][kPanel] into rows of dinput, and adds these to column sums.
+template <class T, Activation kActivation>
+[[gnu::noinline]] void finish_dinput(const LinearDinput<T>& a, int64_t first, int64_t columns,
+                                     int64_t begin, int64_t rows, const float* c, float* sums) {
+  // The sign of a dropped y of relu tells already.
+  const bool drops = a.epilogue.dropout.threshold && kActivation != Activation::Relu;
+  const F32 scale = F32{} + a.epilogue.dropout.scale;
+  float factors[kPanel];
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t at = (begin + i) * a.inner + first;
+    if (drops) dropout_block(a.epilogue.dropout, begin + i, first, factors);
+    const auto gradient = [&](F32 v, F32 kept, int64_t j) {
+      v *= slope<kActivation>(kept);
+      if (drops) return v * load<F32>(factors + j);
+      return kActivation == Activation::Relu ? v * scale : v;
+    };
+    int64_t j = 0;
+    for (; j + kLanes <= columns; j += kLanes) {
+      F32 v = load<F32>(c + i * kPanel + j);
+      if (a.kept) v = gradient(v, load<F32>(a.kept + at + j), j);
+      store(a.dinput + at + j, v);
+      if (sums) store(sums + j, load<F32>(sums + j) + v);
+    }
+    if (j == columns) continue;
+    F32 v = load<F32>(c + i * kPanel + j), kept{};
+    if (a.kept) {
+      for (int64_t n = 0; n < columns - j; ++n) kept[n] = load<float>(a.kept + at + j + n);
+      v = gradient(v, kept, j);
+    }
+    for (int64_t n = 0; n < columns - j; ++n) store(a.dinput + at + j + n, float(v[n]));
+    if (sums) store(sums + j, load<F32>(sums + j) + v);
+  }
+}
+
+template <class T>
+struct Dinput {
+  static constexpr int64_t kBlock = kPanel;
+  const LinearDinput<T>& a;
+  Panels<T> panels;
+
+  Dinput(const LinearDinput<T>& a, Scratch scratch) : a(a), panels(scratch) {}
+  static int64_t scratch(const LinearDinput<T>&) { return Panels<T>::scratch(); }
+
+  void run(const ProductTask& task) {
+    const int64_t first = task.panel * kPanel, columns = std::min(kPanel, a.inner - first);
+    alignas(64) float chunk[kPanel] = {}, block[kPanel];
+    with_activation(a.epilogue.activation, [&](auto activation) {
+      panels.multiply(a.dout, a.weight, a.outer, task.begin, task.end, first, columns,
+                      [&](int64_t begin, int64_t rows, const float* c) {
+                        // Blocks are added up apart: a long sum in one piece would lose digits.
+                        std::memset(block, 0, sizeof block);
+                        finish_dinput<T, activation>(a, first, columns, begin, rows, c,
+                                                     a.sums ? block : nullptr);
+                        if (!a.sums) return;
+                        for (int64_t j = 0; j < kPanel; ++j) chunk[j] += block[j];
+                        if ((begin + rows) % kChunkRows && begin + rows < a.rows) return;
+                        std::memcpy(a.sums + begin / kChunkRows * a.inner + first, chunk,
+                                    columns * sizeof(float));
+                        std::memset(chunk, 0, sizeof chunk);
+                      });
+    });
+  }
+};
+
+template <class T>
+struct Dweight {
+  static constexpr int64_t kBlock = kPanel;
+  static constexpr int64_t kFold = 8;  // Rows after which a sum starts anew.
+  const LinearDweight<T>& a;
+  Panels<T> panels;
+
+  Dweight(const LinearDweight<T>& a, Scratch scratch) : a(a), panels(scratch) {}
+  static int64_t scratch(const LinearDweight<T>&) { return Panels<T>::scratch(); }
+
+  void run(const ProductTask& task) {
+    const int64_t first = task.panel * kPanel, columns = std::min(kPanel, a.inner - first);
+    const Matrix<T> left{a.dout.data, a.dout.column, a.dout.row};
+    panels.multiply(left, a.input, a.rows, task.begin, task.end, first, columns,
+                    [&](int64_t begin, int64_t rows, const float* c) {
+                      for (int64_t i = 0; i < rows; ++i) {
+                        T* to = a.dweight + (begin + i) * a.inner + first;
+                        sweep(columns, [&](auto part, int64_t j) {
+                          store(to + j, load<typename decltype(part)::V>(c + i * kPanel + j));
+                        });
+                      }
+                    });
+    if (a.dbias && task.panel == 0) add_rows(task.begin, task.end);
+  }
+
+  // dbias of columns [begin, end) of dout.
+  void add_rows(int64_t begin, int64_t end) {
+    for (; begin < end; begin += kPanel) {
+      const int64_t count = std::min(kPanel, end - begin);
+      float total[kPanel] = {};
+      for (int64_t from = 0; from < a.rows; from += kFold) {
+        float sum[kPanel] = {};
+        for (int64_t r = from; r < std::min(from + kFold, a.rows); ++r) {
+          const T* row = a.dout.at(r, begin);
+          if (a.dout.column == 1)
+            sweep(count, [&](auto part, int64_t j) {
+              using V = typename decltype(part)::V;
+              store(sum + j, load<V>(sum + j) + load<V>(row + j));
+            });
+          else
+            for (int64_t j = 0; j < count; ++j) sum[j] += load<float>(row + j * a.dout.column);
+        }
+        for (int64_t j = 0; j < count; ++j) total[j] += sum[j];
+      }
+      for (int64_t j = 0; j < count; ++j) store(a.dbias + begin + j, total[j]);
+    }
+  }
+};
+
+// Rows of y from z, or of dz from dy.
+template <class T>
+struct Activations {
+  static constexpr int64_t kBlock = 16;  // Rows in a task.
+  const Elementwise<T>& a;
+
+  Activations(const Elementwise<T>& a, Scratch) : a(a) {}
+  static int64_t scratch(const Elementwise<T>&) { return 0; }
+
+  template <Activation kActivation>
+  [[gnu::noinline]] void row(int64_t r) {
+    const Dropout& dropout = a.epilogue.dropout;
+    constexpr int64_t kWidth = 4 * kLanes;
+    float factors[kWidth];
+    for (int64_t at = 0; at < a.columns; at += kWidth) {
+      if (dropout.threshold) dropout_block(dropout, r, at, factors);
+      for (int64_t j = at; j < std::min(at + kWidth, a.columns); j += kLanes) {
+        const int64_t n = std::min<int64_t>(kLanes, a.columns - j), from = r * a.columns + j;
+        F32 kept{}, dout{};
+        if (n == kLanes) {
+          kept = load<F32>(a.kept + from);
+          if (a.dout) dout = load<F32>(a.dout + from);
+        } else {
+          for (int64_t i = 0; i < n; ++i) {
+            kept[i] = load<float>(a.kept + from + i);
+            if (a.dout) dout[i] = load<float>(a.dout + from + i);
+          }
+        }
+        F32 v = a.dout ? dout * slope<kActivation>(kept) : activate<kActivation>(kept);
+        if (dropout.threshold) v *= load<F32>(factors + j - at);
+        if (n == kLanes)
+          store(a.to + from, v);
+        else
+          for (int64_t i = 0; i < n; ++i) store(a.to + from + i, float(v[i]));
+      }
+    }
+  }
+
+  void run(const ProductTask& task) {
+    with_activation(a.epilogue.activation, [&](auto activation) {
+      for (int64_t r = task.begin; r < task.end; ++r) row<decltype(activation)::value>(r);
+    });
+  }
+};
+
+const KernelBuilds<Dinput, LinearDinput> dinput_builds;
+const KernelBuilds<Dweight, LinearDweight> dweight_builds;
+const KernelBuilds<Activations, Elementwise> activation_builds;
+
+}  // namespace
+}  // namespace llmos

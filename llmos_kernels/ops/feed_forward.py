@@ -1,0 +1,119 @@
+"""The feed-forward block: two matrix products with an activation and dropout between them.
+
+    h   = dropout(activation(input weight1^T + bias1))
+    out = h weight2^T + bias2
+
+Vaswani et al. 2017, arXiv:1706.03762 (with relu). Of what lies between input and output one tensor is
+kept under autograd: h for relu, the input of the activation for the others. Backward, with f the
+dropout factors:
+
+    dz = (dout weight2) f activation',   dinput = dz weight1
+    dweight2 = dout^T h,   dbias2 = sum(dout),   dweight1 = dz^T input,   dbias1 = sum(dz)
+"""
+
+import torch
+from torch import Tensor
+
+from llmos_kernels._registry import needs_grad, use_reference
+from llmos_kernels.ops.activations import NONE, code_of, keeps_input
+from llmos_kernels.ops.autocast import autocast
+from llmos_kernels.ops.dropout import check_dropout, draw_seed
+from llmos_kernels.ops.linear import (
+    activate_rows,
+    activation_forward,
+    as_rows,
+    check_linear,
+    linear_dinput,
+    linear_forward,
+    linear_gradients,
+    parameter_gradients,
+    slopes,
+    transform,
+)
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight1, bias1, weight2, bias2, activation, dropout_p, seed):
+        keep = keeps_input(activation)
+        h, z = linear_forward(input, weight1, bias1, activation, dropout_p, seed, keep)
+        ctx.save_for_backward(input, weight1, bias1, weight2, bias2, z if keep else h, seed)
+        ctx.activation, ctx.dropout_p = activation, dropout_p
+        return linear_forward(h, weight2, bias2, NONE, 0.0, None, False)[0]
+
+    @staticmethod
+    def backward(ctx, dout):
+        input, weight1, bias1, weight2, bias2, kept, seed = ctx.saved_tensors
+        dropout = ctx.activation, ctx.dropout_p, seed
+        if torch.is_grad_enabled():
+            z = transform(input, weight1, bias1, NONE, 0.0, None)[1]
+            h = activate_rows(z, *dropout)
+            dh, *second = linear_gradients(dout, h, weight2, bias2)
+            first = linear_gradients(dh * slopes(z, *dropout), input, weight1, bias1)
+            return *first, *second, None, None, None
+        of_input, of_weight1, of_bias1, of_weight2, of_bias2, *_ = ctx.needs_input_grad
+        h = kept
+        if of_weight2 and keeps_input(ctx.activation):
+            h = activation_forward(kept, *dropout)
+        dweight2, dbias2 = parameter_gradients(dout, h, of_weight2, of_bias2)
+        dinput = dweight1 = dbias1 = None
+        if of_input or of_weight1 or of_bias1:
+            dz, dbias1 = linear_dinput(dout, weight2, kept, *dropout)
+            dweight1 = parameter_gradients(dz, input, of_weight1, False)[0]
+            if of_input:
+                dinput = linear_dinput(dz, weight1, None, NONE, 0.0, None)[0]
+        dbias1 = dbias1 if of_bias1 else None
+        return dinput, dweight1, dbias1, dweight2, dbias2, None, None, None
+
+
+def feed_forward(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    activation: str | None = "relu",
+    dropout_p: float = 0.0,
+    training: bool = False,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """``linear(dropout(activation(linear(input, weight1, bias1))), weight2, bias2)``, fused.
+
+    ``input`` [..., d_model], ``weight1`` [hidden, d_model], ``bias1`` [hidden], ``weight2``
+    [d_model, hidden] and ``bias2`` [d_model], of one dtype: float32, bfloat16 or float16 (float64: the
+    reference answers), any strides. ``activation`` is None, "relu", "relu2", "gelu", "gelu_tanh" or
+    "silu". Dropout acts when ``training``, with probability ``dropout_p`` in [0, 1). Returns
+    [..., d_model], contiguous.
+
+    At most 4 rows with relu or relu2 read only those columns of ``weight2`` whose hidden value is
+    not 0 in all of them, if ``weight2`` is stored by columns (``nn.FeedForward.store_for_decode``).
+    The result is the same, but that an infinity or NaN in a column that is not read stays unseen.
+    Under autocast the arguments are cast, as torch does. Raises ValueError for shapes, devices,
+    names or ``dropout_p``, TypeError for dtypes. Vaswani et al. 2017, arXiv:1706.03762.
+    """
+    code = code_of(activation)
+    check_dropout(dropout_p)
+    input, weight1, bias1, weight2, bias2 = autocast(input, weight1, bias1, weight2, bias2)
+    check_linear(input, weight1, bias1, ("weight1", "bias1"))
+    hidden = weight1.shape[0]
+    if weight2.ndim != 2 or weight2.shape[1] != hidden:
+        raise ValueError(f"weight2 must be [out, {hidden}], got {list(weight2.shape)}")
+    check_linear(weight1.mT, weight2, bias2, ("weight2", "bias2"))
+    p = dropout_p if training else 0.0
+    seed = draw_seed(input.device) if p else None
+    rows = as_rows(input)
+    if use_reference(backend, input.dtype):
+        h = transform(rows, weight1, bias1, code, p, seed)[0]
+        out = transform(h, weight2, bias2, NONE, 0.0, None)[0]
+    elif needs_grad(input, weight1, bias1, weight2, bias2):
+        out = _FeedForward.apply(rows, weight1, bias1, weight2, bias2, code, p, seed)
+    else:
+        h = linear_forward(rows, weight1, bias1, code, p, seed, False)[0]
+        out = linear_forward(h, weight2, bias2, NONE, 0.0, None, False)[0]
+    return out if input.ndim == 2 else out.view(*input.shape[:-1], weight2.shape[0])
+
+
+def feed_forward_reference(*args, **options) -> Tensor:
+    """The definition of ``feed_forward``: plain, differentiable, any device and dtype."""
+    return feed_forward(*args, **options, backend="reference")
