@@ -1,6 +1,16 @@
 """Drop-in modules: the names, arguments, state dicts and results of ``torch.nn``."""
 
 from llmos_kernels.nn.attention import MultiheadAttention
+from llmos_kernels.nn.feed_forward import FeedForward
 from llmos_kernels.nn.norm import AddLayerNorm, LayerNorm, RMSNorm
+from llmos_kernels.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
-__all__ = ["AddLayerNorm", "LayerNorm", "MultiheadAttention", "RMSNorm"]
+__all__ = [
+    "AddLayerNorm",
+    "FeedForward",
+    "LayerNorm",
+    "MultiheadAttention",
+    "RMSNorm",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
+]

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmos_kernels.ops.attention import scaled_dot_product_attention
+from llmos_kernels.ops.linear import project
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -62,7 +63,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         out, weights = result if isinstance(result, tuple) else (result, None)
         out = (out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)).flatten(2)
         # As in torch, out_proj lends its weights and is not called: its hooks do not run.
-        out = F.linear(out, self.out_proj.weight, self.out_proj.bias)
+        out = project(out, self.out_proj.weight, self.out_proj.bias)
         if not batched:
             out, weights = out.squeeze(0), None if weights is None else weights.squeeze(0)
         return out, weights
@@ -73,15 +74,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if weight is None:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         elif query is key and key is value:
-            return F.linear(query, weight, bias).split(e, -1)
+            return project(query, weight, bias).split(e, -1)
         elif key is value:
             b, bs = (None, None) if bias is None else bias.split([e, 2 * e])
             w, ws = weight.split([e, 2 * e])
-            return F.linear(query, w, b), *F.linear(key, ws, bs).split(e, -1)
+            return project(query, w, b), *project(key, ws, bs).split(e, -1)
         else:
             weights = weight.chunk(3)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
-        return tuple(map(F.linear, (query, key, value), weights, biases))
+        return tuple(map(project, (query, key, value), weights, biases))
 
 
 def _by_head(x: Tensor, heads: int, batch_first: bool) -> Tensor:
@@ -110,6 +111,9 @@ def _masks(attn_mask, key_padding_mask, heads: int, added: int) -> tuple[Tensor 
         padding = F.pad(padding, (0, added)) if added else padding
         if padding.dtype == torch.bool:
             return attn_mask, padding
+        ignored = padding == float("-inf")
+        if _holds_only_zeros(padding, ignored):  # As nn.TransformerEncoder makes it of a bool mask.
+            return attn_mask, ignored
         padding = padding[:, None, None]
         if attn_mask is None:
             return padding, None
@@ -117,6 +121,14 @@ def _masks(attn_mask, key_padding_mask, heads: int, added: int) -> tuple[Tensor 
             return torch.where(attn_mask, padding, float("-inf")), None
         return attn_mask + padding, None
     return attn_mask, None
+
+
+def _holds_only_zeros(padding: Tensor, but: Tensor) -> bool:
+    """Whether that is so and can be known at once: not on a GPU, and not where a graph is traced."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if padding.is_cuda or padding.requires_grad or traced:
+        return False
+    return not padding.masked_fill(but, 0).any()
 
 
 def _check(module, query, key, value, key_padding_mask, attn_mask) -> None:

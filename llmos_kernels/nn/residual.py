@@ -32,23 +32,30 @@ class FusedResidual(torch.nn.Module):
             return self._replaced.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
         dense, dropout, norm = parts
         input, residual = (given[name] for name in self._names)
-        input = dense(input)
-        if not isinstance(residual, Tensor) or input.shape != residual.shape:
-            return norm(dropout(input) + residual)
-        return add_layer_norm(
-            input,
-            residual,
-            norm.normalized_shape,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            dropout.p,
-            dropout.training,
-        )[0]
+        return add_and_norm(dense(input), residual, dropout, norm)[0]
 
     def __reduce_ex__(self, protocol):
         # The class is made at run time: pickle and deepcopy find it by the one it replaces.
         return _rebuild, (self._replaced,), self.__dict__.copy()
+
+
+def add_and_norm(input: Tensor, residual: Tensor, dropout: Any, norm: Any) -> tuple[Tensor, Tensor]:
+    """``norm(h)`` and ``h = residual + dropout(input)``; in one pass where both are torch's."""
+    if not (_is_plain(dropout, norm) and isinstance(residual, Tensor)) or (
+        input.shape != residual.shape
+    ):
+        h = dropout(input) + residual
+        return norm(h), h
+    return add_layer_norm(
+        input,
+        residual,
+        norm.normalized_shape,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        dropout.p,
+        dropout.training,
+    )
 
 
 @functools.cache
@@ -123,13 +130,19 @@ def _parameters(cls: Any) -> dict[str, inspect.Parameter]:
     return dict(parameters)
 
 
-def _is_plain(dropout: torch.nn.Dropout, norm: torch.nn.LayerNorm) -> bool:
-    return (
-        type(dropout) is torch.nn.Dropout
-        and dropout.p < 1
-        and type(norm) in (torch.nn.LayerNorm, LayerNorm)
-        and not any(getattr(m, hooks) for m in (dropout, norm) for hooks in HOOKS)
-    )
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a fused forward that does not call ``module`` would leave out a hook of it."""
+    return any(getattr(module, hooks) for hooks in HOOKS)
+
+
+def is_plain_dropout(dropout: Any) -> bool:
+    """Whether a fused dropout can stand for this module."""
+    return type(dropout) is torch.nn.Dropout and dropout.p < 1 and not has_hooks(dropout)
+
+
+def _is_plain(dropout: Any, norm: Any) -> bool:
+    plain_norm = type(norm) in (torch.nn.LayerNorm, LayerNorm) and not has_hooks(norm)
+    return plain_norm and is_plain_dropout(dropout)
 
 
 def _rebuild(replaced: type) -> torch.nn.Module:

@@ -8,10 +8,10 @@ from torch import nn
 import llmos_kernels.nn as fused
 from llmos_kernels._registry import KERNEL_DTYPES
 from llmos_kernels.nn.residual import (
-    HOOKS,
     FusedResidual,
     computes_residual,
     fused_residual,
+    has_hooks,
     residual_parts,
     takes_two_tensors,
 )
@@ -22,6 +22,8 @@ EXACT = {
     nn.LayerNorm: fused.LayerNorm,
     nn.RMSNorm: fused.RMSNorm,
     nn.MultiheadAttention: fused.MultiheadAttention,
+    nn.TransformerEncoderLayer: fused.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer: fused.TransformerDecoderLayer,
 }
 
 
@@ -87,7 +89,7 @@ def why_not(module: nn.Module, ancestors: list[nn.Module]) -> str:
             return "its forward is not LayerNorm(residual + Dropout(dense(input)))"
         if not 0 <= dropout.p < 1:
             return f"dropout with p={dropout.p}"
-        if any(getattr(m, hooks) for m in (dropout, norm) for hooks in HOOKS):
+        if has_hooks(dropout) or has_hooks(norm):
             return "its dropout or LayerNorm has hooks, which a fused forward would not call"
     return ""
 

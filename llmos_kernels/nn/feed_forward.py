@@ -1,0 +1,99 @@
+"""The feed-forward block."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmos_kernels.nn.residual import has_hooks
+from llmos_kernels.ops.activations import code_of
+from llmos_kernels.ops.dropout import check_dropout
+from llmos_kernels.ops.feed_forward import feed_forward
+
+_FUNCTIONS: dict[Callable, str] = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    torch.nn.functional.relu_: "relu",
+    F.gelu: "gelu",
+    F.silu: "silu",
+}
+_MODULES = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: "none"}
+
+
+class FeedForward(nn.Module):
+    """``linear2(dropout(activation(linear1(x))))`` through ``llmos_kernels.feed_forward``.
+
+    ``activation``: None, "relu", "relu2", "gelu", "gelu_tanh" or "silu". The state dict is that of
+    the two linear layers inside ``nn.TransformerEncoderLayer``. Raises ValueError for another
+    activation, or a ``dropout`` outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        dim_feedforward: int = 2048,
+        activation: str | None = "relu",
+        dropout: float = 0.0,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        code_of(activation)
+        check_dropout(dropout)
+        super().__init__()
+        options = {"bias": bias, "device": device, "dtype": dtype}
+        self.linear1 = nn.Linear(d_model, dim_feedforward, **options)
+        self.linear2 = nn.Linear(dim_feedforward, d_model, **options)
+        self.activation = activation
+        self.dropout = dropout
+
+    def forward(self, input: Tensor) -> Tensor:
+        return block(
+            input, self.linear1, self.linear2, self.activation, self.dropout, self.training
+        )
+
+    def store_for_decode(self) -> None:
+        """Store ``linear2.weight`` by columns, in place, that one to four rows through relu or relu2
+        read only the columns they need. Values, shape and state dict stay as they are.
+        """
+        store_by_columns(self.linear2.weight)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}, dropout={self.dropout}"
+
+
+def store_by_columns(weight: Tensor) -> None:
+    """Give ``weight`` [out, in] the strides (1, out); its values stay."""
+    with torch.no_grad():
+        weight.data = weight.data.mT.contiguous().mT
+
+
+def block(input: Tensor, first: nn.Linear, second: nn.Linear, activation, p: float, training: bool):
+    """``feed_forward`` with the parameters of two linear layers."""
+    return feed_forward(
+        input, first.weight, first.bias, second.weight, second.bias, activation, p, training
+    )
+
+
+def activation_name(activation: Callable) -> str | None:
+    """The name under which ``feed_forward`` knows a function or module; None where it does not."""
+    if isinstance(activation, functools.partial) and activation.func is F.gelu:
+        return _gelu_name(activation.keywords.get("approximate", "none"), activation.args)
+    if isinstance(activation, nn.Module):
+        if has_hooks(activation):
+            return None
+        if type(activation) is nn.GELU:
+            return _gelu_name(activation.approximate)
+        return _MODULES.get(type(activation))
+    return _FUNCTIONS.get(activation)
+
+
+def _gelu_name(approximate: str, args: tuple = ()) -> str | None:
+    return None if args else {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
+
+
+def is_plain_linear(layer) -> bool:
+    """Whether ``layer`` is a linear layer of torch and nothing hangs on it."""
+    return type(layer) is nn.Linear and not has_hooks(layer)

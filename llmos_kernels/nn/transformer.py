@@ -1,0 +1,115 @@
+"""Transformer layers."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from llmos_kernels.nn.attention import MultiheadAttention
+from llmos_kernels.nn.feed_forward import activation_name, block, is_plain_linear
+from llmos_kernels.nn.norm import LayerNorm
+from llmos_kernels.nn.packed import attend_packed, can_pack, nested_like, packed_rows
+from llmos_kernels.nn.residual import add_and_norm, is_plain_dropout
+
+_FUSED = {nn.MultiheadAttention: MultiheadAttention, nn.LayerNorm: LayerNorm}
+
+
+class _Layer(nn.Module):
+    """What encoder and decoder layers share."""
+
+    linear1: Any
+    linear2: Any
+    dropout: Any
+    activation: Any
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        for child in self.children():
+            child.__class__ = _FUSED.get(type(child), type(child))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        """Its feed-forward block, without the last dropout."""
+        first, second, dropout = self.linear1, self.linear2, self.dropout
+        name = activation_name(self.activation)
+        plain = is_plain_linear(first) and is_plain_linear(second) and is_plain_dropout(dropout)
+        if name is None or not plain:
+            return second(dropout(self.activation(first(x))))
+        return block(x, first, second, name, dropout.p, dropout.training)
+
+
+class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
+    """``torch.nn.TransformerEncoderLayer`` through the fused attention, feed-forward and norms.
+
+    Every mask, activation, ``norm_first`` and ``batch_first`` of torch's, forward and backward. The
+    nested tensors that ``nn.TransformerEncoder`` makes of padded batches in inference stay packed:
+    nothing is computed for padding.
+    """
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        if src.is_nested:
+            masked = src_mask is not None or src_key_padding_mask is not None
+            if masked or not src.is_contiguous() or not can_pack(self.self_attn):
+                return nn.TransformerEncoderLayer.forward(
+                    self, src, src_mask, src_key_padding_mask, is_causal
+                )
+            rows, cu_seqlens = packed_rows(src)
+            rows = self._compute(rows, lambda x: attend_packed(self.self_attn, x, cu_seqlens))
+            return nested_like(src, rows)
+
+        def attend(x):
+            return self.self_attn(
+                x, x, x, src_key_padding_mask, False, src_mask, is_causal=is_causal
+            )[0]
+
+        return self._compute(src, attend)
+
+    def _compute(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.norm_first:
+            y, x = add_and_norm(attend(self.norm1(x)), x, self.dropout1, self.norm2)
+            return x + self.dropout2(self._feed_forward(y))
+        x, _ = add_and_norm(attend(x), x, self.dropout1, self.norm1)
+        return add_and_norm(self._feed_forward(x), x, self.dropout2, self.norm2)[0]
+
+
+class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
+    """``torch.nn.TransformerDecoderLayer`` through the fused attention, feed-forward and norms.
+
+    Every mask, activation, ``norm_first`` and ``batch_first`` of torch's, forward and backward.
+    """
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        def attend(x):
+            return self.self_attn(
+                x, x, x, tgt_key_padding_mask, False, tgt_mask, is_causal=tgt_is_causal
+            )[0]
+
+        def attend_memory(x):
+            return self.multihead_attn(
+                x, memory, memory, memory_key_padding_mask, False, memory_mask,
+                is_causal=memory_is_causal,
+            )[0]  # fmt: skip
+
+        x = tgt
+        if self.norm_first:
+            y, x = add_and_norm(attend(self.norm1(x)), x, self.dropout1, self.norm2)
+            y, x = add_and_norm(attend_memory(y), x, self.dropout2, self.norm3)
+            return x + self.dropout3(self._feed_forward(y))
+        x, _ = add_and_norm(attend(x), x, self.dropout1, self.norm1)
+        x, _ = add_and_norm(attend_memory(x), x, self.dropout2, self.norm2)
+        return add_and_norm(self._feed_forward(x), x, self.dropout3, self.norm3)[0]
