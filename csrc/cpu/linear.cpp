@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight_,
   Tensor out = output(input, {rows, outer}, input.scalar_type());
   Tensor kept = keep ? output_like(out) : output(input, {0}, input.scalar_type());
   if (out.numel() == 0) return {out, kept};
-  const bool few = rows <= kFewRows;
+  const bool few = rows <= kFewRows && inner > 0;
   const Operand x(few ? llmos::contiguous(input) : input), weight(weight_);
   Optional bias;
   if (bias_) bias = llmos::contiguous(*bias_);

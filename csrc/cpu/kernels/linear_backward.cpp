@@ -82,7 +82,9 @@ struct Dweight {
   void run(const ProductTask& task) {
     const int64_t first = task.panel * kPanel, columns = std::min(kPanel, a.inner - first);
     const Matrix<T> left{a.dout.data, a.dout.column, a.dout.row};
-    panels.multiply(left, a.input, a.rows, task.begin, task.end, first, columns,
+    // Without columns there is nothing to multiply: input may be null.
+    const int64_t depth = columns ? a.rows : 0;
+    panels.multiply(left, a.input, depth, task.begin, task.end, first, columns,
                     [&](int64_t begin, int64_t rows, const float* c) {
                       for (int64_t i = 0; i < rows; ++i) {
                         T* to = a.dweight + (begin + i) * a.inner + first;
