@@ -111,7 +111,7 @@ def launches(dtypes=None, widths=None, names=None) -> list[Launch]:
     for case in (c for c in CASES if names is None or c.name in names):
         for dtype in dtypes or DTYPES:
             for shape in {(*case.shapes[-1][:-1], width) for width in widths or case.widths}:
-                for op, args in raw_calls(case, shape, dtype=dtype):
+                for op, args in raw_calls(case, case.make(shape, dtype=dtype, requires_grad=True)):
                     defined = DEFINED[op.name()]
                     if defined.triton is None:
                         continue

@@ -93,21 +93,46 @@ def assert_accurate(actual: Tensor, exact: Tensor, eager: Tensor, what: str) -> 
     assert ratio <= 1, f"{what}: error is {ratio:.3g} times its budget"
 
 
-def errors(case: Case, args: Sequence, gradients=None) -> dict[str, float]:
-    """Error over budget of each output and gradient of one call."""
-    actual = run_with_gradients(case.op, args, gradients)
+def judged_together(draws: Sequence[dict[str, tuple[Tensor, Tensor, Tensor]]]) -> dict[str, float]:
+    """``error_over_budget`` of each named (actual, exact, eager), over all draws of it at once."""
+    return {
+        name: error_over_budget(
+            *(torch.stack(values) for values in zip(*(d[name] for d in draws), strict=True))
+        )
+        for name in draws[0]
+    }
+
+
+def errors(case: Case, *draws: Sequence, gradients=None) -> dict[str, float]:
+    """Error over budget of each output and gradient, of all draws of the arguments together."""
     wide = None if gradients is None else [g.double() for g in gradients]
-    exact = run_with_gradients(case.reference, cast(args, torch.float64), wide)
-    eager = run_with_gradients(case.eager, args, gradients)
-    return {k: error_over_budget(v, exact[k], eager[k]) for k, v in actual.items()}
+    results = []
+    for args in draws:
+        actual = run_with_gradients(case.op, args, gradients)
+        exact = run_with_gradients(case.reference, cast(args, torch.float64), wide)
+        eager = run_with_gradients(case.eager, args, gradients)
+        results.append({k: (v, exact[k], eager[k]) for k, v in actual.items()})
+    return judged_together(results)
+
+
+def draw(case: Case, shape: tuple, count: int | None = None, **options) -> list[tuple]:
+    """Random arguments of ``case``, ``count`` times; by default a small shape's eight times.
+
+    They are to be judged together: the budget is what torch's own result errs, and on few numbers
+    that is a matter of luck. Not so by rows: among any number of them the worst-conditioned decides.
+    """
+    first = case.make(shape, **options)
+    if count is None:
+        few = max((t.numel() for t in tensors(first)), default=0) < 1 << 14
+        count = 8 if few and not case.row_wise else 1
+    return [first] + [case.make(shape, **options) for _ in range(count - 1)]
 
 
 def worst_error(case: Case, shape: tuple, dtype: torch.dtype, device: str) -> float:
     """The largest error over budget that ``case`` makes on random arguments."""
     torch.manual_seed(0)
-    return max(
-        errors(case, case.make(shape, dtype=dtype, device=device, requires_grad=True)).values()
-    )
+    draws = draw(case, shape, dtype=dtype, device=device, requires_grad=True)
+    return max(errors(case, *draws).values())
 
 
 def interleaved(
@@ -148,9 +173,8 @@ class _Record(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def raw_calls(case: Case, shape: tuple, **options) -> list[tuple]:
+def raw_calls(case: Case, args: Sequence) -> list[tuple]:
     """The ``llmos`` ops that ``case`` runs forward and backward, with their arguments."""
-    args = case.make(shape, requires_grad=True, **options)
     with _Record() as record:
         run_with_gradients(case.op, args)
     return record.calls

@@ -104,24 +104,9 @@ def _dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, d
         tl.min(i) + offset, tl.minimum(tl.max(i), q_count - 1) + offset, CAUSAL, BLOCK_N,
     )  # fmt: skip
     last = (i + offset)[:, None]
-    if PRECISE:
-        # What is rounded in dout * out, and not in dp, weighs most where there are few keys. There
-        # delta is the mean of dp by the weights themselves, whose sum is 1, or 0 where nothing is
-        # seen. In 16 bits out has been rounded more than that.
-        for start in range(first, tl.where(stop - first <= BLOCK_N, stop, first), BLOCK_N):
-            attended = None
-            if mask is not None and not BIAS:
-                col = start + tl.arange(0, BLOCK_N)[None, :]
-                attended = attends(mask + col.to(tl.int64) * mask_col, col < k_stop)
-            p, dp, _ = _weights_of_keys(
-                query, d_out, m, inverse, k, v, mask, attended, padding, padding_col, seed,
-                at[:, None], start, last, k_first, k_stop, k_row, v_row, mask_col, scale, threshold,
-                factor, 1 if padding is None else 2, CAUSAL, BIAS, D, DV, BLOCK_M, BLOCK_N, BLOCK_D,
-                BLOCK_DV,
-            )  # fmt: skip
-            total += tl.sum(p * (dp - total[:, None]), 1) / tl.maximum(tl.sum(p, 1), 0.5)
-    else:
-        tl.store(delta + at, total, real)
+    # What is rounded in out weighs most where there are few keys. There delta is the mean of dp by the
+    # weights themselves, whose sum is 1, or 0 where nothing is seen.
+    one_tile = stop - first <= BLOCK_N
     excess = tl.zeros((BLOCK_M,), tl.float32)
     for edge in tl.static_range(2 if padding is None else 3):
         low = first if edge == 0 else (whole if edge == 1 else holes)
@@ -139,13 +124,16 @@ def _dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, d
                     at[:, None], start, last, k_first, k_stop, k_row, v_row, mask_col, scale,
                     threshold, factor, edge, CAUSAL, BIAS, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
+                if one_tile:
+                    total += tl.sum(p * (dp - total[:, None]), 1) / tl.maximum(tl.sum(p, 1), 0.5)
                 ds = p * (dp - total[:, None])
                 acc = tl.dot(ds.to(key.dtype), key, acc, input_precision="ieee")
                 if PRECISE:
                     excess += tl.sum(ds, 1)
     if PRECISE:
         # The sum of ds is 0 but for rounding: the other kernels take delta without what is left.
-        tl.store(delta + at, total + excess, real)
+        total += excess
+    tl.store(delta + at, total, real)
     store_rows(dq + (b * q_len * HEADS + h) * D, row, HEADS * D, real, acc * scale, D, BLOCK_D)
 
 
