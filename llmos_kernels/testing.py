@@ -68,23 +68,37 @@ def error_over_budget(actual: Tensor, exact: Tensor, eager: Tensor) -> float:
     A kernel may err twice as much as torch does in the same dtype, plus one unit in the last place
     of the largest value. Where torch gives NaN or infinity, so must the kernel.
     """
+    return _over_budget([_errors_in_ulp(actual, exact, eager)])
+
+
+def _errors_in_ulp(actual: Tensor, exact: Tensor, eager: Tensor) -> tuple[float, float]:
+    """The largest error of ``actual`` and of ``eager``, in units in the last place of the largest
+    value. Infinity and 0 where ``actual`` has another form than ``eager``, or is not finite elsewhere.
+    """
+    wrong = float("inf"), 0.0
     if actual.dtype != eager.dtype or actual.shape != eager.shape:
-        return float("inf")
+        return wrong
     if actual.numel() == 0:
-        return 0.0
+        return 0.0, 0.0
     finite = eager.isfinite() & exact.isfinite()
     if not torch.equal(actual.isnan(), eager.isnan()):
-        return float("inf")
+        return wrong
     if not torch.equal(actual.isfinite() & exact.isfinite(), finite):
-        return float("inf")
+        return wrong
     if not finite.any():
-        return 0.0
+        return 0.0, 0.0
     eps = torch.finfo(actual.dtype).eps
     actual, exact, eager = (t.double()[finite] for t in (actual, exact, eager))
+    error, allowed = ((t - exact).abs().max().item() for t in (actual, eager))
     ulp = eps * exact.abs().max().item()
-    budget = 2 * (eager - exact).abs().max().item() + ulp
-    error = (actual - exact).abs().max().item()
-    return error / budget if error else 0.0
+    if ulp == 0:  # There is no largest value: twice the error of torch is the unit.
+        return (error / (2 * allowed) if allowed else wrong[0] if error else 0.0), 0.0
+    return error / ulp, allowed / ulp
+
+
+def _over_budget(errors: Sequence[tuple[float, float]]) -> float:
+    """The sum of some errors over the sum of what they may be."""
+    return sum(own for own, _ in errors) / sum(2 * allowed + 1 for _, allowed in errors)
 
 
 def assert_accurate(actual: Tensor, exact: Tensor, eager: Tensor, what: str) -> None:
@@ -94,13 +108,8 @@ def assert_accurate(actual: Tensor, exact: Tensor, eager: Tensor, what: str) -> 
 
 
 def judged_together(draws: Sequence[dict[str, tuple[Tensor, Tensor, Tensor]]]) -> dict[str, float]:
-    """``error_over_budget`` of each named (actual, exact, eager), over all draws of it at once."""
-    return {
-        name: error_over_budget(
-            *(torch.stack(values) for values in zip(*(d[name] for d in draws), strict=True))
-        )
-        for name in draws[0]
-    }
+    """``error_over_budget`` of each named (actual, exact, eager), in the mean of the draws."""
+    return {name: _over_budget([_errors_in_ulp(*d[name]) for d in draws]) for name in draws[0]}
 
 
 def errors(case: Case, *draws: Sequence, gradients=None) -> dict[str, float]:
@@ -119,12 +128,12 @@ def draw(case: Case, shape: tuple, count: int | None = None, **options) -> list[
     """Random arguments of ``case``, ``count`` times; by default a small shape's eight times.
 
     They are to be judged together: the budget is what torch's own result errs, and on few numbers
-    that is a matter of luck. Not so by rows: among any number of them the worst-conditioned decides.
+    that is a matter of luck.
     """
     first = case.make(shape, **options)
     if count is None:
         few = max((t.numel() for t in tensors(first)), default=0) < 1 << 14
-        count = 8 if few and not case.row_wise else 1
+        count = 8 if few and not case.row_wise else 1  # Norms take long, and sum few products.
     return [first] + [case.make(shape, **options) for _ in range(count - 1)]
 
 

@@ -6,6 +6,7 @@ share them, and the gradient of a float mask by tiles of its own shape, over all
 broadcast to. No atomics, and nothing of [q_len, k_len] is stored but that gradient.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -72,8 +73,8 @@ def _dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, d
                    padding_batch, padding_col, q_len, k_len, HEADS, GROUP, BLOCKS, SEQUENCES, ROWS,
                    scale, threshold, factor,
                    CAUSAL: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                   BLOCK_DV: tl.constexpr):  # fmt: skip
+                   PRECISE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                   BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
     b, h, i, q_start, q_count, k_start, k_count, offset = query_block(
         cu_q, cu_k, q_len, k_len, HEADS, BLOCKS, SEQUENCES, CAUSAL, BLOCK_M
     )
@@ -93,7 +94,6 @@ def _dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, d
     query = load_rows(q + b * q_batch + h * q_head, row, q_row, real, D, BLOCK_D)
     d_out = load_rows(dout + b * dout_batch + h * dout_head, row, dout_row, real, DV, BLOCK_DV)
     o = load_rows(out + (b * q_len * HEADS + h) * DV, row, HEADS * DV, real, DV, BLOCK_DV)
-    PRECISE: tl.constexpr = out.dtype.element_ty == tl.float32
     # By the very product that dp takes: a lone key's value is out, and its gradient exactly 0.
     diagonal = tl.arange(0, BLOCK_M)[:, None] == tl.arange(0, BLOCK_M)[None, :]
     total = tl.dot(d_out, tl.trans(o), input_precision="ieee")
@@ -104,9 +104,24 @@ def _dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, d
         tl.min(i) + offset, tl.minimum(tl.max(i), q_count - 1) + offset, CAUSAL, BLOCK_N,
     )  # fmt: skip
     last = (i + offset)[:, None]
-    # What is rounded in out weighs most where there are few keys. There delta is the mean of dp by the
-    # weights themselves, whose sum is 1, or 0 where nothing is seen.
-    one_tile = stop - first <= BLOCK_N
+    if PRECISE:
+        # What is rounded in dout * out, and not in dp, weighs most where there are few keys. There
+        # delta is the mean of dp by the weights themselves, whose sum is 1, or 0 where nothing is
+        # seen.
+        for start in range(first, tl.where(stop - first <= BLOCK_N, stop, first), BLOCK_N):
+            attended = None
+            if mask is not None and not BIAS:
+                col = start + tl.arange(0, BLOCK_N)[None, :]
+                attended = attends(mask + col.to(tl.int64) * mask_col, col < k_stop)
+            p, dp, _ = _weights_of_keys(
+                query, d_out, m, inverse, k, v, mask, attended, padding, padding_col, seed,
+                at[:, None], start, last, k_first, k_stop, k_row, v_row, mask_col, scale, threshold,
+                factor, 1 if padding is None else 2, CAUSAL, BIAS, D, DV, BLOCK_M, BLOCK_N, BLOCK_D,
+                BLOCK_DV,
+            )  # fmt: skip
+            total += tl.sum(p * (dp - total[:, None]), 1) / tl.maximum(tl.sum(p, 1), 0.5)
+    else:
+        tl.store(delta + at, total, real)
     excess = tl.zeros((BLOCK_M,), tl.float32)
     for edge in tl.static_range(2 if padding is None else 3):
         low = first if edge == 0 else (whole if edge == 1 else holes)
@@ -124,16 +139,13 @@ def _dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, d
                     at[:, None], start, last, k_first, k_stop, k_row, v_row, mask_col, scale,
                     threshold, factor, edge, CAUSAL, BIAS, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
-                if one_tile:
-                    total += tl.sum(p * (dp - total[:, None]), 1) / tl.maximum(tl.sum(p, 1), 0.5)
                 ds = p * (dp - total[:, None])
                 acc = tl.dot(ds.to(key.dtype), key, acc, input_precision="ieee")
                 if PRECISE:
                     excess += tl.sum(ds, 1)
     if PRECISE:
         # The sum of ds is 0 but for rounding: the other kernels take delta without what is left.
-        total += excess
-    tl.store(delta + at, total, real)
+        tl.store(delta + at, total + excess, real)
     store_rows(dq + (b * q_len * HEADS + h) * D, row, HEADS * D, real, acc * scale, D, BLOCK_D)
 
 
@@ -342,7 +354,7 @@ def backward(
         programs = slots(cu_q, q_len, blocks["BLOCK_M"])
         _dquery_kernel[(programs * batch * heads,)](
             **shared, **packed, out=out.contiguous(), dq=dq, HEADS=heads, BLOCKS=programs,
-            **blocks,
+            PRECISE=q.dtype == torch.float32 or k_len <= blocks["BLOCK_N"], **blocks,
         )  # fmt: skip
     if dk.numel():
         blocks = tile("dkey", d, dv, q.dtype, busy)

@@ -2,6 +2,7 @@
 
 from llmos_kernels.nn.attention import MultiheadAttention
 from llmos_kernels.nn.feed_forward import FeedForward
+from llmos_kernels.nn.linear import Linear
 from llmos_kernels.nn.norm import AddLayerNorm, LayerNorm, RMSNorm
 from llmos_kernels.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
@@ -9,6 +10,7 @@ __all__ = [
     "AddLayerNorm",
     "FeedForward",
     "LayerNorm",
+    "Linear",
     "MultiheadAttention",
     "RMSNorm",
     "TransformerDecoderLayer",

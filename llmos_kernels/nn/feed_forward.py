@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmos_kernels.nn.residual import has_hooks
+from llmos_kernels.nn.hooks import has_hooks
 from llmos_kernels.ops.activations import code_of
 from llmos_kernels.ops.dropout import check_dropout
 from llmos_kernels.ops.feed_forward import feed_forward
@@ -50,9 +50,11 @@ class FeedForward(nn.Module):
         self.dropout = dropout
 
     def forward(self, input: Tensor) -> Tensor:
-        return block(
-            input, self.linear1, self.linear2, self.activation, self.dropout, self.training
-        )
+        first, second = self.linear1, self.linear2
+        return feed_forward(
+            input, first.weight, first.bias, second.weight, second.bias,
+            self.activation, self.dropout, self.training,
+        )  # fmt: skip
 
     def store_for_decode(self) -> None:
         """Store ``linear2.weight`` by columns, in place, that one to four rows through relu or relu2
@@ -70,13 +72,6 @@ def store_by_columns(weight: Tensor) -> None:
         weight.data = weight.data.mT.contiguous().mT
 
 
-def block(input: Tensor, first: nn.Linear, second: nn.Linear, activation, p: float, training: bool):
-    """``feed_forward`` with the parameters of two linear layers."""
-    return feed_forward(
-        input, first.weight, first.bias, second.weight, second.bias, activation, p, training
-    )
-
-
 def activation_name(activation: Callable) -> str | None:
     """The name under which ``feed_forward`` knows a function or module; None where it does not."""
     if isinstance(activation, functools.partial) and activation.func is F.gelu:
@@ -92,8 +87,3 @@ def activation_name(activation: Callable) -> str | None:
 
 def _gelu_name(approximate: str, args: tuple = ()) -> str | None:
     return None if args else {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
-
-
-def is_plain_linear(layer) -> bool:
-    """Whether ``layer`` is a linear layer of torch and nothing hangs on it."""
-    return type(layer) is nn.Linear and not has_hooks(layer)

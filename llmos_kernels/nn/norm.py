@@ -1,10 +1,12 @@
 """Normalisation modules."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from llmos_kernels.nn.derived import Derived, derive
 from llmos_kernels.ops.dropout import check_dropout
 from llmos_kernels.ops.layer_norm import add_layer_norm, layer_norm
 from llmos_kernels.ops.rms_norm import rms_norm
@@ -26,6 +28,28 @@ class RMSNorm(torch.nn.RMSNorm):
         if x.is_nested:
             return super().forward(x)
         return rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+class FusedRMSNorm(Derived):
+    """The RMS normalisation of a model of its own kind: a ``weight``, and an epsilon somewhere."""
+
+    weight: Tensor
+    _eps: str  # The name of the attribute.
+
+    def forward(self, *args, **kwargs):
+        given, weight = (*args, *kwargs.values()), self.weight
+        if len(given) == 1 and isinstance(given[0], Tensor) and given[0].dtype == weight.dtype:
+            (x,) = given
+            if x.dtype == torch.float32 or not torch.is_autocast_enabled(x.device.type):
+                return rms_norm(x, weight.shape, weight, getattr(self, self._eps))
+        # Each has its own way to mix dtypes.
+        return self._replaced.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+
+@functools.cache
+def fused_rms_norm(replaced: type, eps: str) -> type:
+    """The drop-in subclass of ``replaced``, whose epsilon is its attribute ``eps``."""
+    return derive(FusedRMSNorm, replaced, (fused_rms_norm, (replaced, eps)), _eps=eps)
 
 
 class AddLayerNorm(torch.nn.LayerNorm):

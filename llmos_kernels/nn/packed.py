@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llmos_kernels.nn.attention import MultiheadAttention
-from llmos_kernels.nn.residual import has_hooks
+from llmos_kernels.nn.hooks import has_hooks
 from llmos_kernels.ops.attention import scaled_dot_product_attention
 from llmos_kernels.ops.attention_arguments import MAX_DIM
 from llmos_kernels.ops.linear import project

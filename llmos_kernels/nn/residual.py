@@ -8,20 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmos_kernels.nn.derived import Derived, derive
+from llmos_kernels.nn.hooks import has_hooks, is_plain_dropout
 from llmos_kernels.nn.norm import LayerNorm
 from llmos_kernels.ops.layer_norm import add_layer_norm
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-
-class FusedResidual(torch.nn.Module):
+class FusedResidual(Derived):
     """``LayerNorm(residual + Dropout(dense(input)))``, mixed into the class it replaces.
 
     Its parts are found by type: one LayerNorm, one Dropout, one other module. Where they or the
     arguments are no longer what a fused call can take, the replaced class's own forward runs.
     """
 
-    _replaced: type
     _names: tuple[str, ...]  # Of the two arguments of its forward.
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
@@ -33,10 +32,6 @@ class FusedResidual(torch.nn.Module):
         dense, dropout, norm = parts
         input, residual = (given[name] for name in self._names)
         return add_and_norm(dense(input), residual, dropout, norm)[0]
-
-    def __reduce_ex__(self, protocol):
-        # The class is made at run time: pickle and deepcopy find it by the one it replaces.
-        return _rebuild, (self._replaced,), self.__dict__.copy()
 
 
 def add_and_norm(input: Tensor, residual: Tensor, dropout: Any, norm: Any) -> tuple[Tensor, Tensor]:
@@ -61,8 +56,8 @@ def add_and_norm(input: Tensor, residual: Tensor, dropout: Any, norm: Any) -> tu
 @functools.cache
 def fused_residual(replaced: type) -> type:
     """The drop-in subclass of ``replaced``."""
-    members = {"_replaced": replaced, "_names": tuple(_parameters(replaced))}
-    return type(f"Fused{replaced.__name__}", (FusedResidual, replaced), members)
+    names = tuple(_parameters(replaced))
+    return derive(FusedResidual, replaced, (fused_residual, (replaced,)), _names=names)
 
 
 def residual_parts(
@@ -130,21 +125,6 @@ def _parameters(cls: Any) -> dict[str, inspect.Parameter]:
     return dict(parameters)
 
 
-def has_hooks(module: torch.nn.Module) -> bool:
-    """Whether a fused forward that does not call ``module`` would leave out a hook of it."""
-    return any(getattr(module, hooks) for hooks in HOOKS)
-
-
-def is_plain_dropout(dropout: Any) -> bool:
-    """Whether a fused dropout can stand for this module."""
-    return type(dropout) is torch.nn.Dropout and dropout.p < 1 and not has_hooks(dropout)
-
-
 def _is_plain(dropout: Any, norm: Any) -> bool:
     plain_norm = type(norm) in (torch.nn.LayerNorm, LayerNorm) and not has_hooks(norm)
     return plain_norm and is_plain_dropout(dropout)
-
-
-def _rebuild(replaced: type) -> torch.nn.Module:
-    cls: Any = fused_residual(replaced)
-    return cls.__new__(cls)

@@ -6,10 +6,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from llmos_kernels.nn.attention import MultiheadAttention
-from llmos_kernels.nn.feed_forward import activation_name, block, is_plain_linear
+from llmos_kernels.nn.feed_forward import activation_name
+from llmos_kernels.nn.hooks import is_plain_dropout
+from llmos_kernels.nn.linear import linear_parameters
 from llmos_kernels.nn.norm import LayerNorm
 from llmos_kernels.nn.packed import attend_packed, can_pack, nested_like, packed_rows
-from llmos_kernels.nn.residual import add_and_norm, is_plain_dropout
+from llmos_kernels.nn.residual import add_and_norm
+from llmos_kernels.ops.feed_forward import feed_forward
 
 _FUSED = {nn.MultiheadAttention: MultiheadAttention, nn.LayerNorm: LayerNorm}
 
@@ -31,10 +34,10 @@ class _Layer(nn.Module):
         """Its feed-forward block, without the last dropout."""
         first, second, dropout = self.linear1, self.linear2, self.dropout
         name = activation_name(self.activation)
-        plain = is_plain_linear(first) and is_plain_linear(second) and is_plain_dropout(dropout)
-        if name is None or not plain:
+        weights1, weights2 = linear_parameters(first), linear_parameters(second)
+        if name is None or weights1 is None or weights2 is None or not is_plain_dropout(dropout):
             return second(dropout(self.activation(first(x))))
-        return block(x, first, second, name, dropout.p, dropout.training)
+        return feed_forward(x, *weights1, *weights2, name, dropout.p, dropout.training)
 
 
 class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):

@@ -236,7 +236,9 @@ def linear(
 def project(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A product with nothing to fuse, by whoever is faster: torch's cuBLAS on GPUs and oneDNN in 16
     bits on CPUs, this library's own product in float32 on CPUs."""
-    if input.is_cpu and input.dtype == torch.float32:
+    plain = type(weight) in (Tensor, torch.nn.Parameter)  # And nothing quantized or sharded.
+    wide = input.is_cpu and input.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if wide and plain:
         return linear(input, weight, bias)
     return F.linear(input, weight, bias)
 

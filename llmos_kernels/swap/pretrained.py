@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from llmos_kernels._registry import KERNEL_DTYPES
-from llmos_kernels.swap.proof import Call, replica
+from llmos_kernels.swap.proof import Call
+from llmos_kernels.swap.replica import replica
 from llmos_kernels.swap.rules import why_untouchable
 from llmos_kernels.testing import error_over_budget, interleaved
 

@@ -4,7 +4,6 @@ Both run as replicas: parameters are copies, hooks are left out, random state is
 model itself is not touched.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmos_kernels.nn.linear import is_conv1d
 from llmos_kernels.nn.residual import residual_parts
+from llmos_kernels.swap.chains import find_steps, input_width
+from llmos_kernels.swap.norms import rms_norm_eps
+from llmos_kernels.swap.replica import replica
 from llmos_kernels.testing import error_over_budget, interleaved, make_gradients
 
 LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -43,35 +46,6 @@ class Call:
         return module(*self.args, **self.kwargs)
 
 
-def replica(
-    module: nn.Module, cls: type | None = None, dtype: torch.dtype | None = None
-) -> nn.Module:
-    """A copy of ``module`` without its hooks, as ``cls`` and in ``dtype`` where they are given."""
-    new: Any = cls or type(module)
-
-    def copy(t):
-        if t is None:
-            return None
-        data = t.detach().to(dtype if dtype and t.is_floating_point() else t.dtype, copy=True)
-        return nn.Parameter(data, t.is_floating_point()) if isinstance(t, nn.Parameter) else data
-
-    clone = new.__new__(new)
-    clone.__dict__.update(module.__dict__)
-    for name in module.__dict__:
-        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
-            clone.__dict__[name] = OrderedDict()
-    clone._parameters = {k: copy(p) for k, p in module._parameters.items()}
-    clone._buffers = {k: copy(b) for k, b in module._buffers.items()}
-    clone._modules = {
-        k: m if m is None else replica(m, None, dtype) for k, m in module._modules.items()
-    }
-    if isinstance(clone, nn.Dropout):
-        clone.p = 0.0  # Another generator draws other masks; the op's own tests compare those.
-    if isinstance(clone, nn.MultiheadAttention):
-        clone.dropout = 0.0
-    return clone
-
-
 def example_calls(module: nn.Module) -> list[Call]:
     """Random calls of a module of ``rules``; raises ValueError where their shape is unknown."""
     parameter = next(module.parameters(), torch.empty(0))
@@ -82,6 +56,14 @@ def example_calls(module: nn.Module) -> list[Call]:
         return _attention_calls(module, options)
     if isinstance(module, LAYERS):
         return _layer_calls(module, options)
+    if isinstance(module, nn.Linear):
+        return [Call((torch.randn(_ROWS, module.in_features, **options),))]
+    if is_conv1d(module):
+        return [Call((torch.randn(2, _ROWS, len(parameter), **options),))]
+    if rms_norm_eps(module):
+        return [Call((torch.randn(_ROWS, len(parameter), **options),))]
+    if find_steps(module):
+        return [Call((torch.randn(2, _ROWS, input_width(module), **options),))]
     parts = residual_parts(module)
     if parts is None:
         raise ValueError(f"the inputs of {type(module).__name__} are unknown: pass inputs=")
@@ -138,24 +120,27 @@ def largest_error(module: nn.Module, cls: type, call: Call) -> float:
 
     Where every key of a query is masked, an attention of torch and all its gradients may be NaN,
     ours are not: outputs are then compared elsewhere, and gradients on calls of our own. Gradients
-    of a whole layer in 16 bits are compared in float32: a hidden value next to 0 may round to either
+    of a layer or a feed-forward block in 16 bits are compared in float32: a hidden value next to 0 may round to either
     side of it, where the derivative of relu jumps.
     """
     parameter = next(module.parameters(), torch.empty(0))
-    if not isinstance(module, LAYERS) or parameter.dtype in (torch.float32, torch.float64):
+    wide = parameter.dtype in (torch.float32, torch.float64)
+    if wide or not (isinstance(module, LAYERS) or find_steps(module)):
         return _largest_error(module, cls, call)
-    wide = call.map(lambda t: t.float() if t.is_floating_point() else t)
+    in_float32 = call.map(lambda t: t.float() if t.is_floating_point() else t)
     return max(
         _largest_error(module, cls, call, gradients=False),
-        _largest_error(replica(module, dtype=torch.float32), cls, wide),
+        _largest_error(replica(module, dtype=torch.float32), cls, in_float32),
     )
 
 
 def _largest_error(module: nn.Module, cls: type, call: Call, gradients: bool = True) -> float:
     worst = 0.0
+    # A model's own RMS norm casts to float32. ``rms_norm_eps`` has seen that ours computes the same.
+    wide_cls = cls if rms_norm_eps(module) else None
     for training in (False, True):
         exact, exact_gradients = _outputs_and_gradients(
-            replica(module, dtype=torch.float64), call, training, torch.float64
+            replica(module, wide_cls, dtype=torch.float64), call, training, torch.float64
         )
         eager, eager_gradients = _outputs_and_gradients(replica(module), call, training)
         actual, actual_gradients = _outputs_and_gradients(replica(module, cls), call, training)

@@ -7,19 +7,25 @@ from torch import nn
 
 import llmos_kernels.nn as fused
 from llmos_kernels._registry import KERNEL_DTYPES
+from llmos_kernels.nn.chain import fused_chain
+from llmos_kernels.nn.derived import Derived
+from llmos_kernels.nn.hooks import has_hooks
+from llmos_kernels.nn.linear import fused_conv1d, is_conv1d
+from llmos_kernels.nn.norm import fused_rms_norm
 from llmos_kernels.nn.residual import (
-    FusedResidual,
     computes_residual,
     fused_residual,
-    has_hooks,
     residual_parts,
     takes_two_tensors,
 )
 from llmos_kernels.ops.attention_arguments import MAX_DIM
+from llmos_kernels.swap.chains import find_steps
+from llmos_kernels.swap.norms import rms_norm_eps
 
 #: A class and its drop-in. Subclasses are others: they may compute something else.
 EXACT = {
     nn.LayerNorm: fused.LayerNorm,
+    nn.Linear: fused.Linear,
     nn.RMSNorm: fused.RMSNorm,
     nn.MultiheadAttention: fused.MultiheadAttention,
     nn.TransformerEncoderLayer: fused.TransformerEncoderLayer,
@@ -29,7 +35,11 @@ EXACT = {
 
 def is_candidate(module: nn.Module) -> bool:
     """Whether a rule knows ``module``; ``why_not`` says whether it can be swapped."""
-    return not is_fused(module) and (isinstance(module, tuple(EXACT)) or _is_residual(module))
+    if is_fused(module):
+        return False
+    if isinstance(module, nn.Linear) or is_conv1d(module):
+        return _gains_by_own_product(module)
+    return isinstance(module, tuple(EXACT)) or _derived(module) is not None
 
 
 def drop_in(module: nn.Module) -> type:
@@ -37,19 +47,44 @@ def drop_in(module: nn.Module) -> type:
     for plain, ours in EXACT.items():
         if isinstance(module, plain):
             return ours
-    cls: Any = type(module)
-    return fused_residual(cls)
+    derived = _derived(module)
+    assert derived is not None
+    return derived
 
 
 def is_fused(module: nn.Module) -> bool:
     """Whether ``module`` is one of ours already."""
-    return isinstance(module, (FusedResidual, fused.AddLayerNorm, *EXACT.values()))
+    return isinstance(module, (Derived, fused.AddLayerNorm, *EXACT.values()))
 
 
 def is_swap(module: nn.Module, original: type) -> bool:
     """Whether the class of ``module`` is still the drop-in of ``original``."""
-    ours = EXACT.get(original) or fused_residual(original)
-    return type(module) is ours
+    own = type(module).__dict__.get("_replaced")
+    return type(module) is EXACT.get(original) or own is original
+
+
+def _derived(module: nn.Module) -> type | None:
+    """The class made for ``module``, which is known by what it does."""
+    cls: Any = type(module)
+    if is_conv1d(module):
+        return fused_conv1d(cls)
+    if _is_residual(module):
+        return fused_residual(cls)
+    if eps := rms_norm_eps(module):
+        return fused_rms_norm(cls, eps)
+    steps = find_steps(module)
+    return fused_chain(cls, steps) if steps else None
+
+
+def _gains_by_own_product(layer: nn.Module) -> bool:
+    """Elsewhere torch's products are as fast. That of ``nn.MultiheadAttention`` is never called."""
+    weight = layer._parameters.get("weight")
+    return (
+        weight is not None
+        and weight.is_cpu
+        and weight.dtype == torch.float32
+        and not isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    )
 
 
 def _is_residual(module: nn.Module) -> bool:
@@ -77,7 +112,7 @@ def why_not(module: nn.Module, ancestors: list[nn.Module]) -> str:
     if why:
         return why
     known = [m for m in module.modules() if isinstance(m, tuple(EXACT))]
-    for p in (p for m in known for p in m.parameters()):
+    for p in (p for m in known or [module] for p in m.parameters()):
         if p.dtype not in KERNEL_DTYPES:
             return f"no kernel for {p.dtype}"
     if isinstance(module, nn.MultiheadAttention):

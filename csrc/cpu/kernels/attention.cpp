@@ -148,7 +148,7 @@ struct Forward {
     const auto query_row = [&](int64_t r) {
       return a.query.at(s.batch, block.head[r], block.index[r]);
     };
-    const bool few = are_few(block.rows, a.dim, a.v_dim);
+    const bool few = are_few(a, s);
     if (few) {
       // Lanes that have no row.
       for (int64_t j = 0; j < kTile; ++j) store(products + j * kBlock, F32{});

@@ -1,4 +1,5 @@
 #include "attention_cache.h"
+#include "attention_few.h"
 
 namespace llmos {
 namespace {
@@ -180,8 +181,8 @@ struct Gradient {
     if (!keys.any) return false;
     if (a.mask.type != MaskType::None && !pack_mask(a.mask, block, keys, mask)) return false;
     cache.get(sequence, kv_head, keys.begin);
-    dots(keys.count, block.vectors, units<U>(a.dim), cache.key_rows, rows.query, kBlock, products,
-         kBlock);
+    query_products(a, a.sequences[sequence], kv_head, block, keys, rows.query, cache.key_rows,
+                   products);
     dots(keys.count, block.vectors, units<U>(a.v_dim), cache.value_rows, rows.dout, kBlock,
          dproducts, kBlock);
     return true;

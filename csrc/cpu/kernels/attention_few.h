@@ -10,8 +10,10 @@ namespace {
 constexpr int64_t kFew = 4;
 constexpr int64_t kAhead = 16;  // Rows between what is read and what is fetched.
 
-inline bool are_few(int64_t rows, int64_t dim, int64_t v_dim) {
-  return rows <= kFew && dim % kLanes == 0 && v_dim % kLanes == 0;
+// Whether all the rows that share a key head are few.
+template <class T>
+inline bool are_few(const Attention<T>& a, const Sequence& s) {
+  return a.group() * s.q_len <= kFew && a.dim % kLanes == 0 && a.v_dim % kLanes == 0;
 }
 
 template <class T>
@@ -60,6 +62,25 @@ template <class T>
         products[(begin + i) * kBlock + r] = total[i];
     }
   }
+}
+
+// products [key][row] of a block's query [unit][row] with key_rows, in every pass with the bits
+// that the forward has: else a lone key's weight, which is 1, would keep the difference.
+template <class T>
+void query_products(const Attention<T>& a, const Sequence& s, int64_t head, const Block& block,
+                    const Keys& keys, const UnitOf<T>* query, const UnitOf<T>* key_rows,
+                    float* products) {
+  if constexpr (kPerUnit<UnitOf<T>> == 1) {
+    if (are_few(a, s)) {
+      float rows[kFew * kMaxDim];
+      for (int64_t r = 0; r < block.rows; ++r)
+        for (int64_t d = 0; d < a.dim; ++d) rows[r * a.dim + d] = query[d * kBlock + r];
+      for (int64_t j = 0; j < keys.count; ++j) store(products + j * kBlock, F32{});
+      return few_products(a, s, head, keys, block.rows, rows, products);
+    }
+  }
+  dots(keys.count, block.vectors, units<UnitOf<T>>(a.dim), key_rows, query, kBlock, products,
+       kBlock);
 }
 
 // out [row][width] = alpha[row] * out + the values times powers [key][row].

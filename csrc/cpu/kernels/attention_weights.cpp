@@ -1,4 +1,5 @@
 #include "attention_cache.h"
+#include "attention_few.h"
 
 namespace llmos {
 namespace {
@@ -48,13 +49,13 @@ struct Weights {
       shift[r] = exponent.shift(F32{} + a.m[at])[0];
       inverse[r] = a.inverse[at] * part;
     }
-    const int64_t last = std::min(s.last, block.limit_most), inner = units<U>(a.dim);
+    const int64_t last = std::min(s.last, block.limit_most);
     for (int64_t at = s.first / kTile * kTile; at < last; at += kTile) {
       const Keys keys(a, s, at, last);
       if (!keys.any) continue;
       if (a.mask.type != MaskType::None && !pack_mask(a.mask, block, keys, mask)) continue;
       cache.get(sequence, head / a.group(), keys.begin);
-      dots(keys.count, block.vectors, inner, cache.key_rows, query, kBlock, products, kBlock);
+      query_products(a, s, head / a.group(), block, keys, query, cache.key_rows, products);
       with_vectors(block.vectors, [&](auto vectors) { add_tile<vectors>(block, keys); });
     }
   }

@@ -1,0 +1,41 @@
+"""Copies of modules to run instead of them."""
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def replica(
+    module: nn.Module,
+    cls: type | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+) -> nn.Module:
+    """A copy of ``module`` without its hooks, as ``cls``, in ``dtype`` and on ``device`` where they
+    are given."""
+    new: Any = cls or type(module)
+
+    def copy(t):
+        if t is None:
+            return None
+        wanted = dtype if dtype and t.is_floating_point() else t.dtype
+        data = t.detach().to(device or t.device, wanted, copy=True)
+        return nn.Parameter(data, t.is_floating_point()) if isinstance(t, nn.Parameter) else data
+
+    clone = new.__new__(new)
+    clone.__dict__.update(module.__dict__)
+    for name in module.__dict__:
+        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+            clone.__dict__[name] = OrderedDict()
+    clone._parameters = {k: copy(p) for k, p in module._parameters.items()}
+    clone._buffers = {k: copy(b) for k, b in module._buffers.items()}
+    clone._modules = {
+        k: m if m is None else replica(m, None, dtype, device) for k, m in module._modules.items()
+    }
+    if isinstance(clone, nn.Dropout):
+        clone.p = 0.0  # Another generator draws other masks; the op's own tests compare those.
+    if isinstance(clone, nn.MultiheadAttention):
+        clone.dropout = 0.0
+    return clone
