@@ -1,138 +1,23 @@
-"""A matrix product with its bias, activation and dropout, and the products of its gradients.
-
-    z = input weight^T + bias,   y = dropout(activation(z))
-
-z is rounded to the dtype of ``input`` before the activation, as in torch; sums are float32.
-Backward, with f the dropout factors (0 or 1 / (1 - p)) and ``kept`` as ``ops/activations.py`` says:
-
-    dz = dy f activation'(kept),   dinput = dz weight,   dweight = dz^T input,   dbias = sum(dz)
-
-A chain of two (``ops/feed_forward.py``) multiplies by f activation' of the first where dinput of the
-second leaves its product, and sums it up for the bias there. The mask of dropout is that of
-``ops/dropout.py`` on the rows of y.
-"""
+"""``linear``: a matrix product with its bias and activation; formulas in ``ops/products.py``."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmos_kernels._registry import KERNEL_DTYPES, define, needs_grad, use_reference
-from llmos_kernels.ops import activations
+from llmos_kernels._registry import KERNEL_DTYPES, needs_grad, use_reference
+from llmos_kernels.ops import activations, products
 from llmos_kernels.ops.activations import NONE, RELU, keeps_input
 from llmos_kernels.ops.autocast import autocast
-from llmos_kernels.ops.dropout import dropout_reference, keep_mask
 
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, with sums in float32 and the dtype of ``a``."""
-    acc = torch.promote_types(a.dtype, torch.float32)
-    return a.to(acc) @ b.to(acc)
-
-
-def transform(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, activation: int, p: float, seed
-) -> tuple[Tensor, Tensor]:
-    """y and z of ``rows`` [rows, in], by differentiable torch ops."""
-    z = _product(rows, weight.mT)
-    if bias is not None:
-        z = z + bias.to(z.dtype)
-    z = z.to(rows.dtype)
-    return activate_rows(z, activation, p, seed), z
-
-
-def activate_rows(z: Tensor, activation: int, p: float, seed: Tensor | None) -> Tensor:
-    """dropout(activation(z)) of ``z`` [rows, out], rounded once; differentiable."""
-    acc = torch.promote_types(z.dtype, torch.float32)
-    y = activations.activate(z.to(acc), activation)
-    return (y if seed is None else dropout_reference(y, seed, p)).to(z.dtype)
-
-
-def slopes(kept: Tensor, activation: int, p: float, seed: Tensor | None) -> Tensor:
-    """f activation'(kept), in the accumulation dtype; differentiable."""
-    acc = torch.promote_types(kept.dtype, torch.float32)
-    slope = activations.derivative(kept.to(acc), activation)
-    if seed is not None:
-        slope = slope * keep_mask(seed, kept.shape[0], kept.shape[1], p) / (1 - p)
-    return slope
-
-
-def _forward_reference(input, weight, bias, activation, dropout_p, seed, keep):
-    y, z = transform(input, weight, bias, activation, dropout_p, seed)
-    return y.contiguous(), z.contiguous() if keep else y.new_empty(0)
-
-
-def _dinput_reference(dout, weight, kept, activation, dropout_p, seed):
-    dinput = _product(dout, weight)
-    if kept is None:
-        return dinput.to(dout.dtype).contiguous(), dout.new_empty(0)
-    dinput = dinput * slopes(kept, activation, dropout_p, seed)
-    return dinput.to(dout.dtype).contiguous(), dinput.sum(0).to(dout.dtype)
-
-
-def _dweight_reference(dout, input, bias):
-    dbias = dout.sum(0, dtype=torch.promote_types(dout.dtype, torch.float32))
-    dweight = _product(dout.mT, input).to(dout.dtype)
-    return dweight.contiguous(), dbias.to(dout.dtype) if bias else dout.new_empty(0)
-
-
-def _activation_forward_reference(kept, activation, dropout_p, seed):
-    return activate_rows(kept, activation, dropout_p, seed).contiguous()
-
-
-def _activation_backward_reference(dout, kept, activation, dropout_p, seed):
-    return (dout * slopes(kept, activation, dropout_p, seed)).to(dout.dtype).contiguous()
-
-
-_DROPOUT = "int activation, float dropout_p, Tensor? seed"
-
-linear_forward = define(
-    f"linear_forward(Tensor input, Tensor weight, Tensor? bias, {_DROPOUT}, bool keep)"
-    " -> (Tensor out, Tensor kept)",
-    reference=_forward_reference,
-    fake=lambda input, weight, bias, activation, dropout_p, seed, keep: (
-        input.new_empty(input.shape[0], weight.shape[0]),
-        input.new_empty((input.shape[0], weight.shape[0]) if keep else 0),
-    ),
-    triton="linear:forward",
-)
-linear_dinput = define(
-    f"linear_dinput(Tensor dout, Tensor weight, Tensor? kept, {_DROPOUT})"
-    " -> (Tensor dinput, Tensor dbias)",
-    reference=_dinput_reference,
-    fake=lambda dout, weight, kept, activation, dropout_p, seed: (
-        dout.new_empty(dout.shape[0], weight.shape[1]),
-        dout.new_empty(0 if kept is None else weight.shape[1]),
-    ),
-    triton="linear_backward:dinput",
-)
-linear_dweight = define(
-    "linear_dweight(Tensor dout, Tensor input, bool bias) -> (Tensor dweight, Tensor dbias)",
-    reference=_dweight_reference,
-    fake=lambda dout, input, bias: (
-        dout.new_empty(dout.shape[1], input.shape[1]),
-        dout.new_empty(dout.shape[1] if bias else 0),
-    ),
-    triton="linear_backward:dweight",
-)
-activation_forward = define(
-    f"activation_forward(Tensor kept, {_DROPOUT}) -> Tensor",
-    reference=_activation_forward_reference,
-    fake=lambda kept, activation, dropout_p, seed: kept.new_empty(kept.shape),
-    triton="activation:forward",
-)
-activation_backward = define(
-    f"activation_backward(Tensor dout, Tensor kept, {_DROPOUT}) -> Tensor",
-    reference=_activation_backward_reference,
-    fake=lambda dout, kept, activation, dropout_p, seed: dout.new_empty(dout.shape),
-    triton="activation:backward",
-)
+#: Multiplications from which on the call costs less than the product gains.
+_OWN_WORK = 1 << 18
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, activation):
         keep = keeps_input(activation)
-        out, z = linear_forward(input, weight, bias, activation, 0.0, None, keep)
+        out, z = products.forward(input, weight, bias, activation, 0.0, None, keep)
         kept = z if keep else out if activation == RELU else None
         ctx.save_for_backward(input, weight, bias, kept)
         ctx.activation = activation
@@ -143,32 +28,16 @@ class _Linear(torch.autograd.Function):
         input, weight, bias, kept = ctx.saved_tensors
         activation = ctx.activation
         if torch.is_grad_enabled():
-            z = transform(input, weight, bias, NONE, 0.0, None)[1]
-            dz = dout * slopes(z, activation, 0.0, None)
-            return (*linear_gradients(dz, input, weight, bias), None)
+            z = products.transform(input, weight, bias, NONE, 0.0, None)[1]
+            dz = dout * products.slopes(z, activation, 0.0, None)
+            return (*products.linear_gradients(dz, input, weight, bias), None)
         dz = dout
         if kept is not None:
-            dz = activation_backward(dout, kept, activation, 0.0, None)
+            dz = products.activation_backward(dout, kept, activation, 0.0, None)
         of_input, of_weight, of_bias, _ = ctx.needs_input_grad
-        dinput = linear_dinput(dz, weight, None, NONE, 0.0, None)[0] if of_input else None
-        dweight, dbias = parameter_gradients(dz, input, of_weight, of_bias)
+        dinput = products.dinput(dz, weight, None, NONE, 0.0, None)[0] if of_input else None
+        dweight, dbias = products.parameter_gradients(dz, input, of_weight, of_bias)
         return dinput, dweight, dbias, None
-
-
-def linear_gradients(dz: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple:
-    """dinput, dweight and dbias, by differentiable torch ops."""
-    dinput, dweight = _product(dz, weight), _product(dz.mT, input)
-    dbias = None if bias is None else dz.sum(0, dtype=dweight.dtype).to(bias.dtype)
-    return dinput.to(input.dtype), dweight.to(weight.dtype), dbias
-
-
-def parameter_gradients(dz: Tensor, input: Tensor, of_weight: bool, of_bias: bool) -> tuple:
-    """dweight and dbias where they are wanted, else None."""
-    if not of_weight:
-        acc = torch.promote_types(dz.dtype, torch.float32)
-        return None, dz.sum(0, dtype=acc).to(dz.dtype) if of_bias else None
-    dweight, dbias = linear_dweight(dz, input, of_bias)
-    return dweight, dbias if of_bias else None
 
 
 def check_linear(
@@ -225,20 +94,20 @@ def linear(
     check_linear(input, weight, bias)
     rows = as_rows(input)
     if use_reference(backend, input.dtype):
-        out = transform(rows, weight, bias, code, 0.0, None)[0]
+        out = products.transform(rows, weight, bias, code, 0.0, None)[0]
     elif needs_grad(input, weight, bias):
         out = _Linear.apply(rows, weight, bias, code)
     else:
-        out = linear_forward(rows, weight, bias, code, 0.0, None, False)[0]
+        out = products.forward(rows, weight, bias, code, 0.0, None, False)[0]
     return out if input.ndim == 2 else out.view(*input.shape[:-1], weight.shape[0])
 
 
 def project(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A product with nothing to fuse, by whoever is faster: torch's cuBLAS on GPUs and oneDNN in 16
-    bits on CPUs, this library's own product in float32 on CPUs."""
+    """A product with nothing to fuse, by whoever is faster: ``F.linear`` on GPUs, in 16 bits, and where
+    the call costs more than the product; ``linear`` in float32 on CPUs."""
     plain = type(weight) in (Tensor, torch.nn.Parameter)  # And nothing quantized or sharded.
     wide = input.is_cpu and input.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if wide and plain:
+    if wide and plain and input.numel() * weight.shape[0] >= _OWN_WORK:
         return linear(input, weight, bias)
     return F.linear(input, weight, bias)
 

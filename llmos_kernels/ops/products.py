@@ -1,0 +1,203 @@
+"""The matrix products of linear layers with what is fused into them, and who computes each.
+
+    z = input weight^T + bias,   y = dropout(activation(z))
+
+z is rounded to the dtype of ``input`` before the activation, as in torch; sums are float32.
+Backward, with f the dropout factors (0 or 1 / (1 - p)) and ``kept`` as ``ops/activations.py`` says:
+
+    dz = dy f activation'(kept),   dinput = dz weight,   dweight = dz^T input,   dbias = sum(dz)
+
+A chain of two (``ops/feed_forward.py``) multiplies by f activation' of the first where dinput of the
+second leaves its product, and sums it up for the bias there. The mask of dropout is that of
+``ops/dropout.py`` on the rows of y.
+
+On CPUs oneDNN, as torch brings it, answers for large bfloat16 products, where it is faster. In float32
+it is faster too, but its error is two to three times that of torch's own product, over the budget.
+"""
+
+import torch
+from torch import Tensor
+
+from llmos_kernels._registry import define
+from llmos_kernels.ops import activations
+from llmos_kernels.ops.activations import NONE
+from llmos_kernels.ops.dropout import dropout_reference, keep_mask
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, with sums in float32 and the dtype of ``a``."""
+    acc = torch.promote_types(a.dtype, torch.float32)
+    return a.to(acc) @ b.to(acc)
+
+
+def transform(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, activation: int, p: float, seed
+) -> tuple[Tensor, Tensor]:
+    """y and z of ``rows`` [rows, in], by differentiable torch ops."""
+    z = _product(rows, weight.mT)
+    if bias is not None:
+        z = z + bias.to(z.dtype)
+    z = z.to(rows.dtype)
+    return activate_rows(z, activation, p, seed), z
+
+
+def activate_rows(z: Tensor, activation: int, p: float, seed: Tensor | None) -> Tensor:
+    """dropout(activation(z)) of ``z`` [rows, out], rounded once; differentiable."""
+    acc = torch.promote_types(z.dtype, torch.float32)
+    y = activations.activate(z.to(acc), activation)
+    return (y if seed is None else dropout_reference(y, seed, p)).to(z.dtype)
+
+
+def slopes(kept: Tensor, activation: int, p: float, seed: Tensor | None) -> Tensor:
+    """f activation'(kept), in the accumulation dtype; differentiable."""
+    acc = torch.promote_types(kept.dtype, torch.float32)
+    slope = activations.derivative(kept.to(acc), activation)
+    if seed is not None:
+        slope = slope * keep_mask(seed, kept.shape[0], kept.shape[1], p) / (1 - p)
+    return slope
+
+
+def _forward_reference(input, weight, bias, activation, dropout_p, seed, keep):
+    y, z = transform(input, weight, bias, activation, dropout_p, seed)
+    return y.contiguous(), z.contiguous() if keep else y.new_empty(0)
+
+
+def _dinput_reference(dout, weight, kept, activation, dropout_p, seed):
+    dinput = _product(dout, weight)
+    if kept is None:
+        return dinput.to(dout.dtype).contiguous(), dout.new_empty(0)
+    dinput = dinput * slopes(kept, activation, dropout_p, seed)
+    return dinput.to(dout.dtype).contiguous(), dinput.sum(0).to(dout.dtype)
+
+
+def _dweight_reference(dout, input, bias):
+    dbias = dout.sum(0, dtype=torch.promote_types(dout.dtype, torch.float32))
+    dweight = _product(dout.mT, input).to(dout.dtype)
+    return dweight.contiguous(), dbias.to(dout.dtype) if bias else dout.new_empty(0)
+
+
+def _activation_forward_reference(kept, activation, dropout_p, seed):
+    return activate_rows(kept, activation, dropout_p, seed).contiguous()
+
+
+def _activation_backward_reference(dout, kept, activation, dropout_p, seed):
+    return (dout * slopes(kept, activation, dropout_p, seed)).to(dout.dtype).contiguous()
+
+
+_DROPOUT = "int activation, float dropout_p, Tensor? seed"
+
+linear_forward = define(
+    f"linear_forward(Tensor input, Tensor weight, Tensor? bias, {_DROPOUT}, bool keep)"
+    " -> (Tensor out, Tensor kept)",
+    reference=_forward_reference,
+    fake=lambda input, weight, bias, activation, dropout_p, seed, keep: (
+        input.new_empty(input.shape[0], weight.shape[0]),
+        input.new_empty((input.shape[0], weight.shape[0]) if keep else 0),
+    ),
+    triton="linear:forward",
+)
+linear_dinput = define(
+    f"linear_dinput(Tensor dout, Tensor weight, Tensor? kept, {_DROPOUT})"
+    " -> (Tensor dinput, Tensor dbias)",
+    reference=_dinput_reference,
+    fake=lambda dout, weight, kept, activation, dropout_p, seed: (
+        dout.new_empty(dout.shape[0], weight.shape[1]),
+        dout.new_empty(0 if kept is None else weight.shape[1]),
+    ),
+    triton="linear_backward:dinput",
+)
+linear_dweight = define(
+    "linear_dweight(Tensor dout, Tensor input, bool bias) -> (Tensor dweight, Tensor dbias)",
+    reference=_dweight_reference,
+    fake=lambda dout, input, bias: (
+        dout.new_empty(dout.shape[1], input.shape[1]),
+        dout.new_empty(dout.shape[1] if bias else 0),
+    ),
+    triton="linear_backward:dweight",
+)
+activation_forward = define(
+    f"activation_forward(Tensor kept, {_DROPOUT}) -> Tensor",
+    reference=_activation_forward_reference,
+    fake=lambda kept, activation, dropout_p, seed: kept.new_empty(kept.shape),
+    triton="activation:forward",
+)
+activation_backward = define(
+    f"activation_backward(Tensor dout, Tensor kept, {_DROPOUT}) -> Tensor",
+    reference=_activation_backward_reference,
+    fake=lambda dout, kept, activation, dropout_p, seed: dout.new_empty(dout.shape),
+    triton="activation:backward",
+)
+
+#: Multiplications from which on oneDNN is as fast as this library's product, or faster.
+ONEDNN_WORK = 1 << 26
+_ONEDNN_NAMES = {
+    NONE: ("none", ""),
+    activations.RELU: ("relu", ""),
+    activations.GELU: ("gelu", "none"),
+    activations.GELU_TANH: ("gelu", "tanh"),
+    activations.SILU: ("swish", ""),
+}
+
+
+_HAS_ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
+
+
+def has_onednn() -> bool:
+    """Whether torch's oneDNN multiplies bfloat16 on this CPU, with a bias and an activation."""
+    return _HAS_ONEDNN and (torch.compiler.is_compiling() or bool(torch.backends.mkldnn.enabled))
+
+
+def _is_for_onednn(input: Tensor, work: int) -> bool:
+    large = input.is_cpu and input.dtype == torch.bfloat16 and work >= ONEDNN_WORK
+    return large and has_onednn()
+
+
+def forward(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, activation: int, p: float, seed, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """y of ``rows`` [rows, in], and z where ``keep``."""
+    plain = seed is None and not keep and activation in _ONEDNN_NAMES
+    if plain and _is_for_onednn(rows, rows.numel() * weight.shape[0]):
+        name, algorithm = _ONEDNN_NAMES[activation]
+        y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, name, [], algorithm)
+        return y, None
+    y, z = linear_forward(rows, weight, bias, activation, p, seed, keep)
+    return y, z if keep else None
+
+
+def dinput(
+    dz: Tensor, weight: Tensor, kept: Tensor | None, activation: int, p: float, seed
+) -> tuple[Tensor, Tensor]:
+    """dz weight, times the derivative at ``kept`` where it is given, and then its sum over rows."""
+    if _is_for_onednn(dz, dz.numel() * weight.shape[1]):
+        product = dz @ weight
+        if kept is None:
+            return product, product.new_empty(0)
+        product = activation_backward(product, kept, activation, p, seed)
+        return product, _sum_of_rows(product)
+    return linear_dinput(dz, weight, kept, activation, p, seed)
+
+
+def parameter_gradients(dz: Tensor, input: Tensor, of_weight: bool, of_bias: bool) -> tuple:
+    """dweight and dbias where they are wanted, else None."""
+    if not of_weight:
+        return None, _sum_of_rows(dz) if of_bias else None
+    if _is_for_onednn(dz, dz.numel() * input.shape[1]):
+        return dz.mT @ input, _sum_of_rows(dz) if of_bias else None
+    dweight, dbias = linear_dweight(dz, input, of_bias)
+    return dweight, dbias if of_bias else None
+
+
+def _sum_of_rows(dz: Tensor) -> Tensor:
+    return dz.sum(0, dtype=torch.promote_types(dz.dtype, torch.float32)).to(dz.dtype)
+
+
+def linear_gradients(dz: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple:
+    """dinput, dweight and dbias, by differentiable torch ops."""
+    of_input, of_weight = _product(dz, weight), _product(dz.mT, input)
+    of_bias = None if bias is None else dz.sum(0, dtype=of_weight.dtype).to(bias.dtype)
+    return of_input.to(input.dtype), of_weight.to(weight.dtype), of_bias

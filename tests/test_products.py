@@ -1,0 +1,110 @@
+"""Products large enough for oneDNN: the same results, gradients and error budget."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import llmos_kernels as lk
+from llmos_kernels.ops import products
+from llmos_kernels.testing import assert_accurate, cast, make_gradients
+
+ROWS, IN, HIDDEN = 1040, 264, 256  # Past 2^26 multiplications.
+DTYPES = (torch.float32, torch.bfloat16)
+ACTIVATIONS = {
+    None: lambda z: z,
+    "relu": F.relu,
+    "relu2": lambda z: F.relu(z).square(),
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "silu": F.silu,
+}
+onednn = pytest.mark.skipif(not products.has_onednn(), reason="torch has no oneDNN for this CPU")
+
+
+class Ops(TorchDispatchMode):
+    """The names of the products that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.seen.add(op.overloadpacket.__name__)
+        return op(*args, **(kwargs or {}))
+
+
+def arguments(dtype, columns=False, bias=True, requires_grad=False):
+    torch.manual_seed(0)
+    x, w1, w2 = torch.randn(2, ROWS // 2, IN), torch.randn(HIDDEN, IN), torch.randn(IN, HIDDEN)
+    w1, w2 = w1 * IN**-0.5, w2 * HIDDEN**-0.5
+    args = x, w1, torch.randn(HIDDEN) if bias else None, w2, torch.randn(IN) if bias else None
+    args = [a if a is None else a.to(dtype) for a in args]
+    if columns:
+        args[1], args[3] = (a.mT.contiguous().mT for a in (args[1], args[3]))
+    return [a if a is None else a.requires_grad_(requires_grad) for a in args]
+
+
+@onednn
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_forward(activation, dtype):
+    for columns, bias in ((False, True), (True, False)):
+        x, w, b, *_ = arguments(dtype, columns, bias)
+
+        def eager(x, w, b):
+            return ACTIVATIONS[activation](F.linear(x, w, b))
+
+        with torch.no_grad(), Ops() as ops:
+            actual = lk.linear(x, w, b, activation)
+        by_onednn = dtype == torch.bfloat16 and activation != "relu2"
+        assert ("_linear_pointwise" in ops.seen) == by_onednn
+        exact = eager(*cast((x, w, b), torch.float64))
+        assert_accurate(actual, exact, eager(x, w, b), f"{activation} {columns}")
+
+
+@onednn
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_gradients(activation, dtype):
+    def eager(x, w1, b1, w2, b2):
+        return F.linear(ACTIVATIONS[activation](F.linear(x, w1, b1)), w2, b2)
+
+    def fused(*args):
+        return lk.feed_forward(*args, activation)
+
+    def single(x, w1, b1, w2, b2):
+        return lk.linear(lk.linear(x, w1, b1, activation), w2, b2)
+
+    args = arguments(dtype, requires_grad=True)
+
+    def run(fn, args):
+        out = fn(*args)
+        return [out, *torch.autograd.grad(out, args, [g.to(out) for g in gradients])]
+
+    gradients = make_gradients([eager(*args)])
+    exact, allowed = run(eager, cast(args, torch.float64)), run(eager, args)
+    for fn in (fused, single):
+        for i, values in enumerate(zip(run(fn, args), exact, allowed, strict=True)):
+            assert_accurate(*values, f"{fn.__name__} {i}")
+
+
+def test_own_product_without_onednn(monkeypatch):
+    x, w, b, *_ = arguments(torch.bfloat16)
+    monkeypatch.setattr(products, "_HAS_ONEDNN", False)
+    with torch.no_grad(), Ops() as ops:
+        y = lk.linear(x, w, b, "relu")
+    assert "linear_forward" in ops.seen and "_linear_pointwise" not in ops.seen
+    torch.testing.assert_close(y, F.relu(F.linear(x, w, b)))
+
+
+@onednn
+def test_compiled():
+    x, w, b, w2, b2 = arguments(torch.bfloat16)
+
+    def block(x):
+        return lk.feed_forward(x, w, b, w2, b2)
+
+    with torch.no_grad():
+        compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), block(x))
