@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import pickle
 
 import pytest
@@ -95,3 +96,29 @@ def test_training_step_matches_torch(device):
         return loss
 
     torch.testing.assert_close(train(nn.LayerNorm), train(torch.nn.LayerNorm), rtol=1e-3, atol=1e-5)
+
+
+def test_sinusoidal_positions():
+    encoding = nn.SinusoidalPositionalEncoding(7, max_len=50)
+    x = torch.randn(2, 11, 7)
+    added = encoding(x) - x
+    for t in (0, 1, 10):
+        for i in range(7):
+            angle = t / 10000 ** (i // 2 * 2 / 7)
+            expected = math.cos(angle) if i % 2 else math.sin(angle)
+            assert abs(added[1, t, i].item() - expected) < 1e-6
+    torch.testing.assert_close(encoding(x[:, 4:], offset=4), encoding(x)[:, 4:])
+    torch.testing.assert_close(encoding(x[0]), encoding(x)[0])
+    rows_first = nn.SinusoidalPositionalEncoding(7, max_len=50, batch_first=False)
+    torch.testing.assert_close(rows_first(x.transpose(0, 1)).transpose(0, 1), encoding(x))
+    assert not encoding.state_dict() and encoding(x.bfloat16()).dtype == torch.bfloat16
+    dropped = nn.SinusoidalPositionalEncoding(7, dropout=0.5)
+    assert (dropped(x) == 0).any() and not (dropped.eval()(x) == 0).any()
+    for call in (lambda: encoding(torch.randn(2, 51, 7)), lambda: encoding(x, offset=-1)):
+        with pytest.raises(ValueError, match="max_len=50"):
+            call()
+    with pytest.raises(ValueError, match=r"\[2, 3, 8\]"):
+        encoding(torch.randn(2, 3, 8))
+    for bad in ((0,), (8, 0), (8, 10, 1.0)):
+        with pytest.raises(ValueError):
+            nn.SinusoidalPositionalEncoding(*bad)

@@ -4,6 +4,7 @@ from llmos_kernels.nn.attention import MultiheadAttention
 from llmos_kernels.nn.feed_forward import FeedForward
 from llmos_kernels.nn.linear import Linear
 from llmos_kernels.nn.norm import AddLayerNorm, LayerNorm, RMSNorm
+from llmos_kernels.nn.position import SinusoidalPositionalEncoding
 from llmos_kernels.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Linear",
     "MultiheadAttention",
     "RMSNorm",
+    "SinusoidalPositionalEncoding",
     "TransformerDecoderLayer",
     "TransformerEncoderLayer",
 ]

@@ -72,7 +72,7 @@ struct Dinput {
 template <class T>
 struct Dweight {
   static constexpr int64_t kBlock = kPanel;
-  static constexpr int64_t kFold = 8;  // Rows after which a sum starts anew.
+  static constexpr int64_t kFold = 8;  // Rows that are added up in one piece.
   const LinearDweight<T>& a;
   Panels<T> panels;
 
@@ -100,22 +100,32 @@ struct Dweight {
   void add_rows(int64_t begin, int64_t end) {
     for (; begin < end; begin += kPanel) {
       const int64_t count = std::min(kPanel, end - begin);
-      float total[kPanel] = {};
-      for (int64_t from = 0; from < a.rows; from += kFold) {
-        float sum[kPanel] = {};
-        for (int64_t r = from; r < std::min(from + kFold, a.rows); ++r) {
-          const T* row = a.dout.at(r, begin);
-          if (a.dout.column == 1)
-            sweep(count, [&](auto part, int64_t j) {
-              using V = typename decltype(part)::V;
-              store(sum + j, load<V>(sum + j) + load<V>(row + j));
-            });
-          else
-            for (int64_t j = 0; j < count; ++j) sum[j] += load<float>(row + j * a.dout.column);
-        }
-        for (int64_t j = 0; j < count; ++j) total[j] += sum[j];
-      }
+      float total[kPanel];
+      add_rows(begin, count, 0, a.rows, total);
       for (int64_t j = 0; j < count; ++j) store(a.dbias + begin + j, total[j]);
+    }
+  }
+
+  // By halves: a long sum in one piece would lose digits.
+  void add_rows(int64_t first, int64_t count, int64_t begin, int64_t end, float* sum) {
+    if (end - begin > kFold) {
+      const int64_t middle = begin + (end - begin) / 2;
+      float other[kPanel];
+      add_rows(first, count, begin, middle, sum);
+      add_rows(first, count, middle, end, other);
+      for (int64_t j = 0; j < count; ++j) sum[j] += other[j];
+      return;
+    }
+    std::memset(sum, 0, kPanel * sizeof(float));
+    for (int64_t r = begin; r < end; ++r) {
+      const T* row = a.dout.at(r, first);
+      if (a.dout.column == 1)
+        sweep(count, [&](auto part, int64_t j) {
+          using V = typename decltype(part)::V;
+          store(sum + j, load<V>(sum + j) + load<V>(row + j));
+        });
+      else
+        for (int64_t j = 0; j < count; ++j) sum[j] += load<float>(row + j * a.dout.column);
     }
   }
 };
