@@ -4,7 +4,8 @@
 
 The text is the docstrings of Python's own library, as bytes. Two models: a causal language model of
 four ``nn.TransformerEncoderLayer``, and a BERT of four layers that fills in masked bytes. Each trains
-with dropout (stock with two seeds, swapped with the first of them) and without (stock and swapped).
+with dropout (stock with two seeds, swapped with the first of them) and without: stock, swapped, and
+stock again with one weight a unit in the last place apart, which shows what rounding alone grows to.
 """
 
 import argparse
@@ -24,11 +25,12 @@ import llmos_kernels as lk
 BATCH, LENGTH, WIDTH, HEADS, HIDDEN, LAYERS, BYTES = 16, 128, 128, 4, 512, 4, 256
 MASK = BYTES  # A token of its own.
 RUNS = {
-    "stock": (0.1, 0, False),
-    "stock, another seed": (0.1, 1, False),
-    "swapped": (0.1, 0, True),
-    "stock, no dropout": (0.0, 0, False),
-    "swapped, no dropout": (0.0, 0, True),
+    "stock": (0.1, 0, False, False),
+    "stock, another seed": (0.1, 1, False, False),
+    "swapped": (0.1, 0, True, False),
+    "stock, no dropout": (0.0, 0, False, False),
+    "swapped, no dropout": (0.0, 0, True, False),
+    "one ulp apart, no dropout": (0.0, 0, False, True),
 }
 
 
@@ -86,13 +88,16 @@ class MaskedModel(nn.Module):
         return F.cross_entropy(logits[hidden], tokens[hidden])
 
 
-def train(make, data, steps, dropout, seed, swap) -> list[float]:
+def train(make, data, steps, dropout, seed, swap, nudge) -> list[float]:
     """The loss of each step. Data and start depend on the seed alone."""
     torch.manual_seed(seed)
     model = make(dropout).train()
     if swap:
         report = lk.optimize(model)
         assert report.swapped, report
+    if nudge:
+        weight = max(model.parameters(), key=torch.numel).detach().view(-1)
+        weight[0] = torch.nextafter(weight[0], torch.tensor(torch.inf))
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
     losses = []
@@ -131,6 +136,12 @@ def summary(curves) -> dict[str, float]:
             curves["swapped, no dropout"][:50], curves["stock, no dropout"][:50]
         ),
         "no dropout, all steps": apart(curves["swapped, no dropout"], curves["stock, no dropout"]),
+        "one ulp apart, first 50 steps": apart(
+            curves["one ulp apart, no dropout"][:50], curves["stock, no dropout"][:50]
+        ),
+        "one ulp apart, all steps": apart(
+            curves["one ulp apart, no dropout"], curves["stock, no dropout"]
+        ),
         "last loss of stock": smoothed["stock"][-1],
         "last loss of swapped": smoothed["swapped"][-1],
     }
@@ -150,9 +161,11 @@ def plot(results, path) -> None:
             above.plot(smooth(curves[run]), style, label=run)
         above.set(title=f"{name}, dropout 0.1", ylabel="loss (mean of 20 steps)")
         above.legend()
-        pairs = zip(curves["swapped, no dropout"], curves["stock, no dropout"], strict=True)
-        below.semilogy([max(abs(a - b), 1e-8) for a, b in pairs], lw=0.8)
-        below.set(title="no dropout", xlabel="step", ylabel="|loss of swapped - loss of stock|")
+        for run in ("swapped", "one ulp apart"):
+            pairs = zip(curves[f"{run}, no dropout"], curves["stock, no dropout"], strict=True)
+            below.semilogy([max(abs(a - b), 1e-8) for a, b in pairs], lw=0.8, label=run)
+        below.set(title="no dropout", xlabel="step", ylabel="distance of the loss to stock's")
+        below.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -167,9 +180,9 @@ def main() -> None:
     print(f"{len(data)} bytes of docstrings, {options.steps} steps")
     for name, make in (("causal model", CausalModel), ("BERT", MaskedModel)):
         results[name] = {}
-        for run, (dropout, seed, swap) in RUNS.items():
+        for run, settings in RUNS.items():
             start = time.perf_counter()
-            losses = train(make, data, options.steps, dropout, seed, swap)
+            losses = train(make, data, options.steps, *settings)
             results[name][run] = [round(v, 7) for v in losses]
             seconds = time.perf_counter() - start
             print(f"{name:13} {run:20} {losses[0]:.3f} -> {losses[-1]:.3f}, {seconds:.0f} s")

@@ -9,6 +9,7 @@ if PathFinder.find_spec("llmos_kernels._C", __path__):
 from llmos_kernels import nn
 from llmos_kernels.ops import device  # noqa: F401  defines its op
 from llmos_kernels.ops.attention import scaled_dot_product_attention
+from llmos_kernels.ops.embedding import embedding_layer_norm
 from llmos_kernels.ops.feed_forward import feed_forward
 from llmos_kernels.ops.layer_norm import add_layer_norm, layer_norm
 from llmos_kernels.ops.linear import linear
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "embedding_layer_norm",
     "feed_forward",
     "layer_norm",
     "linear",

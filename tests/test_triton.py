@@ -17,7 +17,7 @@ ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 NORMS = """
 import sys, torch
 from llmos_kernels import _inspect
-names = ("layer_norm", "add_layer_norm-dropout", "rms_norm")
+names = ("layer_norm", "add_layer_norm-dropout", "rms_norm", "embedding", "embedding-dropout")
 launches = _inspect.launches((torch.float32, torch.bfloat16), (64, 768, 8192, 32768), names)
 """
 

@@ -2,49 +2,16 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <tuple>
 #include <type_traits>
 
 #include "../rows.h"
-#include "host.h"
+#include "norm_host.h"
 
 namespace llmos {
 namespace {
 
-// Below this many elements a thread costs more than it brings.
-constexpr int64_t kGrain = 32768;
-
-// Rows that share one partial sum of the weight gradient: fixed by the shape alone, so
-// that the result does not depend on the number of threads.
-int64_t rows_per_chunk(int64_t rows) { return std::max<int64_t>(32, (rows + 63) / 64); }
-
 int64_t rows_of(const Tensor& x, int64_t d) { return d ? x.numel() / d : 0; }
-
-// A weight or bias as d floats, of which it keeps a copy where its dtype is another.
-struct Parameter {
-  Optional tensor;
-  Floats copy;
-  const float* data = nullptr;
-
-  Parameter(const Optional& t, int64_t d) {
-    if (!t) return;
-    STD_TORCH_CHECK(t->numel() == d, "layer_norm: expected a weight or bias of ", d,
-                    " elements, got ", t->numel());
-    if (!t->is_contiguous()) tensor = torch::stable::contiguous(*t);
-    const Tensor& packed = tensor ? *tensor : *t;
-    if (t->scalar_type() == ScalarType::Float) {
-      data = llmos::data<float>(packed);
-      return;
-    }
-    copy = floats(d);
-    dispatch(t->scalar_type(), [&](auto w) {
-      using W = decltype(w);
-      to_float<W>.best()(llmos::data<W>(packed), copy.get(), d);
-    });
-    data = copy.get();
-  }
-};
 
 // Fills y [like x], h [like x, with a residual only] and stats [mean and rstd, or rstd].
 Tensor normalize(const Tensor& x_, const Tensor* residual_, const Optional& weight_,
@@ -78,8 +45,8 @@ Tensor normalize(const Tensor& x_, const Tensor* residual_, const Optional& weig
     const auto run = [&](int64_t begin, int64_t end) {
       kernel(args, begin, end, std::is_same_v<T, float> ? nullptr : floats(d).get());
     };
-    if (rows * d <= kGrain) return run(0, rows);
-    torch::stable::parallel_for(0, rows, 1 + kGrain / 2 / d, run);
+    if (rows * d <= kNormGrain) return run(0, rows);
+    torch::stable::parallel_for(0, rows, 1 + kNormGrain / 2 / d, run);
   });
   return stats;
 }
@@ -120,12 +87,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy_, const Opt
   const Parameter weight(weight_, d);
   const Tensor stats = llmos::contiguous(stats_);
 
-  const bool partials = weight_grad || bias_grad;
-  const int64_t chunk = rows_per_chunk(rows), chunks = (rows + chunk - 1) / chunk;
-  // [chunk][weight, bias][d]
-  Tensor partial = output(h_, {partials ? chunks * 2 * d : 0}, ScalarType::Float);
-  float* sums = partials ? mutable_data<float>(partial) : nullptr;
-
   dispatch(h_.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const float* mean = data<float>(stats);
@@ -145,27 +106,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy_, const Opt
         .dropout = dropout_of(dropout_p, seed),
     };
     const auto kernel = norm_backward<T>.best();
-    const auto run = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        float* sum = sums ? sums + i * 2 * d : nullptr;
-        if (sum) std::fill(sum, sum + 2 * d, 0.0f);
-        kernel(args, i * chunk, std::min(rows, (i + 1) * chunk), sum, sum ? sum + d : nullptr);
-      }
-    };
-    if (rows * d <= kGrain) {
-      run(0, chunks);
-    } else {
-      torch::stable::parallel_for(0, chunks, 1 + kGrain / 2 / (chunk * d), run);
-    }
-  });
-  if (!partials) return {dresidual, dx, dweight, dbias};
-  dispatch(dtype, [&](auto w) {
-    using W = decltype(w);
-    const auto add = sum_partials<W>.best();
-    torch::stable::parallel_for(0, d, 1 + kGrain / (chunks + 1), [&](int64_t begin, int64_t end) {
-      if (weight_grad) add(sums, chunks, 2 * d, mutable_data<W>(dweight), begin, end);
-      if (bias_grad) add(sums + d, chunks, 2 * d, mutable_data<W>(dbias), begin, end);
-    });
+    sum_weight_gradients(rows, d, dweight, dbias,
+                         [&](int64_t begin, int64_t end, float* weight_sum, float* bias_sum) {
+                           kernel(args, begin, end, weight_sum, bias_sum);
+                         });
   });
   return {dresidual, dx, dweight, dbias};
 }

@@ -12,32 +12,32 @@ namespace llmos {
 template <class T>
 struct NormForward {
   const T* x;
-  const T* residual;  // Null: h is x, and neither h nor dropout is used.
-  int64_t x_stride, residual_stride;
+  const T* residual = nullptr;  // Null: h is x, and neither h nor dropout is used.
+  int64_t x_stride, residual_stride = 0;
   const float* weight;  // Null: ones.
   const float* bias;    // Null: zeros.
   T* y;
-  T* h;
+  T* h = nullptr;
   float* mean;  // Null: RMS normalisation, whose mean is 0.
   float* rstd;
   int64_t d;
   float eps;
-  Dropout dropout;
+  Dropout dropout = {};
 };
 
 template <class T>
 struct NormBackward {
   const T* dy;
-  const T* dh;  // Null: zeros.
+  const T* dh = nullptr;  // Null: zeros.
   const T* h;
-  int64_t dy_stride, dh_stride, h_stride;
+  int64_t dy_stride, dh_stride = 0, h_stride;
   const float* weight;
   const float* mean;
   const float* rstd;
   T* dresidual;
-  T* dx;  // Null: no dropout, so dx is dresidual.
+  T* dx = nullptr;  // Null: no dropout, so dx is dresidual.
   int64_t d;
-  Dropout dropout;
+  Dropout dropout = {};
 };
 
 // Rows [begin, end). scratch [d] holds a row as float.

@@ -1,6 +1,6 @@
 """Triton forward kernels of layer and RMS normalisation; formulas in ``ops/layer_norm.py``.
 
-A program holds a tile of whole rows; a row wider than ``_WIDEST`` is walked in blocks instead.
+A program holds a tile of whole rows; a row wider than ``WIDEST`` is walked in blocks instead.
 Bytes: x (and residual) once, y (and h) once, at any width that fits.
 """
 
@@ -11,7 +11,7 @@ import triton.language as tl
 from llmos_kernels._triton.rows import as_rows, dropout_arguments, dropout_factors, tile
 
 #: Rows wider than this do not fit a program's registers: 32 floats of a row in each of 512 threads.
-_WIDEST = 16384
+WIDEST = 16384
 _WIDE_BLOCK, _WIDE_WARPS = 4096, 8
 
 
@@ -31,7 +31,7 @@ def _add(x, residual, h, seed, threshold, scale, row, x_at, residual_at, h_at, i
 
 
 @triton.jit
-def _scale_and_shift(v, weight, bias, col, inside):
+def scale_and_shift(v, weight, bias, col, inside):
     if weight is not None:
         v *= tl.load(weight + col, inside, 0.0).to(tl.float32)
     if bias is not None:
@@ -39,15 +39,9 @@ def _scale_and_shift(v, weight, bias, col, inside):
     return v
 
 
-@triton.jit(do_not_specialize=["N", "threshold"])
-def _forward_kernel(x, residual, weight, bias, seed, y, h, stats, x_stride, residual_stride, N, D,
-                    eps, threshold, scale,
-                    CENTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    col = tl.arange(0, BLOCK)[None, :]
-    inside = (row < N) & (col < D)
-    v = _add(x, residual, h, seed, threshold, scale, row, row * x_stride + col,
-             row * residual_stride + col, row * D + col, inside, 0, ROWS, BLOCK)  # fmt: skip
+@triton.jit
+def standardize(v, stats, row, inside, N, D, eps, CENTER: tl.constexpr):
+    """(v - mean) * rstd of whole rows, whose statistics it stores."""
     if CENTER:
         mean = tl.sum(v, 1, keep_dims=True) / D
         delta = tl.where(inside, v - mean, 0.0)
@@ -63,7 +57,20 @@ def _forward_kernel(x, residual, weight, bias, seed, y, h, stats, x_stride, resi
         variance = tl.sum(v * v, 1, keep_dims=True) / D
     rstd = 1 / tl.sqrt(variance + eps)
     tl.store(stats + row, rstd, row < N)
-    v = _scale_and_shift(v * rstd, weight, bias, col, col < D)
+    return v * rstd
+
+
+@triton.jit(do_not_specialize=["N", "threshold"])
+def _forward_kernel(x, residual, weight, bias, seed, y, h, stats, x_stride, residual_stride, N, D,
+                    eps, threshold, scale,
+                    CENTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    inside = (row < N) & (col < D)
+    v = _add(x, residual, h, seed, threshold, scale, row, row * x_stride + col,
+             row * residual_stride + col, row * D + col, inside, 0, ROWS, BLOCK)  # fmt: skip
+    v = standardize(v, stats, row, inside, N, D, eps, CENTER)
+    v = scale_and_shift(v, weight, bias, col, col < D)
     tl.store(y + row * D + col, v, inside)
 
 
@@ -106,7 +113,7 @@ def _forward_wide_kernel(x, residual, weight, bias, seed, y, h, stats, x_stride,
         v = tl.load(x + row * x_stride + col, col < D, 0.0).to(tl.float32)
         if CENTER:
             v -= mean
-        v = _scale_and_shift(v * rstd, weight, bias, col, col < D)
+        v = scale_and_shift(v * rstd, weight, bias, col, col < D)
         tl.store(y + row * D + col, v, col < D)
 
 
@@ -132,7 +139,7 @@ def _launch(x, residual, weight, bias, d, eps, center, dropout_p, seed):
     bias = None if bias is None else bias.contiguous()
     args = (x, residual, weight, bias, seed if dropout_p else None, y, h, stats, x_stride)
     args += (residual_stride, n, d, eps, *dropout_arguments(dropout_p), center)
-    if d > _WIDEST:
+    if d > WIDEST:
         _forward_wide_kernel[(n,)](*args, BLOCK=_WIDE_BLOCK, num_warps=_WIDE_WARPS)
     else:
         rows, block, warps = tile(d)

@@ -1,6 +1,7 @@
 """Drop-in modules: the names, arguments, state dicts and results of ``torch.nn``."""
 
 from llmos_kernels.nn.attention import MultiheadAttention
+from llmos_kernels.nn.embedding import BertEmbedding
 from llmos_kernels.nn.feed_forward import FeedForward
 from llmos_kernels.nn.linear import Linear
 from llmos_kernels.nn.norm import AddLayerNorm, LayerNorm, RMSNorm
@@ -9,6 +10,7 @@ from llmos_kernels.nn.transformer import TransformerDecoderLayer, TransformerEnc
 
 __all__ = [
     "AddLayerNorm",
+    "BertEmbedding",
     "FeedForward",
     "LayerNorm",
     "Linear",

@@ -60,7 +60,7 @@ def add_dropped(
 def add_residual(x: Tensor, residual: Tensor, d: int, p: float, seed: Tensor | None) -> Tensor:
     """``residual + dropout(x)``, in the dtype of both."""
     if seed is not None:
-        x = dropout_reference(_rows(x, d), seed, p).reshape(x.shape)
+        x = dropout_reference(rows_of(x, d), seed, p).reshape(x.shape)
     return residual + x
 
 
@@ -69,7 +69,7 @@ def normalize(
 ) -> tuple[Tensor, Tensor]:
     """``y`` like ``h``, and the statistics [mean and rstd, or rstd alone; rows]."""
     acc = torch.promote_types(h.dtype, torch.float32)
-    rows = _rows(h, d).to(acc)
+    rows = rows_of(h, d).to(acc)
     mean, rstd = _moments(rows, eps, center)
     y = (rows - mean if center else rows) * rstd
     if weight is not None:
@@ -93,7 +93,7 @@ def _width(normalized_shape: Sequence[int]) -> int:
     return d
 
 
-def _rows(x: Tensor, d: int) -> Tensor:
+def rows_of(x: Tensor, d: int) -> Tensor:
     return x.reshape(x.numel() // d if d else 0, d)
 
 
@@ -114,20 +114,20 @@ def _stats(h, d, eps, center):
 def _gradients(dy, dh, h, weight, mean, rstd, d):
     """dresidual, dweight and dbias, in the accumulation dtype; ``mean`` is None for RMS."""
     acc = rstd.dtype
-    x_hat = _rows(h, d).to(acc)
+    x_hat = rows_of(h, d).to(acc)
     x_hat = (x_hat if mean is None else x_hat - mean) * rstd
-    dy = _rows(dy, d).to(acc)
+    dy = rows_of(dy, d).to(acc)
     g = dy if weight is None else dy * weight.flatten().to(acc)
     dresidual = g - x_hat * (g * x_hat).mean(-1, keepdim=True)
     if mean is not None:
         dresidual = dresidual - g.mean(-1, keepdim=True)
     dresidual = dresidual * rstd
     if dh is not None:
-        dresidual = dresidual + _rows(dh, d).to(acc)
+        dresidual = dresidual + rows_of(dh, d).to(acc)
     return dresidual.to(h.dtype), (dy * x_hat).sum(0), dy.sum(0)
 
 
-def _backward_reference(
+def norm_backward_reference(
     dy, dh, h, weight, stats, d, center, dropout_p, seed, weight_grad, bias_grad
 ):
     mean = stats[0, :, None] if center else None
@@ -184,19 +184,19 @@ _backward = define(
     "layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor stats, SymInt d,"
     " bool center, float dropout_p, Tensor? seed, bool weight_grad, bool bias_grad)"
     " -> (Tensor dresidual, Tensor dx, Tensor dweight, Tensor dbias)",
-    reference=_backward_reference,
+    reference=norm_backward_reference,
     fake=_backward_fake,
     triton="layer_norm_backward:backward",
 )
 
 
-def _gradients_of(ctx, dy, dh, h, weight, bias, stats, seed):
+def gradients_of(ctx, dy, dh, h, weight, bias, stats, seed):
     """dresidual, dx, dweight, dbias; by differentiable torch ops where a graph is asked for."""
     weight_grad = weight is not None and weight.requires_grad
     bias_grad = bias is not None and bias.requires_grad
     if torch.is_grad_enabled():
         acc = torch.promote_types(h.dtype, torch.float32)
-        mean, rstd = _moments(_rows(h, ctx.d).to(acc), ctx.eps, ctx.center)
+        mean, rstd = _moments(rows_of(h, ctx.d).to(acc), ctx.eps, ctx.center)
         dresidual, dweight, dbias = _gradients(
             dy, dh, h, weight, mean if ctx.center else None, rstd, ctx.d
         )
@@ -226,7 +226,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight, bias, stats = ctx.saved_tensors
-        dx, _, dweight, dbias = _gradients_of(ctx, dy, None, x, weight, bias, stats, None)
+        dx, _, dweight, dbias = gradients_of(ctx, dy, None, x, weight, bias, stats, None)
         return dx, dweight, dbias, None, None, None
 
 
@@ -243,10 +243,10 @@ class _AddNorm(torch.autograd.Function):
     def backward(ctx, dy, dh):
         if dy is None:  # Only h is used: neither the norm nor its parameters have a part in it.
             seed, p = ctx.saved_tensors[-1], ctx.dropout_p
-            rows = _rows(dh, ctx.d)
+            rows = rows_of(dh, ctx.d)
             dx = dh if seed is None else dropout_reference(rows, seed, p).reshape(dh.shape)
             return dx, dh, None, None, None, None, None, None, None
-        dresidual, dx, dweight, dbias = _gradients_of(ctx, dy, dh, *ctx.saved_tensors)
+        dresidual, dx, dweight, dbias = gradients_of(ctx, dy, dh, *ctx.saved_tensors)
         return dx, dresidual, dweight, dbias, None, None, None, None, None
 
 

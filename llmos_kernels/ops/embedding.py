@@ -1,0 +1,283 @@
+"""The sum of one to three embeddings, its layer normalisation and dropout: BERT's input.
+
+    h = tables[0][indices[0]] + tables[1][indices[1]] + tables[2][indices[2]]
+    y = dropout((h - mean(h)) * rstd * weight + bias),   rstd = rsqrt(var(h) + eps)
+
+``h`` is rounded to the dtype of the tables after each addition, ``y`` before its dropout, as in
+torch. The backward looks the rows up again: of all that has the size of ``y``, nothing is kept.
+Devlin et al. 2019, arXiv:1810.04805.
+
+Backward: dh is that of ``ops/layer_norm.py`` for dropout(dy); a table's gradient sums the rows of
+dh that share an index.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmos_kernels._registry import define, needs_grad, use_reference
+from llmos_kernels.ops.dropout import check_dropout, draw_seed, dropout_reference
+from llmos_kernels.ops.layer_norm import (
+    autocasts,
+    check_norm,
+    gradients_of,
+    norm_backward_reference,
+    normalize,
+    rows_of,
+)
+
+_MOST = 3
+
+
+def embedding_layer_norm_reference(
+    indices: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    *,
+    padding_idx: Sequence[int | None] | None = None,
+) -> Tensor:
+    """The definition of ``embedding_layer_norm``: plain, differentiable, any device and dtype."""
+    h = embedding_sum(indices, tables, padding_idx or [None] * len(tables))
+    return _normalize_and_drop(h, weight, bias, eps, dropout_p if training else 0.0)
+
+
+def embedding_sum(
+    indices: Sequence[Tensor | None],
+    tables: Sequence[Tensor | None],
+    padding_idx: Sequence[int | None] = (None,) * _MOST,
+) -> Tensor:
+    """The sum of the rows, added in order; an index or table may be None after the first."""
+    pairs = zip(indices, tables, padding_idx, strict=True)
+    rows = [F.embedding(i, t, p) for i, t, p in pairs if i is not None and t is not None]
+    return sum(rows[1:], start=rows[0])
+
+
+def _normalize_and_drop(h, weight, bias, eps, p):
+    seed = draw_seed(h.device) if p else None
+    return _drop(normalize(h, weight, bias, h.shape[-1], eps, center=True)[0], p, seed)
+
+
+def _drop(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    if not p or seed is None:
+        return x
+    return dropout_reference(rows_of(x, x.shape[-1]), seed, p).reshape(x.shape)
+
+
+def _forward_reference(
+    index0, index1, index2, table0, table1, table2, weight, bias, eps, dropout_p, seed
+):
+    h = embedding_sum((index0, index1, index2), (table0, table1, table2))
+    y, stats = normalize(h, weight, bias, h.shape[-1], eps, center=True)
+    return _drop(y, dropout_p, seed).contiguous(), stats
+
+
+def _forward_fake(
+    index0, index1, index2, table0, table1, table2, weight, bias, eps, dropout_p, seed
+):
+    d = table0.shape[1]
+    rows = index0.numel() if d else 0
+    dtype = torch.promote_types(table0.dtype, torch.float32)
+    return table0.new_empty((*index0.shape, d)), table0.new_empty((2, rows), dtype=dtype)
+
+
+def _backward_reference(
+    dy, index0, index1, index2, table0, table1, table2, weight, stats, dropout_p, seed,
+    weight_grad, bias_grad,
+):  # fmt: skip
+    h = embedding_sum((index0, index1, index2), (table0, table1, table2))
+    dh, _, dweight, dbias = norm_backward_reference(
+        _drop(dy, dropout_p, seed), None, h, weight, stats, h.shape[-1], True, 0.0, None,
+        weight_grad, bias_grad,
+    )  # fmt: skip
+    return dh, dweight, dbias
+
+
+def _backward_fake(
+    dy, index0, index1, index2, table0, table1, table2, weight, stats, dropout_p, seed,
+    weight_grad, bias_grad,
+):  # fmt: skip
+    d, dtype = dy.shape[-1], stats.dtype if weight is None else weight.dtype
+    return (
+        dy.new_empty(dy.shape),
+        dy.new_empty(d if weight_grad else 0, dtype=dtype),
+        dy.new_empty(d if bias_grad else 0, dtype=dtype),
+    )
+
+
+_SOURCES = (
+    "Tensor index0, Tensor? index1, Tensor? index2, Tensor table0, Tensor? table1, Tensor? table2"
+)
+# Indices are contiguous int64. The first has the shape of y without its last dimension; the others
+# have that shape or the end of it.
+_forward = define(
+    f"embedding_layer_norm_forward({_SOURCES}, Tensor? weight, Tensor? bias, float eps,"
+    " float dropout_p, Tensor? seed) -> (Tensor y, Tensor stats)",
+    reference=_forward_reference,
+    fake=_forward_fake,
+    triton="embedding:forward",
+)
+_backward = define(
+    f"embedding_layer_norm_backward(Tensor dy, {_SOURCES}, Tensor? weight, Tensor stats,"
+    " float dropout_p, Tensor? seed, bool weight_grad, bool bias_grad)"
+    " -> (Tensor dh, Tensor dweight, Tensor dbias)",
+    reference=_backward_reference,
+    fake=_backward_fake,
+    triton="embedding:backward",
+)
+
+
+class _EmbeddingNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, padding_idx, eps, dropout_p, seed, weight, bias, *sources):
+        y, stats = _forward(*sources, weight, bias, eps, dropout_p, seed)
+        ctx.save_for_backward(seed, weight, bias, stats, *sources)
+        ctx.padding_idx, ctx.dropout_p = padding_idx, dropout_p
+        ctx.d, ctx.eps, ctx.center = y.shape[-1], eps, True
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        seed, weight, bias, stats, *sources = ctx.saved_tensors
+        indices, tables = sources[:_MOST], sources[_MOST:]
+        wanted = ctx.needs_input_grad[4:6]
+        if torch.is_grad_enabled():
+            h = embedding_sum(indices, tables, ctx.padding_idx)
+            dy = _drop(dy, ctx.dropout_p, seed)
+            dh, _, *affine = gradients_of(ctx, dy, None, h, weight, bias, stats, None)
+        else:
+            dh, *affine = _backward(dy, *sources, weight, stats, ctx.dropout_p, seed, *wanted)
+            affine = [
+                g.to(p.dtype) if w else None
+                for g, p, w in zip(affine, (weight, bias), wanted, strict=True)
+            ]
+        dtables = [
+            _table_gradient(dh, i, t, p) if w else None
+            for i, t, p, w in zip(
+                indices, tables, ctx.padding_idx, ctx.needs_input_grad[-_MOST:], strict=True
+            )
+        ]
+        return None, None, None, None, *affine, *(None,) * _MOST, *dtables
+
+
+def _table_gradient(dh: Tensor, index: Tensor, table: Tensor, padding_idx: int | None) -> Tensor:
+    rows, d = table.shape
+    dh = dh.sum_to_size(*index.shape, d)
+    if index.is_cuda:
+        # Nothing has checked these; theirs is a NaN, to be written inside the table.
+        index = index.clamp(0, rows - 1)
+    padding = -1 if padding_idx is None else padding_idx
+    return torch.ops.aten.embedding_dense_backward(dh, index, rows, padding, False)
+
+
+def _check_sources(indices: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
+    if not 1 <= len(indices) == len(tables) <= _MOST:
+        raise ValueError(
+            f"expected one to {_MOST} indices and as many tables, got {len(indices)} and {len(tables)}"
+        )
+    first = tables[0]
+    for i, (index, table) in enumerate(zip(indices, tables, strict=True)):
+        if index.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"indices[{i}] must be int64 or int32, got {index.dtype}")
+        if table.ndim != 2 or table.shape[1:] != first.shape[1:]:
+            raise ValueError(
+                f"tables[{i}] must be [rows, d] of one d, got {list(table.shape)},"
+                f" tables[0] {list(first.shape)}"
+            )
+        if table.dtype is not first.dtype:
+            raise TypeError(f"tables[{i}] must be {first.dtype} as tables[0], got {table.dtype}")
+        if index.device != first.device or table.device != first.device:
+            other = index.device if index.device != first.device else table.device
+            raise ValueError(
+                f"indices[{i}] or tables[{i}] is on {other}, tables[0] on {first.device}"
+            )
+
+
+def _check_padding(padding_idx, tables: Sequence[Tensor]) -> list[int | None]:
+    """The row of each table that gets no gradient, counted from 0, or None."""
+    if padding_idx is None:
+        return [None] * len(tables)
+    if len(padding_idx) != len(tables):
+        raise ValueError(f"padding_idx must have {len(tables)} entries, got {list(padding_idx)}")
+    for i, (p, table) in enumerate(zip(padding_idx, tables, strict=True)):
+        if p is not None and not -len(table) <= p < len(table):
+            raise ValueError(f"padding_idx[{i}] must be in a table of {len(table)} rows, got {p}")
+    return [
+        p if p is None or p >= 0 else p + len(t) for p, t in zip(padding_idx, tables, strict=True)
+    ]
+
+
+def _shape(indices: Sequence[Tensor]) -> torch.Size:
+    shapes = [i.shape for i in indices]
+    try:
+        return torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        raise ValueError(
+            f"indices must broadcast to one shape, got {[list(s) for s in shapes]}"
+        ) from None
+
+
+def _repeating(index: Tensor, shape: torch.Size) -> Tensor:
+    """``index`` without leading ones where ``shape`` only repeats it, else expanded."""
+    own = index.shape
+    while own and own[0] == 1:
+        own = own[1:]
+    if own == shape[len(shape) - len(own) :]:
+        return index.reshape(own).contiguous()
+    return index.expand(shape).contiguous()
+
+
+def embedding_layer_norm(
+    indices: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    *,
+    padding_idx: Sequence[int | None] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``dropout(layer_norm(sum of tables[i][indices[i]]))`` in one pass: BERT's embeddings.
+
+    ``indices``: one to three int64 or int32 tensors that broadcast to one shape [...]; ``tables``:
+    as many [rows, d] of one dtype, float32, bfloat16 or float16 (float64: the reference answers);
+    ``weight`` and ``bias`` [d] have that dtype or are float32. Returns y [..., d]. Dropout acts when
+    ``training``, with probability ``dropout_p`` in [0, 1). ``padding_idx`` names for each table a row
+    that gets no gradient, or None. Raises ValueError for shapes or devices that disagree, TypeError
+    for dtypes, and on the CPU IndexError for an index that its table does not have; on a GPU, where
+    nothing waits to look at it, its row of y is NaN.  Devlin et al. 2019, arXiv:1810.04805.
+    """
+    _check_sources(indices, tables)
+    check_dropout(dropout_p)
+    check_norm(tables[0], tables[0].shape[1:], weight, bias)
+    padding = _check_padding(padding_idx, tables)
+    p = dropout_p if training else 0.0
+    if use_reference(backend, tables[0].dtype):
+        return embedding_layer_norm_reference(
+            indices, tables, weight, bias, eps, p, True, padding_idx=padding
+        )
+    if autocasts(tables[0]) and tables[0].dtype != torch.float32:
+        # The sum keeps the tables' dtype, its normalisation is float32, as in torch.
+        h = embedding_sum(indices, tables, padding)
+        return _normalize_and_drop(h.float(), weight, bias, eps, p)
+    shape = _shape(indices)
+    first, *others = (i.long() for i in indices)
+    absent = (None,) * (_MOST - len(tables))
+    sources = (
+        first.expand(shape).contiguous(),
+        *(_repeating(i, shape) for i in others),
+        *absent,
+        *tables,
+        *absent,
+    )
+    seed = draw_seed(tables[0].device) if p else None
+    if not needs_grad(*tables, weight, bias):
+        return _forward(*sources, weight, bias, eps, p, seed)[0]
+    return _EmbeddingNorm.apply((*padding, *absent), eps, p, seed, weight, bias, *sources)
