@@ -78,7 +78,8 @@ def pytest_terminal_summary(terminalreporter, config):
             "python": platform.python_version(),
         }
         about |= {"threads": torch.get_num_threads(), "settings": settings}
-        (target / "ops.json").write_text(
-            json.dumps({"about": about, "rows": ROWS}, indent=1) + "\n"
-        )
+        path, rows = target / "ops.json", {row["benchmark"]: row for row in ROWS}
+        if path.exists():  # What did not run this time stays.
+            rows = {r["benchmark"]: r for r in json.loads(path.read_text())["rows"]} | rows
+        path.write_text(json.dumps({"about": about, "rows": [*rows.values()]}, indent=1) + "\n")
         write(f"written to {target / 'ops.json'}")
