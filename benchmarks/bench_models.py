@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import llmos_kernels as lk
@@ -64,6 +65,33 @@ def test_encoder_layers(size, dtype, compare):
 
     name = f"2 encoder layers {list(size)} {str(dtype)[6:]}"
     side_by_side(compare, name, stock, call, (x,), LAYERS[size][DTYPES.index(dtype)])
+
+
+@each_dtype
+def test_sparse_decode(dtype, compare):
+    """One row through relu of which 95 % is 0, against all of the second weight."""
+    torch.manual_seed(0)
+    d, hidden = 4096, 16384
+    block = lk.nn.FeedForward(d, hidden, device=DEVICE, dtype=dtype).eval()
+    x = torch.randn(1, d, device=DEVICE, dtype=dtype)
+    first, second = block.linear1, block.linear2
+    with torch.no_grad():
+        z = F.linear(x, first.weight, first.bias)
+        first.bias -= z.float().quantile(0.95).to(dtype)
+        zeros = (F.linear(x, first.weight, first.bias) <= 0).float().mean().item()
+        assert 0.94 < zeros < 0.96
+        dense = copy.deepcopy(second)
+        block.store_for_decode()
+
+        def eager():
+            return dense(F.relu(first(x)))
+
+        exact = copy.deepcopy(block).double()(x.double())
+        assert error_over_budget(block(x), exact, eager()) <= 1
+        moved = first.weight.nbytes + round(second.weight.nbytes * (1 - zeros))
+        name = f"feed_forward [1, {d}, {hidden}] {zeros:.0%} zeros {str(dtype)[6:]}"
+        providers = {"kernel": lambda: block(x), "eager": eager}
+        compare(name, providers, moved=moved, goal=1.5 if DEVICE == "cpu" else None)
 
 
 @each_dtype

@@ -98,6 +98,16 @@ def test_own_product_without_onednn(monkeypatch):
     torch.testing.assert_close(y, F.relu(F.linear(x, w, b)))
 
 
+def test_few_rows_stay_here():
+    """A weight stored by columns is read only where the input is not 0: never so by oneDNN."""
+    x, w = torch.zeros(1, 8192, dtype=torch.bfloat16), torch.randn(8192, 8192, dtype=torch.bfloat16)
+    w = w.mT
+    x[0, 5], w[:, 6] = 1, float("nan")
+    with torch.no_grad(), Ops() as ops:
+        y = lk.linear(x, w)
+    assert "linear_forward" in ops.seen and torch.equal(y[0], w[:, 5])
+
+
 @onednn
 def test_compiled():
     x, w, b, w2, b2 = arguments(torch.bfloat16)

@@ -130,8 +130,8 @@ activation_backward = define(
     triton="activation:backward",
 )
 
-#: Multiplications from which on oneDNN is as fast as this library's product, or faster.
-ONEDNN_WORK = 1 << 26
+#: Rows and multiplications from which on oneDNN is as fast as this library's product, or faster.
+ONEDNN_ROWS, ONEDNN_WORK = 64, 1 << 26
 _ONEDNN_NAMES = {
     NONE: ("none", ""),
     activations.RELU: ("relu", ""),
@@ -153,9 +153,9 @@ def has_onednn() -> bool:
     return _HAS_ONEDNN and (torch.compiler.is_compiling() or bool(torch.backends.mkldnn.enabled))
 
 
-def _is_for_onednn(input: Tensor, work: int) -> bool:
-    large = input.is_cpu and input.dtype == torch.bfloat16 and work >= ONEDNN_WORK
-    return large and has_onednn()
+def _is_for_onednn(rows: Tensor, columns: int) -> bool:
+    large = rows.shape[0] >= ONEDNN_ROWS and rows.numel() * columns >= ONEDNN_WORK
+    return large and rows.is_cpu and rows.dtype == torch.bfloat16 and has_onednn()
 
 
 def forward(
@@ -165,7 +165,7 @@ def forward(
     plain = seed is None and not keep and activation in _ONEDNN_NAMES
     if plain and activation == NONE and rows.is_cuda:
         return F.linear(rows, weight, bias), None
-    if plain and _is_for_onednn(rows, rows.numel() * weight.shape[0]):
+    if plain and _is_for_onednn(rows, weight.shape[0]):
         name, algorithm = _ONEDNN_NAMES[activation]
         y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, name, [], algorithm)
         return y, None
@@ -179,7 +179,7 @@ def dinput(
     """dz weight, times the derivative at ``kept`` where it is given, and then its sum over rows."""
     if kept is None and dz.is_cuda:
         return dz @ weight, dz.new_empty(0)
-    if _is_for_onednn(dz, dz.numel() * weight.shape[1]):
+    if _is_for_onednn(dz, weight.shape[1]):
         product = dz @ weight
         if kept is None:
             return product, product.new_empty(0)
@@ -192,7 +192,7 @@ def parameter_gradients(dz: Tensor, input: Tensor, of_weight: bool, of_bias: boo
     """dweight and dbias where they are wanted, else None."""
     if not of_weight:
         return None, _sum_of_rows(dz) if of_bias else None
-    if dz.is_cuda or _is_for_onednn(dz, dz.numel() * input.shape[1]):
+    if dz.is_cuda or _is_for_onednn(dz, input.shape[1]):
         return dz.mT @ input, _sum_of_rows(dz) if of_bias else None
     dweight, dbias = linear_dweight(dz, input, of_bias)
     return dweight, dbias if of_bias else None
