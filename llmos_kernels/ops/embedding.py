@@ -31,22 +31,6 @@ from llmos_kernels.ops.layer_norm import (
 _MOST = 3
 
 
-def embedding_layer_norm_reference(
-    indices: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    dropout_p: float = 0.0,
-    training: bool = False,
-    *,
-    padding_idx: Sequence[int | None] | None = None,
-) -> Tensor:
-    """The definition of ``embedding_layer_norm``: plain, differentiable, any device and dtype."""
-    h = embedding_sum(indices, tables, padding_idx or [None] * len(tables))
-    return _normalize_and_drop(h, weight, bias, eps, dropout_p if training else 0.0)
-
-
 def embedding_sum(
     indices: Sequence[Tensor | None],
     tables: Sequence[Tensor | None],
@@ -260,9 +244,7 @@ def embedding_layer_norm(
     padding = _check_padding(padding_idx, tables)
     p = dropout_p if training else 0.0
     if use_reference(backend, tables[0].dtype):
-        return embedding_layer_norm_reference(
-            indices, tables, weight, bias, eps, p, True, padding_idx=padding
-        )
+        return _normalize_and_drop(embedding_sum(indices, tables, padding), weight, bias, eps, p)
     if autocasts(tables[0]) and tables[0].dtype != torch.float32:
         # The sum keeps the tables' dtype, its normalisation is float32, as in torch.
         h = embedding_sum(indices, tables, padding)
@@ -281,3 +263,8 @@ def embedding_layer_norm(
     if not needs_grad(*tables, weight, bias):
         return _forward(*sources, weight, bias, eps, p, seed)[0]
     return _EmbeddingNorm.apply((*padding, *absent), eps, p, seed, weight, bias, *sources)
+
+
+def embedding_layer_norm_reference(*args, **options) -> Tensor:
+    """The definition of ``embedding_layer_norm``: plain, differentiable, any device and dtype."""
+    return embedding_layer_norm(*args, **options, backend="reference")
