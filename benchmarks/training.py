@@ -38,7 +38,8 @@ def text() -> torch.Tensor:
     """The docstrings of the standard library."""
     found = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
         kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         found += [ast.get_docstring(n) for n in ast.walk(tree) if isinstance(n, kinds)]
