@@ -12,7 +12,7 @@ import torch
 
 import llmos_kernels
 from llmos_kernels._registry import _FORCED, DEFINED
-from llmos_kernels.ops.products import ONEDNN_ROWS, has_onednn
+from llmos_kernels.ops.products import has_onednn, onednn_from
 
 #: A dispatch key, and the devices that it stands for.
 KEYS = ("CPU", "CUDA")
@@ -103,7 +103,8 @@ def describe() -> Iterator[str]:
                     slow.add(f"{key}: {why}")
             yield f"{op:32} {key:6} {file}{f' ({why})' if why else ''}"
     large = "torch's oneDNN" if has_onednn() else "the same: torch has no oneDNN for it"
-    yield f"{f'bfloat16 linear, {ONEDNN_ROWS} rows or more':32} {'CPU':6} {large}, if large"
+    rows = f"bfloat16 linear, {onednn_from()[0]} rows or more"
+    yield f"{rows:32} {'CPU':6} {large}, if large"
     yield ""
     verdict = "every op has a kernel for every device of this machine"
     yield f"verdict: {'the reference answers on ' + '; '.join(sorted(slow)) if slow else verdict}"

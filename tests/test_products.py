@@ -7,9 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import llmos_kernels as lk
 from llmos_kernels.ops import products
+from llmos_kernels.ops.linear import project
 from llmos_kernels.testing import assert_accurate, cast, make_gradients
 
-ROWS, IN, HIDDEN = 1040, 264, 256  # Past 2^26 multiplications.
+ROWS, IN, HIDDEN = 1040, 520, 504  # Past 2^28 multiplications.
 DTYPES = (torch.float32, torch.bfloat16)
 ACTIVATIONS = {
     None: lambda z: z,
@@ -65,8 +66,12 @@ def test_forward(activation, dtype):
 
 @onednn
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
-def test_gradients(activation, dtype):
+def test_gradients(activation, tiles, dtype, monkeypatch):
+    """By oneDNN too where the CPU has matrix tiles."""
+    monkeypatch.setattr(products, "_HAS_TILES", tiles)
+
     def eager(x, w1, b1, w2, b2):
         return F.linear(ACTIVATIONS[activation](F.linear(x, w1, b1)), w2, b2)
 
@@ -85,6 +90,9 @@ def test_gradients(activation, dtype):
     gradients = make_gradients([eager(*args)])
     exact, allowed = run(eager, cast(args, torch.float64)), run(eager, args)
     for fn in (fused, single):
+        with Ops() as ops:
+            run(fn, args)
+        assert ("linear_dweight" in ops.seen) != (tiles and dtype == torch.bfloat16)
         for i, values in enumerate(zip(run(fn, args), exact, allowed, strict=True)):
             assert_accurate(*values, f"{fn.__name__} {i}")
 
@@ -118,3 +126,24 @@ def test_compiled():
     with torch.no_grad():
         compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), block(x))
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_project(pairs, monkeypatch):
+    """A plain product goes to whoever is faster at its size and dtype on this CPU."""
+    monkeypatch.setattr(products, "_HAS_PAIRS", pairs)
+    monkeypatch.setattr(products, "_HAS_TILES", False)
+    small, large = torch.randn(6, 64), torch.randn(1024, 512)
+    for x, dtype, own in (
+        (small, torch.float32, False),
+        (large, torch.float32, True),
+        (small, torch.bfloat16, pairs),
+        (large, torch.bfloat16, False),
+        (large, torch.float16, False),
+    ):
+        x = x.to(dtype)
+        w = torch.randn(512, x.shape[1], dtype=dtype)
+        with torch.no_grad(), Ops() as ops:
+            y = project(x, w, None)
+        assert ("linear_forward" in ops.seen) == own, (x.shape, dtype)
+        torch.testing.assert_close(y, F.linear(x, w), rtol=0.1, atol=0.1)

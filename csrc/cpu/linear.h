@@ -24,19 +24,24 @@ struct Matrix {
 // Rows that are finished at a time, and whose column sums are added up apart.
 constexpr int64_t kChunkRows = 480;
 
+// Rows of a block of a product; as elements of 16 bits they fill whole lines of the cache.
+constexpr int64_t kBlockRows = 96;
+static_assert(kChunkRows % kBlockRows == 0);
+
 // What follows a product: y = dropout(activation(z)), or its derivative.
 struct Epilogue {
   Activation activation;
   Dropout dropout;
 };
 
-// Rows [begin, end) of a product's left operand against the columns of one panel.
+// Rows [begin, end) of a product's left operand against columns [first, first + columns) of the
+// right one.
 struct ProductTask {
-  int64_t panel, begin, end;
+  int64_t first, columns, begin, end;
 };
 
-// out [rows][outer] from input [rows][inner] and weight [outer][inner]. The weight is the left
-// operand, the rows of input are columns of panels.
+// out [rows][outer] from input [rows][inner] and weight [outer][inner]. Of the two the one that is
+// packed by panels is the weight, or, `turned`, the input.
 template <class T>
 struct LinearForward {
   using Task = ProductTask;
@@ -45,6 +50,7 @@ struct LinearForward {
   T *out, *kept;  // Contiguous; kept may be null.
   int64_t rows, inner, outer;
   Epilogue epilogue;
+  bool turned;
 };
 
 // The same for at most kFewRows rows, of a weight stored by rows: task begin and end are columns of
@@ -62,6 +68,9 @@ struct LinearColumns : LinearForward<T> {
 };
 
 constexpr int64_t kFewRows = 4;
+
+// Below it packing the weight costs more than turning sums.
+constexpr int64_t kTurnedRows = 256;
 
 // dinput [rows][inner] from dout [rows][outer] and weight [outer][inner].
 template <class T>

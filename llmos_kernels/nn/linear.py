@@ -12,8 +12,8 @@ from llmos_kernels.ops.linear import project
 
 
 class Linear(torch.nn.Linear):
-    """``torch.nn.Linear`` through ``llmos_kernels.linear`` where that is faster than torch:
-    in float32 on CPUs.
+    """``torch.nn.Linear`` through ``llmos_kernels.linear`` where that is faster than torch: on
+    CPUs in float32, and for small products of bfloat16 if the CPU multiplies its pairs.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from llmos_kernels.ops import activations, products
 from llmos_kernels.ops.activations import NONE, RELU, keeps_input
 from llmos_kernels.ops.autocast import autocast
 
-#: Multiplications from which on the call costs less than the product gains.
-_OWN_WORK = 1 << 18
+#: Multiplications from which on, and below which, this library's product on a CPU beats torch's.
+_FASTER = {torch.float32: (1 << 18, 1 << 62), torch.bfloat16: (1 << 12, 1 << 26)}
 
 
 class _Linear(torch.autograd.Function):
@@ -103,12 +103,14 @@ def linear(
 
 
 def project(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A product with nothing to fuse, by whoever is faster: ``F.linear`` on GPUs, in 16 bits, and where
-    the call costs more than the product; ``linear`` in float32 on CPUs."""
+    """A product with nothing to fuse, by whoever is faster: ``linear`` on CPUs at some sizes, else
+    ``F.linear``."""
     plain = type(weight) in (Tensor, torch.nn.Parameter)  # And nothing quantized or sharded.
-    wide = input.is_cpu and input.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if wide and plain and input.numel() * weight.shape[0] >= _OWN_WORK:
-        return linear(input, weight, bias)
+    if input.is_cpu and plain and not torch.is_autocast_enabled("cpu"):
+        least, stop = _FASTER.get(input.dtype, (1, 0))
+        own = least <= input.numel() * weight.shape[0] < stop
+        if own and products.multiplies_faster(input.dtype):
+            return linear(input, weight, bias)
     return F.linear(input, weight, bias)
 
 

@@ -11,10 +11,11 @@ A chain of two (``ops/feed_forward.py``) multiplies by f activation' of the firs
 second leaves its product, and sums it up for the bias there. The mask of dropout is that of
 ``ops/dropout.py`` on the rows of y.
 
-On CPUs oneDNN, as torch brings it, answers for large bfloat16 products, where it is faster. In float32
-it is faster too, but its error is two to three times that of torch's own product, over the budget.
-On GPUs cuBLAS answers where there is nothing to fuse.
+On CPUs oneDNN, as torch brings it, answers for large bfloat16 products (``onednn_from``). On GPUs cuBLAS
+answers where there is nothing to fuse.
 """
+
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -130,8 +131,6 @@ activation_backward = define(
     triton="activation:backward",
 )
 
-#: Rows and multiplications from which on oneDNN is as fast as this library's product, or faster.
-ONEDNN_ROWS, ONEDNN_WORK = 64, 1 << 26
 _ONEDNN_NAMES = {
     NONE: ("none", ""),
     activations.RELU: ("relu", ""),
@@ -139,13 +138,15 @@ _ONEDNN_NAMES = {
     activations.GELU_TANH: ("gelu", "tanh"),
     activations.SILU: ("swish", ""),
 }
-
-
 _HAS_ONEDNN = (
     torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 )
+#: Whether this CPU multiplies matrix tiles (AMX), as oneDNN does and this library does not.
+_HAS_TILES = torch.cpu._is_amx_tile_supported()
+_EXTENSION = sys.modules.get("llmos_kernels._C")
+_HAS_PAIRS = _EXTENSION is not None and _EXTENSION.cpu_level() == "avx512_bf16"
 
 
 def has_onednn() -> bool:
@@ -153,9 +154,25 @@ def has_onednn() -> bool:
     return _HAS_ONEDNN and (torch.compiler.is_compiling() or bool(torch.backends.mkldnn.enabled))
 
 
-def _is_for_onednn(rows: Tensor, columns: int) -> bool:
-    large = rows.shape[0] >= ONEDNN_ROWS and rows.numel() * columns >= ONEDNN_WORK
+def onednn_from(gradient: bool = False) -> tuple[int, int]:
+    """Rows and multiplications from which on oneDNN answers for bfloat16: with tiles soon, without
+    them where it was measured to be as fast, which it is not for gradients."""
+    if _HAS_TILES:
+        return 64, 1 << 26
+    return 256, 1 << 62 if gradient else 1 << 28
+
+
+def _is_for_onednn(rows: Tensor, columns: int, gradient: bool = False) -> bool:
+    least, work = onednn_from(gradient)
+    large = rows.shape[0] >= least and rows.numel() * columns >= work
     return large and rows.is_cpu and rows.dtype == torch.bfloat16 and has_onednn()
+
+
+def multiplies_faster(dtype: torch.dtype) -> bool:
+    """Whether this library's product on this CPU is faster than torch's, at some sizes."""
+    if dtype == torch.bfloat16:
+        return _HAS_PAIRS and not _HAS_TILES
+    return _EXTENSION is not None and dtype == torch.float32
 
 
 def forward(
@@ -179,7 +196,7 @@ def dinput(
     """dz weight, times the derivative at ``kept`` where it is given, and then its sum over rows."""
     if kept is None and dz.is_cuda:
         return dz @ weight, dz.new_empty(0)
-    if _is_for_onednn(dz, weight.shape[1]):
+    if _is_for_onednn(dz, weight.shape[1], gradient=True):
         product = dz @ weight
         if kept is None:
             return product, product.new_empty(0)
@@ -192,7 +209,7 @@ def parameter_gradients(dz: Tensor, input: Tensor, of_weight: bool, of_bias: boo
     """dweight and dbias where they are wanted, else None."""
     if not of_weight:
         return None, _sum_of_rows(dz) if of_bias else None
-    if dz.is_cuda or _is_for_onednn(dz, input.shape[1]):
+    if dz.is_cuda or _is_for_onednn(dz, input.shape[1], gradient=True):
         return dz.mT @ input, _sum_of_rows(dz) if of_bias else None
     dweight, dbias = linear_dweight(dz, input, of_bias)
     return dweight, dbias if of_bias else None

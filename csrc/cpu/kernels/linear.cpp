@@ -20,96 +20,85 @@ template <class T>
   for (int64_t i = 0; i < count; ++i) store(to + i, float(v[i]));
 }
 
-// y and z of sums c[outer][row] of a panel of rows, turned into rows of out and kept.
+// y and z of sums [rows][step] of columns [begin, begin + count), row by row from first_row on.
 template <class T, Activation kActivation>
-[[gnu::noinline]] void finish_turned(const LinearForward<T>& a, int64_t first_row, int64_t rows,
-                                     int64_t begin, int64_t count, const float* c) {
+[[gnu::noinline]] void finish(const LinearForward<T>& a, int64_t first_row, int64_t rows,
+                              int64_t begin, int64_t count, const float* sums, int64_t step) {
+  // Rounding before relu or after it gives the same.
+  constexpr bool kSame = kActivation == Activation::None || kActivation == Activation::Relu;
   const Dropout& dropout = a.epilogue.dropout;
-  for (int64_t at = 0; at < rows; at += kLanes) {
-    const int64_t row = first_row + at, own = std::min<int64_t>(kLanes, rows - at);
-    U32 row_low = U32{} + uint32_t(row), row_high = U32{} + uint32_t(uint64_t(row) >> 32);
-    for (int i = 0; i < kLanes; ++i) {
-      row_low[i] += uint32_t(i);
-      row_high[i] += row_low[i] < uint32_t(row);
-    }
-    for (int64_t j = 0; j < count; j += kLanes) {
-      const int64_t n = std::min<int64_t>(kLanes, count - j);
-      U32 y[kLanes] = {}, z[kLanes] = {}, words[4];
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t column = begin + j + i;
-        F32 sum = load<F32>(c + (j + i) * kPanel + at);
-        if (a.bias) sum += load<float>(a.bias + column);
-        const F32 kept = rounded<T>(sum);
-        F32 result = activate<kActivation>(kept);
-        if (dropout.threshold) {
-          if (i % 4 == 0) {
-            words[0] = U32{} + uint32_t(column / 4);
-            words[1] = row_low;
-            words[2] = row_high;
-            words[3] = U32{} + uint32_t(dropout.offset);
-            philox(dropout, words);
-          }
-          result *= dropout_factors(dropout, words[i % 4]);
-        }
-        y[i] = std::bit_cast<U32>(result);
-        z[i] = std::bit_cast<U32>(kept);
+  constexpr int64_t kWidth = 4 * kLanes;
+  float factors[kWidth];
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t first = (first_row + r) * a.outer + begin;
+    for (int64_t at = 0; at < count; at += kWidth) {
+      if (dropout.threshold) dropout_block(dropout, first_row + r, begin + at, factors);
+      for (int64_t j = at; j < std::min(at + kWidth, count); j += kLanes) {
+        const int64_t n = std::min<int64_t>(kLanes, count - j);
+        F32 z = load<F32>(sums + r * step + j);
+        if (a.bias && n == kLanes) z += load<F32>(a.bias + begin + j);
+        if (a.bias && n < kLanes)
+          for (int64_t i = 0; i < n; ++i) z[i] += load<float>(a.bias + begin + j + i);
+        if (!kSame) z = rounded<T>(z);
+        F32 y = activate<kActivation>(z);
+        if (dropout.threshold) y *= load<F32>(factors + j - at);
+        store_lanes(a.out + first + j, y, n);
+        if (a.kept) store_lanes(a.kept + first + j, z, n);
       }
-      transpose(y);
-      for (int64_t i = 0; i < own; ++i)
-        store_lanes(a.out + (row + i) * a.outer + begin + j, std::bit_cast<F32>(y[i]), n);
-      if (!a.kept) continue;
-      transpose(z);
-      for (int64_t i = 0; i < own; ++i)
-        store_lanes(a.kept + (row + i) * a.outer + begin + j, std::bit_cast<F32>(z[i]), n);
     }
   }
 }
 
 template <class T>
 struct Forward {
-  static constexpr int64_t kBlock = kPanel;
+  static constexpr int64_t kBlock = kStrip;
   const LinearForward<T>& a;
   Panels<T> panels;
+  float* turned;  // [row of input][row of the weight]: sums of a block.
 
-  Forward(const LinearForward<T>& a, Scratch scratch) : a(a), panels(scratch) {}
-  static int64_t scratch(const LinearForward<T>&) { return Panels<T>::scratch(); }
+  Forward(const LinearForward<T>& a, Scratch scratch)
+      : a(a), panels(scratch), turned(scratch.take(kStrip * kBlockRows)) {}
+  static int64_t scratch(const LinearForward<T>&) {
+    return Panels<T>::scratch() + Scratch::size(kStrip * kBlockRows);
+  }
 
   void run(const ProductTask& task) {
-    const int64_t first = task.panel * kPanel, rows = std::min(kPanel, a.rows - first);
-    // The rows of input are the columns of a panel.
-    const Matrix<T> right{a.input.data, a.input.column, a.input.row};
     with_activation(a.epilogue.activation, [&](auto activation) {
-      panels.multiply(a.weight, right, a.inner, task.begin, task.end, first, rows,
-                      [&](int64_t begin, int64_t count, const float* c) {
-                        finish_turned<T, activation>(a, first, rows, begin, count, c);
-                      });
+      a.turned ? run_turned<activation>(task) : run<activation>(task);
     });
+  }
+
+  template <Activation kActivation>
+  void run(const ProductTask& task) {
+    const Matrix<T> right{a.weight.data, a.weight.column, a.weight.row};
+    panels.multiply(
+        a.input, right, a.inner, task,
+        [&](int64_t begin, int64_t rows, int64_t first, int64_t columns, const float* c) {
+          finish<T, kActivation>(a, begin, rows, first, columns, c, kStrip);
+        });
+  }
+
+  // The weight is the left operand, the rows of input are columns of panels.
+  template <Activation kActivation>
+  void run_turned(const ProductTask& task) {
+    const Matrix<T> right{a.input.data, a.input.column, a.input.row};
+    panels.multiply(a.weight, right, a.inner, task,
+                    [&](int64_t begin, int64_t count, int64_t first, int64_t rows, const float* c) {
+                      for (int64_t j = 0; j < count; j += kLanes) {
+                        const float* lines[kLanes];
+                        for (int i = 0; i < kLanes; ++i) lines[i] = c + (j + i) * kStrip;
+                        transpose_rows(lines, rows, turned + j, kBlockRows);
+                      }
+                      finish<T, kActivation>(a, first, rows, begin, count, turned, kBlockRows);
+                    });
   }
 };
 
-// y and z of sums [rows][kStep] of columns [begin, begin + count), row by row.
 template <class T>
-[[gnu::noinline]] void finish_few(const LinearForward<T>& a, int64_t begin, int64_t count,
-                                  const float* sums, int64_t step) {
-  const Dropout& dropout = a.epilogue.dropout;
-  constexpr int64_t kWidth = 4 * kLanes;
-  float factors[kWidth];
+void finish_few(const LinearForward<T>& a, int64_t begin, int64_t count, const float* sums,
+                int64_t step) {
   with_activation(a.epilogue.activation, [&](auto activation) {
-    for (int64_t r = 0; r < a.rows; ++r)
-      for (int64_t at = 0; at < count; at += kWidth) {
-        if (dropout.threshold) dropout_block(dropout, r, begin + at, factors);
-        for (int64_t j = at; j < std::min(at + kWidth, count); j += kLanes) {
-          const int64_t n = std::min<int64_t>(kLanes, count - j);
-          F32 sum = load<F32>(sums + r * step + j);
-          if (a.bias)
-            for (int64_t i = 0; i < n; ++i) sum[i] += load<float>(a.bias + begin + j + i);
-          const F32 z = rounded<T>(sum);
-          F32 y = activate<decltype(activation)::value>(z);
-          if (dropout.threshold) y *= load<F32>(factors + j - at);
-          store_lanes(a.out + r * a.outer + begin + j, y, n);
-          if (a.kept) store_lanes(a.kept + r * a.outer + begin + j, z, n);
-        }
-      }
+    finish<T, activation>(a, 0, a.rows, begin, count, sums, step);
   });
 }
 

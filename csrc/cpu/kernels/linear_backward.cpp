@@ -5,14 +5,14 @@
 namespace llmos {
 namespace {
 
-// Turns sums c [rows][kPanel] into rows of dinput, and adds these to column sums.
+// Turns sums c [rows][kStrip] into rows of dinput, and adds these to column sums.
 template <class T, Activation kActivation>
 [[gnu::noinline]] void finish_dinput(const LinearDinput<T>& a, int64_t first, int64_t columns,
                                      int64_t begin, int64_t rows, const float* c, float* sums) {
   // The sign of a dropped y of relu tells already.
   const bool drops = a.epilogue.dropout.threshold && kActivation != Activation::Relu;
   const F32 scale = F32{} + a.epilogue.dropout.scale;
-  float factors[kPanel];
+  float factors[kStrip];
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t at = (begin + i) * a.inner + first;
     if (drops) dropout_block(a.epilogue.dropout, begin + i, first, factors);
@@ -23,13 +23,13 @@ template <class T, Activation kActivation>
     };
     int64_t j = 0;
     for (; j + kLanes <= columns; j += kLanes) {
-      F32 v = load<F32>(c + i * kPanel + j);
+      F32 v = load<F32>(c + i * kStrip + j);
       if (a.kept) v = gradient(v, load<F32>(a.kept + at + j), j);
       store(a.dinput + at + j, v);
       if (sums) store(sums + j, load<F32>(sums + j) + v);
     }
     if (j == columns) continue;
-    F32 v = load<F32>(c + i * kPanel + j), kept{};
+    F32 v = load<F32>(c + i * kStrip + j), kept{};
     if (a.kept) {
       for (int64_t n = 0; n < columns - j; ++n) kept[n] = load<float>(a.kept + at + j + n);
       v = gradient(v, kept, j);
@@ -41,7 +41,7 @@ template <class T, Activation kActivation>
 
 template <class T>
 struct Dinput {
-  static constexpr int64_t kBlock = kPanel;
+  static constexpr int64_t kBlock = kStrip;
   const LinearDinput<T>& a;
   Panels<T> panels;
 
@@ -49,29 +49,30 @@ struct Dinput {
   static int64_t scratch(const LinearDinput<T>&) { return Panels<T>::scratch(); }
 
   void run(const ProductTask& task) {
-    const int64_t first = task.panel * kPanel, columns = std::min(kPanel, a.inner - first);
-    alignas(64) float chunk[kPanel] = {}, block[kPanel];
+    float sums[kPanel / kStrip][kStrip] = {}, block[kStrip];
     with_activation(a.epilogue.activation, [&](auto activation) {
-      panels.multiply(a.dout, a.weight, a.outer, task.begin, task.end, first, columns,
-                      [&](int64_t begin, int64_t rows, const float* c) {
-                        // Blocks are added up apart: a long sum in one piece would lose digits.
-                        std::memset(block, 0, sizeof block);
-                        finish_dinput<T, activation>(a, first, columns, begin, rows, c,
-                                                     a.sums ? block : nullptr);
-                        if (!a.sums) return;
-                        for (int64_t j = 0; j < kPanel; ++j) chunk[j] += block[j];
-                        if ((begin + rows) % kChunkRows && begin + rows < a.rows) return;
-                        std::memcpy(a.sums + begin / kChunkRows * a.inner + first, chunk,
-                                    columns * sizeof(float));
-                        std::memset(chunk, 0, sizeof chunk);
-                      });
+      panels.multiply(
+          a.dout, a.weight, a.outer, task,
+          [&](int64_t begin, int64_t rows, int64_t first, int64_t columns, const float* c) {
+            // Blocks are added up apart: a long sum in one piece would lose digits.
+            std::memset(block, 0, sizeof block);
+            finish_dinput<T, activation>(a, first, columns, begin, rows, c,
+                                         a.sums ? block : nullptr);
+            if (!a.sums) return;
+            float* chunk = sums[(first - task.first) / kStrip];
+            for (int64_t j = 0; j < kStrip; ++j) chunk[j] += block[j];
+            if ((begin + rows) % kChunkRows && begin + rows < a.rows) return;
+            std::memcpy(a.sums + begin / kChunkRows * a.inner + first, chunk,
+                        columns * sizeof(float));
+            std::memset(chunk, 0, sizeof *sums);
+          });
     });
   }
 };
 
 template <class T>
 struct Dweight {
-  static constexpr int64_t kBlock = kPanel;
+  static constexpr int64_t kBlock = kStrip;
   static constexpr int64_t kFold = 8;  // Rows that are added up in one piece.
   const LinearDweight<T>& a;
   Panels<T> panels;
@@ -80,27 +81,27 @@ struct Dweight {
   static int64_t scratch(const LinearDweight<T>&) { return Panels<T>::scratch(); }
 
   void run(const ProductTask& task) {
-    const int64_t first = task.panel * kPanel, columns = std::min(kPanel, a.inner - first);
     const Matrix<T> left{a.dout.data, a.dout.column, a.dout.row};
     // Without columns there is nothing to multiply: input may be null.
-    const int64_t depth = columns ? a.rows : 0;
-    panels.multiply(left, a.input, depth, task.begin, task.end, first, columns,
-                    [&](int64_t begin, int64_t rows, const float* c) {
-                      for (int64_t i = 0; i < rows; ++i) {
-                        T* to = a.dweight + (begin + i) * a.inner + first;
-                        sweep(columns, [&](auto part, int64_t j) {
-                          store(to + j, load<typename decltype(part)::V>(c + i * kPanel + j));
-                        });
-                      }
-                    });
-    if (a.dbias && task.panel == 0) add_rows(task.begin, task.end);
+    const int64_t depth = task.columns ? a.rows : 0;
+    panels.multiply(
+        left, a.input, depth, task,
+        [&](int64_t begin, int64_t rows, int64_t first, int64_t columns, const float* c) {
+          for (int64_t i = 0; i < rows; ++i) {
+            T* to = a.dweight + (begin + i) * a.inner + first;
+            sweep(columns, [&](auto part, int64_t j) {
+              store(to + j, load<typename decltype(part)::V>(c + i * kStrip + j));
+            });
+          }
+        });
+    if (a.dbias && task.first == 0) add_rows(task.begin, task.end);
   }
 
   // dbias of columns [begin, end) of dout.
   void add_rows(int64_t begin, int64_t end) {
-    for (; begin < end; begin += kPanel) {
-      const int64_t count = std::min(kPanel, end - begin);
-      float total[kPanel];
+    for (; begin < end; begin += kStrip) {
+      const int64_t count = std::min(kStrip, end - begin);
+      float total[kStrip];
       add_rows(begin, count, 0, a.rows, total);
       for (int64_t j = 0; j < count; ++j) store(a.dbias + begin + j, total[j]);
     }
@@ -110,13 +111,13 @@ struct Dweight {
   void add_rows(int64_t first, int64_t count, int64_t begin, int64_t end, float* sum) {
     if (end - begin > kFold) {
       const int64_t middle = begin + (end - begin) / 2;
-      float other[kPanel];
+      float other[kStrip];
       add_rows(first, count, begin, middle, sum);
       add_rows(first, count, middle, end, other);
       for (int64_t j = 0; j < count; ++j) sum[j] += other[j];
       return;
     }
-    std::memset(sum, 0, kPanel * sizeof(float));
+    std::memset(sum, 0, kStrip * sizeof(float));
     for (int64_t r = begin; r < end; ++r) {
       const T* row = a.dout.at(r, first);
       if (a.dout.column == 1)

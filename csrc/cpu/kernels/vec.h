@@ -165,7 +165,8 @@ inline void store(bf16* p, float v) { p->bits = uint16_t(bf16_bits(std::bit_cast
 inline void store(bf16* p, F32 v) {
 #if defined(__AVX512BF16__)
   // The instruction takes subnormals for 0.
-  if (!_mm512_testn_epi32_mask(__m512i(v), _mm512_set1_epi32(0x7f800000))) [[likely]] {
+  constexpr int kSubnormal = 0x20;
+  if (!_mm512_fpclass_ps_mask(__m512(v), kSubnormal)) [[likely]] {
     const __m256bh bits = _mm512_cvtneps_pbh(__m512(v));
     std::memcpy(p, &bits, sizeof bits);
     return;
