@@ -12,12 +12,13 @@ JOBS := $(shell nproc)
 PINNED := OMP_NUM_THREADS=$(JOBS) OMP_PROC_BIND=close OMP_PLACES=cores \
           MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 
-.PHONY: help demo test bench lint format build sanitize wheel gpu clean
+.PHONY: help demo test bench peers lint format build sanitize wheel gpu clean
 
 help:
 	@echo 'make demo      swap a trained sentence encoder: proofs, embeddings, time before and after'
 	@echo 'make test      all tests on this machine'
 	@echo 'make bench     pytest-benchmark against torch eager and torch.compile, threads pinned'
+	@echo 'make peers     zentorch and onnxruntime in an environment of their own, for make bench'
 	@echo 'make lint      ruff, clang-format, mypy (make format: apply)'
 	@echo 'make sanitize  the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make wheel     a wheel for this Python in dist/ (TORCH_CUDA_ARCH_LIST chooses GPUs)'
@@ -28,6 +29,11 @@ demo: build
 
 test: build
 	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(JOBS)
+
+# Libraries that cannot share an environment with the rest; the benchmarks ask those that are there.
+peers:
+	test -x build/peers/bin/python || python3 -m venv build/peers
+	build/peers/bin/python -m pip --disable-pip-version-check install -q -r .ci/requirements-peers.txt
 
 bench: build
 	$(PINNED) $(PYTHON) -m pytest benchmarks $(BENCH)

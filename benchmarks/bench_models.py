@@ -1,7 +1,9 @@
 """Whole layers and a trained model: swapped, stock, compiled, and compiled with frozen weights."""
 
+import contextlib
 import copy
 
+import peers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,16 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 LAYERS = {(768, 12, 3072, 8, 128): (2.3, 1.4), (1024, 16, 4096, 2, 512): (2.3, 1.6)}
 
 
+@contextlib.contextmanager
+def without_fastpath():
+    """torch's own fused layers hide what is in them from compilers, and have no float64."""
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
 def compiled(model, freezing):
     from torch._inductor import config
 
@@ -24,7 +36,7 @@ def compiled(model, freezing):
     model = torch.compile(copy.deepcopy(model))
 
     def run(*args, **kwargs):
-        with config.patch(freezing=freezing), torch.no_grad():
+        with config.patch(freezing=freezing), without_fastpath(), torch.no_grad():
             return model(*args, **kwargs)
 
     return run
@@ -36,10 +48,8 @@ def side_by_side(compare, name, stock, call, given, goal):
     report = lk.optimize(model, inputs=given)
     assert report.swapped and not report.kept, report
     with torch.no_grad():
-        # The fast path of torch's own layers has no float64.
-        torch.backends.mha.set_fastpath_enabled(False)
-        exact = call(copy.deepcopy(stock).double(), double=True)
-        torch.backends.mha.set_fastpath_enabled(True)
+        with without_fastpath():
+            exact = call(copy.deepcopy(stock).double(), double=True)
         assert error_over_budget(call(model), exact, call(stock)) <= 1
         calls = {"kernel": lambda: call(model), "eager": lambda: call(stock)}
         for provider, freezing in (("compile", False), ("freezing", True)):
@@ -47,7 +57,19 @@ def side_by_side(compare, name, stock, call, given, goal):
             calls[provider] = lambda fn=fn: call(fn)
             calls[provider]()
         moved = sum(p.nbytes for p in model.parameters())
-        compare(name, calls, moved=moved, goal=goal if DEVICE == "cpu" else None, rounds=15)
+        goal = goal if DEVICE == "cpu" else None
+        with contextlib.ExitStack() as stack:
+            versions, errors = {}, {}
+            for other in peers.available() if isinstance(given, tuple) and DEVICE == "cpu" else ():
+                if other == "onnxruntime" and given[0].dtype != torch.float32:
+                    continue  # It has no bfloat16 products on CPUs.
+                peer = calls[other] = peers.Peer(other, stock, given)
+                stack.callback(peer.close)
+                errors[other] = round(error_over_budget(peer.result, exact, call(stock)), 2)
+                assert errors[other] <= 4, other
+                versions |= peer.versions
+            more = {"versions": versions, "error_over_budget": errors} if versions else {}
+            compare(name, calls, moved=moved, goal=goal, rounds=15, **more)
 
 
 @each_dtype
