@@ -178,7 +178,7 @@ def test_autocast(make):
     assert_accurate(actual.bfloat16(), exact, allowed.bfloat16(), "logits")
 
 
-@pytest.mark.parametrize("make", [bert, gpt2, t5])
+@each_model
 def test_trainer(make, tmp_path):
     pytest.importorskip("accelerate")
     losses = []

@@ -122,6 +122,89 @@ def test_compiles_within_limits(arch, script):
     assert int(done.stdout.split()[0]) >= 20
 
 
+PERSISTENT = """
+import sys, torch
+from llmos_kernels import _inspect
+from llmos_kernels._registry import DEFINED
+from llmos_kernels._triton import persistent
+from llmos_kernels.ops.activations import GELU, RELU
+persistent._has_engine = lambda device: True
+forward, dinput = (DEFINED[f"llmos::linear_{name}"].launch for name in ("forward", "dinput"))
+with _inspect.recorded_launches() as launches:
+    for rows, activation in ((2048, GELU), (8192, GELU), (8192, RELU)):
+        x, h, weight1, bias, weight2 = (
+            torch.empty(shape, dtype=torch.bfloat16)
+            for shape in ((rows, 1024), (rows, 4096), (4096, 1024), (4096,), (1024, 4096))
+        )
+        dropout = activation, 0.1, torch.empty(2, dtype=torch.int64)
+        forward(x, weight1, bias, *dropout, activation == GELU)
+        dinput(x, weight2, h, *dropout)
+launches = [k for k in dict.fromkeys(launches) if "persistent" in k.name]
+assert len({dict(k.constants)["BLOCK_N"] for k in launches}) == 2
+print(len(launches), "kernels")
+for launch in launches:
+    r, ptx = _inspect.resources(launch, sys.argv[1]), launch.compile(sys.argv[1]).asm["ptx"]
+    assert r.spills == 0, f"{launch}: {r.spills} bytes spilled"
+    assert r.shared <= 227 * 1024, f"{launch}: {r.shared} bytes of shared memory"
+    assert not r.overflows, f"{launch}: 32-bit offsets {r.overflows}"
+    assert "cp.async.bulk.tensor" in ptx, launch
+    assert r.wgmma or "tcgen05.mma" in ptx, launch
+"""
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_persistent_products_compile(arch):
+    """Within the limits of the GPUs that they are for, by their tensor memory accelerator."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", PERSISTENT, arch], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split()[0]) >= 6
+
+
+def test_persistent_products(monkeypatch):
+    """Tiles past the edges, two for a program; and what the other kernels answer."""
+    from llmos_kernels._triton import persistent
+    from llmos_kernels.ops import products
+    from llmos_kernels.ops.activations import GELU
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not persistent._has_engine(torch.device(device)):
+        pytest.skip("this GPU has no tensor memory accelerator")
+    monkeypatch.setattr(persistent, "_has_engine", lambda device: True)
+    monkeypatch.setattr(persistent, "_TILES", ((128, 128, 64, 8, 4, 2),))
+    monkeypatch.setattr(persistent, "_processors", lambda device: 2)
+    forward, dinput = (DEFINED[f"llmos::linear_{name}"].launch for name in ("forward", "dinput"))
+    seed = torch.tensor([3, 4], device=device)
+    dropout = GELU, 0.1, seed
+    for dtype in (torch.float16, torch.bfloat16):
+        torch.manual_seed(0)
+        x, weight, bias, dout, kept = (
+            torch.randn(shape, device=device, dtype=dtype)
+            for shape in ((130, 72), (264, 72), (264,), (130, 264), (130, 72))
+        )
+        weight /= 8
+        assert persistent.plan(x, weight, turned=True)[0] == (2,)
+        assert persistent.plan(dout, weight, turned=False)[0] == (2,)
+        calls = (
+            (forward, products._forward_reference, (x, weight, bias, *dropout, True)),
+            (forward, products._forward_reference, (x, weight, None, GELU, 0.0, None, False)),
+            (dinput, products._dinput_reference, (dout, weight, kept, *dropout)),
+        )
+        for launch, reference, args in calls:
+            exact = reference(
+                *(a.double() if torch.is_tensor(a) and a is not seed else a for a in args)
+            )
+            for values in zip(launch(*args), exact, reference(*args), strict=True):
+                assert_accurate(*values, launch.__name__)
+    odd = x[:, :71]
+    assert persistent.plan(x.float(), weight.float(), True) is None
+    assert persistent.plan(odd.contiguous(), weight[:, :71].contiguous(), True) is None
+    assert persistent.plan(x, weight.mT.contiguous().mT, True) is None
+    assert persistent.plan(x[:100], weight[:100], True) is None
+
+
 def test_offset_lint_finds_a_product():
     from llmos_kernels._inspect import overflows
 

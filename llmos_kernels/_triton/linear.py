@@ -9,6 +9,7 @@ Of a weight stored by columns few rows load only the columns where input is not 
 import triton
 import triton.language as tl
 
+from llmos_kernels._triton import persistent
 from llmos_kernels._triton.activation import activate, dropout_options
 from llmos_kernels._triton.products import (
     add_parts,
@@ -69,6 +70,20 @@ def _forward_kernel(input, weight, bias, seed, out, kept, partial, M, N, K, PART
                 BLOCK_M, BLOCK_N)  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _persistent_forward_kernel(a, b, bias, seed, out, kept, M, N, K, threshold, scale,
+                               ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
+                               BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """The forward kernel over tensor descriptors of input and weight."""
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        first_row, first_col = persistent.place(tile, M, N, BLOCK_M, BLOCK_N)
+        acc = persistent.multiply(a, b, first_row, first_col, K, True, BLOCK_M, BLOCK_N, BLOCK_K)
+        row = first_row + tl.arange(0, BLOCK_M)
+        _finish(acc, bias, seed, out, kept, row, first_col, M, N, threshold, scale, ACTIVATION,
+                BLOCK_M, BLOCK_N)  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["M", "PARTS", "threshold"])
 def _parts_kernel(partial, bias, seed, out, kept, M, N, PARTS, threshold, scale,
                     ACTIVATION: tl.constexpr, SHARES: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -88,13 +103,17 @@ def forward(input, weight, bias, activation, dropout_p, seed, keep):
     kept = input.new_empty((m, n) if keep else 0)
     if out.numel() == 0:
         return out, kept
-    skip = m <= _SKIP_ROWS and weight.stride(0) == 1
-    grid, blocks = plan(m, n, k, input.dtype, (n if skip else k) % 16 != 0, skip)
-    partial = new_parts(input, blocks["PARTS"], m, n)
     finish = dict(
         bias=None if bias is None else bias.contiguous(), out=out, kept=kept if keep else None, M=m,
         N=n, ACTIVATION=activation, **dropout_options(dropout_p, seed),
     )  # fmt: skip
+    if planned := persistent.plan(input, weight, turned=True):
+        grid, blocks = planned
+        _persistent_forward_kernel[grid](K=k, **finish, **blocks)
+        return out, kept
+    skip = m <= _SKIP_ROWS and weight.stride(0) == 1
+    grid, blocks = plan(m, n, k, input.dtype, (n if skip else k) % 16 != 0, skip)
+    partial = new_parts(input, blocks["PARTS"], m, n)
     _forward_kernel[grid](
         input=input, weight=weight, partial=partial, K=k, input_row=input.stride(0),
         input_col=input.stride(1), weight_row=weight.stride(0), weight_col=weight.stride(1),

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from llmos_kernels._triton import persistent
 from llmos_kernels._triton.activation import derivative, dropout_options
 from llmos_kernels._triton.products import (
     add_parts,
@@ -69,6 +70,20 @@ def _dinput_kernel(dout, weight, kept, seed, dinput, sums, partial, M, N, K, PAR
                 threshold, scale, ACTIVATION, BLOCK_M, BLOCK_N)  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _persistent_dinput_kernel(a, b, kept, seed, dinput, sums, M, N, K, kept_row, kept_col, threshold,
+                              scale, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
+                              BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """The dinput kernel over tensor descriptors of dout and weight."""
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        first_row, first_col = persistent.place(tile, M, N, BLOCK_M, BLOCK_N)
+        acc = persistent.multiply(a, b, first_row, first_col, K, False, BLOCK_M, BLOCK_N, BLOCK_K)
+        row = first_row + tl.arange(0, BLOCK_M)
+        _finish(acc, kept, seed, dinput, sums, row, first_row, first_col, M, N, kept_row, kept_col,
+                threshold, scale, ACTIVATION, BLOCK_M, BLOCK_N)  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["M", "PARTS", "threshold"])
 def _parts_kernel(partial, kept, seed, dinput, sums, M, N, PARTS, kept_row, kept_col, threshold,
                     scale, ACTIVATION: tl.constexpr, SHARES: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -124,8 +139,10 @@ def dinput(dout, weight, kept, activation, dropout_p, seed):
     dbias = dout.new_empty(0 if kept is None else n)
     if out.numel() == 0:
         return out, dbias.zero_()
-    grid, blocks = last_grid, last = plan(m, n, k, dout.dtype, (n | k) % 16 != 0)
-    partial = new_parts(dout, blocks["PARTS"], m, n)
+    planned, partial = persistent.plan(dout, weight, turned=False), None
+    grid, blocks = last_grid, last = planned or plan(m, n, k, dout.dtype, (n | k) % 16 != 0)
+    if not planned:
+        partial = new_parts(dout, blocks["PARTS"], m, n)
     if partial is not None:
         last_grid, last = part_plan(m, n, blocks["PARTS"])
     sums, kept_row, kept_col = None, 0, 0
@@ -136,11 +153,14 @@ def dinput(dout, weight, kept, activation, dropout_p, seed):
         kept=kept, dinput=out, sums=dbias if sums is None else sums, M=m, N=n, kept_row=kept_row,
         kept_col=kept_col, ACTIVATION=activation, **dropout_options(dropout_p, seed),
     )  # fmt: skip
-    _dinput_kernel[grid](
-        dout=dout, weight=weight, partial=partial, K=k, dout_row=dout.stride(0),
-        dout_col=dout.stride(1), weight_row=weight.stride(0), weight_col=weight.stride(1),
-        **finish, **blocks,
-    )  # fmt: skip
+    if planned:
+        _persistent_dinput_kernel[grid](K=k, **finish, **blocks)
+    else:
+        _dinput_kernel[grid](
+            dout=dout, weight=weight, partial=partial, K=k, dout_row=dout.stride(0),
+            dout_col=dout.stride(1), weight_row=weight.stride(0), weight_col=weight.stride(1),
+            **finish, **blocks,
+        )  # fmt: skip
     if partial is not None:
         _parts_kernel[last_grid](partial=partial, **finish, **last)
     if sums is not None:

@@ -16,14 +16,20 @@ _GROUP: tl.constexpr = tl.constexpr(8)
 @triton.jit
 def place(M, N, PARTS, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The part of K, the tile's first row and its first column that the program owns."""
+    row, col = place_tile(tl.program_id(0) // PARTS, M, N, BLOCK_M, BLOCK_N)
+    return tl.program_id(0) % PARTS, row, col
+
+
+@triton.jit
+def place_tile(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The first row and the first column of a tile."""
     rows = tl.cdiv(M, BLOCK_M)
     cols = tl.cdiv(N, BLOCK_N)
-    tile = tl.program_id(0) // PARTS
     group = tile // (_GROUP * cols)
     height = tl.minimum(rows - group * _GROUP, _GROUP)
     tile %= _GROUP * cols
     row = (group * _GROUP + tile % height).to(tl.int64) * BLOCK_M
-    return tl.program_id(0) % PARTS, row, (tile // height).to(tl.int64) * BLOCK_N
+    return row, (tile // height).to(tl.int64) * BLOCK_N
 
 
 @triton.jit
