@@ -68,8 +68,8 @@ sanitize: $(VENV)/.ready
 	LLMOS_SANITIZED=$(CURDIR)/build/sanitized PYTHONPATH=$(CURDIR)/build/sanitized \
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	LLMOS_SKIP_TRITON=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-	$(PYTHON) -P -m pytest -n $(JOBS) tests/test_sanitize.py tests/test_kernels.py tests/test_ops.py \
-	  -k "sanitize or guard or matches_reference or layouts or strided"
+	$(PYTHON) -P -m pytest -n $(JOBS) tests/test_sanitize.py tests/test_kernels.py tests/test_ops.py tests/test_int8.py \
+	  -k "sanitize or guard or matches_reference or layouts or strided or integers or extreme or few"
 
 wheel: $(VENV)/.ready
 	$(PIP) wheel -q --no-build-isolation --no-deps -w dist .

@@ -11,6 +11,7 @@ from llmos_kernels.ops import device  # noqa: F401  defines its op
 from llmos_kernels.ops.attention import scaled_dot_product_attention
 from llmos_kernels.ops.embedding import embedding_layer_norm
 from llmos_kernels.ops.feed_forward import feed_forward
+from llmos_kernels.ops.int8 import int8_linear, int8_matmul, int8_quantize
 from llmos_kernels.ops.layer_norm import add_layer_norm, layer_norm
 from llmos_kernels.ops.linear import linear
 from llmos_kernels.ops.rms_norm import add_rms_norm, rms_norm
@@ -22,6 +23,9 @@ __all__ = [
     "add_rms_norm",
     "embedding_layer_norm",
     "feed_forward",
+    "int8_linear",
+    "int8_matmul",
+    "int8_quantize",
     "layer_norm",
     "linear",
     "nn",

@@ -14,8 +14,10 @@ TESTS = Path(__file__).parent
 
 @pytest.mark.parametrize("level", _C.cpu_levels()[:-1])
 def test_level(level):
-    args = ["-q", "-p", "no:cacheprovider", f"{TESTS}/test_ops.py", f"{TESTS}/test_kernels.py"]
-    chosen = ["-k", "(matches_reference or layouts or guard or masks or alone) and not triton"]
+    files = [TESTS / f"test_{name}.py" for name in ("ops", "kernels", "int8")]
+    args = ["-q", "-p", "no:cacheprovider", *files]
+    chosen = "matches_reference or layouts or guard or masks or alone or integers or extreme"
+    chosen = ["-k", f"({chosen}) and not triton"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *args, *chosen],
         env=os.environ | {"LLMOS_CPU_LEVEL": level, "LLMOS_SKIP_TRITON": "1"},

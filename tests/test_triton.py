@@ -96,6 +96,24 @@ with _inspect.recorded_launches() as launches:
 launches = list(dict.fromkeys(launches))
 """
 
+INT8 = """
+import sys, torch
+from llmos_kernels import _inspect
+from llmos_kernels._registry import DEFINED
+from llmos_kernels.ops.activations import GELU, NONE
+quantize, matmul = (DEFINED[f"llmos::int8_{name}"].launch for name in ("quantize", "matmul"))
+with _inspect.recorded_launches() as launches:
+    for dtype in (torch.bfloat16, torch.float32):
+        for rows, k, n in ((1, 4096, 4096), (128, 384, 1536), (4096, 4096, 4096), (9, 77, 33)):
+            x, weight = torch.empty(rows, k, dtype=dtype), torch.empty(n, k, dtype=torch.int8)
+            scale, bias = torch.empty(n), torch.empty(n, dtype=dtype)
+            a, a_scale = quantize(x)
+            for activation in (NONE, GELU):
+                matmul(a, weight, a_scale, scale, bias, activation, dtype)
+        quantize(x.mT)
+launches = list(dict.fromkeys(launches))
+"""
+
 # What the scripts above have launched, within the limits; on sm_90 tensor cores of its own kind.
 CHECK = """
 print(len(launches), "kernels")
@@ -104,19 +122,26 @@ for launch in launches:
     assert r.spills == 0, f"{launch}: {r.spills} bytes spilled"
     assert r.shared <= 99 * 1024, f"{launch}: {r.shared} bytes of shared memory"
     assert not r.overflows, f"{launch}: 32-bit offsets {r.overflows}"
-    product = launch.name in ("_forward_kernel", "_dinput_kernel", "_dweight_kernel")
+    names = "_forward_kernel", "_dinput_kernel", "_dweight_kernel", "_product_kernel"
+    product = launch.name in names
     tall = dict(launch.constants).get("BLOCK_M", 0) >= 64
     if sys.argv[1] == "sm_90" and product and tall and launch.signature[0][1] != "*fp32":
         assert r.wgmma, launch
 """
 
 
-@pytest.mark.parametrize("script", [NORMS, ATTENTION, LINEAR], ids=["norms", "attention", "linear"])
+SCRIPTS = {"norms": NORMS, "attention": ATTENTION, "linear": LINEAR, "int8": INT8}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_compiles_within_limits(arch, script):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", script + CHECK, arch], env=env, capture_output=True, text=True
+        [sys.executable, "-c", SCRIPTS[script] + CHECK, arch],
+        env=env,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout.split()[0]) >= 20

@@ -7,6 +7,7 @@
 
 #include "host.h"
 #include "layer_norm.h"
+#include "product_host.h"
 
 namespace llmos {
 namespace {
@@ -37,31 +38,6 @@ struct Operand {
 
 Epilogue epilogue(int64_t activation, double dropout_p, const Optional& seed) {
   return {Activation(activation), dropout_of(dropout_p, seed)};
-}
-
-// Panels of one or two strips of `columns` against blocks of `rows`, enough for all threads; a
-// block has a multiple of `grain` rows. There is one panel at least.
-std::vector<ProductTask> tasks_of(int64_t columns, int64_t strip, int64_t rows, int64_t grain) {
-  std::vector<ProductTask> tasks;
-  const int64_t wanted = 4 * int64_t(torch::stable::get_num_threads());
-  const int64_t strips = std::max<int64_t>((columns + strip - 1) / strip, 1);
-  const int64_t panel = strips < wanted ? strip : 2 * strip;
-  const int64_t panels = std::max<int64_t>((columns + panel - 1) / panel, 1);
-  const int64_t pieces = std::clamp<int64_t>((wanted + panels - 1) / panels, 1,
-                                             std::max<int64_t>(rows / (2 * grain), 1));
-  const int64_t piece = ((rows + pieces - 1) / pieces + grain - 1) / grain * grain;
-  for (int64_t p = 0; p < panels; ++p)
-    for (int64_t begin = 0; begin < rows; begin += piece)
-      tasks.push_back(
-          {p * panel, std::min(panel, columns - p * panel), begin, std::min(begin + piece, rows)});
-  return tasks;
-}
-
-std::vector<ProductTask> ranges(int64_t n, int64_t block) {
-  std::vector<ProductTask> tasks;
-  for (int64_t begin = 0; begin < n; begin += block)
-    tasks.push_back({0, 0, begin, std::min(begin + block, n)});
-  return tasks;
 }
 
 template <class T>

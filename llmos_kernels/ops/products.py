@@ -201,21 +201,22 @@ def dinput(
         if kept is None:
             return product, product.new_empty(0)
         product = activation_backward(product, kept, activation, p, seed)
-        return product, _sum_of_rows(product)
+        return product, sum_of_rows(product)
     return linear_dinput(dz, weight, kept, activation, p, seed)
 
 
 def parameter_gradients(dz: Tensor, input: Tensor, of_weight: bool, of_bias: bool) -> tuple:
     """dweight and dbias where they are wanted, else None."""
     if not of_weight:
-        return None, _sum_of_rows(dz) if of_bias else None
+        return None, sum_of_rows(dz) if of_bias else None
     if dz.is_cuda or _is_for_onednn(dz, input.shape[1], gradient=True):
-        return dz.mT @ input, _sum_of_rows(dz) if of_bias else None
+        return dz.mT @ input, sum_of_rows(dz) if of_bias else None
     dweight, dbias = linear_dweight(dz, input, of_bias)
     return dweight, dbias if of_bias else None
 
 
-def _sum_of_rows(dz: Tensor) -> Tensor:
+def sum_of_rows(dz: Tensor) -> Tensor:
+    """The sum over rows, in float32 and rounded once."""
     return dz.sum(0, dtype=torch.promote_types(dz.dtype, torch.float32)).to(dz.dtype)
 
 

@@ -1,53 +1,8 @@
-#include "activations.h"
+#include "epilogue.h"
 #include "panels.h"
-#include "philox.h"
 
 namespace llmos {
 namespace {
-
-// z as it is rounded to T.
-template <class T>
-[[gnu::always_inline]] inline F32 rounded(F32 z) {
-  if constexpr (std::is_same_v<T, float>) return z;
-  T stored[kLanes];
-  return store_rounded(stored, z);
-}
-
-// Writes the first `count` lanes.
-template <class T>
-[[gnu::always_inline]] inline void store_lanes(T* to, F32 v, int64_t count) {
-  if (count >= kLanes) return store(to, v);
-  for (int64_t i = 0; i < count; ++i) store(to + i, float(v[i]));
-}
-
-// y and z of sums [rows][step] of columns [begin, begin + count), row by row from first_row on.
-template <class T, Activation kActivation>
-[[gnu::noinline]] void finish(const LinearForward<T>& a, int64_t first_row, int64_t rows,
-                              int64_t begin, int64_t count, const float* sums, int64_t step) {
-  // Rounding before relu or after it gives the same.
-  constexpr bool kSame = kActivation == Activation::None || kActivation == Activation::Relu;
-  const Dropout& dropout = a.epilogue.dropout;
-  constexpr int64_t kWidth = 4 * kLanes;
-  float factors[kWidth];
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t first = (first_row + r) * a.outer + begin;
-    for (int64_t at = 0; at < count; at += kWidth) {
-      if (dropout.threshold) dropout_block(dropout, first_row + r, begin + at, factors);
-      for (int64_t j = at; j < std::min(at + kWidth, count); j += kLanes) {
-        const int64_t n = std::min<int64_t>(kLanes, count - j);
-        F32 z = load<F32>(sums + r * step + j);
-        if (a.bias && n == kLanes) z += load<F32>(a.bias + begin + j);
-        if (a.bias && n < kLanes)
-          for (int64_t i = 0; i < n; ++i) z[i] += load<float>(a.bias + begin + j + i);
-        if (!kSame) z = rounded<T>(z);
-        F32 y = activate<kActivation>(z);
-        if (dropout.threshold) y *= load<F32>(factors + j - at);
-        store_lanes(a.out + first + j, y, n);
-        if (a.kept) store_lanes(a.kept + first + j, z, n);
-      }
-    }
-  }
-}
 
 template <class T>
 struct Forward {
@@ -74,7 +29,7 @@ struct Forward {
     panels.multiply(
         a.input, right, a.inner, task,
         [&](int64_t begin, int64_t rows, int64_t first, int64_t columns, const float* c) {
-          finish<T, kActivation>(a, begin, rows, first, columns, c, kStrip);
+          finish<T, kActivation>(a, begin, rows, first, columns, StoredSums{c, kStrip});
         });
   }
 
@@ -84,12 +39,9 @@ struct Forward {
     const Matrix<T> right{a.input.data, a.input.column, a.input.row};
     panels.multiply(a.weight, right, a.inner, task,
                     [&](int64_t begin, int64_t count, int64_t first, int64_t rows, const float* c) {
-                      for (int64_t j = 0; j < count; j += kLanes) {
-                        const float* lines[kLanes];
-                        for (int i = 0; i < kLanes; ++i) lines[i] = c + (j + i) * kStrip;
-                        transpose_rows(lines, rows, turned + j, kBlockRows);
-                      }
-                      finish<T, kActivation>(a, first, rows, begin, count, turned, kBlockRows);
+                      turn_sums(c, kStrip, count, rows, turned, kBlockRows);
+                      finish<T, kActivation>(a, first, rows, begin, count,
+                                             StoredSums{turned, kBlockRows});
                     });
   }
 };
@@ -98,7 +50,7 @@ template <class T>
 void finish_few(const LinearForward<T>& a, int64_t begin, int64_t count, const float* sums,
                 int64_t step) {
   with_activation(a.epilogue.activation, [&](auto activation) {
-    finish<T, activation>(a, 0, a.rows, begin, count, sums, step);
+    finish<T, activation>(a, 0, a.rows, begin, count, StoredSums{sums, step});
   });
 }
 

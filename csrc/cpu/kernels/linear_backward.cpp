@@ -21,21 +21,13 @@ template <class T, Activation kActivation>
       if (drops) return v * load<F32>(factors + j);
       return kActivation == Activation::Relu ? v * scale : v;
     };
-    int64_t j = 0;
-    for (; j + kLanes <= columns; j += kLanes) {
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      const int64_t n = std::min<int64_t>(kLanes, columns - j);
       F32 v = load<F32>(c + i * kStrip + j);
-      if (a.kept) v = gradient(v, load<F32>(a.kept + at + j), j);
-      store(a.dinput + at + j, v);
+      if (a.kept) v = gradient(v, load_lanes<F32>(a.kept + at + j, n), j);
+      store_lanes(a.dinput + at + j, v, n);
       if (sums) store(sums + j, load<F32>(sums + j) + v);
     }
-    if (j == columns) continue;
-    F32 v = load<F32>(c + i * kStrip + j), kept{};
-    if (a.kept) {
-      for (int64_t n = 0; n < columns - j; ++n) kept[n] = load<float>(a.kept + at + j + n);
-      v = gradient(v, kept, j);
-    }
-    for (int64_t n = 0; n < columns - j; ++n) store(a.dinput + at + j + n, float(v[n]));
-    if (sums) store(sums + j, load<F32>(sums + j) + v);
   }
 }
 
@@ -149,22 +141,11 @@ struct Activations {
       if (dropout.threshold) dropout_block(dropout, r, at, factors);
       for (int64_t j = at; j < std::min(at + kWidth, a.columns); j += kLanes) {
         const int64_t n = std::min<int64_t>(kLanes, a.columns - j), from = r * a.columns + j;
-        F32 kept{}, dout{};
-        if (n == kLanes) {
-          kept = load<F32>(a.kept + from);
-          if (a.dout) dout = load<F32>(a.dout + from);
-        } else {
-          for (int64_t i = 0; i < n; ++i) {
-            kept[i] = load<float>(a.kept + from + i);
-            if (a.dout) dout[i] = load<float>(a.dout + from + i);
-          }
-        }
+        const F32 kept = load_lanes<F32>(a.kept + from, n);
+        const F32 dout = a.dout ? load_lanes<F32>(a.dout + from, n) : F32{};
         F32 v = a.dout ? dout * slope<kActivation>(kept) : activate<kActivation>(kept);
         if (dropout.threshold) v *= load<F32>(factors + j - at);
-        if (n == kLanes)
-          store(a.to + from, v);
-        else
-          for (int64_t i = 0; i < n; ++i) store(a.to + from + i, float(v[i]));
+        store_lanes(a.to + from, v, n);
       }
     }
   }

@@ -28,20 +28,19 @@ void run_tasks(const Args& args, const typename Args::Task* tasks, int64_t count
   for (int64_t i = 0; i < count; ++i) impl.run(tasks[i]);
 }
 
-// Enters Impl<T>, which has kBlock, scratch(args) and run(task), as the kernel of Args<T> for every
-// type.
+// Enters Impl, which has kBlock, scratch(args) and run(task), as the kernel of Args.
+template <class Impl, class Args>
+struct BuildOf {
+  static constexpr TaskKernel<Args> kKernel{Impl::kBlock, &Impl::scratch, &run_tasks<Impl, Args>};
+  Build<const TaskKernel<Args>*> build{LLMOS_CPU_LEVEL, task_kernel<Args>, &kKernel};
+};
+
+// The same for every type of element.
 template <template <class> class Impl, template <class> class Args>
 struct KernelBuilds {
-  template <class T>
-  struct Of {
-    using Kernel = TaskKernel<Args<T>>;
-    static constexpr Kernel kKernel{Impl<T>::kBlock, &Impl<T>::scratch,
-                                    &run_tasks<Impl<T>, Args<T>>};
-    Build<const Kernel*> build{LLMOS_CPU_LEVEL, task_kernel<Args<T>>, &kKernel};
-  };
-  Of<float> f32;
-  Of<bf16> b16;
-  Of<f16> f16_;
+  BuildOf<Impl<float>, Args<float>> f32;
+  BuildOf<Impl<bf16>, Args<bf16>> b16;
+  BuildOf<Impl<f16>, Args<f16>> f16_;
 };
 
 }  // namespace

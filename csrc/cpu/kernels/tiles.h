@@ -1,8 +1,9 @@
 // Small matrices in scratch memory: how they are packed, and their product.
 //
 // A product steps over its inner dimension by units of 32 bits: one float, or a pair of bfloat16
-// where the level multiplies such pairs (vdpbf16ps). A unit of the left operand is broadcast, the
-// right operand is read by rows of whole vectors.
+// where the level multiplies such pairs (vdpbf16ps). Of int8 it is four, where the level multiplies
+// these (vpdpbusd), else a pair of int16; the sums are int32 then. A unit of the left operand is
+// broadcast, the right operand is read by rows of whole vectors.
 #pragma once
 
 #include <algorithm>
@@ -16,19 +17,48 @@ struct Pair {
   bf16 first, second;
 };
 
+// The instruction takes the right operand as uint8: kOffset more than the element.
+struct Quad {
+  int8_t elements[4];
+};
+struct IntPair {
+  int16_t first, second;
+};
+
 #if defined(__AVX512BF16__)
-template <class T>
-using UnitOf = std::conditional_t<std::is_same_v<T, bf16>, Pair, float>;
+using PairOrFloat = Pair;
 #else
-template <class T>
-using UnitOf = float;
+using PairOrFloat = float;
 #endif
+#if defined(__AVX512VNNI__)
+using IntUnit = Quad;
+#else
+using IntUnit = IntPair;
+#endif
+template <class T>
+using UnitOf = std::conditional_t<std::is_same_v<T, int8_t>, IntUnit,
+                                  std::conditional_t<std::is_same_v<T, bf16>, PairOrFloat, float>>;
 
 // Elements in a unit, and what one element is stored as.
 template <class Unit>
-constexpr int kPerUnit = std::is_same_v<Unit, Pair> ? 2 : 1;
+constexpr int kPerUnit = std::is_same_v<Unit, Quad>    ? 4
+                         : std::is_same_v<Unit, float> ? 1
+                                                       : 2;
 template <class Unit>
-using Element = std::conditional_t<std::is_same_v<Unit, Pair>, bf16, float>;
+using Element = std::conditional_t<
+    std::is_same_v<Unit, Quad>, int8_t,
+    std::conditional_t<std::is_same_v<Unit, IntPair>, int16_t,
+                       std::conditional_t<std::is_same_v<Unit, Pair>, bf16, float>>>;
+
+template <class Unit>
+constexpr bool kIsInt = std::is_same_v<Unit, Quad> || std::is_same_v<Unit, IntPair>;
+constexpr int32_t kOffset = std::is_same_v<IntUnit, Quad> ? 128 : 0;
+
+// What products are summed in, and a vector of it.
+template <class Unit>
+using SumOf = std::conditional_t<kIsInt<Unit>, int32_t, float>;
+template <class Unit>
+using SumsOf = std::conditional_t<kIsInt<Unit>, U32, F32>;
 
 template <class Unit>
 constexpr int64_t units(int64_t elements) {
@@ -50,12 +80,26 @@ constexpr int64_t to_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLa
 
 // acc + a * b in each lane; of pairs, the sum of both products.
 template <class Unit>
-[[gnu::always_inline]] inline F32 multiply_add(U32 a, U32 b, F32 acc) {
-#if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<Unit, Pair>)
-    return F32(_mm512_dpbf16_ps(__m512(acc), __m512bh(a), __m512bh(b)));
+[[gnu::always_inline]] inline SumsOf<Unit> multiply_add(U32 a, U32 b, SumsOf<Unit> acc) {
+  if constexpr (kIsInt<Unit>) {
+#if defined(__AVX512VNNI__)
+    return U32(_mm512_dpbusd_epi32(__m512i(acc), __m512i(b), __m512i(a)));
+#elif defined(__AVX512F__)
+    return acc + U32(_mm512_madd_epi16(__m512i(a), __m512i(b)));
+#elif defined(__AVX2__)
+    return acc + U32(_mm256_madd_epi16(__m256i(a), __m256i(b)));
+#else
+    using I32 = int32_t __attribute__((vector_size(sizeof(U32))));
+    const I32 high = (I32(a) >> 16) * (I32(b) >> 16);
+    return acc + U32(high + (I32(a << 16) >> 16) * (I32(b << 16) >> 16));
 #endif
-  return fma(std::bit_cast<F32>(a), std::bit_cast<F32>(b), acc);
+  } else {
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<Unit, Pair>)
+      return F32(_mm512_dpbf16_ps(__m512(acc), __m512bh(a), __m512bh(b)));
+#endif
+    return fma(std::bit_cast<F32>(a), std::bit_cast<F32>(b), acc);
+  }
 }
 
 // What a product does to what c holds: replaces it, adds to it, or adds to alpha[row] times it.
@@ -76,13 +120,14 @@ constexpr int kRows = kColumns == 2   ? 6
 // c[m][n] from a[m][k] and b[k][n]. kByColumn: a is stored by columns, a_step between them.
 template <class Unit, bool kByColumn, Into kInto, int kM, int kN>
 [[gnu::always_inline]] inline void step(const Unit* a, int64_t a_step, const Unit* b,
-                                        int64_t b_step, int64_t k, float* c, int64_t c_step,
+                                        int64_t b_step, int64_t k, SumOf<Unit>* c, int64_t c_step,
                                         const float* alpha) {
-  F32 acc[kM][kN];
+  using V = SumsOf<Unit>;
+  V acc[kM][kN];
 #pragma GCC unroll 16
   for (int m = 0; m < kM; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < kN; ++n) acc[m][n] = F32{};
+    for (int n = 0; n < kN; ++n) acc[m][n] = V{};
   for (int64_t i = 0; i < k; ++i) {
     U32 right[kN];
 #pragma GCC unroll 4
@@ -100,17 +145,17 @@ template <class Unit, bool kByColumn, Into kInto, int kM, int kN>
 #pragma GCC unroll 4
     for (int n = 0; n < kN; ++n) {
       // Sums of tiles are added, not carried on: a long sum in one piece would lose digits.
-      float* at = c + m * c_step + n * kLanes;
-      F32 sum = acc[m][n];
-      if constexpr (kInto == Into::Add) sum += load<F32>(at);
-      if constexpr (kInto == Into::Scale) sum = fma(load<F32>(at), F32{} + alpha[m], sum);
-      store(at, sum);
+      SumOf<Unit>* at = c + m * c_step + n * kLanes;
+      V sum = acc[m][n];
+      if constexpr (kInto == Into::Add) sum += load_bits<V>(at);
+      if constexpr (kInto == Into::Scale) sum = fma(load_bits<V>(at), V{} + alpha[m], sum);
+      std::memcpy(at, &sum, sizeof sum);
     }
 }
 
 template <class Unit, bool kByColumn, Into kInto, int kN>
 [[gnu::noinline]] void columns(int64_t rows, const Unit* a, int64_t a_step, const Unit* b,
-                               int64_t b_step, int64_t k, float* c, int64_t c_step,
+                               int64_t b_step, int64_t k, SumOf<Unit>* c, int64_t c_step,
                                const float* alpha) {
   int64_t row = 0;
   const auto run = [&](auto count) {
@@ -130,7 +175,7 @@ template <class Unit, bool kByColumn, Into kInto, int kN>
 // units of a and b and in floats of c. alpha [rows] with Into::Scale.
 template <class Unit, bool kByColumn, Into kInto>
 [[gnu::noinline]] void product(int64_t rows, int64_t vectors, int64_t k, const Unit* a,
-                               int64_t a_step, const Unit* b, int64_t b_step, float* c,
+                               int64_t a_step, const Unit* b, int64_t b_step, SumOf<Unit>* c,
                                int64_t c_step, const float* alpha = nullptr) {
   int64_t at = 0;
   const auto run = [&](auto count) {
@@ -173,12 +218,29 @@ template <class Unit, class T>
   auto* to = reinterpret_cast<Element<Unit>*>(to_);
   if constexpr (std::is_same_v<Element<Unit>, T>) {
     std::memcpy(to, from, n * sizeof(T));
+  } else if constexpr (kIsInt<Unit>) {
+    using I8 = int8_t __attribute__((vector_size(2 * kLanes)));
+    using I16 = int16_t __attribute__((vector_size(4 * kLanes)));
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+      const I16 wide = __builtin_convertvector(load_bits<I8>(from + i), I16);
+      std::memcpy(to + i, &wide, sizeof wide);
+    }
+    for (; i < n; ++i) to[i] = from[i];
   } else {
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) store(to + i, load<F32>(from + i));
     for (; i < n; ++i) store(to + i, load<float>(from + i));
   }
   if (padded > n) std::memset(to + n, 0, (padded - n) * sizeof(*to));
+}
+
+// kOffset on top of each element: its highest bit the other way. n is in whole vectors.
+inline void add_offset(Quad* packed, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const U32 v = load_bits<U32>(packed + i) ^ 0x80808080;
+    std::memcpy(packed + i, &v, sizeof v);
+  }
 }
 
 // Turns kLanes vectors around: lane j of vector i goes to lane i of vector j.

@@ -203,6 +203,31 @@ inline V store_rounded(T* p, V v) {
   return load<V>(p);
 }
 
+// The first n lanes in memory; the others are 0. Lanes that are set one by one would keep the whole
+// vector in memory, also where all of them are wanted.
+template <class V, class T>
+[[gnu::always_inline]] inline V load_lanes(const T* p, int64_t n) {
+  constexpr int64_t count = sizeof(V) / 4;
+  if (n >= count) [[likely]] {
+    if constexpr (std::is_same_v<V, U32>)
+      return load_bits<V>(p);
+    else
+      return load<V>(p);
+  }
+  T lanes[count] = {};
+  std::memcpy(lanes, p, n * sizeof(T));
+  return load_lanes<V>(lanes, count);
+}
+
+template <class T>
+[[gnu::always_inline]] inline void store_lanes(T* p, F32 v, int64_t n) {
+  if (n >= kLanes) [[likely]]
+    return store(p, v);
+  T lanes[kLanes];
+  store(lanes, v);
+  std::memcpy(p, lanes, n * sizeof(T));
+}
+
 template <class V, size_t... kLane>
 inline void zip(V a, V b, V& first, V& second, std::index_sequence<kLane...>) {
   constexpr int n = kLanes;

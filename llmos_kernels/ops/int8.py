@@ -1,0 +1,241 @@
+"""Products of int8 rows, and how rows become int8.
+
+    scale_i = max_k |x_ik| / 127,   q_ik = round(x_ik * (127 / max_k |x_ik|))    in float32, ties to even
+    out_ij = activation(sum_k a_ik b_jk * a_scale_i * b_scale_j + bias_j)
+
+The sum is int32 and exact; it is multiplied by both scales in float32, in this order, and rounded to the
+dtype of the result before the activation. A row whose largest magnitude is below 1e-36 is 0, with scale
+0; one that holds NaN or infinity is 0 with scale NaN, so that its results are NaN.
+
+``int8_linear`` quantises its input as it comes (dynamically) and takes the weight as int8. Its gradient
+is that of a linear layer with the weight ``weight_int8 * weight_scale``: rounding passes gradients
+through, the weight has none.
+"""
+
+import torch
+from torch import Tensor
+
+from llmos_kernels._registry import KERNEL_DTYPES, define, needs_grad, use_reference
+from llmos_kernels.ops import activations, products
+from llmos_kernels.ops.activations import NONE, RELU
+from llmos_kernels.ops.autocast import autocast
+from llmos_kernels.ops.linear import as_rows
+
+#: A longer sum of products, each up to 128^2, could leave int32.
+MAX_INNER = (1 << 17) - 1
+_SMALLEST = 1e-36
+
+
+def _quantize_reference(input: Tensor) -> tuple[Tensor, Tensor]:
+    x = input.float()
+    if x.shape[1] == 0:
+        return x.to(torch.int8), x.new_zeros(x.shape[0])
+    largest = x.abs().amax(1)
+    zero = ~(largest >= _SMALLEST) | largest.isinf()
+    scale = torch.where(largest < _SMALLEST, 0.0, largest / 127)
+    scale = torch.where(largest.isfinite(), scale, torch.nan)
+    # A number over a tensor would be its reciprocal times the number.
+    inverse = torch.where(zero, 0.0, torch.full_like(largest, 127) / largest)
+    rows = torch.where(zero[:, None], 0.0, (x * inverse[:, None]).round())
+    return rows.to(torch.int8), scale
+
+
+def _matmul_reference(a, b, a_scale, b_scale, bias, activation, dtype):
+    # float64 holds the sums exactly.
+    z = (a.double() @ b.double().mT).float() * a_scale[:, None] * b_scale[None, :]
+    if bias is not None:
+        z = z + bias.float()
+    return products.activate_rows(z.to(dtype), activation, 0.0, None).contiguous()
+
+
+_quantize = define(
+    "int8_quantize(Tensor input) -> (Tensor rows, Tensor scale)",
+    reference=_quantize_reference,
+    fake=lambda input: (
+        input.new_empty(input.shape, dtype=torch.int8),
+        input.new_empty(input.shape[0], dtype=torch.float32),
+    ),
+    triton="int8:quantize",
+)
+_matmul = define(
+    "int8_matmul(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, int activation,"
+    " ScalarType dtype) -> Tensor",
+    reference=_matmul_reference,
+    fake=lambda a, b, a_scale, b_scale, bias, activation, dtype: a.new_empty(
+        a.shape[0], b.shape[0], dtype=dtype
+    ),
+    triton="int8:matmul",
+)
+
+
+def int8_quantize(input: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Rows of int8, symmetric about 0, and their scales.
+
+    ``input`` [..., in]: float32, bfloat16 or float16, any strides. Returns int8 of the same shape and
+    float32 scales [...]: ``rows * scale[..., None]`` is ``input`` to half a scale. A row of zeros has
+    scale 0, one that is not finite scale NaN. Not differentiable. Raises TypeError for another dtype,
+    ValueError for a tensor without dimensions.
+    """
+    if input.dtype not in KERNEL_DTYPES:
+        raise TypeError(f"input must be float32, bfloat16 or float16, got {input.dtype}")
+    if input.ndim == 0:
+        raise ValueError("input must have a dimension to quantise over, got none")
+    quantize = _quantize_reference if use_reference(backend, input.dtype) else _quantize
+    rows, scale = quantize(as_rows(input.detach()))
+    return rows.view(input.shape), scale.view(input.shape[:-1])
+
+
+def _check_int8(**tensors: Tensor) -> None:
+    for name, t in tensors.items():
+        if t.dtype != torch.int8:
+            raise TypeError(f"{name} must be int8, got {t.dtype}")
+
+
+def _check_shapes(a: Tensor, b: Tensor, names: tuple[str, str]) -> None:
+    if b.ndim != 2 or a.ndim == 0 or a.shape[-1] != b.shape[1]:
+        raise ValueError(
+            f"{names[1]} must be [out, in] with in the last dimension of {names[0]}, got"
+            f" {names[1]} {list(b.shape)}, {names[0]} {list(a.shape)}"
+        )
+    if b.shape[1] > MAX_INNER:
+        raise ValueError(f"sums of {b.shape[1]} products could leave int32, at most {MAX_INNER}")
+
+
+def _check_beside(reference: Tensor, **others: tuple[Tensor | None, torch.Size, torch.dtype]):
+    for name, (t, shape, dtype) in others.items():
+        if t is None:
+            continue
+        if t.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got {list(t.shape)}")
+        if t.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, got {t.dtype}")
+        if t.device != reference.device:
+            raise ValueError(f"{name} is on {t.device}, the rest on {reference.device}")
+
+
+def int8_matmul(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """``activation((a @ b.mT) * a_scale[..., None] * b_scale + bias)`` in one pass, from int8.
+
+    ``a`` [..., in] and ``b`` [out, in], int8, any sizes and strides; ``a_scale`` [...] and ``b_scale``
+    [out], float32; ``bias`` [out] and the result [..., out] of ``out_dtype``: float32, bfloat16 or
+    float16. ``activation`` as for ``linear``. The sums are exact. Not differentiable. Raises ValueError
+    for shapes, devices or names and for more than 131,071 columns, whose sums could leave int32,
+    TypeError for dtypes.
+    """
+    code = activations.code_of(activation)
+    if out_dtype not in KERNEL_DTYPES:
+        raise TypeError(f"out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
+    _check_int8(a=a, b=b)
+    _check_shapes(a, b, ("a", "b"))
+    _check_beside(
+        a,
+        b=(b, b.shape, torch.int8),
+        a_scale=(a_scale, a.shape[:-1], torch.float32),
+        b_scale=(b_scale, b.shape[:1], torch.float32),
+        bias=(bias, b.shape[:1], out_dtype),
+    )
+    b, a_scale, b_scale = b.detach(), a_scale.detach().reshape(-1), b_scale.detach()
+    args = as_rows(a), b, a_scale, b_scale, None if bias is None else bias.detach(), code, out_dtype
+    out = _matmul_reference(*args) if use_reference(backend, out_dtype) else _matmul(*args)
+    return out.view(*a.shape[:-1], b.shape[0])
+
+
+def _definition(rows, weight_int8, weight_scale, bias, activation) -> Tensor:
+    """By differentiable torch ops; rounding passes derivatives through."""
+    acc = torch.promote_types(rows.dtype, torch.float32)
+    quantized, scale = _quantize_reference(rows.detach())
+    x = rows.to(acc)
+    x = (quantized.to(acc) * scale.to(acc)[:, None]) + (x - x.detach())
+    z = x @ (weight_int8.to(acc) * weight_scale.to(acc)[:, None]).mT
+    if bias is not None:
+        z = z + bias.to(acc)
+    return products.activate_rows(z.to(rows.dtype), activation, 0.0, None)
+
+
+def _linear(rows, weight_int8, weight_scale, bias, activation) -> Tensor:
+    a, a_scale = _quantize(rows)
+    return _matmul(a, weight_int8, a_scale, weight_scale, bias, activation, rows.dtype)
+
+
+class _Int8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, weight_int8, weight_scale, bias, activation):
+        y = z = _linear(rows, weight_int8, weight_scale, bias, NONE)
+        if activation != NONE:
+            y = products.activation_forward(z, activation, 0.0, None)
+        kept = z if activations.keeps_input(activation) else y if activation == RELU else None
+        ctx.save_for_backward(rows, weight_int8, weight_scale, bias, kept)
+        ctx.activation = activation
+        return y
+
+    @staticmethod
+    def backward(ctx, dout):
+        rows, weight_int8, weight_scale, bias, kept = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            z = _definition(rows, weight_int8, weight_scale, bias, NONE)
+            dz = (dout * products.slopes(z, ctx.activation, 0.0, None)).to(dout.dtype)
+        elif kept is None:
+            dz = dout
+        else:
+            dz = products.activation_backward(dout, kept, ctx.activation, 0.0, None)
+        dinput = None
+        if ctx.needs_input_grad[0]:
+            dinput = dz @ (weight_int8 * weight_scale[:, None]).to(dz.dtype)
+        dbias = products.sum_of_rows(dz) if ctx.needs_input_grad[3] else None
+        return dinput, None, None, dbias, None
+
+
+def int8_linear(
+    input: Tensor,
+    weight_int8: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """A linear layer with an int8 weight: ``input`` is quantised by rows as it comes.
+
+    ``input`` [..., in] and ``bias`` [out] of one dtype: float32, bfloat16 or float16, any strides
+    (float64: the reference answers, which quantises in float32);
+    ``weight_int8`` [out, in], int8, and ``weight_scale`` [out], float32, as ``int8_quantize`` makes
+    them. ``activation`` as for ``linear``. Returns [..., out]. Gradients reach ``input`` and ``bias``.
+    Under autocast the floating point arguments are cast, as torch does. Raises ValueError for shapes,
+    devices or names and for more than 131,071 columns, TypeError for dtypes.
+    """
+    code = activations.code_of(activation)
+    input, bias = autocast(input, bias)
+    if input.dtype not in KERNEL_DTYPES and input.dtype != torch.float64:
+        raise TypeError(f"input must be float32, bfloat16, float16 or float64, got {input.dtype}")
+    _check_int8(weight_int8=weight_int8)
+    _check_shapes(input, weight_int8, ("input", "weight_int8"))
+    out_features = weight_int8.shape[:1]
+    _check_beside(
+        input,
+        weight_int8=(weight_int8, weight_int8.shape, torch.int8),
+        weight_scale=(weight_scale, out_features, torch.float32),
+        bias=(bias, out_features, input.dtype),
+    )
+    rows = as_rows(input)
+    if use_reference(backend, input.dtype):
+        out = _definition(rows, weight_int8, weight_scale, bias, code)
+    elif needs_grad(input, bias):
+        out = _Int8Linear.apply(rows, weight_int8, weight_scale, bias, code)
+    else:
+        out = _linear(rows, weight_int8, weight_scale, bias, code)
+    return out.view(*input.shape[:-1], weight_int8.shape[0])
+
+
+def int8_linear_reference(*args, **options) -> Tensor:
+    """The definition of ``int8_linear``: plain torch ops, any device."""
+    return int8_linear(*args, **options, backend="reference")

@@ -1,0 +1,206 @@
+"""int8 rows and their products: the same integers as the reference, everywhere and in any layout."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+
+import llmos_kernels as lk
+from llmos_kernels._registry import DEFINED
+from llmos_kernels.ops.int8 import MAX_INNER, int8_linear_reference
+from llmos_kernels.testing import DTYPES, assert_accurate, cast
+
+#: rows, in, out: empty, one, primes, few rows, more than a block, part and panel of each kind.
+SHAPES = (
+    (0, 8, 16), (3, 0, 8), (3, 8, 0), (1, 1, 1), (2, 3, 5), (1, 300, 33), (4, 129, 260), (5, 64, 64),
+    (17, 31, 65), (67, 520, 97), (130, 72, 40), (300, 3100, 130), (9, 7001, 11),
+)  # fmt: skip
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, None: lambda z: z}
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def arguments(rows, inner, outer, dtype=torch.float32, device="cpu"):
+    torch.manual_seed(rows + inner)
+    x = torch.randn(rows, inner, device=device) * 3
+    x[1:2] = 0
+    weight = torch.randint(-128, 128, (outer, inner), dtype=torch.int8, device=device)
+    scale, bias = torch.rand(outer, device=device) / 100, torch.randn(outer, device=device)
+    return x.to(dtype), weight, scale, bias.to(dtype)
+
+
+def exact(a, b, a_scale, b_scale, bias, dtype):
+    z = (a.long() @ b.long().mT).float() * a_scale[..., None] * b_scale
+    return (z if bias is None else z + bias.float()).to(dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_same_integers(shape, dtype, device):
+    x, weight, scale, bias = arguments(*shape, dtype, device)
+    rows, row_scale = lk.int8_quantize(x)
+    for actual, expected in zip(
+        (rows, row_scale), lk.int8_quantize(x, backend="reference"), strict=True
+    ):
+        assert torch.equal(actual, expected)
+    assert (rows * row_scale[:, None] - x).abs().le(row_scale[:, None] * 0.50001).all()
+    for b in (bias, None):
+        expected = exact(rows, weight, row_scale, scale, b, dtype)
+        for backend in (None, "reference"):
+            args = rows, weight, row_scale, scale, b, None, dtype
+            assert torch.equal(lk.int8_matmul(*args, backend=backend), expected)
+            relu = lk.int8_matmul(*args[:5], "relu", dtype, backend=backend)
+            assert torch.equal(relu, expected.relu())
+    actual = lk.int8_matmul(rows, weight, row_scale, scale, bias, "gelu", dtype)
+    torch.testing.assert_close(actual, F.gelu(exact(rows, weight, row_scale, scale, bias, dtype)))
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_triton(shape, dtype):
+    """The same integers; scales and activations to the last digit."""
+    pytest.importorskip("triton")
+    quantize, matmul = (DEFINED[f"llmos::int8_{name}"].launch for name in ("quantize", "matmul"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, weight, scale, bias = arguments(*shape, dtype, device)
+    if len(x) > 3 and x.shape[1] > 2:
+        x[2, 1], x[3, 2] = float("nan"), float("inf")
+    x = x.mT.contiguous().mT
+    rows, row_scale = quantize(x)
+    for actual, expected in zip(
+        (rows, row_scale), lk.int8_quantize(x, backend="reference"), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    for b, activation in ((bias, 0), (None, 3)):
+        args = rows, weight, row_scale, scale, b, activation, dtype
+        reference = DEFINED["llmos::int8_matmul"].reference
+        torch.testing.assert_close(matmul(*args), reference(*args), equal_nan=True)
+
+
+def test_extreme_sums(device):
+    """The largest and smallest elements over the longest row stay within int32."""
+    for low, high in ((-128, -128), (-128, 127), (127, 127)):
+        for rows in (2, 6, 257):
+            a = torch.full((rows, MAX_INNER), low, dtype=torch.int8, device=device)
+            b = torch.full((3, MAX_INNER), high, dtype=torch.int8, device=device)
+            ones = torch.ones(rows, device=device)
+            out = lk.int8_matmul(a, b, ones, ones[:1].expand(3))
+            assert (out == float(torch.tensor(float(low * high * MAX_INNER)))).all()
+
+
+@each_dtype
+def test_layouts(dtype, device):
+    x, weight, scale, bias = arguments(37, 50, 21, dtype, device)
+    expected = lk.int8_linear(x, weight, scale, bias)
+    for layout in (
+        lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+        lambda t: t.repeat_interleave(2, -1)[..., ::2],
+        lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
+    ):
+        assert torch.equal(
+            lk.int8_linear(layout(x), layout(weight), layout(scale), layout(bias)), expected
+        )
+    batched = lk.int8_linear(x[:36].view(3, 4, 3, 50), weight, scale, bias)
+    assert torch.equal(batched.view(36, 21), expected[:36])
+    assert torch.equal(lk.int8_linear(x[5], weight, scale, bias), expected[5])
+    for n in (1, 3, 30):  # A row's bits do not depend on its batch.
+        assert torch.equal(lk.int8_linear(x[:n], weight, scale, bias), expected[:n])
+
+
+def test_rows_without_a_scale(device):
+    x = torch.randn(6, 40, device=device)
+    x[0], x[1] = 0, 1e-37
+    x[2, 3], x[3, 4], x[4, 5] = float("nan"), float("inf"), -float("inf")
+    rows, scale = lk.int8_quantize(x)
+    assert scale[:2].eq(0).all() and scale[2:5].isnan().all() and not rows[:5].any()
+    weight, weight_scale = lk.int8_quantize(torch.randn(7, 40, device=device))
+    y = lk.int8_linear(x, weight, weight_scale)
+    assert y[:2].eq(0).all() and y[2:5].isnan().all() and y[5].isfinite().all()
+
+
+@each_dtype
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients(activation, dtype, device):
+    """Those of a linear layer with the weight that the int8 one stands for."""
+    x, weight, scale, bias = arguments(19, 40, 24, dtype, device)
+    dout = torch.randn(19, 24, device=device).to(dtype)
+
+    def grads(fn, x, bias, scale):
+        x, bias = x.clone().requires_grad_(), bias.clone().requires_grad_()
+        y = fn(x, weight, scale, bias, activation)
+        return [y, *torch.autograd.grad(y, (x, bias), dout.to(y))]
+
+    def eager(x, weight, scale, bias, activation):
+        rows, row_scale = lk.int8_quantize(x.float())
+        rounded = (rows * row_scale[:, None]).to(x.dtype)
+        w = (weight * scale[:, None]).to(x.dtype)
+        return ACTIVATIONS[activation](F.linear(rounded + (x - x.detach()), w, bias))
+
+    actual, allowed = grads(lk.int8_linear, x, bias, scale), grads(eager, x, bias, scale)
+    wide = grads(int8_linear_reference, *cast((x, bias), torch.float64), scale)
+    for i, values in enumerate(zip(actual, wide, allowed, strict=True)):
+        assert_accurate(*values, f"{activation} {i}")
+
+
+def test_second_and_forward_derivatives():
+    x, weight, scale, bias = arguments(6, 10, 4)
+    x.requires_grad_()
+    (first,) = torch.autograd.grad(
+        lk.int8_linear(x, weight, scale, bias, "silu").square().sum(), x, create_graph=True
+    )
+    assert torch.autograd.grad(first.sum(), x)[0].isfinite().all()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.detach(), torch.ones(6, 10))
+        tangent = forward_ad.unpack_dual(lk.int8_linear(dual, weight, scale, bias)).tangent
+    full = weight * scale[:, None]
+    torch.testing.assert_close(tangent, full.sum(1).expand(6, 4))
+
+
+def test_autocast_and_compile():
+    x, weight, scale, bias = arguments(20, 40, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lk.int8_linear(x, weight, scale, bias)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, lk.int8_linear(x.bfloat16(), weight, scale, bias.bfloat16()))
+    compiled = torch.compile(lk.int8_linear, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x, weight, scale, bias), lk.int8_linear(x, weight, scale, bias))
+
+
+def test_opcheck():
+    x, weight, scale, bias = arguments(20, 40, 24)
+    rows, row_scale = lk.int8_quantize(x)
+    torch.library.opcheck(torch.ops.llmos.int8_quantize.default, (x,))
+    torch.library.opcheck(
+        torch.ops.llmos.int8_matmul.default, (rows, weight, row_scale, scale, bias, 1, x.dtype)
+    )
+    assert {"llmos::int8_quantize", "llmos::int8_matmul"} <= set(DEFINED)
+
+
+def test_bad_input():
+    x, weight, scale, bias = arguments(3, 8, 5)
+    rows, row_scale = lk.int8_quantize(x)
+    long = torch.zeros(1, MAX_INNER + 1)
+    for error, words, call in (
+        (TypeError, "torch.int64", lambda: lk.int8_quantize(rows.long())),
+        (ValueError, "none", lambda: lk.int8_quantize(x[0, 0])),
+        (TypeError, "weight_int8.*torch.float32", lambda: lk.int8_linear(x, x, scale)),
+        (TypeError, "a must be int8.*float32", lambda: lk.int8_matmul(x, weight, row_scale, scale)),
+        (ValueError, r"\[5, 8\].*\[3, 7\]", lambda: lk.int8_linear(x[:, :7], weight, scale)),
+        (ValueError, r"weight_scale.*\[5\].*\[4\]", lambda: lk.int8_linear(x, weight, scale[:4])),
+        (TypeError, "weight_scale.*float64", lambda: lk.int8_linear(x, weight, scale.double())),
+        (TypeError, "bias.*bfloat16", lambda: lk.int8_linear(x, weight, scale, bias.bfloat16())),
+        (ValueError, "'tanh'", lambda: lk.int8_linear(x, weight, scale, bias, "tanh")),
+        (
+            ValueError,
+            str(MAX_INNER + 1),
+            lambda: lk.int8_linear(long, long.to(torch.int8), scale[:1]),
+        ),
+        (
+            TypeError,
+            "torch.float64",
+            lambda: lk.int8_matmul(rows, weight, row_scale, scale, out_dtype=torch.float64),
+        ),
+        (ValueError, "on meta", lambda: lk.int8_linear(x, weight.to("meta"), scale)),
+        (ValueError, "'magic'", lambda: lk.int8_quantize(x, backend="magic")),
+    ):
+        with pytest.raises(error, match=words):
+            call()
