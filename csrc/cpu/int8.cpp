@@ -36,7 +36,7 @@ Tensor matmul(const Tensor& a_, const Tensor& b_, const Tensor& a_scale_, const 
   if (bias_) bias = llmos::contiguous(*bias_);
   const Matrix<int8_t> input{data<int8_t>(a), inner, 1}, weight{data<int8_t>(b), inner, 1};
   const double work = double(rows) * inner * outer;
-  const bool few = rows <= kFewRows, turned = rows < kTurnedRows;
+  const bool few = rows <= kFewRows && inner > 0, turned = rows < kTurnedRows;
   const int64_t left_rows = turned ? outer : rows;
   std::vector<int32_t> offsets(few ? 0 : left_rows);
   if (!few) {

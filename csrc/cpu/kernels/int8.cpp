@@ -1,5 +1,6 @@
 #include "../int8.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "epilogue.h"
@@ -239,7 +240,7 @@ struct Rows {
     const float largest = std::bit_cast<float>(last);
     if (last >= 0x7f800000 || largest < kSmallest) {
       scale = last >= 0x7f800000 ? std::numeric_limits<float>::quiet_NaN() : 0;
-      std::memset(to, 0, a.columns);
+      std::fill_n(to, a.columns, int8_t(0));
       return;
     }
     scale = largest / 127;
