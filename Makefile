@@ -67,7 +67,7 @@ sanitize: $(VENV)/.ready
 	LLMOS_BUILD_EXT=1 LLMOS_SANITIZE=1 $(PIP) install -q --no-build-isolation --no-deps --target build/sanitized .
 	LLMOS_SANITIZED=$(CURDIR)/build/sanitized PYTHONPATH=$(CURDIR)/build/sanitized \
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
-	LLMOS_SKIP_TRITON=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	OMP_WAIT_POLICY=passive LLMOS_SKIP_TRITON=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	$(PYTHON) -P -m pytest -n $(JOBS) tests/test_sanitize.py tests/test_kernels.py tests/test_ops.py tests/test_int8.py \
 	  -k "sanitize or guard or matches_reference or layouts or strided or integers or extreme or few"
 
