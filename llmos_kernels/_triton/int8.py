@@ -12,8 +12,9 @@ import triton.language as tl
 
 from llmos_kernels._triton.activation import activate
 from llmos_kernels._triton.products import halves, place
+from llmos_kernels.ops.int8 import SMALLEST
 
-_SMALLEST: tl.constexpr = tl.constexpr(1e-36)
+_SMALLEST: tl.constexpr = tl.constexpr(SMALLEST)
 _TO_WHOLE: tl.constexpr = tl.constexpr(1.5 * 2**23)  # Added and taken off: rounds, ties to even.
 
 

@@ -23,7 +23,8 @@ from llmos_kernels.ops.linear import as_rows
 
 #: A longer sum of products, each up to 128^2, could leave int32.
 MAX_INNER = (1 << 17) - 1
-_SMALLEST = 1e-36
+#: The largest magnitude of a row that is not 0.
+SMALLEST = 1e-36
 
 
 def _quantize_reference(input: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,8 +32,8 @@ def _quantize_reference(input: Tensor) -> tuple[Tensor, Tensor]:
     if x.shape[1] == 0:
         return x.to(torch.int8), x.new_zeros(x.shape[0])
     largest = x.abs().amax(1)
-    zero = ~(largest >= _SMALLEST) | largest.isinf()
-    scale = torch.where(largest < _SMALLEST, 0.0, largest / 127)
+    zero = ~(largest >= SMALLEST) | largest.isinf()
+    scale = torch.where(largest < SMALLEST, 0.0, largest / 127)
     scale = torch.where(largest.isfinite(), scale, torch.nan)
     # A number over a tensor would be its reciprocal times the number.
     inverse = torch.where(zero, 0.0, torch.full_like(largest, 127) / largest)
@@ -173,19 +174,23 @@ class _Int8Linear(torch.autograd.Function):
         y = z = _linear(rows, weight_int8, weight_scale, bias, NONE)
         if activation != NONE:
             y = products.activation_forward(z, activation, 0.0, None)
-        kept = z if activations.keeps_input(activation) else y if activation == RELU else None
-        ctx.save_for_backward(rows, weight_int8, weight_scale, bias, kept)
+        keep = activations.keeps_input(activation)
+        kept = z if keep else y if activation == RELU else None
+        # The input is for second derivatives alone.
+        again = (rows, bias) if keep else (None, None)
+        ctx.save_for_backward(*again, weight_int8, weight_scale, kept)
         ctx.activation = activation
         return y
 
     @staticmethod
     def backward(ctx, dout):
-        rows, weight_int8, weight_scale, bias, kept = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            z = _definition(rows, weight_int8, weight_scale, bias, NONE)
-            dz = (dout * products.slopes(z, ctx.activation, 0.0, None)).to(dout.dtype)
-        elif kept is None:
+        rows, bias, weight_int8, weight_scale, kept = ctx.saved_tensors
+        if kept is None:
             dz = dout
+        elif torch.is_grad_enabled():
+            if rows is not None:
+                kept = _definition(rows, weight_int8, weight_scale, bias, NONE)
+            dz = (dout * products.slopes(kept, ctx.activation, 0.0, None)).to(dout.dtype)
         else:
             dz = products.activation_backward(dout, kept, ctx.activation, 0.0, None)
         dinput = None
