@@ -18,9 +18,10 @@ template <class T>
 // y and z of columns [begin, begin + count), row by row from first_row on. sum(r, j, n) is a vector
 // of the product without its bias, r and j from there, of which n lanes are wanted. Of a: bias,
 // out, kept, outer and epilogue, as LinearForward has them.
-template <class T, Activation kActivation, class Args, class Sum>
+template <Activation kActivation, class Args, class Sum>
 [[gnu::noinline]] void finish(const Args& a, int64_t first_row, int64_t rows, int64_t begin,
                               int64_t count, Sum sum) {
+  using T = std::remove_pointer_t<decltype(a.out)>;
   // Rounding before relu or after it gives the same.
   constexpr bool kSame = kActivation == Activation::None || kActivation == Activation::Relu;
   const Dropout& dropout = a.epilogue.dropout;
@@ -48,6 +49,10 @@ template <class T, Activation kActivation, class Args, class Sum>
 struct StoredSums {
   const float* sums;
   int64_t step;
+
+  template <class Args>
+  StoredSums(const Args&, int64_t, int64_t, const float* sums, int64_t step)
+      : sums(sums), step(step) {}
 
   [[gnu::always_inline]] F32 operator()(int64_t r, int64_t j, int64_t) const {
     return load<F32>(sums + r * step + j);

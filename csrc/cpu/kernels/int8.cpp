@@ -3,8 +3,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "epilogue.h"
-#include "panels.h"
+#include "panel_forward.h"
 
 namespace llmos {
 namespace {
@@ -41,47 +40,7 @@ struct ScaledSums {
 };
 
 template <class T>
-struct Product {
-  static constexpr int64_t kBlock = kStrip;
-  const Int8Product<T>& a;
-  Panels<int8_t> panels;
-  int32_t* turned;  // [row of input][row of the weight]: sums of a block.
-
-  Product(const Int8Product<T>& a, Scratch scratch)
-      : a(a), panels(scratch), turned(scratch.take<int32_t>(kStrip * kBlockRows)) {}
-  static int64_t scratch(const Int8Product<T>&) {
-    return Panels<int8_t>::scratch() + Scratch::size<int32_t>(kStrip * kBlockRows);
-  }
-
-  void run(const ProductTask& task) {
-    with_activation(a.epilogue.activation, [&](auto activation) {
-      a.turned ? run_turned<activation>(task) : run<activation>(task);
-    });
-  }
-
-  template <Activation kActivation>
-  void run(const ProductTask& task) {
-    const Matrix<int8_t> right{a.weight.data, a.weight.column, a.weight.row};
-    panels.multiply(
-        a.input, right, a.inner, task,
-        [&](int64_t begin, int64_t rows, int64_t first, int64_t columns, const int32_t* c) {
-          finish<T, kActivation>(a, begin, rows, first, columns,
-                                 ScaledSums<T>{a, begin, first, c, kStrip});
-        });
-  }
-
-  template <Activation kActivation>
-  void run_turned(const ProductTask& task) {
-    const Matrix<int8_t> right{a.input.data, a.input.column, a.input.row};
-    panels.multiply(
-        a.weight, right, a.inner, task,
-        [&](int64_t begin, int64_t count, int64_t first, int64_t rows, const int32_t* c) {
-          turn_sums(c, kStrip, count, rows, turned, kBlockRows);
-          finish<T, kActivation>(a, first, rows, begin, count,
-                                 ScaledSums<T>{a, first, begin, turned, kBlockRows});
-        });
-  }
-};
+using Product = PanelForward<int8_t, Int8Product<T>, ScaledSums<T>>;
 
 // A vector of units from int8 in memory.
 inline U32 vector(const int8_t* p) {
@@ -175,7 +134,7 @@ struct Few {
         run_rows<4>(begin, task.end);
     }
     with_activation(a.epilogue.activation, [&](auto activation) {
-      finish<T, activation>(a, 0, a.rows, begin, count, ScaledSums<T>{a, 0, begin, sums, kBlock});
+      finish<activation>(a, 0, a.rows, begin, count, ScaledSums<T>{a, 0, begin, sums, kBlock});
     });
   }
 };

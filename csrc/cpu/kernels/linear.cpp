@@ -1,56 +1,16 @@
-#include "epilogue.h"
-#include "panels.h"
+#include "panel_forward.h"
 
 namespace llmos {
 namespace {
 
 template <class T>
-struct Forward {
-  static constexpr int64_t kBlock = kStrip;
-  const LinearForward<T>& a;
-  Panels<T> panels;
-  float* turned;  // [row of input][row of the weight]: sums of a block.
-
-  Forward(const LinearForward<T>& a, Scratch scratch)
-      : a(a), panels(scratch), turned(scratch.take(kStrip * kBlockRows)) {}
-  static int64_t scratch(const LinearForward<T>&) {
-    return Panels<T>::scratch() + Scratch::size(kStrip * kBlockRows);
-  }
-
-  void run(const ProductTask& task) {
-    with_activation(a.epilogue.activation, [&](auto activation) {
-      a.turned ? run_turned<activation>(task) : run<activation>(task);
-    });
-  }
-
-  template <Activation kActivation>
-  void run(const ProductTask& task) {
-    const Matrix<T> right{a.weight.data, a.weight.column, a.weight.row};
-    panels.multiply(
-        a.input, right, a.inner, task,
-        [&](int64_t begin, int64_t rows, int64_t first, int64_t columns, const float* c) {
-          finish<T, kActivation>(a, begin, rows, first, columns, StoredSums{c, kStrip});
-        });
-  }
-
-  // The weight is the left operand, the rows of input are columns of panels.
-  template <Activation kActivation>
-  void run_turned(const ProductTask& task) {
-    const Matrix<T> right{a.input.data, a.input.column, a.input.row};
-    panels.multiply(a.weight, right, a.inner, task,
-                    [&](int64_t begin, int64_t count, int64_t first, int64_t rows, const float* c) {
-                      turn_sums(c, kStrip, count, rows, turned, kBlockRows);
-                      finish<T, kActivation>(a, first, rows, begin, count,
-                                             StoredSums{turned, kBlockRows});
-                    });
-  }
-};
+using Forward = PanelForward<T, LinearForward<T>, StoredSums>;
 
 template <class T>
 void finish_few(const LinearForward<T>& a, int64_t begin, int64_t count, const float* sums,
                 int64_t step) {
   with_activation(a.epilogue.activation, [&](auto activation) {
-    finish<T, activation>(a, 0, a.rows, begin, count, StoredSums{sums, step});
+    finish<activation>(a, 0, a.rows, begin, count, StoredSums{a, 0, begin, sums, step});
   });
 }
 
