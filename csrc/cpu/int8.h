@@ -12,7 +12,7 @@ struct Int8Product {
   using Task = ProductTask;
   Matrix<int8_t> input, weight;
   const float *input_scale, *weight_scale;  // [rows], [outer].
-  const int32_t* offsets;                   // Int8Offsets of what is not packed; null with few rows.
+  const int32_t* offsets;                   // Int8Offsets of the left operand; null with few rows.
   const T* bias;                            // Null, or [outer].
   T *out, *kept;                            // kept is null.
   int64_t rows, inner, outer;
