@@ -21,6 +21,7 @@ PYBIND11_MODULE(_C, m) {
         return std::vector<std::string>(names, names + llmos::cpu_level_supported() + 1);
       },
       "The CPU levels that this machine can run, lowest first.");
+  m.def("packs_int8", &llmos::multiplies_quads, "Whether int8 products read a packed weight.");
   m.attr("build") = py::dict(py::arg("compiler") = LLMOS_COMPILER, py::arg("torch") = LLMOS_TORCH,
                              py::arg("cuda_archs") = LLMOS_CUDA_ARCHS,
                              py::arg("sanitize") = bool(LLMOS_SANITIZE));

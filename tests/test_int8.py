@@ -7,7 +7,9 @@ from torch.autograd import forward_ad
 
 import llmos_kernels as lk
 from llmos_kernels._registry import DEFINED
-from llmos_kernels.ops.int8 import MAX_INNER, int8_linear_reference
+from llmos_kernels.ops import activations
+from llmos_kernels.ops.int8 import MAX_INNER
+from llmos_kernels.ops.int8_linear import WEIGHT_ONLY_ROWS, int8_linear_reference
 from llmos_kernels.testing import DTYPES, assert_accurate, cast
 
 #: rows, in, out: empty, one, primes, few rows, more than a block, part and panel of each kind.
@@ -74,6 +76,93 @@ def test_triton(shape, dtype):
         args = rows, weight, row_scale, scale, b, activation, dtype
         reference = DEFINED["llmos::int8_matmul"].reference
         torch.testing.assert_close(matmul(*args), reference(*args), equal_nan=True)
+
+
+def with_outliers(x, every=50):
+    """Columns beyond 6, in one row or all of them."""
+    if x.numel():
+        x[:, 3::every] *= 20
+        x[0, x.shape[1] // 2] = 30
+    return x
+
+
+def judged(fn, x, weight, scale, bias, **options):
+    """``fn`` in x's dtype against the definition in float64 and in x's dtype."""
+    args = weight, scale
+    wide = int8_linear_reference(x.double(), *args, bias.double(), **options)
+    eager = int8_linear_reference(x, *args, bias, **options)
+    assert_accurate(fn(x, *args, bias, **options), wide, eager, f"{list(x.shape)} {options}")
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_outliers_and_weight_only(shape, dtype, device):
+    x, weight, scale, bias = arguments(*shape, dtype, device)
+    x = with_outliers(x)
+    packed = lk.int8_pack(weight)
+
+    def linear(*args, **options):
+        return lk.int8_linear(*args, **options, packed=packed)
+
+    for activation in (None, "gelu"):
+        for fn in (lk.int8_linear, linear):
+            judged(fn, x, weight, scale, bias, activation=activation, outlier_threshold=6.0)
+        judged(lk.int8_linear, x, weight, scale, bias, activation=activation, mode="weight_only")
+    none = linear(x, weight, scale, bias, outlier_threshold=1e9)
+    for b in (packed, None):
+        assert torch.equal(lk.int8_linear(x, weight, scale, bias, packed=b), none)
+
+
+# The interpreter multiplies bfloat16 wrongly.
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_triton_linear(shape, dtype):
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, weight, scale, bias = arguments(*shape, dtype, device)
+    launch = DEFINED["llmos::int8_linear"].launch
+    few = DEFINED["llmos::int8_weight_only"].launch
+
+    def linear(x, weight, scale, bias, activation=None, outlier_threshold=0.0):
+        code = activations.code_of(activation)
+        return launch(x, weight, scale, None, bias, code, outlier_threshold)
+
+    expected = lk.int8_linear(x, weight, scale, bias)
+    torch.testing.assert_close(linear(x, weight, scale, bias), expected)
+    x = with_outliers(x).mT.contiguous().mT
+    judged(linear, x, weight, scale, bias, activation="gelu", outlier_threshold=6.0)
+    if len(x) <= WEIGHT_ONLY_ROWS:
+        judged(lambda *a, mode: few(*a, 0), x, weight, scale, bias, mode="weight_only")
+
+
+def test_pack():
+    packs = torch.ops.llmos.int8_pack.default
+    reference = DEFINED["llmos::int8_pack"].reference
+    for shape in ((1, 1), (64, 4), (65, 7), (130, 300), (0, 5), (5, 0)):
+        weight = torch.randint(-128, 128, shape, dtype=torch.int8)
+        packed = lk.int8_pack(weight)
+        if packed is None:
+            with pytest.raises(RuntimeError, match="packs no weights"):
+                packs(weight)
+        else:
+            assert torch.equal(packed, reference(weight))
+            assert torch.equal(lk.int8_pack(weight.mT.contiguous().mT), packed)
+    with pytest.raises(TypeError, match="float32"):
+        lk.int8_pack(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match=r"\[3\]"):
+        lk.int8_pack(torch.zeros(3, dtype=torch.int8))
+
+
+def test_outliers_that_are_not_numbers(device):
+    """Infinity stays in its row, NaN as well; the others are as without."""
+    x, weight, scale, bias = arguments(6, 40, 24, device=device)
+    x = x.clamp(-5, 5)
+    clean = lk.int8_linear(x.where(torch.arange(40, device=device) != 7, 0), weight, scale, bias)
+    x[:, 7], x[2, 7], x[3, 9] = 0, float("inf"), float("nan")
+    y = lk.int8_linear(x, weight, scale, bias, outlier_threshold=6.0)
+    assert y[2].isfinite().logical_not().all() and y[3].isnan().all()
+    rest = [0, 1, 4, 5]
+    torch.testing.assert_close(y[rest], clean[rest])
 
 
 def test_extreme_sums(device):
@@ -178,7 +267,13 @@ def test_opcheck():
     torch.library.opcheck(
         torch.ops.llmos.int8_matmul.default, (rows, weight, row_scale, scale, bias, 1, x.dtype)
     )
-    assert {"llmos::int8_quantize", "llmos::int8_matmul"} <= set(DEFINED)
+    args = weight, scale, None, bias, 3, 6.0
+    torch.library.opcheck(torch.ops.llmos.int8_linear.default, (x, *args))
+    torch.library.opcheck(
+        torch.ops.llmos.int8_weight_only.default, (x[:16], weight, scale, bias, 1)
+    )
+    if lk.int8_pack(weight) is not None:
+        torch.library.opcheck(torch.ops.llmos.int8_pack.default, (weight,))
 
 
 def test_bad_input():
@@ -194,6 +289,19 @@ def test_bad_input():
         (ValueError, r"weight_scale.*\[5\].*\[4\]", lambda: lk.int8_linear(x, weight, scale[:4])),
         (TypeError, "weight_scale.*float64", lambda: lk.int8_linear(x, weight, scale.double())),
         (TypeError, "bias.*bfloat16", lambda: lk.int8_linear(x, weight, scale, bias.bfloat16())),
+        (ValueError, "nan", lambda: lk.int8_linear(x, weight, scale, None, None, float("nan"))),
+        (ValueError, "-1.0", lambda: lk.int8_linear(x, weight, scale, outlier_threshold=-1)),
+        (ValueError, "'static'", lambda: lk.int8_linear(x, weight, scale, mode="static")),
+        (
+            ValueError,
+            "6.0 with 'weight_only'",
+            lambda: lk.int8_linear(x, weight, scale, None, None, 6.0, mode="weight_only"),
+        ),
+        (
+            ValueError,
+            r"packed must be \[1, 2, 64, 4\], got \[1, 3",
+            lambda: lk.int8_linear(x, weight, scale, packed=rows.new_zeros(1, 3, 64, 4)),
+        ),
         (ValueError, "'tanh'", lambda: lk.int8_linear(x, weight, scale, bias, "tanh")),
         (
             ValueError,

@@ -101,7 +101,9 @@ import sys, torch
 from llmos_kernels import _inspect
 from llmos_kernels._registry import DEFINED
 from llmos_kernels.ops.activations import GELU, NONE
-quantize, matmul = (DEFINED[f"llmos::int8_{name}"].launch for name in ("quantize", "matmul"))
+quantize, matmul, linear, weight_only = (
+    DEFINED[f"llmos::int8_{name}"].launch for name in ("quantize", "matmul", "linear", "weight_only")
+)
 with _inspect.recorded_launches() as launches:
     for dtype in (torch.bfloat16, torch.float32):
         for rows, k, n in ((1, 4096, 4096), (128, 384, 1536), (4096, 4096, 4096), (9, 77, 33)):
@@ -110,6 +112,9 @@ with _inspect.recorded_launches() as launches:
             a, a_scale = quantize(x)
             for activation in (NONE, GELU):
                 matmul(a, weight, a_scale, scale, bias, activation, dtype)
+                linear(x, weight, scale, None, bias, activation, 6.0)
+                if rows <= 16:
+                    weight_only(x, weight, scale, bias, activation)
         quantize(x.mT)
 launches = list(dict.fromkeys(launches))
 """

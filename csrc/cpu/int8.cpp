@@ -10,63 +10,204 @@
 namespace llmos {
 namespace {
 
-std::tuple<Tensor, Tensor> quantize(const Tensor& input_) {
+// What quantising a row and a search for outliers cost, in multiplications an element.
+constexpr double kRowWork = 16, kColumnWork = 4;
+
+int64_t units_of(int64_t elements) {
+  const int64_t unit = multiplies_quads() ? 4 : 2;
+  return (elements + unit - 1) / unit;
+}
+
+int64_t strips_of(int64_t columns) {
+  const int64_t strip = task_kernel<Int8Pack>.best()->block;
+  return (columns + strip - 1) / strip;
+}
+
+void pack_into(const Matrix<int8_t>& weight, void* packed, int64_t inner, int64_t outer) {
+  run_tasks(*task_kernel<Int8Pack>.best(), Int8Pack{weight, packed, inner, outer},
+            ranges(strips_of(outer), 1), double(inner) * outer);
+}
+
+Tensor pack(const Tensor& weight_) {
+  STD_TORCH_CHECK(multiplies_quads(), "int8_pack: this CPU level packs no weights");
+  const Tensor weight = llmos::contiguous(weight_);
+  const int64_t outer = weight.size(0), inner = weight.size(1);
+  const int64_t columns = task_kernel<Int8Pack>.best()->block;
+  Tensor packed = output(weight, {strips_of(outer), units_of(inner), columns, 4}, ScalarType::Char);
+  if (packed.numel())
+    pack_into({data<int8_t>(weight), inner, 1}, mutable_data<int8_t>(packed), inner, outer);
+  return packed;
+}
+
+template <class T>
+void quantize(const Rows& input, Int8Rows<T> args, int64_t rows) {
+  args.input = data<T>(*input.tensor);
+  args.step = input.stride;
+  const auto& kernel = *task_kernel<Int8Rows<T>>.best();
+  run_tasks(kernel, args, ranges(rows, kernel.block), kRowWork * rows * args.columns);
+}
+
+std::tuple<Tensor, Tensor> int8_quantize(const Tensor& input_) {
   const int64_t rows = input_.size(0), columns = input_.size(1);
   Tensor quantized = output(input_, {rows, columns}, ScalarType::Char);
   Tensor scale = output(input_, {rows}, ScalarType::Float);
   const Rows input(input_, columns);
   dispatch(input_.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    const Int8Rows<T> a{data<T>(*input.tensor), input.stride, mutable_data<int8_t>(quantized),
-                        mutable_data<float>(scale), columns};
-    const auto& kernel = *task_kernel<Int8Rows<T>>.best();
-    run_tasks(kernel, a, ranges(rows, kernel.block), 4.0 * rows * columns);
+    Int8Rows<decltype(t)> args{};
+    args.rows = mutable_data<int8_t>(quantized);
+    args.scale = mutable_data<float>(scale);
+    args.columns = columns;
+    quantize(input, args, rows);
   });
   return {quantized, scale};
 }
 
-Tensor matmul(const Tensor& a_, const Tensor& b_, const Tensor& a_scale_, const Tensor& b_scale_,
-              const Optional& bias_, int64_t activation, ScalarType dtype) {
-  const Tensor a = llmos::contiguous(a_), b = llmos::contiguous(b_);
-  const Tensor a_scale = llmos::contiguous(a_scale_), b_scale = llmos::contiguous(b_scale_);
-  const int64_t rows = a.size(0), inner = a.size(1), outer = b.size(0);
-  Tensor out = output(a, {rows, outer}, dtype);
+// The columns of input with an element of at least `threshold`: marks the others in `keep`.
+template <class T>
+std::vector<int32_t> outliers(const Rows& input, int64_t rows, double threshold,
+                              std::vector<uint32_t>& keep) {
+  const int64_t columns = int64_t(keep.size());
+  const Int8Columns<T> args{data<T>(*input.tensor), input.stride, keep.data(), rows,
+                            float(threshold)};
+  const auto& kernel = *task_kernel<Int8Columns<T>>.best();
+  run_tasks(kernel, args, ranges(columns, kernel.block), kColumnWork * rows * columns);
+  std::vector<int32_t> index;
+  for (int64_t k = 0; k < columns; ++k)
+    if (!keep[k]) index.push_back(int32_t(k));
+  return index;
+}
+
+// What every product takes of its weight's side.
+struct Right {
+  Tensor weight, scale;
+  Optional packed, bias;
+
+  Right(const Tensor& weight, const Tensor& scale, const Optional& packed, const Optional& bias)
+      : weight(llmos::contiguous(weight)), scale(llmos::contiguous(scale)), packed(packed) {
+    if (bias) this->bias = llmos::contiguous(*bias);
+  }
+  Matrix<int8_t> matrix() const { return {data<int8_t>(weight), weight.size(1), 1}; }
+};
+
+// Whether the weight is read as it lies: packing it costs more than it brings to a few rows.
+bool reads_few(int64_t rows, bool packed, bool outliers) {
+  return rows <= kFewWithInt8 && !packed && !outliers;
+}
+
+// args has its rows, scales and offsets.
+template <class T>
+void multiply(Int8Product<T> args, const Right& right, const Tensor& out, int64_t activation) {
+  args.weight_scale = data<float>(right.scale);
+  args.bias = right.bias ? data<T>(*right.bias) : nullptr;
+  args.out = mutable_data<T>(out);
+  args.rows = out.size(0);
+  args.outer = out.size(1);
+  args.inner = right.weight.size(1);
+  args.epilogue = {Activation(activation), {}};
+  const double work = double(args.rows) * args.inner * args.outer;
+  if (reads_few(args.rows, right.packed.has_value(), args.outliers.count)) {
+    const auto& kernel = *task_kernel<Int8Few<T>>.best();
+    run_tasks(kernel, Int8Few<T>{args, right.matrix()}, ranges(args.outer, kernel.block), work);
+    return;
+  }
+  const auto& kernel = *task_kernel<Int8Product<T>>.best();
+  std::optional<AlignedFloats> packed;
+  if (right.packed) {
+    args.packed = data<int8_t>(*right.packed);
+  } else {
+    packed.emplace(strips_of(args.outer) * units_of(args.inner) * kernel.block);
+    pack_into(right.matrix(), packed->data.get(), args.inner, args.outer);
+    args.packed = packed->data.get();
+  }
+  run_tasks(kernel, args, tasks_of(args.outer, kernel.block, args.rows, kBlockRows), work);
+}
+
+Tensor int8_matmul(const Tensor& a_, const Tensor& b, const Tensor& a_scale_, const Tensor& b_scale,
+                   const Optional& bias, int64_t activation, ScalarType dtype) {
+  const Tensor a = llmos::contiguous(a_), a_scale = llmos::contiguous(a_scale_);
+  const int64_t rows = a.size(0), inner = a.size(1);
+  Tensor out = output(a, {rows, b.size(0)}, dtype);
   if (out.numel() == 0) return out;
-  Optional bias;
-  if (bias_) bias = llmos::contiguous(*bias_);
-  const Matrix<int8_t> input{data<int8_t>(a), inner, 1}, weight{data<int8_t>(b), inner, 1};
-  const double work = double(rows) * inner * outer;
-  const bool few = rows <= kFewRows && inner > 0, turned = rows < kTurnedRows;
-  const int64_t left_rows = turned ? outer : rows;
-  std::vector<int32_t> offsets(few ? 0 : left_rows);
-  if (!few) {
-    const Int8Offsets args{turned ? weight : input, offsets.data(), inner};
+  const Right right(b, b_scale, {}, bias);
+  const Matrix<int8_t> input{data<int8_t>(a), inner, 1};
+  std::vector<int32_t> offsets(rows);
+  if (!reads_few(rows, false, false)) {
+    const Int8Offsets args{input, offsets.data(), inner};
     const auto& kernel = *task_kernel<Int8Offsets>.best();
-    run_tasks(kernel, args, ranges(left_rows, kernel.block), double(inner) * left_rows);
+    run_tasks(kernel, args, ranges(rows, kernel.block), double(inner) * rows);
   }
   dispatch(dtype, [&](auto t) {
+    Int8Product<decltype(t)> args{};
+    args.input = input;
+    args.input_scale = data<float>(a_scale);
+    args.offsets = offsets.data();
+    multiply(args, right, out, activation);
+  });
+  return out;
+}
+
+Tensor int8_linear(const Tensor& input_, const Tensor& weight, const Tensor& weight_scale,
+                   const Optional& packed, const Optional& bias, int64_t activation,
+                   double threshold) {
+  const int64_t rows = input_.size(0), inner = input_.size(1);
+  Tensor out = output(input_, {rows, weight.size(0)}, input_.scalar_type());
+  if (out.numel() == 0) return out;
+  const Right right(weight, weight_scale, packed, bias);
+  const Rows input(input_, inner);
+  dispatch(input_.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    const Int8Product<T> args{input,
-                              weight,
-                              data<float>(a_scale),
-                              data<float>(b_scale),
-                              few ? nullptr : offsets.data(),
-                              bias ? data<T>(*bias) : nullptr,
-                              mutable_data<T>(out),
-                              nullptr,
-                              rows,
-                              inner,
-                              outer,
-                              {Activation(activation), {}},
-                              turned};
-    if (few) {
-      const auto& kernel = *task_kernel<Int8Few<T>>.best();
-      return run_tasks(kernel, Int8Few<T>{args}, ranges(outer, kernel.block), work);
+    std::vector<uint32_t> keep(threshold > 0 ? inner : 0);
+    std::vector<int32_t> index;
+    if (threshold > 0) index = outliers<T>(input, rows, threshold, keep);
+    const int64_t count = int64_t(index.size());
+    const Floats x = floats(rows * count), scale = floats(rows);
+    const auto quantized = std::make_unique_for_overwrite<int8_t[]>(rows * inner);
+    const auto offsets = std::make_unique_for_overwrite<int32_t[]>(rows);
+    Int8Rows<T> to{};
+    to.rows = quantized.get();
+    to.scale = scale.get();
+    to.columns = inner;
+    to.count = count;
+    if (count) {
+      to.keep = keep.data();
+      to.index = index.data();
+      to.x = x.get();
     }
-    const auto& kernel = *task_kernel<Int8Product<T>>.best();
-    const auto tasks = turned ? tasks_of(rows, kernel.block, outer, kBlockRows)
-                              : tasks_of(outer, kernel.block, rows, kBlockRows);
-    run_tasks(kernel, args, tasks, work);
+    if (!reads_few(rows, packed.has_value(), count)) to.offsets = offsets.get();
+    quantize(input, to, rows);
+    Int8Product<T> args{};
+    args.input = {quantized.get(), inner, 1};
+    args.input_scale = scale.get();
+    args.offsets = offsets.get();
+    args.outliers = {index.data(), x.get(), count};
+    multiply(args, right, out, activation);
+  });
+  return out;
+}
+
+Tensor int8_weight_only(const Tensor& input_, const Tensor& weight, const Tensor& weight_scale,
+                        const Optional& bias, int64_t activation) {
+  const int64_t rows = input_.size(0), inner = input_.size(1), outer = weight.size(0);
+  STD_TORCH_CHECK(rows <= kFewWithInt8, "int8_weight_only: at most ", kFewWithInt8, " rows, got ",
+                  rows);
+  Tensor out = output(input_, {rows, outer}, input_.scalar_type());
+  if (out.numel() == 0) return out;
+  const Right right(weight, weight_scale, {}, bias);
+  const Rows input(input_, inner);
+  dispatch(input_.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    const Int8Weight<T> args{{data<T>(*input.tensor), input.stride, 1},
+                             right.matrix(),
+                             data<float>(right.scale),
+                             right.bias ? data<T>(*right.bias) : nullptr,
+                             mutable_data<T>(out),
+                             nullptr,
+                             rows,
+                             inner,
+                             outer,
+                             {Activation(activation), {}}};
+    const auto& kernel = *task_kernel<Int8Weight<T>>.best();
+    run_tasks(kernel, args, ranges(outer, kernel.block), double(rows) * inner * outer);
   });
   return out;
 }
@@ -74,8 +215,11 @@ Tensor matmul(const Tensor& a_, const Tensor& b_, const Tensor& a_scale_, const 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(llmos, CPU, m) {
-  m.impl("int8_quantize", TORCH_BOX(&quantize));
-  m.impl("int8_matmul", TORCH_BOX(&matmul));
+  m.impl("int8_quantize", TORCH_BOX(&int8_quantize));
+  m.impl("int8_matmul", TORCH_BOX(&int8_matmul));
+  m.impl("int8_linear", TORCH_BOX(&int8_linear));
+  m.impl("int8_weight_only", TORCH_BOX(&int8_weight_only));
+  m.impl("int8_pack", TORCH_BOX(&pack));
 }
 
 }  // namespace llmos

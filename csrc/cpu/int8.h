@@ -5,31 +5,77 @@
 
 namespace llmos {
 
-// out [rows][outer] from input [rows][inner] and weight [outer][inner], both stored by rows. As in
-// LinearForward the weight is packed, or, `turned`, the input.
+// A weight [outer][inner] as products of the CPU level in use read it: strips of columns of out,
+// [strip][unit][column], where a unit is the next few elements of one row.
+struct Int8Pack {
+  using Task = ProductTask;  // Strips [begin, end).
+  Matrix<int8_t> weight;
+  void* packed;
+  int64_t inner, outer;
+};
+
+// Columns of input that are not int8: x [row][count] are their elements, as they came.
+struct Int8Outliers {
+  const int32_t* index = nullptr;
+  const float* x = nullptr;
+  int64_t count = 0;
+};
+
+// out [rows][outer] from rows of int8 and a packed weight.
 template <class T>
 struct Int8Product {
   using Task = ProductTask;
-  Matrix<int8_t> input, weight;
+  Matrix<int8_t> input;
+  const void* packed;
   const float *input_scale, *weight_scale;  // [rows], [outer].
-  const int32_t* offsets;                   // Int8Offsets of the left operand; null with few rows.
-  const T* bias;                            // Null, or [outer].
-  T *out, *kept;                            // kept is null.
+  const int32_t* offsets;                   // [rows], Int8Offsets.
+  Int8Outliers outliers;
+  const T* bias;  // Null, or [outer].
+  T *out, *kept;  // kept is null.
   int64_t rows, inner, outer;
   Epilogue epilogue;
-  bool turned;
 };
 
-// The same for at most kFewRows rows: task begin and end are columns of out.
-template <class T>
-struct Int8Few : Int8Product<T> {};
+constexpr int64_t kFewWithInt8 = 16;
 
-// Of each row of the left operand, what the sums of its products are too high.
+// The same for at most kFewWithInt8 rows and a weight that is not packed: task begin and end are
+// columns of out.
+template <class T>
+struct Int8Few : Int8Product<T> {
+  Matrix<int8_t> weight;
+};
+
+// out of at most kFewWithInt8 rows of T and a weight of int8.
+template <class T>
+struct Int8Weight {
+  using Task = ProductTask;
+  Matrix<T> input;
+  Matrix<int8_t> weight;
+  const float* weight_scale;
+  const T* bias;
+  T *out, *kept;
+  int64_t rows, inner, outer;
+  Epilogue epilogue;
+};
+
+// Of each row, what the sums of its products are too high.
 struct Int8Offsets {
   using Task = ProductTask;
-  Matrix<int8_t> left;
+  Matrix<int8_t> rows;
   int32_t* offsets;
-  int64_t inner;
+  int64_t columns;
+};
+
+// Columns [begin, end) of input: all bits of keep[column] where every magnitude is less than the
+// threshold or NaN, else none.
+template <class T>
+struct Int8Columns {
+  using Task = ProductTask;
+  const T* input;
+  int64_t step;  // Between rows of input.
+  uint32_t* keep;
+  int64_t rows;
+  float threshold;
 };
 
 // Rows of int8 and their scales from rows of input, in one piece each.
@@ -37,10 +83,14 @@ template <class T>
 struct Int8Rows {
   using Task = ProductTask;
   const T* input;
-  int64_t step;  // Between rows of input.
+  int64_t step;
   int8_t* rows;
   float* scale;
-  int64_t columns;
+  int32_t* offsets;      // Null, or as of Int8Offsets.
+  const uint32_t* keep;  // Null, or Int8Columns: other columns are 0, and come in x.
+  const int32_t* index;
+  float* x;
+  int64_t count, columns;
 };
 
 }  // namespace llmos

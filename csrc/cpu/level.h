@@ -45,4 +45,7 @@ inline CpuLevel cpu_level() {
   return level;
 }
 
+// Whether it multiplies four int8 at a time (vpdpbusd).
+inline bool multiplies_quads() { return cpu_level() == Avx512Bf16; }
+
 }  // namespace llmos

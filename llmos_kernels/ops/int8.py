@@ -6,19 +6,13 @@
 The sum is int32 and exact; it is multiplied by both scales in float32, in this order, and rounded to the
 dtype of the result before the activation. A row whose largest magnitude is below 1e-36 is 0, with scale
 0; one that holds NaN or infinity is 0 with scale NaN, so that its results are NaN.
-
-``int8_linear`` quantises its input as it comes (dynamically) and takes the weight as int8. Its gradient
-is that of a linear layer with the weight ``weight_int8 * weight_scale``: rounding passes gradients
-through, the weight has none.
 """
 
 import torch
 from torch import Tensor
 
-from llmos_kernels._registry import KERNEL_DTYPES, define, needs_grad, use_reference
+from llmos_kernels._registry import KERNEL_DTYPES, define, use_reference
 from llmos_kernels.ops import activations, products
-from llmos_kernels.ops.activations import NONE, RELU
-from llmos_kernels.ops.autocast import autocast
 from llmos_kernels.ops.linear import as_rows
 
 #: A longer sum of products, each up to 128^2, could leave int32.
@@ -27,7 +21,7 @@ MAX_INNER = (1 << 17) - 1
 SMALLEST = 1e-36
 
 
-def _quantize_reference(input: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_reference(input: Tensor) -> tuple[Tensor, Tensor]:
     x = input.float()
     if x.shape[1] == 0:
         return x.to(torch.int8), x.new_zeros(x.shape[0])
@@ -41,9 +35,10 @@ def _quantize_reference(input: Tensor) -> tuple[Tensor, Tensor]:
     return rows.to(torch.int8), scale
 
 
-def _matmul_reference(a, b, a_scale, b_scale, bias, activation, dtype):
+def matmul_reference(a, b, a_scale, b_scale, bias, activation, dtype, more=0):
+    """``more`` joins the sums before they are scaled by ``b_scale``."""
     # float64 holds the sums exactly.
-    z = (a.double() @ b.double().mT).float() * a_scale[:, None] * b_scale[None, :]
+    z = ((a.double() @ b.double().mT).float() * a_scale[:, None] + more) * b_scale[None, :]
     if bias is not None:
         z = z + bias.float()
     return products.activate_rows(z.to(dtype), activation, 0.0, None).contiguous()
@@ -51,7 +46,7 @@ def _matmul_reference(a, b, a_scale, b_scale, bias, activation, dtype):
 
 _quantize = define(
     "int8_quantize(Tensor input) -> (Tensor rows, Tensor scale)",
-    reference=_quantize_reference,
+    reference=quantize_reference,
     fake=lambda input: (
         input.new_empty(input.shape, dtype=torch.int8),
         input.new_empty(input.shape[0], dtype=torch.float32),
@@ -61,7 +56,7 @@ _quantize = define(
 _matmul = define(
     "int8_matmul(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, int activation,"
     " ScalarType dtype) -> Tensor",
-    reference=_matmul_reference,
+    reference=matmul_reference,
     fake=lambda a, b, a_scale, b_scale, bias, activation, dtype: a.new_empty(
         a.shape[0], b.shape[0], dtype=dtype
     ),
@@ -81,18 +76,18 @@ def int8_quantize(input: Tensor, *, backend: str | None = None) -> tuple[Tensor,
         raise TypeError(f"input must be float32, bfloat16 or float16, got {input.dtype}")
     if input.ndim == 0:
         raise ValueError("input must have a dimension to quantise over, got none")
-    quantize = _quantize_reference if use_reference(backend, input.dtype) else _quantize
+    quantize = quantize_reference if use_reference(backend, input.dtype) else _quantize
     rows, scale = quantize(as_rows(input.detach()))
     return rows.view(input.shape), scale.view(input.shape[:-1])
 
 
-def _check_int8(**tensors: Tensor) -> None:
+def check_int8(**tensors: Tensor) -> None:
     for name, t in tensors.items():
         if t.dtype != torch.int8:
             raise TypeError(f"{name} must be int8, got {t.dtype}")
 
 
-def _check_shapes(a: Tensor, b: Tensor, names: tuple[str, str]) -> None:
+def check_shapes(a: Tensor, b: Tensor, names: tuple[str, str]) -> None:
     if b.ndim != 2 or a.ndim == 0 or a.shape[-1] != b.shape[1]:
         raise ValueError(
             f"{names[1]} must be [out, in] with in the last dimension of {names[0]}, got"
@@ -102,11 +97,11 @@ def _check_shapes(a: Tensor, b: Tensor, names: tuple[str, str]) -> None:
         raise ValueError(f"sums of {b.shape[1]} products could leave int32, at most {MAX_INNER}")
 
 
-def _check_beside(reference: Tensor, **others: tuple[Tensor | None, torch.Size, torch.dtype]):
+def check_beside(reference: Tensor, **others: tuple[Tensor | None, tuple, torch.dtype]):
     for name, (t, shape, dtype) in others.items():
         if t is None:
             continue
-        if t.shape != shape:
+        if t.shape != torch.Size(shape):
             raise ValueError(f"{name} must be {list(shape)}, got {list(t.shape)}")
         if t.dtype != dtype:
             raise TypeError(f"{name} must be {dtype}, got {t.dtype}")
@@ -136,9 +131,9 @@ def int8_matmul(
     code = activations.code_of(activation)
     if out_dtype not in KERNEL_DTYPES:
         raise TypeError(f"out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
-    _check_int8(a=a, b=b)
-    _check_shapes(a, b, ("a", "b"))
-    _check_beside(
+    check_int8(a=a, b=b)
+    check_shapes(a, b, ("a", "b"))
+    check_beside(
         a,
         b=(b, b.shape, torch.int8),
         a_scale=(a_scale, a.shape[:-1], torch.float32),
@@ -147,100 +142,5 @@ def int8_matmul(
     )
     b, a_scale, b_scale = b.detach(), a_scale.detach().reshape(-1), b_scale.detach()
     args = as_rows(a), b, a_scale, b_scale, None if bias is None else bias.detach(), code, out_dtype
-    out = _matmul_reference(*args) if use_reference(backend, out_dtype) else _matmul(*args)
+    out = matmul_reference(*args) if use_reference(backend, out_dtype) else _matmul(*args)
     return out.view(*a.shape[:-1], b.shape[0])
-
-
-def _definition(rows, weight_int8, weight_scale, bias, activation) -> Tensor:
-    """By differentiable torch ops; rounding passes derivatives through."""
-    acc = torch.promote_types(rows.dtype, torch.float32)
-    quantized, scale = _quantize_reference(rows.detach())
-    x = rows.to(acc)
-    x = (quantized.to(acc) * scale.to(acc)[:, None]) + (x - x.detach())
-    z = x @ (weight_int8.to(acc) * weight_scale.to(acc)[:, None]).mT
-    if bias is not None:
-        z = z + bias.to(acc)
-    return products.activate_rows(z.to(rows.dtype), activation, 0.0, None)
-
-
-def _linear(rows, weight_int8, weight_scale, bias, activation) -> Tensor:
-    a, a_scale = _quantize(rows)
-    return _matmul(a, weight_int8, a_scale, weight_scale, bias, activation, rows.dtype)
-
-
-class _Int8Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, weight_int8, weight_scale, bias, activation):
-        y = z = _linear(rows, weight_int8, weight_scale, bias, NONE)
-        if activation != NONE:
-            y = products.activation_forward(z, activation, 0.0, None)
-        keep = activations.keeps_input(activation)
-        kept = z if keep else y if activation == RELU else None
-        # The input is for second derivatives alone.
-        again = (rows, bias) if keep else (None, None)
-        ctx.save_for_backward(*again, weight_int8, weight_scale, kept)
-        ctx.activation = activation
-        return y
-
-    @staticmethod
-    def backward(ctx, dout):
-        rows, bias, weight_int8, weight_scale, kept = ctx.saved_tensors
-        if kept is None:
-            dz = dout
-        elif torch.is_grad_enabled():
-            if rows is not None:
-                kept = _definition(rows, weight_int8, weight_scale, bias, NONE)
-            dz = (dout * products.slopes(kept, ctx.activation, 0.0, None)).to(dout.dtype)
-        else:
-            dz = products.activation_backward(dout, kept, ctx.activation, 0.0, None)
-        dinput = None
-        if ctx.needs_input_grad[0]:
-            dinput = dz @ (weight_int8 * weight_scale[:, None]).to(dz.dtype)
-        dbias = products.sum_of_rows(dz) if ctx.needs_input_grad[3] else None
-        return dinput, None, None, dbias, None
-
-
-def int8_linear(
-    input: Tensor,
-    weight_int8: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    *,
-    backend: str | None = None,
-) -> Tensor:
-    """A linear layer with an int8 weight: ``input`` is quantised by rows as it comes.
-
-    ``input`` [..., in] and ``bias`` [out] of one dtype: float32, bfloat16 or float16, any strides
-    (float64: the reference answers, which quantises in float32);
-    ``weight_int8`` [out, in], int8, and ``weight_scale`` [out], float32, as ``int8_quantize`` makes
-    them. ``activation`` as for ``linear``. Returns [..., out]. Gradients reach ``input`` and ``bias``.
-    Under autocast the floating point arguments are cast, as torch does. Raises ValueError for shapes,
-    devices or names and for more than 131,071 columns, TypeError for dtypes.
-    """
-    code = activations.code_of(activation)
-    input, bias = autocast(input, bias)
-    if input.dtype not in KERNEL_DTYPES and input.dtype != torch.float64:
-        raise TypeError(f"input must be float32, bfloat16, float16 or float64, got {input.dtype}")
-    _check_int8(weight_int8=weight_int8)
-    _check_shapes(input, weight_int8, ("input", "weight_int8"))
-    out_features = weight_int8.shape[:1]
-    _check_beside(
-        input,
-        weight_int8=(weight_int8, weight_int8.shape, torch.int8),
-        weight_scale=(weight_scale, out_features, torch.float32),
-        bias=(bias, out_features, input.dtype),
-    )
-    rows = as_rows(input)
-    if use_reference(backend, input.dtype):
-        out = _definition(rows, weight_int8, weight_scale, bias, code)
-    elif needs_grad(input, bias):
-        out = _Int8Linear.apply(rows, weight_int8, weight_scale, bias, code)
-    else:
-        out = _linear(rows, weight_int8, weight_scale, bias, code)
-    return out.view(*input.shape[:-1], weight_int8.shape[0])
-
-
-def int8_linear_reference(*args, **options) -> Tensor:
-    """The definition of ``int8_linear``: plain torch ops, any device."""
-    return int8_linear(*args, **options, backend="reference")

@@ -25,23 +25,28 @@ template <Activation kActivation, class Args, class Sum>
   // Rounding before relu or after it gives the same.
   constexpr bool kSame = kActivation == Activation::None || kActivation == Activation::Relu;
   const Dropout& dropout = a.epilogue.dropout;
+  // Stores could change what a points to, for all the compiler knows.
+  const T* const bias = a.bias ? a.bias + begin : nullptr;
+  T *const out = a.out, *const kept = a.kept;
+  const int64_t outer = a.outer;
+  const bool drops = dropout.threshold;
   constexpr int64_t kWidth = 4 * kLanes;
   float factors[kWidth];
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t first = (first_row + r) * a.outer + begin;
-    for (int64_t at = 0; at < count; at += kWidth) {
-      if (dropout.threshold) dropout_block(dropout, first_row + r, begin + at, factors);
-      for (int64_t j = at; j < std::min(at + kWidth, count); j += kLanes) {
-        const int64_t n = std::min<int64_t>(kLanes, count - j);
-        F32 z = sum(r, j, n);
-        if (a.bias) z += load_lanes<F32>(a.bias + begin + j, n);
-        if (!kSame) z = rounded<T>(z);
-        F32 y = activate<kActivation>(z);
-        if (dropout.threshold) y *= load<F32>(factors + j - at);
-        store_lanes(a.out + first + j, y, n);
-        if (a.kept) store_lanes(a.kept + first + j, z, n);
-      }
-    }
+    const int64_t first = (first_row + r) * outer + begin;
+    const auto vector = [&](int64_t j, int64_t n) __attribute__((always_inline)) {
+      if (drops && j % kWidth == 0) dropout_block(dropout, first_row + r, begin + j, factors);
+      F32 z = sum(r, j, n);
+      if (bias) z += load_lanes<F32>(bias + j, n);
+      if (!kSame) z = rounded<T>(z);
+      F32 y = activate<kActivation>(z);
+      if (drops) y *= load<F32>(factors + j % kWidth);
+      store_lanes(out + first + j, y, n);
+      if (kept) store_lanes(kept + first + j, z, n);
+    };
+    int64_t j = 0;
+    for (; j + kLanes <= count; j += kLanes) vector(j, kLanes);
+    if (j < count) vector(j, count - j);
   }
 }
 
@@ -50,21 +55,16 @@ struct StoredSums {
   const float* sums;
   int64_t step;
 
-  template <class Args>
-  StoredSums(const Args&, int64_t, int64_t, const float* sums, int64_t step)
-      : sums(sums), step(step) {}
-
   [[gnu::always_inline]] F32 operator()(int64_t r, int64_t j, int64_t) const {
     return load<F32>(sums + r * step + j);
   }
 };
 
 // Sums c [columns][step] of a block, turned into turned [rows][turned_step].
-template <class Unit>
-inline void turn_sums(const Unit* c, int64_t step, int64_t columns, int64_t rows, Unit* turned,
+inline void turn_sums(const float* c, int64_t step, int64_t columns, int64_t rows, float* turned,
                       int64_t turned_step) {
   for (int64_t j = 0; j < columns; j += kLanes) {
-    const Unit* lines[kLanes];
+    const float* lines[kLanes];
     for (int i = 0; i < kLanes; ++i) lines[i] = c + (j + i) * step;
     transpose_rows(lines, rows, turned + j, turned_step);
   }

@@ -1,236 +1,206 @@
+// Products of int8: of many rows with a packed weight, of few with a weight as it lies.
 #include "../int8.h"
 
-#include <algorithm>
-#include <limits>
-
-#include "panel_forward.h"
+#include "epilogue.h"
+#include "few.h"
 
 namespace llmos {
 namespace {
 
 using U = UnitOf<int8_t>;
-using I32 = int32_t __attribute__((vector_size(sizeof(U32))));
+constexpr int64_t kStrip = 4 * kLanes;  // Columns of out.
+constexpr int64_t kGroup = 12;          // Rows that are finished while their sums are near.
 
-// Adds up the lanes.
-inline int32_t total(U32 v) {
-  uint32_t sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += v[i];
-  return int32_t(sum);
-}
+struct Pack {
+  static constexpr int64_t kBlock = kStrip;
+  const Int8Pack& a;
+  const int64_t n;
+  U* lines;
 
-// z without its bias, of sums [row][step] in memory.
-template <class T>
+  Pack(const Int8Pack& a, Scratch scratch)
+      : a(a), n(units<U>(a.inner)), lines(scratch.take<U>(kLanes * n)) {}
+  static int64_t scratch(const Int8Pack& a) { return Scratch::size<U>(kLanes * units<U>(a.inner)); }
+
+  void run(const ProductTask& task) {
+    constexpr bool kInUnits = std::is_same_v<Element<U>, int8_t>;
+    for (int64_t strip = task.begin; strip < task.end; ++strip) {
+      U* to = static_cast<U*>(a.packed) + strip * n * kStrip;
+      for (int64_t j = 0; j < kStrip; j += kLanes) {
+        const U* rows[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) {
+          const int64_t row = strip * kStrip + j + i;
+          rows[i] = lines + i * n;
+          if (row >= a.outer)
+            std::fill_n(lines + i * n, n, U{});
+          else if (kInUnits && a.inner % kPerUnit<U> == 0)
+            rows[i] = reinterpret_cast<const U*>(a.weight.at(row, 0));
+          else
+            pack_row(a.weight.at(row, 0), a.inner, n * kPerUnit<U>, lines + i * n);
+        }
+        transpose_rows(rows, n, to + j, kStrip);
+      }
+      add_offset(to, n * kStrip);
+    }
+  }
+};
+
+// z without its bias, of sums [row][step].
 struct ScaledSums {
-  const Int8Product<T>& a;
-  int64_t row, column;  // The first ones.
   const int32_t* sums;
   int64_t step;
+  const float *input_scale, *weight_scale;
+  const int32_t* offsets;  // Null, or of each row.
+  const float* more;       // Null, or products of columns that are not int8, [row][step].
 
   [[gnu::always_inline]] F32 operator()(int64_t r, int64_t j, int64_t n) const {
     U32 sum = load_bits<U32>(sums + r * step + j);
-    if (kOffset && a.offsets) {
-      if (a.turned)
-        sum -= load_lanes<U32>(a.offsets + column + j, n);
-      else
-        sum -= uint32_t(a.offsets[row + r]);
-    }
-    const F32 scale = load_lanes<F32>(a.weight_scale + column + j, n);
-    return __builtin_convertvector(I32(sum), F32) * a.input_scale[row + r] * scale;
+    if (kOffset && offsets) sum -= uint32_t(offsets[r]);
+    F32 z = __builtin_convertvector(I32(sum), F32) * input_scale[r];
+    if (more) z += load<F32>(more + r * step + j);
+    return z * load_lanes<F32>(weight_scale + j, n);
   }
 };
 
 template <class T>
-using Product = PanelForward<int8_t, Int8Product<T>, ScaledSums<T>>;
+struct Product {
+  static constexpr int64_t kBlock = kStrip;
+  // Rows lie as units already.
+  static constexpr bool kInUnits = std::is_same_v<Element<U>, int8_t>;
+  const Int8Product<T>& a;
+  const int64_t n;
+  const bool far;         // Whether out is too large for the second cache.
+  U* left;                // [kBlockRows][unit]
+  int32_t* sums;          // [kGroup][kStrip]
+  float *weights, *more;  // Of outliers: [outlier][kStrip], and their products [kGroup][kStrip].
 
-// A vector of units from int8 in memory.
-inline U32 vector(const int8_t* p) {
-  if constexpr (std::is_same_v<U, Quad>) {
-    return load_bits<U32>(p);
-  } else {
-    using I8 = int8_t __attribute__((vector_size(2 * kLanes)));
-    using I16 = int16_t __attribute__((vector_size(4 * kLanes)));
-    return std::bit_cast<U32>(__builtin_convertvector(load_bits<I8>(p), I16));
+  Product(const Int8Product<T>& a, Scratch scratch)
+      : a(a),
+        n(units<U>(a.inner)),
+        far(a.rows * a.outer * int64_t(sizeof(T)) > int64_t(1) << 20),
+        left(scratch.take<U>(kBlockRows * n)),
+        sums(scratch.take<int32_t>(kGroup * kStrip)),
+        weights(scratch.take(a.outliers.count * kStrip)),
+        more(scratch.take(kGroup * kStrip)) {}
+  static int64_t scratch(const Int8Product<T>& a) {
+    return Scratch::size<U>(kBlockRows * units<U>(a.inner)) +
+           Scratch::size<int32_t>(kGroup * kStrip) + Scratch::size(a.outliers.count * kStrip) +
+           Scratch::size(kGroup * kStrip);
   }
-}
 
-constexpr int64_t kStep = kLanes * kPerUnit<U>;  // Elements in a vector of units.
+  void run(const ProductTask& task) {
+    with_activation(a.epilogue.activation, [&](auto activation) {
+      for (int64_t row = task.begin; row < task.end; row += kBlockRows)
+        rows<activation>(row, std::min(kBlockRows, task.end - row), task.first, task.columns);
+    });
+  }
 
-// Rows of the weight are read once, where they lie.
+  template <Activation kActivation>
+  void rows(int64_t first_row, int64_t rows, int64_t first, int64_t columns) {
+    const U* from = left;
+    int64_t step = n;
+    if (kInUnits && (a.inner | a.input.row) % kPerUnit<U> == 0) {
+      from = reinterpret_cast<const U*>(a.input.at(first_row, 0));
+      step = a.input.row / kPerUnit<U>;
+    } else {
+      for (int64_t r = 0; r < rows; ++r)
+        pack_row(a.input.at(first_row + r, 0), a.inner, n * kPerUnit<U>, left + r * n);
+    }
+    const Int8Outliers& outliers = a.outliers;
+    for (int64_t j = first; j < first + columns; j += kStrip) {
+      const U* right = static_cast<const U*>(a.packed) + j * n;
+      const int64_t count = std::min(kStrip, first + columns - j);
+      const int64_t vectors = to_vectors(count) / kLanes;
+      if (outliers.count) unpack(right);
+      for (int64_t r = 0; r < rows; r += kGroup) {
+        const int64_t row = first_row + r, group = std::min(kGroup, rows - r);
+        if (far) fetch(row, group, j, count);
+        product<U, false, Into::Replace>(group, vectors, n, from + r * step, step, right, kStrip,
+                                         sums, kStrip);
+        if (outliers.count)
+          product_in_parts<float, false, Into::Replace>(
+              group, vectors, outliers.count, outliers.x + row * outliers.count, outliers.count,
+              weights, kStrip, more, kStrip);
+        finish<kActivation>(
+            a, row, group, j, count,
+            ScaledSums{sums, kStrip, a.input_scale + row, a.weight_scale + j,
+                       a.offsets ? a.offsets + row : nullptr, outliers.count ? more : nullptr});
+      }
+    }
+  }
+
+  // Lines that are written soon: few enough at a time for the core to have them all under way.
+  void fetch(int64_t row, int64_t rows, int64_t column, int64_t columns) const {
+    for (int64_t r = row; r < row + rows; ++r)
+      for (int64_t j = 0; j < columns; j += 64 / int64_t(sizeof(T)))
+        __builtin_prefetch(a.out + r * a.outer + column + j, 1);
+  }
+
+  // A strip's weights of outliers.
+  void unpack(const U* packed) {
+    constexpr int kBits = 32 / kPerUnit<U>;
+    for (int64_t i = 0; i < a.outliers.count; ++i) {
+      const int64_t k = a.outliers.index[i];
+      const int up = 32 - kBits * (1 + int(k % kPerUnit<U>));
+      for (int64_t j = 0; j < kStrip; j += kLanes) {
+        U32 units = load_bits<U32>(packed + k / kPerUnit<U> * kStrip + j);
+        if (kOffset) units ^= 0x80808080;
+        const I32 whole = I32(units << up) >> (32 - kBits);
+        store(weights + i * kStrip + j, __builtin_convertvector(whole, F32));
+      }
+    }
+  }
+};
+
 template <class T>
 struct Few {
-  static constexpr int64_t kBlock = 16 * kLanes;  // Columns of out in a task.
+  using Products = FewRows<U, int8_t, kFewWithInt8>;
+  static constexpr int64_t kBlock = Products::kBlock;
   const Int8Few<T>& a;
-  const int64_t whole;  // Elements of a row in whole vectors.
-  U* x;                 // [row][unit], with the offset, up to a whole vector.
-  int32_t* sums;        // [row][kBlock]
+  Products products;
 
-  Few(const Int8Few<T>& a, Scratch scratch)
-      : a(a),
-        whole(a.inner / kStep * kStep),
-        x(scratch.take<U>(kFewRows * width(a))),
-        sums(scratch.take<int32_t>(kFewRows * kBlock)) {
-    for (int64_t r = 0; r < a.rows; ++r) {
-      U* to = x + r * width(a);
-      pack_row(a.input.at(r, 0), a.inner, width(a) * kPerUnit<U>, to);
-      if constexpr (std::is_same_v<U, Quad>) add_offset(to, width(a));
-    }
-  }
-  static int64_t width(const Int8Few<T>& a) { return to_vectors(units<U>(a.inner)); }
-  static int64_t scratch(const Int8Few<T>& a) {
-    return Scratch::size<U>(kFewRows * width(a)) + Scratch::size<int32_t>(kFewRows * kBlock);
-  }
-
-  // Products of kM rows of x and kN rows of the weight from `first` on.
-  template <int kM, int kN>
-  [[gnu::noinline]] void columns(int64_t first, int32_t* to) {
-    const int8_t* w[kN];
-    U32 sum[kM][kN] = {}, offset[kN] = {};
-    for (int n = 0; n < kN; ++n) w[n] = a.weight.at(first + n, 0);
-    const int64_t step = width(a);
-    const auto add = [&](int64_t k, auto load) {
-      U32 right[kM];
-#pragma GCC unroll 4
-      for (int m = 0; m < kM; ++m) right[m] = load_bits<U32>(x + m * step + k / kPerUnit<U>);
-#pragma GCC unroll 4
-      for (int n = 0; n < kN; ++n) {
-        const U32 left = load(w[n] + k);
-#pragma GCC unroll 4
-        for (int m = 0; m < kM; ++m) sum[m][n] = multiply_add<U>(left, right[m], sum[m][n]);
-        if (kOffset) offset[n] = multiply_add<U>(left, U32{} + 0x80808080, offset[n]);
-      }
-    };
-    for (int64_t k = 0; k < whole; k += kStep) add(k, &vector);
-    if (whole < a.inner)
-      add(whole, [&](const int8_t* p) {
-        int8_t tail[kStep] = {};
-        std::memcpy(tail, p, a.inner - whole);
-        return vector(tail);
-      });
-    for (int n = 0; n < kN; ++n)
-      for (int m = 0; m < kM; ++m) to[m * kBlock + n] = total(sum[m][n] - offset[n]);
-  }
-
-  template <int kM>
-  void run_rows(int64_t begin, int64_t end) {
-    int64_t at = begin;
-    constexpr int kN = kM > 2 && kLanes < 16 ? 2 : 4;
-    for (; at + kN <= end; at += kN) columns<kM, kN>(at, sums + at - begin);
-    for (; at < end; ++at) columns<kM, 1>(at, sums + at - begin);
-  }
+  Few(const Int8Few<T>& a, Scratch scratch) : a(a), products(scratch, a.input, a.rows, a.inner) {}
+  static int64_t scratch(const Int8Few<T>& a) { return Products::scratch(a.inner); }
 
   void run(const ProductTask& task) {
-    const int64_t begin = task.begin, count = task.end - begin;
-    switch (a.rows) {
-      case 1:
-        run_rows<1>(begin, task.end);
-        break;
-      case 2:
-        run_rows<2>(begin, task.end);
-        break;
-      case 3:
-        run_rows<3>(begin, task.end);
-        break;
-      default:
-        run_rows<4>(begin, task.end);
-    }
+    const ScaledSums sums{products.run(a.weight, task.begin, task.end),
+                          kBlock,
+                          a.input_scale,
+                          a.weight_scale + task.begin,
+                          nullptr,
+                          nullptr};
     with_activation(a.epilogue.activation, [&](auto activation) {
-      finish<activation>(a, 0, a.rows, begin, count, ScaledSums<T>{a, 0, begin, sums, kBlock});
+      finish<activation>(a, 0, a.rows, task.begin, task.end - task.begin, sums);
     });
-  }
-};
-
-struct Offsets {
-  static constexpr int64_t kBlock = 256;  // Rows in a task.
-  const Int8Offsets& a;
-
-  Offsets(const Int8Offsets& a, Scratch) : a(a) {}
-  static int64_t scratch(const Int8Offsets&) { return 0; }
-
-  void run(const ProductTask& task) {
-    for (int64_t row = task.begin; kOffset && row < task.end; ++row) {
-      const int8_t* w = a.left.at(row, 0);
-      U32 sum[4] = {};
-      const auto add = [&](int i, U32 left) {
-        sum[i] = multiply_add<U>(left, U32{} + 0x80808080, sum[i]);
-      };
-      int64_t k = 0;
-      for (; k + 4 * kStep <= a.inner; k += 4 * kStep)
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) add(i, vector(w + k + i * kStep));
-      for (; k < a.inner; k += kStep) {
-        int8_t tail[kStep] = {};
-        std::memcpy(tail, w + k, std::min(kStep, a.inner - k));
-        add(0, vector(tail));
-      }
-      a.offsets[row] = total((sum[0] + sum[1]) + (sum[2] + sum[3]));
-    }
   }
 };
 
 template <class T>
-struct Rows {
-  static constexpr int64_t kBlock = 4;  // Rows in a task.
-  static constexpr float kSmallest = 1e-36f;
-  const Int8Rows<T>& a;
+struct Weight {
+  using Products = FewRows<float, int8_t, kFewWithInt8>;
+  static constexpr int64_t kBlock = Products::kBlock;
+  const Int8Weight<T>& a;
+  Products products;
 
-  Rows(const Int8Rows<T>& a, Scratch) : a(a) {}
-  static int64_t scratch(const Int8Rows<T>&) { return 0; }
-
-  template <class V>
-  static auto magnitude(V v) {
-    using Bits = std::conditional_t<std::is_same_v<V, F32>, U32, uint32_t>;
-    return std::bit_cast<Bits>(v) & 0x7fffffff;
-  }
-
-  [[gnu::noinline]] void row(const T* from, int8_t* to, float& scale) {
-    // As bits the largest magnitude is also what is not finite.
-    U32 most[4] = {};
-    uint32_t last = 0;
-    sweep(a.columns, [&](auto part, int64_t i) {
-      using P = decltype(part);
-      const auto bits = magnitude(load<typename P::V>(from + i));
-      if constexpr (std::is_same_v<typename P::V, F32>)
-        most[P::kPart] = bits > most[P::kPart] ? bits : most[P::kPart];
-      else
-        last = std::max(last, bits);
-    });
-    for (const U32& v : most)
-      for (int i = 0; i < kLanes; ++i) last = std::max(last, v[i]);
-    const float largest = std::bit_cast<float>(last);
-    if (last >= 0x7f800000 || largest < kSmallest) {
-      scale = last >= 0x7f800000 ? std::numeric_limits<float>::quiet_NaN() : 0;
-      std::fill_n(to, a.columns, int8_t(0));
-      return;
-    }
-    scale = largest / 127;
-    const float inverse = 127 / largest;
-    sweep(a.columns, [&](auto part, int64_t i) {
-      using V = typename decltype(part)::V;
-      // Rounded to a whole number, which the low bits are in two's complement.
-      const V whole = load<V>(from + i) * inverse + 0x1.8p23f;
-      if constexpr (std::is_same_v<V, F32>) {
-#if defined(__AVX512F__)
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
-                         _mm512_cvtepi32_epi8(std::bit_cast<__m512i>(whole)));
-#else
-        for (int j = 0; j < kLanes; ++j) to[i + j] = int8_t(std::bit_cast<U32>(whole)[j]);
-#endif
-      } else {
-        to[i] = int8_t(std::bit_cast<uint32_t>(whole));
-      }
-    });
-  }
+  Weight(const Int8Weight<T>& a, Scratch scratch)
+      : a(a), products(scratch, a.input, a.rows, a.inner) {}
+  static int64_t scratch(const Int8Weight<T>& a) { return Products::scratch(a.inner); }
 
   void run(const ProductTask& task) {
-    for (int64_t r = task.begin; r < task.end; ++r)
-      row(a.input + r * a.step, a.rows + r * a.columns, a.scale[r]);
+    const float* sums = products.run(a.weight, task.begin, task.end);
+    const float* scale = a.weight_scale + task.begin;
+    const auto z = [=](int64_t r, int64_t j, int64_t n) {
+      return load<F32>(sums + r * kBlock + j) * load_lanes<F32>(scale + j, n);
+    };
+    with_activation(a.epilogue.activation, [&](auto activation) {
+      finish<activation>(a, 0, a.rows, task.begin, task.end - task.begin, z);
+    });
   }
 };
 
+const BuildOf<Pack, Int8Pack> pack_build;
 const KernelBuilds<Product, Int8Product> product_builds;
 const KernelBuilds<Few, Int8Few> few_builds;
-const KernelBuilds<Rows, Int8Rows> row_builds;
-const BuildOf<Offsets, Int8Offsets> offset_build;
+const KernelBuilds<Weight, Int8Weight> weight_builds;
 
 }  // namespace
 }  // namespace llmos

@@ -1,110 +1,72 @@
-#include "panel_forward.h"
+#include "epilogue.h"
+#include "few.h"
+#include "panels.h"
 
 namespace llmos {
 namespace {
 
 template <class T>
-using Forward = PanelForward<T, LinearForward<T>, StoredSums>;
+struct Forward {
+  static constexpr int64_t kBlock = kStrip;
+  const LinearForward<T>& a;
+  Panels<T> panels;
+  float* turned;  // [row of input][row of the weight]: sums of a block.
+
+  Forward(const LinearForward<T>& a, Scratch scratch)
+      : a(a), panels(scratch), turned(scratch.take(kStrip * kBlockRows)) {}
+  static int64_t scratch(const LinearForward<T>&) {
+    return Panels<T>::scratch() + Scratch::size(kStrip * kBlockRows);
+  }
+
+  void run(const ProductTask& task) {
+    with_activation(a.epilogue.activation, [&](auto activation) {
+      a.turned ? run_turned<activation>(task) : run<activation>(task);
+    });
+  }
+
+  template <Activation kActivation>
+  void run(const ProductTask& task) {
+    const Matrix<T> right{a.weight.data, a.weight.column, a.weight.row};
+    panels.multiply(
+        a.input, right, a.inner, task,
+        [&](int64_t begin, int64_t rows, int64_t first, int64_t columns, const float* c) {
+          finish<kActivation>(a, begin, rows, first, columns, StoredSums{c, kStrip});
+        });
+  }
+
+  // The weight is the left operand, the rows of input are columns of panels.
+  template <Activation kActivation>
+  void run_turned(const ProductTask& task) {
+    const Matrix<T> right{a.input.data, a.input.column, a.input.row};
+    panels.multiply(a.weight, right, a.inner, task,
+                    [&](int64_t begin, int64_t count, int64_t first, int64_t rows, const float* c) {
+                      turn_sums(c, kStrip, count, rows, turned, kBlockRows);
+                      finish<kActivation>(a, first, rows, begin, count,
+                                          StoredSums{turned, kBlockRows});
+                    });
+  }
+};
 
 template <class T>
 void finish_few(const LinearForward<T>& a, int64_t begin, int64_t count, const float* sums,
                 int64_t step) {
   with_activation(a.epilogue.activation, [&](auto activation) {
-    finish<activation>(a, 0, a.rows, begin, count, StoredSums{a, 0, begin, sums, step});
+    finish<activation>(a, 0, a.rows, begin, count, StoredSums{sums, step});
   });
 }
 
-// Rows of the weight are read once, where they lie.
 template <class T>
 struct Few {
-  using U = UnitOf<T>;
-  static constexpr int64_t kBlock = 16 * kLanes;          // Columns of out in a task.
-  static constexpr int64_t kStep = kLanes * kPerUnit<U>;  // Elements in a vector of units.
-  static constexpr int64_t kFold = 64;                    // Vectors after which a sum starts anew.
+  using Products = FewRows<UnitOf<T>, T, kFewRows>;
+  static constexpr int64_t kBlock = Products::kBlock;
   const LinearFew<T>& a;
-  const int64_t whole;  // Elements of a row in whole vectors.
-  U* x;                 // [row][unit], zeros up to a whole vector.
-  float* sums;          // [row][kBlock]
+  Products products;
 
-  Few(const LinearFew<T>& a, Scratch scratch)
-      : a(a),
-        whole(a.inner / kStep * kStep),
-        x(scratch.take<U>(kFewRows * width(a))),
-        sums(scratch.take(kFewRows * kBlock)) {
-    for (int64_t r = 0; r < a.rows; ++r)
-      pack_row(a.input.at(r, 0), a.inner, width(a) * kPerUnit<U>, x + r * width(a));
-  }
-  static int64_t width(const LinearFew<T>& a) { return to_vectors(units<U>(a.inner)); }
-  static int64_t scratch(const LinearFew<T>& a) {
-    return Scratch::size<U>(kFewRows * width(a)) + Scratch::size(kFewRows * kBlock);
-  }
-
-  static U32 vector(const T* p) {
-    if constexpr (kPerUnit<U> == 2)
-      return load_bits<U32>(p);
-    else
-      return std::bit_cast<U32>(load<F32>(p));
-  }
-
-  // Products of kRows rows of x and kN rows of the weight from `first` on.
-  template <int kRows, int kN>
-  [[gnu::noinline]] void columns(int64_t first, float* to) {
-    const T* w[kN];
-    F32 total[kRows][kN] = {};
-    for (int n = 0; n < kN; ++n) w[n] = a.weight.at(first + n, 0);
-    const int64_t step = width(a);
-    for (int64_t k = 0; k < whole;) {
-      F32 sum[kRows][kN] = {};
-      const int64_t stop = std::min(k + kFold * kStep, whole);
-      for (; k < stop; k += kStep) {
-        U32 left[kRows];
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) left[r] = load_bits<U32>(x + r * step + k / kPerUnit<U>);
-#pragma GCC unroll 4
-        for (int n = 0; n < kN; ++n) {
-          const U32 right = vector(w[n] + k);
-#pragma GCC unroll 4
-          for (int r = 0; r < kRows; ++r) sum[r][n] = multiply_add<U>(left[r], right, sum[r][n]);
-        }
-      }
-      for (int r = 0; r < kRows; ++r)
-        for (int n = 0; n < kN; ++n) total[r][n] += sum[r][n];
-    }
-    for (int n = 0; n < kN; ++n) {
-      T tail[kStep] = {};
-      std::memcpy(tail, w[n] + whole, (a.inner - whole) * sizeof(T));
-      for (int r = 0; r < kRows; ++r) {
-        F32 sum = total[r][n];
-        if (whole < a.inner)
-          sum = multiply_add<U>(load_bits<U32>(x + r * step + whole / kPerUnit<U>), vector(tail),
-                                sum);
-        to[r * kBlock + n] = horizontal_sum(sum);
-      }
-    }
-  }
-
-  template <int kRows>
-  void run_rows(int64_t begin, int64_t end) {
-    int64_t at = begin;
-    constexpr int kN = kRows > 2 && kLanes < 16 ? 2 : 4;
-    for (; at + kN <= end; at += kN) columns<kRows, kN>(at, sums + at - begin);
-    for (; at < end; ++at) columns<kRows, 1>(at, sums + at - begin);
-  }
+  Few(const LinearFew<T>& a, Scratch scratch) : a(a), products(scratch, a.input, a.rows, a.inner) {}
+  static int64_t scratch(const LinearFew<T>& a) { return Products::scratch(a.inner); }
 
   void run(const ProductTask& task) {
-    switch (a.rows) {
-      case 1:
-        run_rows<1>(task.begin, task.end);
-        break;
-      case 2:
-        run_rows<2>(task.begin, task.end);
-        break;
-      case 3:
-        run_rows<3>(task.begin, task.end);
-        break;
-      default:
-        run_rows<4>(task.begin, task.end);
-    }
+    const float* sums = products.run(a.weight, task.begin, task.end);
     finish_few<T>(a, task.begin, task.end - task.begin, sums, kBlock);
   }
 };

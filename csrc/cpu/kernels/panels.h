@@ -2,8 +2,7 @@
 //
 // The columns of c are cut into panels, these into strips of a few vectors. A panel of the right
 // operand is packed strip by strip, kDepth units of it at a time; the left operand is read where it
-// lies if its rows are units already, else packed by small blocks. Of int8, both are stored by
-// rows.
+// lies if its rows are units already, else packed by small blocks.
 #pragma once
 
 #include "../linear.h"
@@ -21,13 +20,12 @@ template <class T>
 class Panels {
  public:
   using U = UnitOf<T>;
-  using S = SumOf<U>;
 
   explicit Panels(Scratch& scratch)
       : packed_(scratch.take<U>(kDepth * kPanel)),
         block_(scratch.take<U>(kBlockRows * kBlockDepth)),
         lines_(scratch.take<U>(kLanes * kDepth)),
-        sums_(scratch.take<S>(kChunkRows * kPanel)) {}
+        sums_(scratch.take(kChunkRows * kPanel)) {}
 
   static int64_t scratch() {
     return Scratch::size<U>(kDepth * kPanel) + Scratch::size<U>(kBlockRows * kBlockDepth) +
@@ -41,14 +39,14 @@ class Panels {
                 const ProductTask& task, Finish finish) {
     for (int64_t chunk = task.begin; chunk < task.end; chunk += kChunkRows) {
       const int64_t stop = std::min(chunk + kChunkRows, task.end);
-      if (depth == 0) std::memset(sums_, 0, kChunkRows * kPanel * sizeof(S));
+      if (depth == 0) std::memset(sums_, 0, kChunkRows * kPanel * sizeof(float));
       int64_t part = 0;
       do {
         const int64_t part_end = std::min(part + kDepth * kPerUnit<U>, depth);
         pack_right(right, part, part_end, task.first, task.columns);
         for (int64_t row = chunk; row < stop; row += kBlockRows) {
           const int64_t rows = std::min(kBlockRows, stop - row);
-          S* c = sums_ + (row - chunk) * kStrip;
+          float* c = sums_ + (row - chunk) * kStrip;
           constexpr int64_t kStep = kBlockDepth * kPerUnit<U>;
           for (int64_t k = part; k < part_end; k += kStep)
             block(left, row, rows, k, std::min(k + kStep, part_end), task.columns,
@@ -73,14 +71,10 @@ class Panels {
     U* to = packed_;
     for (int64_t j = 0; j < columns; j += kStrip, to += kDepth * kStrip) {
       const int64_t n = std::min(kStrip, columns - j);
-      if constexpr (!kIsInt<U>) {
-        if (right.column == 1) {
-          pack_by_rows(right, k, k_end, first + j, n, to, kStrip);
-          continue;
-        }
-      }
-      turn(right, k, k_end, first + j, n, to);
-      if constexpr (std::is_same_v<U, Quad>) add_offset(to, units<U>(k_end - k) * kStrip);
+      if (right.column == 1)
+        pack_by_rows(right, k, k_end, first + j, n, to, kStrip);
+      else
+        turn(right, k, k_end, first + j, n, to);
     }
   }
 
@@ -121,13 +115,12 @@ class Panels {
   }
 
   [[gnu::noinline]] void block(const Matrix<T>& left, int64_t row, int64_t rows, int64_t k,
-                               int64_t k_end, int64_t columns, const U* right, bool begins, S* c) {
+                               int64_t k_end, int64_t columns, const U* right, bool begins,
+                               float* c) {
     const int64_t n = units<U>(k_end - k);
-    if constexpr (!kIsInt<U>) {
-      if (left.column != 1) {
-        pack_by_rows({left.data, left.column, left.row}, k, k_end, row, rows, block_, kBlockRows);
-        return multiply<true>(rows, columns, n, block_, kBlockRows, right, begins, c);
-      }
+    if (left.column != 1) {
+      pack_by_rows({left.data, left.column, left.row}, k, k_end, row, rows, block_, kBlockRows);
+      return multiply<true>(rows, columns, n, block_, kBlockRows, right, begins, c);
     }
     // The last unit of an odd row is half another's.
     if (std::is_same_v<Element<U>, T> && ((k_end - k) | left.row) % kPerUnit<U> == 0)
@@ -140,7 +133,7 @@ class Panels {
 
   template <bool kByColumn>
   static void multiply(int64_t rows, int64_t columns, int64_t n, const U* left, int64_t step,
-                       const U* right, bool begins, S* c) {
+                       const U* right, bool begins, float* c) {
     const auto run =
         begins ? &product<U, kByColumn, Into::Replace> : &product<U, kByColumn, Into::Add>;
     for (int64_t j = 0; j < columns; j += kStrip, right += kDepth * kStrip)
@@ -149,7 +142,7 @@ class Panels {
   }
 
   U *packed_, *block_, *lines_;
-  S* sums_;
+  float* sums_;
   const T* data_ = nullptr;  // What packed_ holds.
   int64_t k_ = 0, first_ = 0;
 };

@@ -89,7 +89,6 @@ template <class Unit>
 #elif defined(__AVX2__)
     return acc + U32(_mm256_madd_epi16(__m256i(a), __m256i(b)));
 #else
-    using I32 = int32_t __attribute__((vector_size(sizeof(U32))));
     const I32 high = (I32(a) >> 16) * (I32(b) >> 16);
     return acc + U32(high + (I32(a << 16) >> 16) * (I32(b << 16) >> 16));
 #endif
@@ -219,8 +218,6 @@ template <class Unit, class T>
   if constexpr (std::is_same_v<Element<Unit>, T>) {
     std::memcpy(to, from, n * sizeof(T));
   } else if constexpr (kIsInt<Unit>) {
-    using I8 = int8_t __attribute__((vector_size(2 * kLanes)));
-    using I16 = int16_t __attribute__((vector_size(4 * kLanes)));
     int64_t i = 0;
     for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
       const I16 wide = __builtin_convertvector(load_bits<I8>(from + i), I16);
@@ -236,8 +233,9 @@ template <class Unit, class T>
 }
 
 // kOffset on top of each element: its highest bit the other way. n is in whole vectors.
-inline void add_offset(Quad* packed, int64_t n) {
-  for (int64_t i = 0; i < n; i += kLanes) {
+template <class Unit>
+inline void add_offset(Unit* packed, int64_t n) {
+  for (int64_t i = 0; std::is_same_v<Unit, Quad> && i < n; i += kLanes) {
     const U32 v = load_bits<U32>(packed + i) ^ 0x80808080;
     std::memcpy(packed + i, &v, sizeof v);
   }

@@ -31,6 +31,9 @@ using F32 = float __attribute__((vector_size(4 * kLanes)));
 using U32 = uint32_t __attribute__((vector_size(4 * kLanes)));
 using U16 = uint16_t __attribute__((vector_size(2 * kLanes)));
 using U64 = uint64_t __attribute__((vector_size(8 * kLanes)));
+using I32 = int32_t __attribute__((vector_size(4 * kLanes)));
+using I8 = int8_t __attribute__((vector_size(2 * kLanes)));  // Twice as many.
+using I16 = int16_t __attribute__((vector_size(4 * kLanes)));
 
 template <class V>
 inline V load_bits(const void* p) {
@@ -150,6 +153,23 @@ inline V load(const f16* p) {
 #else
     F32 v;
     for (int i = 0; i < kLanes; ++i) v[i] = half_to_float(p[i].bits);
+    return v;
+#endif
+  }
+}
+
+template <class V>
+inline V load(const int8_t* p) {
+  if constexpr (sizeof(V) == sizeof(float)) {
+    return float(*p);
+  } else {
+#if defined(__AVX512F__)
+    return F32(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_bits<__m128i>(p))));
+#elif defined(__AVX2__)
+    return F32(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))));
+#else
+    F32 v;
+    for (int i = 0; i < kLanes; ++i) v[i] = float(p[i]);
     return v;
 #endif
   }
