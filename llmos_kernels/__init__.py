@@ -16,7 +16,7 @@ from llmos_kernels.ops.int8_linear import int8_linear, int8_pack
 from llmos_kernels.ops.layer_norm import add_layer_norm, layer_norm
 from llmos_kernels.ops.linear import linear
 from llmos_kernels.ops.rms_norm import add_rms_norm, rms_norm
-from llmos_kernels.swap import optimize, restore
+from llmos_kernels.swap import load_quantized, optimize, quantize, restore, save_quantized
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,9 +30,12 @@ __all__ = [
     "int8_quantize",
     "layer_norm",
     "linear",
+    "load_quantized",
     "nn",
     "optimize",
+    "quantize",
     "restore",
     "rms_norm",
+    "save_quantized",
     "scaled_dot_product_attention",
 ]

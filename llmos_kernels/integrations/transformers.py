@@ -1,7 +1,7 @@
 """Attention of Hugging Face transformers through ``llmos_kernels``, under the name "llmos".
 
 Importing this registers the attention function and the mask function that belongs to it; after that
-``model.set_attn_implementation("llmos")`` takes them.
+``model.set_attn_implementation("llmos")`` takes them. ``LlmosInt8Config`` is for int8 weights.
 """
 
 from typing import Any
@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from llmos_kernels.integrations.transformers_int8 import LlmosInt8Config
 from llmos_kernels.ops.attention import scaled_dot_product_attention
 
 try:
     from transformers.utils.output_capturing import _active_collector
 except ImportError:  # It is private there.
     _active_collector = None  # type: ignore[assignment]
+
+__all__ = ["NAME", "LlmosInt8Config", "attention"]
 
 NAME = "llmos"
 

@@ -3,6 +3,7 @@
 from llmos_kernels.nn.attention import MultiheadAttention
 from llmos_kernels.nn.embedding import BertEmbedding
 from llmos_kernels.nn.feed_forward import FeedForward
+from llmos_kernels.nn.int8 import Int8Linear, Int8MultiheadAttention
 from llmos_kernels.nn.linear import Linear
 from llmos_kernels.nn.norm import AddLayerNorm, LayerNorm, RMSNorm
 from llmos_kernels.nn.position import SinusoidalPositionalEncoding
@@ -12,6 +13,8 @@ __all__ = [
     "AddLayerNorm",
     "BertEmbedding",
     "FeedForward",
+    "Int8Linear",
+    "Int8MultiheadAttention",
     "LayerNorm",
     "Linear",
     "MultiheadAttention",

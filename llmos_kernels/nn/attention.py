@@ -62,19 +62,19 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         )  # fmt: skip
         out, weights = result if isinstance(result, tuple) else (result, None)
         out = (out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)).flatten(2)
-        # As in torch, out_proj lends its weights and is not called: its hooks do not run.
-        out = project(out, self.out_proj.weight, self.out_proj.bias)
+        out = project_out(self, out)
         if not batched:
             out, weights = out.squeeze(0), None if weights is None else weights.squeeze(0)
         return out, weights
 
     def _project(self, query, key, value) -> tuple[Tensor, ...]:
         """Query, key and value times their weights, in as few products as their identity allows."""
-        e, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
+        e, bias = self.embed_dim, self.in_proj_bias
+        if self._qkv_same_embed_dim and query is key and key is value:
+            return project_in(self, query).split(e, -1)
+        weight = self.in_proj_weight
         if weight is None:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        elif query is key and key is value:
-            return project(query, weight, bias).split(e, -1)
         elif key is value:
             b, bs = (None, None) if bias is None else bias.split([e, 2 * e])
             w, ws = weight.split([e, 2 * e])
@@ -83,6 +83,20 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             weights = weight.chunk(3)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
         return tuple(map(project, (query, key, value), weights, biases))
+
+
+def project_in(attention: torch.nn.MultiheadAttention, x: Tensor) -> Tensor:
+    """``x`` [..., embed_dim] times the weights of query, key and value, one after the other."""
+    layer = attention._modules.get("in_proj")  # Of int8.
+    if layer is not None:
+        return layer(x)
+    return project(x, attention.in_proj_weight, attention.in_proj_bias)
+
+
+def project_out(attention: torch.nn.MultiheadAttention, x: Tensor) -> Tensor:
+    """``out_proj`` of ``x``. As in torch it lends its weights: its hooks do not run."""
+    layer = attention.out_proj
+    return project(x, layer.weight, layer.bias) if "weight" in layer._parameters else layer(x)
 
 
 def _by_head(x: Tensor, heads: int, batch_first: bool) -> Tensor:

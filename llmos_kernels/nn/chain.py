@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from llmos_kernels.nn.derived import Derived, derive
 from llmos_kernels.nn.feed_forward import activation_name
 from llmos_kernels.nn.hooks import has_hooks, is_plain_dropout
+from llmos_kernels.nn.int8 import activated
 from llmos_kernels.nn.linear import linear_parameters
 from llmos_kernels.ops.feed_forward import feed_forward
 from llmos_kernels.ops.linear import linear
@@ -37,7 +38,13 @@ class Step(NamedTuple):
 
     def _fused(self, children: list[nn.Module], x: Tensor) -> Tensor | None:
         first, activation, *others = children
-        name, weights = self._name_of(activation), linear_parameters(first)
+        name = self._name_of(activation)
+        hidden = activated(first, x, name) if name else None
+        if hidden is not None:
+            for child in others:
+                hidden = child(hidden)
+            return hidden
+        weights = linear_parameters(first)
         if name is None or weights is None:
             return None
         if not others:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmos_kernels.nn.hooks import has_hooks
+from llmos_kernels.nn.int8 import Int8Linear, activated
 from llmos_kernels.ops.activations import code_of
 from llmos_kernels.ops.dropout import check_dropout
 from llmos_kernels.ops.feed_forward import feed_forward
@@ -51,6 +52,9 @@ class FeedForward(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         first, second = self.linear1, self.linear2
+        hidden = activated(first, input, self.activation)
+        if hidden is not None:
+            return second(F.dropout(hidden, self.dropout, self.training))
         return feed_forward(
             input, first.weight, first.bias, second.weight, second.bias,
             self.activation, self.dropout, self.training,
@@ -58,8 +62,11 @@ class FeedForward(nn.Module):
 
     def store_for_decode(self) -> None:
         """Store ``linear2.weight`` by columns, in place, that one to four rows through relu or relu2
-        read only the columns they need. Values, shape and state dict stay as they are.
+        read only the columns they need. Values, shape and state dict stay as they are. Raises
+        TypeError for an int8 weight.
         """
+        if type(self.linear2) is Int8Linear:
+            raise TypeError("store_for_decode is for floating point weights, linear2 is int8")
         store_by_columns(self.linear2.weight)
 
     def extra_repr(self) -> str:

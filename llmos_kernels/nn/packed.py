@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmos_kernels.nn.attention import MultiheadAttention
+from llmos_kernels.nn.attention import MultiheadAttention, project_in, project_out
 from llmos_kernels.nn.hooks import has_hooks
+from llmos_kernels.nn.int8 import Int8MultiheadAttention
 from llmos_kernels.ops.attention import scaled_dot_product_attention
 from llmos_kernels.ops.attention_arguments import MAX_DIM
-from llmos_kernels.ops.linear import project
 
 
 def packed_rows(nested: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,8 +33,8 @@ def nested_like(nested: Tensor, rows: Tensor) -> Tensor:
 def can_pack(attention: nn.Module) -> bool:
     """Whether ``attend_packed`` computes what ``attention`` does."""
     return (
-        type(attention) in (nn.MultiheadAttention, MultiheadAttention)
-        and attention.in_proj_weight is not None
+        type(attention) in (nn.MultiheadAttention, MultiheadAttention, Int8MultiheadAttention)
+        and bool(attention._qkv_same_embed_dim)
         and attention.bias_k is None
         and not attention.add_zero_attn
         and attention.head_dim <= MAX_DIM
@@ -44,10 +44,9 @@ def can_pack(attention: nn.Module) -> bool:
 
 def attend_packed(attention: nn.MultiheadAttention, x: Tensor, cu_seqlens: Tensor) -> Tensor:
     """The self-attention of packed sequences ``x`` [total, embed_dim], each to itself."""
-    projected = project(x, attention.in_proj_weight, attention.in_proj_bias)
-    q, k, v = projected.unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
+    q, k, v = project_in(attention, x).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
     p = attention.dropout if attention.training else 0.0
     out: Any = scaled_dot_product_attention(
         q, k, v, dropout_p=p, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens
     )
-    return project(out.flatten(1), attention.out_proj.weight, attention.out_proj.bias)
+    return project_out(attention, out.flatten(1))

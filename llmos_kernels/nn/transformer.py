@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from llmos_kernels.nn.attention import MultiheadAttention
 from llmos_kernels.nn.feed_forward import activation_name
 from llmos_kernels.nn.hooks import is_plain_dropout
+from llmos_kernels.nn.int8 import activated
 from llmos_kernels.nn.linear import linear_parameters
 from llmos_kernels.nn.norm import LayerNorm
 from llmos_kernels.nn.packed import attend_packed, can_pack, nested_like, packed_rows
@@ -34,6 +35,9 @@ class _Layer(nn.Module):
         """Its feed-forward block, without the last dropout."""
         first, second, dropout = self.linear1, self.linear2, self.dropout
         name = activation_name(self.activation)
+        hidden = activated(first, x, name) if name else None
+        if hidden is not None:
+            return second(dropout(hidden))
         weights1, weights2 = linear_parameters(first), linear_parameters(second)
         if name is None or weights1 is None or weights2 is None or not is_plain_dropout(dropout):
             return second(dropout(self.activation(first(x))))

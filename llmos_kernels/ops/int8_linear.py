@@ -38,6 +38,14 @@ WEIGHT_ONLY_ROWS = 16
 STRIP, UNIT = 64, 4
 
 
+def check_threshold(outlier_threshold: float) -> float:
+    """It as a float, or ValueError where it is negative or not finite."""
+    threshold = float(outlier_threshold)
+    if not 0 <= threshold < math.inf:
+        raise ValueError(f"outlier_threshold must be 0 or more and finite, got {threshold}")
+    return threshold
+
+
 def _outliers(rows: Tensor, threshold: float) -> Tensor | None:
     """[in], bool: the columns that stay as they are; None where none is asked for."""
     return (rows.float().abs() >= threshold).any(0) if threshold else None
@@ -206,9 +214,7 @@ def int8_linear(
     columns, TypeError for dtypes.
     """
     code = activations.code_of(activation)
-    threshold = float(outlier_threshold)
-    if not 0 <= threshold < math.inf:
-        raise ValueError(f"outlier_threshold must be 0 or more and finite, got {threshold}")
+    threshold = check_threshold(outlier_threshold)
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
     if threshold and mode != "dynamic":

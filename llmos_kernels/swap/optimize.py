@@ -34,12 +34,10 @@ def optimize(
     The attention of a Hugging Face model is chosen by name, "llmos", and proved on the whole model:
     its outputs in eval mode against its own eager attention and a copy in float64.
     """
-    _check_model(model)
-    if inputs is not None and not isinstance(inputs, (tuple, dict)):
-        raise TypeError(f"inputs must be a tuple or a dict, got {type(inputs).__name__}")
+    check_model(model, inputs)
     plan = [(name, m, rules.why_not(m, around)) for name, m, around in _candidates(model)]
     models = [
-        (name, m, pretrained.why_not(m, _around(model, name)))
+        (name, m, pretrained.why_not(m, around(model, name)))
         for name, m in pretrained.candidates(model)
     ]
     gpus = sorted({p.device.index for p in model.parameters() if p.is_cuda})
@@ -49,7 +47,7 @@ def optimize(
             *(torch.cuda.default_generators[i] for i in gpus),
         ):
             generator.manual_seed(0)
-        captured = _capture(model, [m for _, m, why in plan + models if not why], inputs)
+        captured = capture(model, [m for _, m, why in plan + models if not why], inputs)
         chosen = [
             _judge(
                 name,
@@ -81,7 +79,7 @@ def restore(model: nn.Module) -> None:
 
     Raises ValueError, the model unchanged, where another tool has changed such a class since.
     """
-    _check_model(model)
+    check_model(model)
     swapped = [(name, m) for name, m in model.named_modules() if _MARK in m.__dict__]
     for name, module in swapped:
         if not rules.is_swap(module, module.__dict__[_MARK]):
@@ -94,25 +92,29 @@ def restore(model: nn.Module) -> None:
     pretrained.restore(model)
 
 
-def _check_model(model) -> None:
+def check_model(model, inputs=None) -> None:
+    """Raises TypeError where ``model`` is no module, or ``inputs`` no arguments for one."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if inputs is not None and not isinstance(inputs, (tuple, dict)):
+        raise TypeError(f"inputs must be a tuple or a dict, got {type(inputs).__name__}")
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
     """Each module that a rule knows, once: name, module, the modules around it."""
     for name, module in model.named_modules():
         if rules.is_candidate(module):
-            yield name, module, _around(model, name)
+            yield name, module, around(model, name)
 
 
-def _around(model: nn.Module, name: str) -> list[nn.Module]:
+def around(model: nn.Module, name: str) -> list[nn.Module]:
     """The modules that ``name`` lies in, outermost first."""
     parts = name.split(".") if name else []
     return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
 
 
-def _capture(model, modules, inputs) -> dict:
+def capture(model: nn.Module, modules: list[nn.Module], inputs: tuple | dict | None) -> dict:
+    """How each of ``modules`` is called when ``model`` runs ``inputs``; empty without them."""
     if inputs is None:
         return {}
     if isinstance(inputs, dict):

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmos_kernels.nn.int8 import Int8Linear
+
 
 def replica(
     module: nn.Module,
@@ -34,6 +36,10 @@ def replica(
     clone._modules = {
         k: m if m is None else replica(m, None, dtype, device) for k, m in module._modules.items()
     }
+    if isinstance(clone, Int8Linear):  # Its scales are float32 in every dtype.
+        scale: Any = module.weight_scale
+        clone._buffers["weight_scale"] = scale.to(device or scale.device, copy=True)
+        clone.__dict__["_packed_of"] = None
     if isinstance(clone, nn.Dropout):
         clone.p = 0.0  # Another generator draws other masks; the op's own tests compare those.
     if isinstance(clone, nn.MultiheadAttention):

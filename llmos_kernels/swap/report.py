@@ -1,6 +1,17 @@
 """What ``optimize`` did to each module, as data and as a table."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Text in columns; the first row is their heads."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -47,9 +58,4 @@ class Report:
             )
             for e in self.entries
         ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
-        lines.insert(1, "  ".join("-" * w for w in widths))
-        return "\n".join([*lines, f"{len(self.swapped)} swapped, {len(self.kept)} kept"])
+        return f"{table(rows)}\n{len(self.swapped)} swapped, {len(self.kept)} kept"

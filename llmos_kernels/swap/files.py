@@ -1,0 +1,155 @@
+"""Quantized models as files: safetensors and JSON."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmos_kernels.nn.attention import MultiheadAttention
+from llmos_kernels.nn.int8 import (
+    Int8Linear,
+    Int8MultiheadAttention,
+    attention_becomes_int8,
+    become_int8,
+    empty_rows,
+)
+from llmos_kernels.nn.linear import Linear, is_conv1d
+from llmos_kernels.ops.int8_linear import MODES, check_threshold
+from llmos_kernels.swap.optimize import check_model
+from llmos_kernels.swap.quantize import leave_fast_path
+from llmos_kernels.swap.replica import replica
+
+TENSORS, INDEX = "model.safetensors", "llmos_quantization.json"
+_FORMAT = 1
+
+
+def save_quantized(model: nn.Module, folder: str | Path) -> None:
+    """Write a model that ``quantize`` has changed into ``folder``, which is made if need be.
+
+    ``model.safetensors`` has its state dict, ``llmos_quantization.json`` which modules are int8 and how.
+    Needs the package safetensors. Raises ValueError for a model without int8 layers.
+    """
+    save_file, _ = _safetensors()
+    check_model(model)
+    index = {"format": _FORMAT, "modules": describe(model)}
+    if not index["modules"]:
+        raise ValueError("the model has no int8 layers: quantize it first")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    seen: set[tuple] = set()
+    for name, t in model.state_dict().items():
+        # Tied tensors are written each; safetensors refuses memory that is shared.
+        place = t.device, t.data_ptr(), t.numel()
+        tensors[name] = t.clone() if place in seen else t.contiguous()
+        seen.add(place)
+    save_file(tensors, folder / TENSORS)
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def load_quantized(model: nn.Module, folder: str | Path) -> None:
+    """Give ``model``, made with float weights of any values, what ``save_quantized`` wrote, in place.
+
+    Raises ValueError for a file that is not one of ours, and for missing, foreign or misshapen tensors
+    and modules, the model unchanged; FileNotFoundError where there is no such file.
+    """
+    _, load_file = _safetensors()
+    check_model(model)
+    folder = Path(folder)
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        modules = index["modules"]
+        if index["format"] != _FORMAT:
+            raise ValueError(f"format {index['format']!r}, known is {_FORMAT}")
+        given = load_file(folder / TENSORS)
+    except FileNotFoundError:
+        raise
+    except Exception as e:  # Of json, of safetensors, or a key that is not there.
+        raise ValueError(f"{folder}: cannot be read: {type(e).__name__}: {e}") from e
+    wanted = replica(model, device="meta")
+    prepare(wanted, modules)
+    expected = wanted.state_dict()
+    _compare(folder / TENSORS, expected, given)
+    prepare(model, modules)
+    with torch.no_grad():
+        for name, t in model.state_dict().items():
+            t.copy_(given[name])
+
+
+def describe(model: nn.Module) -> dict[str, dict]:
+    """The int8 modules of ``model``, as JSON: name to class, mode and threshold."""
+    found: dict[str, dict] = {}
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        layer: Any = module
+        if type(module) is Int8MultiheadAttention:
+            layer = module.in_proj
+            inside.update(module.modules())
+        elif type(module) is not Int8Linear or module in inside:
+            continue
+        found[name] = {
+            "class": type(module).__name__,
+            "mode": layer.mode,
+            "outlier_threshold": layer.outlier_threshold,
+        }
+    return found
+
+
+def prepare(model: nn.Module, modules: dict[str, dict]) -> None:
+    """Make the modules that ``describe`` named int8, of zeros. Raises ValueError, nothing changed,
+    where one is not there, or not what it was.
+    """
+    plan: list[tuple[Any, str, float]] = []
+    for name, how in modules.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"the model has no module {name!r}") from None
+        kinds = _KINDS.get(how.get("class", ""))
+        if kinds is None or how.get("mode") not in MODES:
+            raise ValueError(f"{name}: unknown kind of int8 module: {how}")
+        if type(module) not in kinds and not (is_conv1d(module) and nn.Linear in kinds):
+            raise ValueError(f"{name} is a {type(module).__name__}, the file has {how['class']}")
+        plan.append((module, how["mode"], check_threshold(how.get("outlier_threshold", 0.0))))
+    for module, mode, threshold in plan:
+        if isinstance(module, nn.MultiheadAttention):
+            both = [empty_rows(module.in_proj_weight), empty_rows(module.out_proj.weight)]
+            attention_becomes_int8(module, both, mode, threshold)
+        else:
+            weight = module.weight if isinstance(module, nn.Linear) else module.weight.mT
+            become_int8(module, empty_rows(weight), mode, threshold)
+    leave_fast_path(model)
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "Int8Linear": (nn.Linear, Linear),
+    "Int8MultiheadAttention": (nn.MultiheadAttention, MultiheadAttention),
+}
+
+
+def _compare(path: Path, expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
+    for problem, names in (
+        ("lacks", sorted(expected.keys() - given.keys())),
+        ("has foreign tensors", sorted(given.keys() - expected.keys())),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"{path} {problem}: {', '.join(names[:3])}{more}")
+    for name, t in expected.items():
+        if given[name].shape != t.shape or given[name].dtype != t.dtype:
+            raise ValueError(
+                f"{path}: {name} is {given[name].dtype} {list(given[name].shape)},"
+                f" the model has {t.dtype} {list(t.shape)}"
+            )
+
+
+def _safetensors():
+    try:
+        from safetensors.torch import load_file, save_file
+    except ImportError as e:
+        raise ImportError(
+            "quantized models are files of safetensors: pip install safetensors"
+        ) from e
+    return save_file, load_file
