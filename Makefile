@@ -18,7 +18,7 @@ help:
 	@echo 'make demo      swap a trained sentence encoder: proofs, embeddings, time before and after'
 	@echo 'make test      all tests on this machine'
 	@echo 'make bench     pytest-benchmark against torch eager and torch.compile, threads pinned'
-	@echo 'make peers     zentorch and onnxruntime in an environment of their own, for make bench'
+	@echo 'make peers     zentorch, onnxruntime, torchao, bitsandbytes in an environment of their own'
 	@echo 'make lint      ruff, clang-format, mypy (make format: apply)'
 	@echo 'make sanitize  the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make wheel     a wheel for this Python in dist/ (TORCH_CUDA_ARCH_LIST chooses GPUs)'

@@ -7,6 +7,7 @@ stopped spinning when the next provider starts.
 """
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -18,7 +19,6 @@ from pathlib import Path
 import torch
 
 PYTHON = Path(__file__).parents[1] / "build" / "peers" / "bin" / "python"
-NAMES = ("zentorch", "onnxruntime")
 _REST = 0.3  # Seconds: idle threads of OpenMP spin for up to 0.2.
 
 
@@ -38,10 +38,61 @@ def _onnxruntime(model, inputs):
         path = os.path.join(folder, "model.onnx")
         torch.onnx.export(model, inputs, path, dynamo=True, verbose=False)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return _session_call(session, inputs)
+
+
+def _session_call(session, inputs):
     feeds = dict(
         zip((i.name for i in session.get_inputs()), (x.numpy() for x in inputs), strict=True)
     )
     return lambda: torch.from_numpy(session.run(None, feeds)[0])
+
+
+def _onnxruntime_int8(model, inputs):
+    import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder:
+        path, small = (os.path.join(folder, name) for name in ("model.onnx", "int8.onnx"))
+        torch.onnx.export(model, inputs, path, dynamo=True, verbose=False)
+        quantize_dynamic(path, small, weight_type=QuantType.QInt8, per_channel=True)
+        session = onnxruntime.InferenceSession(small, providers=["CPUExecutionProvider"])
+    return _session_call(session, inputs)
+
+
+def _torchao(model, inputs):
+    from torch._inductor import config
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    config.freezing = True
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    compiled = torch.compile(model, mode="max-autotune")
+    return lambda: compiled(*inputs)
+
+
+def _bitsandbytes(model, inputs):
+    import bitsandbytes.nn as bnb
+
+    for name, layer in list(model.named_modules()):
+        if type(layer) is torch.nn.Linear:
+            new = bnb.Linear8bitLt(
+                layer.in_features, layer.out_features, layer.bias is not None,
+                has_fp16_weights=False, threshold=6.0,
+            )  # fmt: skip
+            weight = layer.weight.data.clone()
+            new.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+            new.bias = layer.bias
+            outer, _, last = name.rpartition(".")
+            setattr(model.get_submodule(outer), last, new.to("cpu").eval())
+    return lambda: model(*inputs)
+
+
+_FLOAT = {"zentorch": _zentorch, "onnxruntime": _onnxruntime}
+_INT8 = {
+    "onnxruntime_int8": _onnxruntime_int8,
+    "torchao": _torchao,
+    "bitsandbytes": _bitsandbytes,
+}
 
 
 def main(name: str, folder: str) -> None:
@@ -53,9 +104,11 @@ def main(name: str, folder: str) -> None:
     model = torch.load(f"{folder}/model.pt", weights_only=False)
     torch.backends.mha.set_fastpath_enabled(False)  # It hides whole layers from compilers.
     with torch.no_grad():
-        call = {"zentorch": _zentorch, "onnxruntime": _onnxruntime}[name](model, inputs)
-        torch.save(call(), f"{folder}/{name}.pt")
-        versions = {m: __import__(m).__version__ for m in ("torch", name)}
+        call = (_FLOAT | _INT8)[name](model, inputs)
+        result = call()
+        torch.save(result if isinstance(result, torch.Tensor) else result[0], f"{folder}/{name}.pt")
+        packages = "torch", name.removesuffix("_int8")
+        versions = {m: importlib.metadata.version(m) for m in packages}
         print(json.dumps(versions), file=answers, flush=True)
         for calls in map(int, sys.stdin):
             start = time.perf_counter()
@@ -66,9 +119,9 @@ def main(name: str, folder: str) -> None:
             print(seconds, file=answers, flush=True)
 
 
-def available() -> tuple[str, ...]:
-    """The peers that can be asked here."""
-    return NAMES if PYTHON.exists() else ()
+def available(int8: bool = False) -> tuple[str, ...]:
+    """The peers that can be asked here: of float models, or of int8."""
+    return tuple(_INT8 if int8 else _FLOAT) if PYTHON.exists() else ()
 
 
 @contextlib.contextmanager
@@ -91,7 +144,7 @@ class Peer:
             torch.save(inputs, f"{folder}/inputs.pt")
             torch.save(model, f"{folder}/model.pt")
             env = dict(os.environ)
-            if name == "onnxruntime":  # Its own threads would all stay on the first core.
+            if name.startswith("onnxruntime"):  # Its own threads would all stay on the first core.
                 env = {k: v for k, v in env.items() if k not in ("OMP_PROC_BIND", "OMP_PLACES")}
             with _all_cores():
                 self._process = subprocess.Popen(

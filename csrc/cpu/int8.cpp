@@ -10,8 +10,8 @@
 namespace llmos {
 namespace {
 
-// What quantising a row and a search for outliers cost, in multiplications an element.
-constexpr double kRowWork = 16, kColumnWork = 4;
+// What quantising costs, in multiplications an element.
+constexpr double kRowWork = 16;
 
 int64_t units_of(int64_t elements) {
   const int64_t unit = multiplies_quads() ? 4 : 2;
@@ -60,21 +60,6 @@ std::tuple<Tensor, Tensor> int8_quantize(const Tensor& input_) {
     quantize(input, args, rows);
   });
   return {quantized, scale};
-}
-
-// The columns of input with an element of at least `threshold`: marks the others in `keep`.
-template <class T>
-std::vector<int32_t> outliers(const Rows& input, int64_t rows, double threshold,
-                              std::vector<uint32_t>& keep) {
-  const int64_t columns = int64_t(keep.size());
-  const Int8Columns<T> args{data<T>(*input.tensor), input.stride, keep.data(), rows,
-                            float(threshold)};
-  const auto& kernel = *task_kernel<Int8Columns<T>>.best();
-  run_tasks(kernel, args, ranges(columns, kernel.block), kColumnWork * rows * columns);
-  std::vector<int32_t> index;
-  for (int64_t k = 0; k < columns; ++k)
-    if (!keep[k]) index.push_back(int32_t(k));
-  return index;
 }
 
 // What every product takes of its weight's side.
@@ -156,30 +141,33 @@ Tensor int8_linear(const Tensor& input_, const Tensor& weight, const Tensor& wei
   const Rows input(input_, inner);
   dispatch(input_.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    std::vector<uint32_t> keep(threshold > 0 ? inner : 0);
-    std::vector<int32_t> index;
-    if (threshold > 0) index = outliers<T>(input, rows, threshold, keep);
-    const int64_t count = int64_t(index.size());
-    const Floats x = floats(rows * count), scale = floats(rows);
+    const Floats scale = floats(rows);
     const auto quantized = std::make_unique_for_overwrite<int8_t[]>(rows * inner);
     const auto offsets = std::make_unique_for_overwrite<int32_t[]>(rows);
     Int8Rows<T> to{};
     to.rows = quantized.get();
     to.scale = scale.get();
     to.columns = inner;
-    to.count = count;
-    if (count) {
-      to.keep = keep.data();
+    if (threshold > 0 || !reads_few(rows, packed.has_value(), false)) to.offsets = offsets.get();
+    std::vector<uint32_t> keep(threshold > 0 ? inner : 0, ~uint32_t(0));
+    if (threshold > 0) to.keep = keep.data();
+    to.threshold = float(threshold);
+    quantize(input, to, rows);
+    std::vector<int32_t> index;
+    for (int64_t k = 0; k < int64_t(keep.size()); ++k)
+      if (!keep[k]) index.push_back(int32_t(k));
+    const Floats x = floats(rows * int64_t(index.size()));
+    if (!index.empty()) {
       to.index = index.data();
       to.x = x.get();
+      to.count = int64_t(index.size());
+      quantize(input, to, rows);
     }
-    if (!reads_few(rows, packed.has_value(), count)) to.offsets = offsets.get();
-    quantize(input, to, rows);
     Int8Product<T> args{};
     args.input = {quantized.get(), inner, 1};
     args.input_scale = scale.get();
     args.offsets = offsets.get();
-    args.outliers = {index.data(), x.get(), count};
+    args.outliers = {index.data(), x.get(), to.count};
     multiply(args, right, out, activation);
   });
   return out;

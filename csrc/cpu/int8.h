@@ -66,19 +66,9 @@ struct Int8Offsets {
   int64_t columns;
 };
 
-// Columns [begin, end) of input: all bits of keep[column] where every magnitude is less than the
-// threshold or NaN, else none.
-template <class T>
-struct Int8Columns {
-  using Task = ProductTask;
-  const T* input;
-  int64_t step;  // Between rows of input.
-  uint32_t* keep;
-  int64_t rows;
-  float threshold;
-};
-
-// Rows of int8 and their scales from rows of input, in one piece each.
+// Rows of int8 and their scales from rows of input, in one piece each. With `keep` it is done
+// twice: first, with a count of 0, keep [columns] is cleared in columns with a magnitude of the
+// threshold or more; then, if there are such columns, they are 0 in the rows and come in x.
 template <class T>
 struct Int8Rows {
   using Task = ProductTask;
@@ -86,9 +76,10 @@ struct Int8Rows {
   int64_t step;
   int8_t* rows;
   float* scale;
-  int32_t* offsets;      // Null, or as of Int8Offsets.
-  const uint32_t* keep;  // Null, or Int8Columns: other columns are 0, and come in x.
-  const int32_t* index;
+  int32_t* offsets;  // Null, or as of Int8Offsets.
+  uint32_t* keep;    // Null, or all bits of each column.
+  float threshold;
+  const int32_t* index;  // [count], and x [row][count].
   float* x;
   int64_t count, columns;
 };

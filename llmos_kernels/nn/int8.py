@@ -71,10 +71,10 @@ class Int8Linear(nn.Linear):
 
     def activated(self, input: Tensor, activation: str | None) -> Tensor:
         """``activation`` of the layer's result, in the same pass."""
-        threshold = self.outlier_threshold if self.mode == "dynamic" else 0.0
+        weight = self.weight_int8
         return int8_linear(
-            input, self.weight_int8, self.weight_scale, self.bias, activation, threshold,
-            mode=self.mode, packed=self._packed_weight(),
+            input, weight, self.weight_scale, self.bias, activation, self.outlier_threshold,
+            mode=self.mode, packed=self._packed_weight(weight),
         )  # fmt: skip
 
     def part(self, input: Tensor, begin: int, end: int) -> Tensor:
@@ -82,18 +82,17 @@ class Int8Linear(nn.Linear):
         rows = slice(begin, end)
         return int8_linear(
             input, self.weight_int8[rows], self.weight_scale[rows],
-            None if self.bias is None else self.bias[rows], None,
-            self.outlier_threshold if self.mode == "dynamic" else 0.0, mode=self.mode,
+            None if self.bias is None else self.bias[rows], None, self.outlier_threshold,
+            mode=self.mode,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         shown = f", outlier_threshold={self.outlier_threshold}" if self.outlier_threshold else ""
         return f"{super().extra_repr()}, mode={self.mode!r}{shown}"
 
-    def _packed_weight(self) -> Tensor | None:
+    def _packed_weight(self, w: Tensor) -> Tensor | None:
         if torch.compiler.is_compiling():  # What the last call or load has packed.
             return self._packed
-        w = self.weight_int8
         if self.mode != "dynamic" or w.device.type != "cpu" or w.is_inference():
             return None
         key = w.data_ptr(), w._version
@@ -144,7 +143,8 @@ def become_int8(layer: Any, weights: tuple[Tensor, Tensor], mode: str, threshold
 def _set(layer: Any, weights, dtype: torch.dtype, mode: str, threshold: float) -> None:
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
-    layer.mode, layer.outlier_threshold = mode, check_threshold(threshold)
+    layer.mode = mode
+    layer.outlier_threshold = check_threshold(threshold) if mode == "dynamic" else 0.0
     rows, scale = weights
     layer.register_buffer("weight_int8", rows)
     layer.register_buffer("weight_scale", scale)

@@ -101,7 +101,7 @@ def check_beside(reference: Tensor, **others: tuple[Tensor | None, tuple, torch.
     for name, (t, shape, dtype) in others.items():
         if t is None:
             continue
-        if t.shape != torch.Size(shape):
+        if t.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, got {list(t.shape)}")
         if t.dtype != dtype:
             raise TypeError(f"{name} must be {dtype}, got {t.dtype}")

@@ -48,35 +48,15 @@ inline auto magnitude(V v) {
   return std::bit_cast<Bits>(v) & 0x7fffffff;
 }
 
-template <class T>
-struct Columns {
-  static constexpr int64_t kBlock = 32 * kLanes;
-  const Int8Columns<T>& a;
-
-  Columns(const Int8Columns<T>& a, Scratch) : a(a) {}
-  static int64_t scratch(const Int8Columns<T>&) { return 0; }
-
-  void run(const ProductTask& task) {
-    uint32_t* keep = a.keep + task.begin;
-    const int64_t count = task.end - task.begin;
-    std::fill_n(keep, count, ~uint32_t(0));
-    const uint32_t least = std::bit_cast<uint32_t>(a.threshold);
-    for (int64_t r = 0; r < a.rows; ++r)
-      sweep(count, [&](auto part, int64_t i) {
-        using V = typename decltype(part)::V;
-        // As bits NaN comes after infinity.
-        const auto bits = magnitude(load<V>(a.input + r * a.step + task.begin + i));
-        using Bits = std::remove_const_t<decltype(bits)>;
-        Bits kept = load_bits<Bits>(keep + i);
-        const Bits infinity = Bits{} + 0x7f800000;
-        if constexpr (std::is_same_v<V, F32>)
-          kept = (bits >= least) & (bits <= infinity) ? Bits{} : kept;
-        else
-          kept = bits >= least && bits <= infinity ? 0 : kept;
-        std::memcpy(keep + i, &kept, sizeof kept);
-      });
-  }
-};
+inline bool any(U32 mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(__m512i(mask), __m512i(mask));
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256(__m256i(mask), __m256i(mask));
+#else
+  return mask[0] | mask[1] | mask[2] | mask[3];
+#endif
+}
 
 template <class T>
 struct Rows {
@@ -96,6 +76,21 @@ struct Rows {
     return std::bit_cast<V>(std::bit_cast<Bits>(v) & load_bits<Bits>(a.keep + i));
   }
 
+  // Clears keep where an element reaches the threshold: as bits NaN comes after infinity.
+  void mark(const T* from) const {
+    const uint32_t least = std::bit_cast<uint32_t>(a.threshold), infinity = 0x7f800000;
+    const auto one = [&](int64_t i) {
+      const uint32_t bits = magnitude(load<float>(from + i));
+      if (bits >= least && bits <= infinity)
+        __atomic_store_n(a.keep + i, uint32_t(0), __ATOMIC_RELAXED);
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= a.columns; i += kLanes)
+      if (any(magnitude(load<F32>(from + i)) >= least))
+        for (int64_t lane = 0; lane < kLanes; ++lane) one(i + lane);
+    for (; i < a.columns; ++i) one(i);
+  }
+
   template <bool kMasked>
   [[gnu::noinline]] void row(const T* from, int8_t* to, float& scale) {
     // As bits the largest magnitude is also what is not finite.
@@ -111,6 +106,10 @@ struct Rows {
     });
     for (const U32& v : most)
       for (int i = 0; i < kLanes; ++i) last = std::max(last, v[i]);
+    if (a.keep && !kMasked && last >= std::bit_cast<uint32_t>(a.threshold)) {
+      mark(from);
+      if (last < 0x7f800000) return;  // All rows come again, without the columns marked.
+    }
     const float largest = std::bit_cast<float>(last);
     if (last >= 0x7f800000 || largest < kSmallest) {
       scale = last >= 0x7f800000 ? std::numeric_limits<float>::quiet_NaN() : 0;
@@ -140,7 +139,7 @@ struct Rows {
     for (int64_t r = task.begin; r < task.end; ++r) {
       const T* from = a.input + r * a.step;
       int8_t* to = a.rows + r * a.columns;
-      a.keep ? row<true>(from, to, a.scale[r]) : row<false>(from, to, a.scale[r]);
+      a.count ? row<true>(from, to, a.scale[r]) : row<false>(from, to, a.scale[r]);
       if (kOffset && a.offsets) a.offsets[r] = offset_of(to, a.columns);
       for (int64_t i = 0; i < a.count; ++i) a.x[r * a.count + i] = load<float>(from + a.index[i]);
     }
@@ -148,7 +147,6 @@ struct Rows {
 };
 
 const BuildOf<Offsets, Int8Offsets> offset_build;
-const KernelBuilds<Columns, Int8Columns> column_builds;
 const KernelBuilds<Rows, Int8Rows> row_builds;
 
 }  // namespace
