@@ -28,6 +28,7 @@ _TYPES = {
     torch.int64: "i64",
     torch.int32: "i32",
     torch.int8: "i8",
+    torch.uint8: "u8",
 }
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 

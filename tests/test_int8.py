@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 import llmos_kernels as lk
 from llmos_kernels._registry import DEFINED
 from llmos_kernels.ops import activations
-from llmos_kernels.ops.int8 import MAX_INNER
+from llmos_kernels.ops.int8 import MAX_INNER, MAX_UNSIGNED, quantize_reference
 from llmos_kernels.ops.int8_linear import WEIGHT_ONLY_ROWS, int8_linear_reference
 from llmos_kernels.testing import DTYPES, assert_accurate, cast
 
@@ -135,6 +135,80 @@ def test_triton_linear(shape, dtype):
         judged(lambda *a, mode: few(*a, 0), x, weight, scale, bias, mode="weight_only")
 
 
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rows_of_a_layer(shape, dtype, device):
+    """Quantised where they are made: the bits of both ops one after the other."""
+    x, weight, scale, bias = arguments(*shape, dtype, device)
+    packed = lk.int8_pack(weight)
+    for activation, unsigned in (("relu", True), (None, False)):
+        y = lk.int8_linear(x, weight, scale, bias, activation)
+        expected = quantize_reference(y, unsigned)
+        for options in ({}, {"packed": packed}, {"backend": "reference"}):
+            made = lk.int8_linear_rows(x, weight, scale, bias, activation, **options)
+            for actual, wanted in zip(made, expected, strict=True):
+                assert actual.dtype == wanted.dtype and torch.equal(actual, wanted)
+    if y.shape[1]:
+        second = torch.randint(-128, 128, (9, y.shape[1]), dtype=torch.int8, device=device)
+        rows, row_scale = lk.int8_linear_rows(x, weight, scale, bias, "relu")
+        for backend in (None, "reference"):
+            actual = lk.int8_matmul(rows, second, row_scale, scale.new_ones(9), backend=backend)
+            assert torch.equal(
+                actual, exact(rows, second, row_scale, scale.new_ones(9), None, torch.float32)
+            )
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", ((0, 8), (3, 0), (1, 1), (5, 33), (70, 768), (3, 20000)), ids=str)
+def test_rows_of_a_norm(shape, dtype, device):
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, *shape, device=device).to(dtype)
+    weight, bias = torch.randn(2, shape[1], device=device)
+    h = residual + x
+    for backend in (None, "reference"):
+        rows, scale = lk.int8_layer_norm(x, shape[1:], weight, bias, backend=backend)
+        y = lk.layer_norm(x, shape[1:], weight, bias, backend=backend)
+        expected = lk.int8_quantize(y, backend=backend)
+        assert torch.equal(rows, expected[0]) and torch.equal(scale, expected[1])
+        *both, kept = lk.int8_add_layer_norm(x, residual, shape[1:], backend=backend)
+        expected = lk.int8_quantize(lk.layer_norm(h, shape[1:], backend=backend), backend=backend)
+        assert torch.equal(kept, h)
+        assert torch.equal(both[0], expected[0]) and torch.equal(both[1], expected[1])
+    strided = lk.int8_layer_norm(x.repeat(1, 2)[:, : shape[1]], shape[1:], weight, bias)
+    again = lk.int8_layer_norm(x, shape[1:], weight, bias)
+    assert torch.equal(strided[0], again[0])
+
+
+@pytest.mark.parametrize("shape", ((3, 0), (1, 1), (5, 33), (70, 768), (2, 20000)), ids=str)
+def test_triton_rows(shape):
+    """A whole number may differ by one: the norms agree to the last digit, not to the bit."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, *shape, device=device)
+    x[-1:] = 0
+    weight, bias = torch.randn(2, shape[1], device=device)
+    launch, reference = (
+        getattr(DEFINED["llmos::int8_norm"], name) for name in ("launch", "reference")
+    )
+    for given in (residual, None):
+        args = x, given, weight, bias, shape[1], 1e-5, True
+        actual, expected = launch(*args), reference(*args)
+        assert (actual[0].int() - expected[0].int()).abs().le(1).all()
+        torch.testing.assert_close(actual[1:], expected[1:])
+    op = DEFINED["llmos::int8_linear_rows"]
+    weight_int8 = torch.randint(-128, 128, (40, shape[1]), dtype=torch.int8, device=device)
+    scale = torch.rand(40, device=device)
+    second = torch.randint(-128, 128, (9, 40), dtype=torch.int8, device=device)
+    matmul = DEFINED["llmos::int8_matmul"]
+    for activation in (0, 1):
+        args = x, weight_int8, scale, None, None, activation
+        actual, expected = op.launch(*args), op.reference(*args)
+        assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+        args = expected[0], second, expected[1], scale[:9], None, 0, torch.float32
+        torch.testing.assert_close(matmul.launch(*args), matmul.reference(*args))
+
+
 def test_pack():
     packs = torch.ops.llmos.int8_pack.default
     reference = DEFINED["llmos::int8_pack"].reference
@@ -174,6 +248,13 @@ def test_extreme_sums(device):
             ones = torch.ones(rows, device=device)
             out = lk.int8_matmul(a, b, ones, ones[:1].expand(3))
             assert (out == float(torch.tensor(float(low * high * MAX_INNER)))).all()
+    for high in (-128, 127):
+        for rows in (2, 6, 257):
+            a = torch.full((rows, MAX_UNSIGNED), 255, dtype=torch.uint8, device=device)
+            b = torch.full((3, MAX_UNSIGNED), high, dtype=torch.int8, device=device)
+            ones = torch.ones(rows, device=device)
+            out = lk.int8_matmul(a, b, ones, ones[:1].expand(3))
+            assert (out == float(torch.tensor(float(255 * high * MAX_UNSIGNED)))).all()
 
 
 @each_dtype
@@ -267,6 +348,10 @@ def test_opcheck():
     torch.library.opcheck(
         torch.ops.llmos.int8_matmul.default, (rows, weight, row_scale, scale, bias, 1, x.dtype)
     )
+    check = torch.library.opcheck
+    check(torch.ops.llmos.int8_linear_rows.default, (x, weight, scale, None, bias, 1))
+    check(torch.ops.llmos.int8_norm.default, (x, None, None, None, 40, 1e-5, True))
+    check(torch.ops.llmos.int8_norm.default, (x, x, x[0], x[0], 40, 1e-5, True))
     args = weight, scale, None, bias, 3, 6.0
     torch.library.opcheck(torch.ops.llmos.int8_linear.default, (x, *args))
     torch.library.opcheck(
@@ -313,6 +398,19 @@ def test_bad_input():
             "torch.float64",
             lambda: lk.int8_matmul(rows, weight, row_scale, scale, out_dtype=torch.float64),
         ),
+        (
+            ValueError,
+            str(MAX_UNSIGNED),
+            lambda: lk.int8_matmul(
+                torch.zeros(1, 65794, dtype=torch.uint8),
+                torch.zeros(1, 65794).to(torch.int8),
+                scale[:1],
+                scale[:1],
+            ),
+        ),
+        (TypeError, "float64", lambda: lk.int8_linear_rows(x.double(), weight, scale)),
+        (TypeError, "float64", lambda: lk.int8_layer_norm(x.double(), (8,))),
+        (ValueError, r"\[7\]", lambda: lk.int8_layer_norm(x, (7,))),
         (ValueError, "on meta", lambda: lk.int8_linear(x, weight.to("meta"), scale)),
         (ValueError, "'magic'", lambda: lk.int8_quantize(x, backend="magic")),
     ):

@@ -101,8 +101,9 @@ import sys, torch
 from llmos_kernels import _inspect
 from llmos_kernels._registry import DEFINED
 from llmos_kernels.ops.activations import GELU, NONE
-quantize, matmul, linear, weight_only = (
-    DEFINED[f"llmos::int8_{name}"].launch for name in ("quantize", "matmul", "linear", "weight_only")
+quantize, matmul, linear, rows_of, weight_only, norm = (
+    DEFINED[f"llmos::int8_{name}"].launch
+    for name in ("quantize", "matmul", "linear", "linear_rows", "weight_only", "norm")
 )
 with _inspect.recorded_launches() as launches:
     for dtype in (torch.bfloat16, torch.float32):
@@ -115,6 +116,10 @@ with _inspect.recorded_launches() as launches:
                 linear(x, weight, scale, None, bias, activation, 6.0)
                 if rows <= 16:
                     weight_only(x, weight, scale, bias, activation)
+            rows_of(x, weight, scale, None, bias, 1)
+            matmul(a.view(torch.uint8), weight, a_scale, scale, bias, NONE, dtype)
+            norm(x, None, None, None, k, 1e-5, True)
+            norm(x, x, x[0], x[0], k, 1e-5, True)
         quantize(x.mT)
 launches = list(dict.fromkeys(launches))
 """

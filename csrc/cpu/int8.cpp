@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
@@ -12,6 +13,7 @@ namespace {
 
 // What quantising costs, in multiplications an element.
 constexpr double kRowWork = 16;
+constexpr float kSigned = 127, kUnsigned = 255;
 
 int64_t units_of(int64_t elements) {
   const int64_t unit = multiplies_quads() ? 4 : 2;
@@ -57,6 +59,7 @@ std::tuple<Tensor, Tensor> int8_quantize(const Tensor& input_) {
     args.rows = mutable_data<int8_t>(quantized);
     args.scale = mutable_data<float>(scale);
     args.columns = columns;
+    args.levels = kSigned;
     quantize(input, args, rows);
   });
   return {quantized, scale};
@@ -79,16 +82,33 @@ bool reads_few(int64_t rows, bool packed, bool outliers) {
   return rows <= kFewWithInt8 && !packed && !outliers;
 }
 
+// The weight's side of `args`; its packed weight, made into `own` if need be.
+template <class T>
+void take(const Right& right, int64_t activation, Int8Product<T>& args,
+          std::optional<AlignedFloats>& own) {
+  args.weight_scale = data<float>(right.scale);
+  args.bias = right.bias ? data<T>(*right.bias) : nullptr;
+  args.outer = right.weight.size(0);
+  args.inner = right.weight.size(1);
+  args.epilogue = {Activation(activation), {}};
+  if (reads_few(args.rows, right.packed.has_value(), args.outliers.count)) return;
+  if (right.packed) {
+    args.packed = data<int8_t>(*right.packed);
+    return;
+  }
+  const int64_t columns = task_kernel<Int8Pack>.best()->block;
+  own.emplace(strips_of(args.outer) * units_of(args.inner) * columns);
+  pack_into(right.matrix(), own->data.get(), args.inner, args.outer);
+  args.packed = own->data.get();
+}
+
 // args has its rows, scales and offsets.
 template <class T>
 void multiply(Int8Product<T> args, const Right& right, const Tensor& out, int64_t activation) {
-  args.weight_scale = data<float>(right.scale);
-  args.bias = right.bias ? data<T>(*right.bias) : nullptr;
-  args.out = mutable_data<T>(out);
+  std::optional<AlignedFloats> packed;
   args.rows = out.size(0);
-  args.outer = out.size(1);
-  args.inner = right.weight.size(1);
-  args.epilogue = {Activation(activation), {}};
+  args.out = mutable_data<T>(out);
+  take(right, activation, args, packed);
   const double work = double(args.rows) * args.inner * args.outer;
   if (reads_few(args.rows, right.packed.has_value(), args.outliers.count)) {
     const auto& kernel = *task_kernel<Int8Few<T>>.best();
@@ -96,14 +116,6 @@ void multiply(Int8Product<T> args, const Right& right, const Tensor& out, int64_
     return;
   }
   const auto& kernel = *task_kernel<Int8Product<T>>.best();
-  std::optional<AlignedFloats> packed;
-  if (right.packed) {
-    args.packed = data<int8_t>(*right.packed);
-  } else {
-    packed.emplace(strips_of(args.outer) * units_of(args.inner) * kernel.block);
-    pack_into(right.matrix(), packed->data.get(), args.inner, args.outer);
-    args.packed = packed->data.get();
-  }
   run_tasks(kernel, args, tasks_of(args.outer, kernel.block, args.rows, kBlockRows), work);
 }
 
@@ -114,21 +126,102 @@ Tensor int8_matmul(const Tensor& a_, const Tensor& b, const Tensor& a_scale_, co
   Tensor out = output(a, {rows, b.size(0)}, dtype);
   if (out.numel() == 0) return out;
   const Right right(b, b_scale, {}, bias);
-  const Matrix<int8_t> input{data<int8_t>(a), inner, 1};
-  std::vector<int32_t> offsets(rows);
-  if (!reads_few(rows, false, false)) {
-    const Int8Offsets args{input, offsets.data(), inner};
+  const auto sums = [&](const Matrix<int8_t>& of, int64_t count) {
+    std::vector<int32_t> found(count);
     const auto& kernel = *task_kernel<Int8Offsets>.best();
-    run_tasks(kernel, args, ranges(rows, kernel.block), double(inner) * rows);
+    run_tasks(kernel, Int8Offsets{of, found.data(), inner}, ranges(count, kernel.block),
+              double(inner) * count);
+    return found;
+  };
+  // Of uint8, elements less 128: what sums are too low is 128 times the sums of the weight's rows.
+  std::vector<int8_t> lower;
+  std::vector<int32_t> zeros;
+  const bool is_unsigned = a.scalar_type() == ScalarType::Byte;
+  if (is_unsigned) {
+    const uint8_t* from = data<uint8_t>(a);
+    lower.resize(rows * inner);
+    std::transform(from, from + rows * inner, lower.begin(),
+                   [](uint8_t v) { return int8_t(v ^ 0x80); });
+    zeros = sums(right.matrix(), b.size(0));
   }
+  const Matrix<int8_t> input{is_unsigned ? lower.data() : data<int8_t>(a), inner, 1};
+  std::vector<int32_t> offsets;
+  if (!reads_few(rows, false, false)) offsets = sums(input, rows);
   dispatch(dtype, [&](auto t) {
     Int8Product<decltype(t)> args{};
     args.input = input;
     args.input_scale = data<float>(a_scale);
     args.offsets = offsets.data();
+    args.zeros = is_unsigned ? zeros.data() : nullptr;
     multiply(args, right, out, activation);
   });
   return out;
+}
+
+// Rows whose products are finished, and become int8, together.
+constexpr int64_t kRowsTogether = 48;
+
+std::tuple<Tensor, Tensor> int8_linear_rows(const Tensor& input_, const Tensor& weight,
+                                            const Tensor& weight_scale, const Optional& packed,
+                                            const Optional& bias, int64_t activation) {
+  const int64_t rows = input_.size(0), inner = input_.size(1), outer = weight.size(0);
+  const bool positive =
+      activation == int64_t(Activation::Relu) || activation == int64_t(Activation::Relu2);
+  Tensor out = output(input_, {rows, outer}, positive ? ScalarType::Byte : ScalarType::Char);
+  Tensor scale = output(input_, {rows}, ScalarType::Float);
+  if (rows == 0) return {out, scale};
+  const Right right(weight, weight_scale, packed, bias);
+  const Rows input(input_, inner);
+  dispatch(input_.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    const Floats input_scale = floats(rows);
+    const auto quantized = std::make_unique_for_overwrite<int8_t[]>(rows * inner);
+    const auto offsets = std::make_unique_for_overwrite<int32_t[]>(rows);
+    Int8Rows<T> to{};
+    to.rows = quantized.get();
+    to.scale = input_scale.get();
+    to.offsets = offsets.get();
+    to.columns = inner;
+    to.levels = kSigned;
+    quantize(input, to, rows);
+    // The packed weight, also for few rows: a task has rows of its own and all columns.
+    Int8Product<T> all{};
+    std::optional<AlignedFloats> own;
+    all.rows = kFewWithInt8 + 1;
+    take(right, activation, all, own);
+    const auto& kernel = *task_kernel<Int8Product<T>>.best();
+    const auto& row_kernel = *task_kernel<Int8Rows<T>>.best();
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t together = std::clamp<int64_t>((rows + threads - 1) / threads, 1, kRowsTogether);
+    const auto run = [&](int64_t begin, int64_t end) {
+      const auto y = std::make_unique_for_overwrite<T[]>(together * outer);
+      Int8Product<T> args = all;
+      args.out = y.get();
+      const std::vector<ProductTask> panels = tasks_of(outer, kernel.block, 1, 1);
+      const AlignedFloats scratch(kernel.scratch(args));
+      for (int64_t piece = begin; piece < end; ++piece) {
+        const int64_t first = piece * together;
+        args.rows = std::min(together, rows - first);
+        args.input = {quantized.get() + first * inner, inner, 1};
+        args.input_scale = input_scale.get() + first;
+        args.offsets = offsets.get() + first;
+        std::vector<ProductTask> tasks = panels;
+        for (ProductTask& task : tasks) task.end = args.rows;
+        kernel.run(args, tasks.data(), int64_t(tasks.size()), scratch.data.get());
+        Int8Rows<T> made{};
+        made.input = y.get();
+        made.step = made.columns = outer;
+        made.rows = static_cast<int8_t*>(out.mutable_data_ptr()) + first * outer;
+        made.scale = mutable_data<float>(scale) + first;
+        made.levels = positive ? kUnsigned : kSigned;
+        const ProductTask whole{0, 0, 0, args.rows};
+        row_kernel.run(made, &whole, 1, nullptr);
+      }
+    };
+    const int64_t pieces = (rows + together - 1) / together;
+    torch::stable::parallel_for(0, pieces, 1, run);
+  });
+  return {out, scale};
 }
 
 Tensor int8_linear(const Tensor& input_, const Tensor& weight, const Tensor& weight_scale,
@@ -148,6 +241,7 @@ Tensor int8_linear(const Tensor& input_, const Tensor& weight, const Tensor& wei
     to.rows = quantized.get();
     to.scale = scale.get();
     to.columns = inner;
+    to.levels = kSigned;
     if (threshold > 0 || !reads_few(rows, packed.has_value(), false)) to.offsets = offsets.get();
     std::vector<uint32_t> keep(threshold > 0 ? inner : 0, ~uint32_t(0));
     if (threshold > 0) to.keep = keep.data();
@@ -206,6 +300,7 @@ STABLE_TORCH_LIBRARY_IMPL(llmos, CPU, m) {
   m.impl("int8_quantize", TORCH_BOX(&int8_quantize));
   m.impl("int8_matmul", TORCH_BOX(&int8_matmul));
   m.impl("int8_linear", TORCH_BOX(&int8_linear));
+  m.impl("int8_linear_rows", TORCH_BOX(&int8_linear_rows));
   m.impl("int8_weight_only", TORCH_BOX(&int8_weight_only));
   m.impl("int8_pack", TORCH_BOX(&pack));
 }

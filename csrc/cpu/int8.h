@@ -28,7 +28,8 @@ struct Int8Product {
   Matrix<int8_t> input;
   const void* packed;
   const float *input_scale, *weight_scale;  // [rows], [outer].
-  const int32_t* offsets;                   // [rows], Int8Offsets.
+  const int32_t* offsets;                   // [rows], Int8Offsets: the packed weight is too high.
+  const int32_t* zeros;                     // Null, or [outer]: what sums are too low.
   Int8Outliers outliers;
   const T* bias;  // Null, or [outer].
   T *out, *kept;  // kept is null.
@@ -58,7 +59,7 @@ struct Int8Weight {
   Epilogue epilogue;
 };
 
-// Of each row, what the sums of its products are too high.
+// Of each row 128 times its sum: what products with elements that are 128 too high are too high.
 struct Int8Offsets {
   using Task = ProductTask;
   Matrix<int8_t> rows;
@@ -76,6 +77,7 @@ struct Int8Rows {
   int64_t step;
   int8_t* rows;
   float* scale;
+  float levels;      // 127, or 255: of rows without negative elements, as uint8.
   int32_t* offsets;  // Null, or as of Int8Offsets.
   uint32_t* keep;    // Null, or all bits of each column.
   float threshold;

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from llmos_kernels._triton.activation import activate
 from llmos_kernels._triton.products import halves, place
+from llmos_kernels.ops.activations import RELU, RELU2
 from llmos_kernels.ops.int8 import SMALLEST
 from llmos_kernels.ops.int8_linear import WEIGHT_ONLY_ROWS
 
@@ -46,9 +47,25 @@ def _list_outliers(marks, index, K, BLOCK: tl.constexpr):
     tl.store(index, count)
 
 
+@triton.jit
+def scale_of(largest, finite, LEVELS: tl.constexpr):
+    """The scale of rows with these largest magnitudes, and its inverse: 0 where rows are 0."""
+    some = finite & (largest >= _SMALLEST)
+    of = tl.where(some, largest, LEVELS * 1.0)
+    levels = tl.full(of.shape, LEVELS, tl.float32)
+    scale = tl.where(some, tl.div_rn(of, levels), tl.where(finite, 0.0, float("nan")))
+    return scale, tl.where(some, tl.div_rn(levels, of), 0.0)
+
+
+@triton.jit
+def whole(x):
+    """Rounded to the nearest whole number, ties to even."""
+    return (x + _TO_WHOLE) - _TO_WHOLE
+
+
 @triton.jit(do_not_specialize=["M"])
 def _quantize_kernel(input, rows, scale, marks, index, M, K, input_row, input_col,
-                     BLOCK: tl.constexpr):  # fmt: skip
+                     LEVELS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """A row for each program; with marks one more lists outliers, which are 0 in rows."""
     if marks is not None:  # noqa: SIM102  known when it is compiled, the other is not
         if tl.program_id(0) == M:
@@ -72,15 +89,14 @@ def _quantize_kernel(input, rows, scale, marks, index, M, K, input_row, input_co
     finite = tl.max(bad, 0) == 0
     largest = tl.max(most, 0)
     some = finite & (largest >= _SMALLEST)
-    of = tl.where(some, largest, 127.0)
-    tl.store(scale + row, tl.where(some, tl.div_rn(of, 127.0), tl.where(finite, 0.0, float("nan"))))
-    inverse = tl.where(some, tl.div_rn(127.0, of), 0.0)
+    stored, inverse = scale_of(largest, finite, LEVELS)
+    tl.store(scale + row, stored)
     for start in range(0, K, BLOCK):
         x = tl.load(input, k < K - start, 0.0).to(tl.float32)
         if marks is not None:
             x = tl.where(tl.load(marks + start + k, k < K - start, 0) > 0, 0.0, x)
         x = tl.where(some, x, 0.0) * inverse
-        tl.store(rows, ((x + _TO_WHOLE) - _TO_WHOLE).to(tl.int8), k < K - start)
+        tl.store(rows, whole(x).to(rows.dtype.element_ty), k < K - start)
         input += step * input_col
         rows += BLOCK
 
@@ -106,8 +122,8 @@ def _finish(z, b_scale, bias, out, row, first_col, M, N, ACTIVATION: tl.constexp
 
 
 @triton.jit(do_not_specialize=["M"])
-def _product_kernel(a, b, a_scale, b_scale, bias, out, index, input, M, N, K, a_row, b_row,
-                    input_row, input_col, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+def _product_kernel(a, b, a_scale, b_scale, bias, out, zeros, index, input, M, N, K, a_row,
+                    b_row, input_row, input_col, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                     BLOCK_K: tl.constexpr):  # fmt: skip
     _, first_row, first_col = place(M, N, 1, BLOCK_M, BLOCK_N)
     row = first_row + tl.arange(0, BLOCK_M)
@@ -124,6 +140,8 @@ def _product_kernel(a, b, a_scale, b_scale, bias, out, index, input, M, N, K, a_
         acc = tl.dot(x, y, acc, out_dtype=tl.int32)
         a += BLOCK_K
         b += BLOCK_K
+    if zeros is not None:
+        acc += tl.load(zeros + col, col < N, 0)[None, :]
     z = acc.to(tl.float32) * tl.load(a_scale + row, row < M, 0.0)[:, None]
     if index is not None:
         input += row.to(tl.int64)[:, None] * input_row
@@ -161,18 +179,18 @@ def _weight_only_kernel(input, weight, scale, bias, out, M, N, K, input_row, inp
 
 
 def quantize(input):
-    return _quantize(input, None, None)
+    return _quantize(input, None, None, 127)
 
 
-def _quantize(input, marks, index):
+def _quantize(input, marks, index, levels):
     m, k = input.shape
-    rows = input.new_empty((m, k), dtype=torch.int8)
+    rows = input.new_empty((m, k), dtype=torch.int8 if levels == 127 else torch.uint8)
     scale = input.new_empty(m, dtype=torch.float32)
     if m:
         block = min(max(triton.next_power_of_2(k), 16), 4096)
         _quantize_kernel[(m + (marks is not None),)](
-            input, rows, scale, marks, index, m, k, *input.stride(), BLOCK=block,
-            num_warps=max(block // 1024, 1),
+            input, rows, scale, marks, index, m, k, *input.stride(), LEVELS=levels,
+            BLOCK=block, num_warps=max(block // 1024, 1),
         )  # fmt: skip
     return rows, scale
 
@@ -183,6 +201,9 @@ def matmul(a, b, a_scale, b_scale, bias, activation, dtype):
 
 def _matmul(a, b, a_scale, b_scale, bias, activation, dtype, index, input):
     a, b = (t if t.stride(1) == 1 else t.contiguous() for t in (a, b))
+    zeros = None
+    if a.dtype == torch.uint8:  # Elements less 128; what sums are too low is added to each column.
+        a, zeros = (a ^ 128).view(torch.int8), b.sum(1, dtype=torch.int32) * 128
     (m, k), n = a.shape, b.shape[0]
     out = a.new_empty((m, n), dtype=dtype)
     if out.numel() == 0:
@@ -196,7 +217,7 @@ def _matmul(a, b, a_scale, b_scale, bias, activation, dtype, index, input):
         block_m, block_n, block_k, warps, stages = 64, 64, 64, 4, 4
     _product_kernel[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)](
         a, b, a_scale.contiguous(), b_scale.contiguous(),
-        None if bias is None else bias.contiguous(), out, index, input, m, n, k, a.stride(0),
+        None if bias is None else bias.contiguous(), out, zeros, index, input, m, n, k, a.stride(0),
         b.stride(0), *((0, 0) if input is None else input.stride()), ACTIVATION=activation, BLOCK_M=block_m,
         BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -212,11 +233,16 @@ def linear(input, weight_int8, weight_scale, packed, bias, activation, threshold
         _mark_kernel[(triton.cdiv(m, 32) * triton.cdiv(k, 128),)](
             input, marks, threshold, m, k, *input.stride(), BLOCK_M=32, BLOCK_K=128
         )
-    rows, scale = _quantize(input, marks, index)
+    rows, scale = _quantize(input, marks, index, 127)
     return _matmul(
         rows, weight_int8, scale, weight_scale, bias, activation, input.dtype, index,
         None if index is None else input,
     )  # fmt: skip
+
+
+def linear_rows(input, weight_int8, weight_scale, packed, bias, activation):
+    y = linear(input, weight_int8, weight_scale, packed, bias, activation, 0.0)
+    return _quantize(y, None, None, 255 if activation in (RELU, RELU2) else 127)
 
 
 def weight_only(input, weight_int8, weight_scale, bias, activation):

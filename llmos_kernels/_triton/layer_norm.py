@@ -16,7 +16,7 @@ _WIDE_BLOCK, _WIDE_WARPS = 4096, 8
 
 
 @triton.jit
-def _add(x, residual, h, seed, threshold, scale, row, x_at, residual_at, h_at, inside, first_col,
+def add(x, residual, h, seed, threshold, scale, row, x_at, residual_at, h_at, inside, first_col,
          ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """h = residual + dropout(x), rounded where torch rounds; stored and returned as float32."""
     v = tl.load(x + x_at, inside, 0.0)
@@ -67,7 +67,7 @@ def _forward_kernel(x, residual, weight, bias, seed, y, h, stats, x_stride, resi
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     inside = (row < N) & (col < D)
-    v = _add(x, residual, h, seed, threshold, scale, row, row * x_stride + col,
+    v = add(x, residual, h, seed, threshold, scale, row, row * x_stride + col,
              row * residual_stride + col, row * D + col, inside, 0, ROWS, BLOCK)  # fmt: skip
     v = standardize(v, stats, row, inside, N, D, eps, CENTER)
     v = scale_and_shift(v, weight, bias, col, col < D)
@@ -82,7 +82,7 @@ def _forward_wide_kernel(x, residual, weight, bias, seed, y, h, stats, x_stride,
     total = tl.zeros((1, BLOCK), tl.float32)
     for first in range(0, D, BLOCK):
         col = first + lane
-        v = _add(x, residual, h, seed, threshold, scale, row, row * x_stride + col,
+        v = add(x, residual, h, seed, threshold, scale, row, row * x_stride + col,
                  row * residual_stride + col, row * D + col, col < D, first, 1, BLOCK)  # fmt: skip
         total += v if CENTER else v * v
     if residual is not None:

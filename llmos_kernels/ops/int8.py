@@ -17,22 +17,25 @@ from llmos_kernels.ops.linear import as_rows
 
 #: A longer sum of products, each up to 128^2, could leave int32.
 MAX_INNER = (1 << 17) - 1
+MAX_UNSIGNED = (2**31 - 1) // (255 * 128)
 #: The largest magnitude of a row that is not 0.
 SMALLEST = 1e-36
 
 
-def quantize_reference(input: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_reference(input: Tensor, unsigned: bool = False) -> tuple[Tensor, Tensor]:
+    """``unsigned`` is for rows without negative elements: 255 in place of 127, uint8."""
     x = input.float()
+    dtype, levels = (torch.uint8, 255) if unsigned else (torch.int8, 127)
     if x.shape[1] == 0:
-        return x.to(torch.int8), x.new_zeros(x.shape[0])
+        return x.to(dtype), x.new_zeros(x.shape[0])
     largest = x.abs().amax(1)
     zero = ~(largest >= SMALLEST) | largest.isinf()
-    scale = torch.where(largest < SMALLEST, 0.0, largest / 127)
+    scale = torch.where(largest < SMALLEST, 0.0, largest / levels)
     scale = torch.where(largest.isfinite(), scale, torch.nan)
     # A number over a tensor would be its reciprocal times the number.
-    inverse = torch.where(zero, 0.0, torch.full_like(largest, 127) / largest)
+    inverse = torch.where(zero, 0.0, torch.full_like(largest, levels) / largest)
     rows = torch.where(zero[:, None], 0.0, (x * inverse[:, None]).round())
-    return rows.to(torch.int8), scale
+    return rows.to(dtype), scale
 
 
 def matmul_reference(a, b, a_scale, b_scale, bias, activation, dtype, more=0):
@@ -93,8 +96,9 @@ def check_shapes(a: Tensor, b: Tensor, names: tuple[str, str]) -> None:
             f"{names[1]} must be [out, in] with in the last dimension of {names[0]}, got"
             f" {names[1]} {list(b.shape)}, {names[0]} {list(a.shape)}"
         )
-    if b.shape[1] > MAX_INNER:
-        raise ValueError(f"sums of {b.shape[1]} products could leave int32, at most {MAX_INNER}")
+    most = MAX_UNSIGNED if a.dtype == torch.uint8 else MAX_INNER
+    if b.shape[1] > most:
+        raise ValueError(f"sums of {b.shape[1]} products could leave int32, at most {most}")
 
 
 def check_beside(reference: Tensor, **others: tuple[Tensor | None, tuple, torch.dtype]):
@@ -122,16 +126,16 @@ def int8_matmul(
 ) -> Tensor:
     """``activation((a @ b.mT) * a_scale[..., None] * b_scale + bias)`` in one pass, from int8.
 
-    ``a`` [..., in] and ``b`` [out, in], int8, any sizes and strides; ``a_scale`` [...] and ``b_scale``
+    ``a`` [..., in], int8 or uint8, and ``b`` [out, in], int8, any sizes and strides; ``a_scale`` [...] and ``b_scale``
     [out], float32; ``bias`` [out] and the result [..., out] of ``out_dtype``: float32, bfloat16 or
     float16. ``activation`` as for ``linear``. The sums are exact. Not differentiable. Raises ValueError
-    for shapes, devices or names and for more than 131,071 columns, whose sums could leave int32,
-    TypeError for dtypes.
+    for shapes, devices or names and for more than 131,071 columns (65,793 of uint8), whose sums could
+    leave int32, TypeError for dtypes.
     """
     code = activations.code_of(activation)
     if out_dtype not in KERNEL_DTYPES:
         raise TypeError(f"out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
-    check_int8(a=a, b=b)
+    check_int8(b=b, **({} if a.dtype == torch.uint8 else {"a": a}))
     check_shapes(a, b, ("a", "b"))
     check_beside(
         a,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmos_kernels._registry import KERNEL_DTYPES, define, needs_grad, use_reference
 from llmos_kernels.ops import activations, products
-from llmos_kernels.ops.activations import NONE, RELU
+from llmos_kernels.ops.activations import NONE, RELU, RELU2
 from llmos_kernels.ops.autocast import autocast
 from llmos_kernels.ops.int8 import (
     check_beside,
@@ -34,6 +34,8 @@ from llmos_kernels.ops.linear import as_rows, linear
 MODES = ("dynamic", "weight_only")
 #: Rows of input that a kernel multiplies with an int8 weight without making them int8.
 WEIGHT_ONLY_ROWS = 16
+#: Activations without negative results.
+_POSITIVE = RELU, RELU2
 #: Columns of out in a strip of a packed weight, and elements of one of its rows side by side.
 STRIP, UNIT = 64, 4
 
@@ -62,6 +64,17 @@ def _linear_reference(input, weight_int8, weight_scale, packed, bias, activation
     )
 
 
+def _linear_rows_reference(input, weight_int8, weight_scale, packed, bias, activation):
+    y = _linear_reference(input, weight_int8, weight_scale, packed, bias, activation, 0.0)
+    return quantize_reference(y, activation in _POSITIVE)
+
+
+def _linear_rows_fake(input, weight_int8, weight_scale, packed, bias, activation):
+    dtype = torch.uint8 if activation in _POSITIVE else torch.int8
+    rows = input.new_empty(input.shape[0], weight_int8.shape[0], dtype=dtype)
+    return rows, input.new_empty(input.shape[0], dtype=torch.float32)
+
+
 def _weight_only_reference(input, weight_int8, weight_scale, bias, activation):
     z = (input.float() @ weight_int8.float().mT) * weight_scale
     if bias is not None:
@@ -88,6 +101,13 @@ _dynamic = define(
     reference=_linear_reference,
     fake=_out,
     triton="int8:linear",
+)
+_linear_rows = define(
+    "int8_linear_rows(Tensor input, Tensor weight_int8, Tensor weight_scale, Tensor? packed,"
+    " Tensor? bias, int activation) -> (Tensor rows, Tensor scale)",
+    reference=_linear_rows_reference,
+    fake=_linear_rows_fake,
+    triton="int8:linear_rows",
 )
 _weight_only = define(
     "int8_weight_only(Tensor input, Tensor weight_int8, Tensor weight_scale, Tensor? bias,"
@@ -220,6 +240,19 @@ def int8_linear(
     if threshold and mode != "dynamic":
         raise ValueError(f"outlier_threshold is for mode 'dynamic', got {threshold} with {mode!r}")
     input, bias = autocast(input, bias)
+    _check(input, weight_int8, weight_scale, bias, packed)
+    rows = as_rows(input)
+    rest = code, threshold, mode
+    if use_reference(backend, input.dtype):
+        out = _definition(rows, weight_int8, weight_scale, bias, *rest)
+    elif needs_grad(input, bias):
+        out = _Int8Linear.apply(rows, weight_int8, weight_scale, packed, bias, *rest)
+    else:
+        out = _linear(rows, weight_int8, weight_scale, packed, bias, *rest)
+    return out.view(*input.shape[:-1], weight_int8.shape[0])
+
+
+def _check(input, weight_int8, weight_scale, bias, packed) -> None:
     if input.dtype not in KERNEL_DTYPES and input.dtype != torch.float64:
         raise TypeError(f"input must be float32, bfloat16, float16 or float64, got {input.dtype}")
     check_int8(weight_int8=weight_int8)
@@ -232,15 +265,34 @@ def int8_linear(
         bias=(bias, (outer,), input.dtype),
         packed=(packed, (-(-outer // STRIP), -(-inner // UNIT), STRIP, UNIT), torch.int8),
     )
-    rows = as_rows(input)
-    rest = code, threshold, mode
-    if use_reference(backend, input.dtype):
-        out = _definition(rows, weight_int8, weight_scale, bias, *rest)
-    elif needs_grad(input, bias):
-        out = _Int8Linear.apply(rows, weight_int8, weight_scale, packed, bias, *rest)
-    else:
-        out = _linear(rows, weight_int8, weight_scale, packed, bias, *rest)
-    return out.view(*input.shape[:-1], outer)
+
+
+def int8_linear_rows(
+    input: Tensor,
+    weight_int8: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    packed: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``int8_linear`` whose result becomes int8 where it is made: rows and scales for ``int8_matmul``.
+
+    Returns [..., out] and float32 scales [...], as ``int8_quantize`` makes them of ``int8_linear``;
+    after relu or relu2, which leave nothing negative, uint8 with 255 steps in place of 127. On CPUs the
+    floating point result of a few rows lives in the cache alone. Arguments and errors are those of
+    ``int8_linear``, in "dynamic" mode without outliers; float64 raises. Not differentiable.
+    """
+    code = activations.code_of(activation)
+    input, bias = autocast(input, bias)
+    _check(input, weight_int8, weight_scale, bias, packed)
+    if input.dtype not in KERNEL_DTYPES:
+        raise TypeError(f"input must be float32, bfloat16 or float16, got {input.dtype}")
+    made = _linear_rows_reference if use_reference(backend, input.dtype) else _linear_rows
+    bias = None if bias is None else bias.detach()
+    rows, scale = made(as_rows(input.detach()), weight_int8, weight_scale, packed, bias, code)
+    return rows.view(*input.shape[:-1], weight_int8.shape[0]), scale.view(input.shape[:-1])
 
 
 def int8_linear_reference(*args, **options) -> Tensor:

@@ -50,11 +50,13 @@ struct ScaledSums {
   int64_t step;
   const float *input_scale, *weight_scale;
   const int32_t* offsets;  // Null, or of each row.
+  const int32_t* zeros;    // Null, or of each column.
   const float* more;       // Null, or products of columns that are not int8, [row][step].
 
   [[gnu::always_inline]] F32 operator()(int64_t r, int64_t j, int64_t n) const {
     U32 sum = load_bits<U32>(sums + r * step + j);
     if (kOffset && offsets) sum -= uint32_t(offsets[r]);
+    if (zeros) sum += load_lanes<U32>(zeros + j, n);
     F32 z = __builtin_convertvector(I32(sum), F32) * input_scale[r];
     if (more) z += load<F32>(more + r * step + j);
     return z * load_lanes<F32>(weight_scale + j, n);
@@ -123,7 +125,8 @@ struct Product {
         finish<kActivation>(
             a, row, group, j, count,
             ScaledSums{sums, kStrip, a.input_scale + row, a.weight_scale + j,
-                       a.offsets ? a.offsets + row : nullptr, outliers.count ? more : nullptr});
+                       a.offsets ? a.offsets + row : nullptr, a.zeros ? a.zeros + j : nullptr,
+                       outliers.count ? more : nullptr});
       }
     }
   }
@@ -167,6 +170,7 @@ struct Few {
                           a.input_scale,
                           a.weight_scale + task.begin,
                           nullptr,
+                          a.zeros ? a.zeros + task.begin : nullptr,
                           nullptr};
     with_activation(a.epilogue.activation, [&](auto activation) {
       finish<activation>(a, 0, a.rows, task.begin, task.end - task.begin, sums);

@@ -10,12 +10,13 @@ namespace {
 
 using U = UnitOf<int8_t>;
 
-// What products of a row with elements that are kOffset too high are too high.
+// 128 times the sum of a row.
 int32_t offset_of(const int8_t* row, int64_t columns) {
+  constexpr bool kQuad = std::is_same_v<U, Quad>;
   constexpr int64_t kStep = kLanes * kPerUnit<U>;
   U32 sum[4] = {};
   const auto add = [&](int i, const int8_t* p) {
-    sum[i] = multiply_add<U>(unit_vector<U>(p), U32{} + 0x80808080, sum[i]);
+    sum[i] = multiply_add<U>(unit_vector<U>(p), U32{} + (kQuad ? 0x80808080 : 0x00010001), sum[i]);
   };
   int64_t k = 0;
   for (; k + 4 * kStep <= columns; k += 4 * kStep)
@@ -26,7 +27,7 @@ int32_t offset_of(const int8_t* row, int64_t columns) {
     std::memcpy(tail, row + k, std::min(kStep, columns - k));
     add(0, tail);
   }
-  return total((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  return total((sum[0] + sum[1]) + (sum[2] + sum[3])) * (kQuad ? 1 : 128);
 }
 
 struct Offsets {
@@ -37,7 +38,7 @@ struct Offsets {
   static int64_t scratch(const Int8Offsets&) { return 0; }
 
   void run(const ProductTask& task) {
-    for (int64_t r = task.begin; kOffset && r < task.end; ++r)
+    for (int64_t r = task.begin; r < task.end; ++r)
       a.offsets[r] = offset_of(a.rows.at(r, 0), a.columns);
   }
 };
@@ -116,8 +117,8 @@ struct Rows {
       std::fill_n(to, a.columns, int8_t(0));
       return;
     }
-    scale = largest / 127;
-    const float inverse = 127 / largest;
+    scale = largest / a.levels;
+    const float inverse = a.levels / largest;
     sweep(a.columns, [&](auto part, int64_t i) {
       using V = typename decltype(part)::V;
       // Rounded to a whole number, which the low bits are in two's complement.
