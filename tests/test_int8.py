@@ -73,7 +73,7 @@ def test_triton(shape, dtype):
     ):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
     for b, activation in ((bias, 0), (None, 3)):
-        args = rows, weight, row_scale, scale, b, activation, dtype
+        args = rows, weight, row_scale, scale, None, b, activation, dtype
         reference = DEFINED["llmos::int8_matmul"].reference
         torch.testing.assert_close(matmul(*args), reference(*args), equal_nan=True)
 
@@ -151,8 +151,8 @@ def test_rows_of_a_layer(shape, dtype, device):
     if y.shape[1]:
         second = torch.randint(-128, 128, (9, y.shape[1]), dtype=torch.int8, device=device)
         rows, row_scale = lk.int8_linear_rows(x, weight, scale, bias, "relu")
-        for backend in (None, "reference"):
-            actual = lk.int8_matmul(rows, second, row_scale, scale.new_ones(9), backend=backend)
+        for options in ({}, {"packed": lk.int8_pack(second)}, {"backend": "reference"}):
+            actual = lk.int8_matmul(rows, second, row_scale, scale.new_ones(9), **options)
             assert torch.equal(
                 actual, exact(rows, second, row_scale, scale.new_ones(9), None, torch.float32)
             )
@@ -205,7 +205,7 @@ def test_triton_rows(shape):
         args = x, weight_int8, scale, None, None, activation
         actual, expected = op.launch(*args), op.reference(*args)
         assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
-        args = expected[0], second, expected[1], scale[:9], None, 0, torch.float32
+        args = expected[0], second, expected[1], scale[:9], None, None, 0, torch.float32
         torch.testing.assert_close(matmul.launch(*args), matmul.reference(*args))
 
 
@@ -346,7 +346,8 @@ def test_opcheck():
     rows, row_scale = lk.int8_quantize(x)
     torch.library.opcheck(torch.ops.llmos.int8_quantize.default, (x,))
     torch.library.opcheck(
-        torch.ops.llmos.int8_matmul.default, (rows, weight, row_scale, scale, bias, 1, x.dtype)
+        torch.ops.llmos.int8_matmul.default,
+        (rows, weight, row_scale, scale, None, bias, 1, x.dtype),
     )
     check = torch.library.opcheck
     check(torch.ops.llmos.int8_linear_rows.default, (x, weight, scale, None, bias, 1))

@@ -112,12 +112,12 @@ with _inspect.recorded_launches() as launches:
             scale, bias = torch.empty(n), torch.empty(n, dtype=dtype)
             a, a_scale = quantize(x)
             for activation in (NONE, GELU):
-                matmul(a, weight, a_scale, scale, bias, activation, dtype)
+                matmul(a, weight, a_scale, scale, None, bias, activation, dtype)
                 linear(x, weight, scale, None, bias, activation, 6.0)
                 if rows <= 16:
                     weight_only(x, weight, scale, bias, activation)
             rows_of(x, weight, scale, None, bias, 1)
-            matmul(a.view(torch.uint8), weight, a_scale, scale, bias, NONE, dtype)
+            matmul(a.view(torch.uint8), weight, a_scale, scale, None, bias, NONE, dtype)
             norm(x, None, None, None, k, 1e-5, True)
             norm(x, x, x[0], x[0], k, 1e-5, True)
         quantize(x.mT)

@@ -120,12 +120,13 @@ void multiply(Int8Product<T> args, const Right& right, const Tensor& out, int64_
 }
 
 Tensor int8_matmul(const Tensor& a_, const Tensor& b, const Tensor& a_scale_, const Tensor& b_scale,
-                   const Optional& bias, int64_t activation, ScalarType dtype) {
+                   const Optional& packed, const Optional& bias, int64_t activation,
+                   ScalarType dtype) {
   const Tensor a = llmos::contiguous(a_), a_scale = llmos::contiguous(a_scale_);
   const int64_t rows = a.size(0), inner = a.size(1);
   Tensor out = output(a, {rows, b.size(0)}, dtype);
   if (out.numel() == 0) return out;
-  const Right right(b, b_scale, {}, bias);
+  const Right right(b, b_scale, packed, bias);
   const auto sums = [&](const Matrix<int8_t>& of, int64_t count) {
     std::vector<int32_t> found(count);
     const auto& kernel = *task_kernel<Int8Offsets>.best();
@@ -146,7 +147,7 @@ Tensor int8_matmul(const Tensor& a_, const Tensor& b, const Tensor& a_scale_, co
   }
   const Matrix<int8_t> input{is_unsigned ? lower.data() : data<int8_t>(a), inner, 1};
   std::vector<int32_t> offsets;
-  if (!reads_few(rows, false, false)) offsets = sums(input, rows);
+  if (!reads_few(rows, packed.has_value(), false)) offsets = sums(input, rows);
   dispatch(dtype, [&](auto t) {
     Int8Product<decltype(t)> args{};
     args.input = input;
@@ -159,7 +160,7 @@ Tensor int8_matmul(const Tensor& a_, const Tensor& b, const Tensor& a_scale_, co
 }
 
 // Rows whose products are finished, and become int8, together.
-constexpr int64_t kRowsTogether = 48;
+constexpr int64_t kRowsTogether = 96;
 
 std::tuple<Tensor, Tensor> int8_linear_rows(const Tensor& input_, const Tensor& weight,
                                             const Tensor& weight_scale, const Optional& packed,
@@ -191,8 +192,12 @@ std::tuple<Tensor, Tensor> int8_linear_rows(const Tensor& input_, const Tensor& 
     take(right, activation, all, own);
     const auto& kernel = *task_kernel<Int8Product<T>>.best();
     const auto& row_kernel = *task_kernel<Int8Rows<T>>.best();
+    // As many pieces for each thread, of at most kRowsTogether.
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t together = std::clamp<int64_t>((rows + threads - 1) / threads, 1, kRowsTogether);
+    const int64_t least = (rows + kRowsTogether - 1) / kRowsTogether;
+    const int64_t wanted = (least + threads - 1) / threads * threads;
+    const int64_t together = (rows + wanted - 1) / wanted;
+    const int64_t pieces = (rows + together - 1) / together;
     const auto run = [&](int64_t begin, int64_t end) {
       const auto y = std::make_unique_for_overwrite<T[]>(together * outer);
       Int8Product<T> args = all;
@@ -218,7 +223,6 @@ std::tuple<Tensor, Tensor> int8_linear_rows(const Tensor& input_, const Tensor& 
         row_kernel.run(made, &whole, 1, nullptr);
       }
     };
-    const int64_t pieces = (rows + together - 1) / together;
     torch::stable::parallel_for(0, pieces, 1, run);
   });
   return {out, scale};

@@ -195,7 +195,7 @@ def _quantize(input, marks, index, levels):
     return rows, scale
 
 
-def matmul(a, b, a_scale, b_scale, bias, activation, dtype):
+def matmul(a, b, a_scale, b_scale, packed, bias, activation, dtype):
     return _matmul(a, b, a_scale, b_scale, bias, activation, dtype, None, None)
 
 

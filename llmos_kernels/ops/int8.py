@@ -18,6 +18,8 @@ from llmos_kernels.ops.linear import as_rows
 #: A longer sum of products, each up to 128^2, could leave int32.
 MAX_INNER = (1 << 17) - 1
 MAX_UNSIGNED = (2**31 - 1) // (255 * 128)
+#: Columns of out in a strip of a packed weight, and elements of one of its rows side by side.
+STRIP, UNIT = 64, 4
 #: The largest magnitude of a row that is not 0.
 SMALLEST = 1e-36
 
@@ -38,7 +40,7 @@ def quantize_reference(input: Tensor, unsigned: bool = False) -> tuple[Tensor, T
     return rows.to(dtype), scale
 
 
-def matmul_reference(a, b, a_scale, b_scale, bias, activation, dtype, more=0):
+def matmul_reference(a, b, a_scale, b_scale, packed, bias, activation, dtype, more=0):
     """``more`` joins the sums before they are scaled by ``b_scale``."""
     # float64 holds the sums exactly.
     z = ((a.double() @ b.double().mT).float() * a_scale[:, None] + more) * b_scale[None, :]
@@ -57,10 +59,10 @@ _quantize = define(
     triton="int8:quantize",
 )
 _matmul = define(
-    "int8_matmul(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, int activation,"
-    " ScalarType dtype) -> Tensor",
+    "int8_matmul(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? packed, Tensor? bias,"
+    " int activation, ScalarType dtype) -> Tensor",
     reference=matmul_reference,
-    fake=lambda a, b, a_scale, b_scale, bias, activation, dtype: a.new_empty(
+    fake=lambda a, b, a_scale, b_scale, packed, bias, activation, dtype: a.new_empty(
         a.shape[0], b.shape[0], dtype=dtype
     ),
     triton="int8:matmul",
@@ -82,6 +84,11 @@ def int8_quantize(input: Tensor, *, backend: str | None = None) -> tuple[Tensor,
     quantize = quantize_reference if use_reference(backend, input.dtype) else _quantize
     rows, scale = quantize(as_rows(input.detach()))
     return rows.view(input.shape), scale.view(input.shape[:-1])
+
+
+def packed_shape(b: Tensor) -> tuple[int, ...]:
+    """Of what ``int8_pack`` makes of ``b`` [out, in]."""
+    return -(-b.shape[0] // STRIP), -(-b.shape[1] // UNIT), STRIP, UNIT
 
 
 def check_int8(**tensors: Tensor) -> None:
@@ -122,13 +129,14 @@ def int8_matmul(
     activation: str | None = None,
     out_dtype: torch.dtype = torch.float32,
     *,
+    packed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """``activation((a @ b.mT) * a_scale[..., None] * b_scale + bias)`` in one pass, from int8.
 
     ``a`` [..., in], int8 or uint8, and ``b`` [out, in], int8, any sizes and strides; ``a_scale`` [...] and ``b_scale``
     [out], float32; ``bias`` [out] and the result [..., out] of ``out_dtype``: float32, bfloat16 or
-    float16. ``activation`` as for ``linear``. The sums are exact. Not differentiable. Raises ValueError
+    float16. ``activation`` as for ``linear``, ``packed`` as for ``int8_linear``. The sums are exact. Not differentiable. Raises ValueError
     for shapes, devices or names and for more than 131,071 columns (65,793 of uint8), whose sums could
     leave int32, TypeError for dtypes.
     """
@@ -143,8 +151,10 @@ def int8_matmul(
         a_scale=(a_scale, a.shape[:-1], torch.float32),
         b_scale=(b_scale, b.shape[:1], torch.float32),
         bias=(bias, b.shape[:1], out_dtype),
+        packed=(packed, packed_shape(b), torch.int8),
     )
     b, a_scale, b_scale = b.detach(), a_scale.detach().reshape(-1), b_scale.detach()
-    args = as_rows(a), b, a_scale, b_scale, None if bias is None else bias.detach(), code, out_dtype
+    bias = None if bias is None else bias.detach()
+    args = as_rows(a), b, a_scale, b_scale, packed, bias, code, out_dtype
     out = matmul_reference(*args) if use_reference(backend, out_dtype) else _matmul(*args)
     return out.view(*a.shape[:-1], b.shape[0])

@@ -23,10 +23,13 @@ from llmos_kernels.ops import activations, products
 from llmos_kernels.ops.activations import NONE, RELU, RELU2
 from llmos_kernels.ops.autocast import autocast
 from llmos_kernels.ops.int8 import (
+    STRIP,
+    UNIT,
     check_beside,
     check_int8,
     check_shapes,
     matmul_reference,
+    packed_shape,
     quantize_reference,
 )
 from llmos_kernels.ops.linear import as_rows, linear
@@ -36,8 +39,6 @@ MODES = ("dynamic", "weight_only")
 WEIGHT_ONLY_ROWS = 16
 #: Activations without negative results.
 _POSITIVE = RELU, RELU2
-#: Columns of out in a strip of a packed weight, and elements of one of its rows side by side.
-STRIP, UNIT = 64, 4
 
 
 def check_threshold(outlier_threshold: float) -> float:
@@ -60,7 +61,7 @@ def _linear_reference(input, weight_int8, weight_scale, packed, bias, activation
         more = input[:, columns].float() @ weight_int8[:, columns].float().mT
     a, a_scale = quantize_reference(rows)
     return matmul_reference(
-        a, weight_int8, a_scale, weight_scale, bias, activation, input.dtype, more
+        a, weight_int8, a_scale, weight_scale, packed, bias, activation, input.dtype, more
     )
 
 
@@ -83,8 +84,7 @@ def _weight_only_reference(input, weight_int8, weight_scale, bias, activation):
 
 
 def _pack_reference(weight_int8):
-    outer, inner = weight_int8.shape
-    strips, units = -(-outer // STRIP), -(-inner // UNIT)
+    (outer, inner), (strips, units, *_) = weight_int8.shape, packed_shape(weight_int8)
     packed = weight_int8.new_zeros(strips * STRIP, units * UNIT)
     packed[:outer, :inner] = weight_int8
     # The instruction takes it as uint8: 128 more, which turns the highest bit.
@@ -119,7 +119,7 @@ _weight_only = define(
 _pack = define(
     "int8_pack(Tensor weight_int8) -> Tensor",
     reference=_pack_reference,
-    fake=lambda w: w.new_empty(-(-w.shape[0] // STRIP), -(-w.shape[1] // UNIT), STRIP, UNIT),
+    fake=lambda weight_int8: weight_int8.new_empty(packed_shape(weight_int8)),
 )
 
 
@@ -257,13 +257,13 @@ def _check(input, weight_int8, weight_scale, bias, packed) -> None:
         raise TypeError(f"input must be float32, bfloat16, float16 or float64, got {input.dtype}")
     check_int8(weight_int8=weight_int8)
     check_shapes(input, weight_int8, ("input", "weight_int8"))
-    outer, inner = weight_int8.shape
+    outer = weight_int8.shape[0]
     check_beside(
         input,
         weight_int8=(weight_int8, weight_int8.shape, torch.int8),
         weight_scale=(weight_scale, (outer,), torch.float32),
         bias=(bias, (outer,), input.dtype),
-        packed=(packed, (-(-outer // STRIP), -(-inner // UNIT), STRIP, UNIT), torch.int8),
+        packed=(packed, packed_shape(weight_int8), torch.int8),
     )
 
 
