@@ -221,6 +221,12 @@ def test_pack():
         else:
             assert torch.equal(packed, reference(weight))
             assert torch.equal(lk.int8_pack(weight.mT.contiguous().mT), packed)
+    packed = lk.int8_pack(weight := torch.randint(-128, 128, (130, 300), dtype=torch.int8))
+    if packed is not None:
+        x, scale = torch.randn(20, 300), torch.ones(130)
+        strided = packed.mT.contiguous().mT
+        expected = lk.int8_linear(x, weight, scale)
+        assert torch.equal(lk.int8_linear(x, weight, scale, packed=strided), expected)
     with pytest.raises(TypeError, match="float32"):
         lk.int8_pack(torch.zeros(2, 2))
     with pytest.raises(ValueError, match=r"\[3\]"):
@@ -233,7 +239,9 @@ def test_outliers_that_are_not_numbers(device):
     x = x.clamp(-5, 5)
     clean = lk.int8_linear(x.where(torch.arange(40, device=device) != 7, 0), weight, scale, bias)
     x[:, 7], x[2, 7], x[3, 9] = 0, float("inf"), float("nan")
+    exact = int8_linear_reference(x, weight, scale, bias, outlier_threshold=6.0)
     y = lk.int8_linear(x, weight, scale, bias, outlier_threshold=6.0)
+    torch.testing.assert_close(y, exact, equal_nan=True)
     assert y[2].isfinite().logical_not().all() and y[3].isnan().all()
     rest = [0, 1, 4, 5]
     torch.testing.assert_close(y[rest], clean[rest])

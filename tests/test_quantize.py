@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import llmos_kernels as lk
 from llmos_kernels.nn import Int8Linear, Int8MultiheadAttention
@@ -91,6 +92,15 @@ def test_a_packed_weight_is_never_stale():
     check()
     layer.load_state_dict(Int8Linear.from_linear(nn.Linear(40, 24)).state_dict())
     check()
+    for _ in range(20):  # The allocator gives the same memory again.
+        for _ in range(2):
+            layer.weight_int8 = torch.randint(-127, 128, (24, 40), dtype=torch.int8)
+        check()
+    square = Int8Linear.from_linear(nn.Linear(40, 40))
+    square(x)
+    square.weight_int8 = square.weight_int8.mT
+    expected = lk.int8_linear(x, square.weight_int8, square.weight_scale, square.bias)
+    assert torch.equal(square(x), expected)
     with torch.inference_mode():
         layer.weight_int8 = layer.weight_int8.clone()
         check()
@@ -105,7 +115,7 @@ def test_compiled_layer():
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
         for _ in range(2):
             assert torch.equal(compiled(x), layer(x))
-            torch._dynamo.reset()
+            layer.load_state_dict(Int8Linear.from_linear(nn.Linear(40, 24)).state_dict())
 
 
 def test_bad_layers():
@@ -176,6 +186,7 @@ def test_attention_of_each_kind(speedups):
     attention = copy.deepcopy(plain)
     lk.quantize(attention, outlier_threshold=0)
     q, k, v = torch.randn(3, 2, 7, 32)
+    attention.out_proj.register_forward_hook(lambda *a: pytest.fail("torch does not call it"))
     for given in ((q, q, q), (q, k, k), (q, k, v)):
         actual, weights = attention(*given)
         expected, wanted = plain(*given)
@@ -239,9 +250,16 @@ def test_what_is_kept(speedups):
             self.replaced.forward = lambda x: x
             self.widths = nn.MultiheadAttention(8, 2, kdim=4)
             self.part = nn.ModuleDict({"inner": nn.Linear(8, 8)})
+            self.pruned = prune.random_unstructured(nn.Linear(8, 8), "weight", 0.5)
+            self.first, self.second = nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)
+            self.second.out_proj = self.first.out_proj
+            self.other = nn.MultiheadAttention(8, 2)
+            self.other.out_proj = Own(8, 8)
+            self.cut = prune.random_unstructured(nn.MultiheadAttention(8, 2), "in_proj_weight", 0.5)
+            self.named = nn.MultiheadAttention(8, 2)
 
     model = Model()
-    report = lk.quantize(model, skip=("lm_head", "part"))
+    report = lk.quantize(model, skip=("lm_head", "part", "named.out_proj"))
     assert [e.module for e in report.quantized] == ["plain"]
     reasons = {e.module: e.reason for e in report.kept}
     assert reasons == {
@@ -252,12 +270,23 @@ def test_what_is_kept(speedups):
         "double": "no kernel for torch.float64",
         "replaced": "its forward has been replaced on the instance",
         "widths": "its query, key and value have different widths",
+        "pruned": "its weight is no parameter of its own (a parametrization, or pruning)",
+        "first": "its out_proj is another module's too",
+        "second": "its out_proj is another module's too",
+        "other": "its out_proj is a Own",
+        "cut": "its weights are no parameters of its own (a parametrization, or pruning)",
+        "named": "skip names its out_proj",
     }
     speedups[:] = 1.0, 1.5
     model = Model()
     (slow,) = (e for e in lk.quantize(model, rows=(3,)).kept if e.module == "plain")
     assert slow.reason == "int8 is not faster: 0.67x at 3 rows" and type(model.plain) is nn.Linear
     assert "plain" in [e.module for e in lk.quantize(model, always=True).quantized]
+    assert not lk.quantize(nn.Sequential(nn.Linear(4, 4)), skip="0").quantized
+    with torch.inference_mode():  # It is no inference tensor that training would refuse.
+        one = nn.Linear(4, 4)
+        lk.quantize(one, always=True)
+    assert not one.weight_int8.is_inference()
 
 
 def test_bad_models():
@@ -273,10 +302,33 @@ def test_bad_models():
         (TypeError, "Tensor", lambda: lk.quantize(model, inputs=torch.zeros(4))),
         (ValueError, "'int4'", lambda: lk.quantize(model, "int4")),
         (ValueError, "nan", lambda: lk.quantize(model, outlier_threshold=float("nan"))),
+        (ValueError, "True", lambda: lk.quantize(model, rows=(True,))),
         (ValueError, r"\(0,\)", lambda: lk.quantize(model, rows=(0,))),
     ):
         with pytest.raises(error, match=words):
             call()
+
+
+def test_files_of_shared_parts(tmp_path, speedups):
+    pytest.importorskip("safetensors")
+
+    class Own(nn.Module):
+        def get_extra_state(self):
+            return {}
+
+    torch.manual_seed(0)
+    shared, x = nn.Linear(8, 8), torch.randn(3, 8)
+    stock = nn.Sequential(shared, nn.ReLU(), shared)
+    stock.register_buffer("whole", torch.arange(9.0))
+    stock.register_buffer("part", stock.whole[:4])
+    model = copy.deepcopy(stock)
+    lk.quantize(model)
+    lk.save_quantized(model, tmp_path)
+    lk.load_quantized(stock, tmp_path)
+    assert torch.equal(stock(x), model(x)) and stock[0] is stock[2]
+    model.append(Own())
+    with pytest.raises(ValueError, match="_extra_state is no tensor but a dict"):
+        lk.save_quantized(model, tmp_path)
 
 
 def test_files(tmp_path, speedups):
@@ -330,8 +382,14 @@ def test_files(tmp_path, speedups):
         ({"nowhere": entry}, "no module 'nowhere'"),
         ({"layers.0.norm1": entry}, "is a LayerNorm"),
         ({"layers.0.linear1": entry | {"mode": "x"}}, "unknown kind"),
+        ({"layers.0.linear1": entry | {"class": []}}, "unknown kind"),
+        ({"layers.0.linear1": entry | {"outlier_threshold": None}}, "unknown kind"),
+        ({"layers.0.linear1": "Int8Linear"}, "unknown kind"),
+        ([], "object"),
     ):
         index.write_text(json.dumps(described | {"modules": modules}))
         refused(match)
+    with pytest.raises(ValueError, match="meta device"):
+        lk.load_quantized(copy.deepcopy(stock).to("meta"), folder)
     tensors.unlink()
     refused("model.safetensors", FileNotFoundError)

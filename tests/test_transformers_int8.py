@@ -53,7 +53,7 @@ def test_pretrained(minilm, tmp_path):
         LlmosInt8Config(outlier_threshold=float("nan"))
 
 
-def test_conv1d():
+def test_conv1d(tmp_path):
     """GPT-2 keeps its weights the other way round."""
     config = transformers.GPT2Config(
         vocab_size=50,
@@ -71,7 +71,15 @@ def test_conv1d():
         expected = model(ids).logits
         report = lk.quantize(model, always=True)
         assert [e.cls for e in report.quantized] == ["Conv1D"] * 4
-        assert (model(ids).logits - expected).norm() < 0.03 * expected.norm()
+        actual = model(ids).logits
+        assert (actual - expected).norm() < 0.03 * expected.norm()
+        lk.save_quantized(model, tmp_path)
+        for optimized in (False, True):
+            other = transformers.GPT2LMHeadModel(config).eval()
+            if optimized:
+                lk.optimize(other, verify=False)
+            lk.load_quantized(other, tmp_path)
+            torch.testing.assert_close(other(ids).logits, actual)
 
 
 def test_sentence_similarities(minilm, documentation):

@@ -71,7 +71,8 @@ struct Right {
   Optional packed, bias;
 
   Right(const Tensor& weight, const Tensor& scale, const Optional& packed, const Optional& bias)
-      : weight(llmos::contiguous(weight)), scale(llmos::contiguous(scale)), packed(packed) {
+      : weight(llmos::contiguous(weight)), scale(llmos::contiguous(scale)) {
+    if (packed) this->packed = llmos::contiguous(*packed);
     if (bias) this->bias = llmos::contiguous(*bias);
   }
   Matrix<int8_t> matrix() const { return {data<int8_t>(weight), weight.size(1), 1}; }

@@ -96,7 +96,8 @@ def project_in(attention: torch.nn.MultiheadAttention, x: Tensor) -> Tensor:
 def project_out(attention: torch.nn.MultiheadAttention, x: Tensor) -> Tensor:
     """``out_proj`` of ``x``. As in torch it lends its weights: its hooks do not run."""
     layer = attention.out_proj
-    return project(x, layer.weight, layer.bias) if "weight" in layer._parameters else layer(x)
+    int8 = "weight_int8" in layer._buffers
+    return layer.forward(x) if int8 else project(x, layer.weight, layer.bias)
 
 
 def _by_head(x: Tensor, heads: int, batch_first: bool) -> Tensor:

@@ -20,7 +20,7 @@ class Int8Linear(nn.Linear):
     ``outlier_threshold`` as for ``int8_linear``.
 
     On CPUs that pack weights a packed copy is kept beside, made anew when ``weight_int8`` is replaced
-    or written to; what is written through ``.data`` goes unseen.
+    or written to; what is written through ``.data`` goes unseen. Compiled graphs pack at each call.
     """
 
     weight_int8: Tensor
@@ -29,7 +29,7 @@ class Int8Linear(nn.Linear):
     outlier_threshold: float
     _dtype: Tensor
     _packed: Tensor | None
-    _packed_of: tuple[int, int] | None
+    _packed_of: tuple[Tensor, tuple] | None  # Which weight, and what it was like.
 
     def __init__(
         self,
@@ -91,13 +91,14 @@ class Int8Linear(nn.Linear):
         return f"{super().extra_repr()}, mode={self.mode!r}{shown}"
 
     def _packed_weight(self, w: Tensor) -> Tensor | None:
-        if torch.compiler.is_compiling():  # What the last call or load has packed.
-            return self._packed
+        if torch.compiler.is_compiling():  # A graph would keep what is packed now.
+            return None
         if self.mode != "dynamic" or w.device.type != "cpu" or w.is_inference():
             return None
-        key = w.data_ptr(), w._version
-        if key != self._packed_of:
-            self._packed, self._packed_of = int8_pack(w), key
+        # The tensor is held: the address of one that is gone may come again.
+        now, of = (w._version, w.data_ptr(), w.stride()), self._packed_of
+        if of is None or of[0] is not w or of[1] != now:
+            self._packed, self._packed_of = int8_pack(w), (w, now)
         return self._packed
 
     def _apply(self, fn, recurse=True):
@@ -105,7 +106,7 @@ class Int8Linear(nn.Linear):
         super()._apply(fn, recurse)
         if self.weight_scale.dtype != torch.float32:
             self.weight_scale = scale.to(self.weight_scale.device)
-        self._packed_of = None
+        self._packed = self._packed_of = None
         return self
 
     def __getstate__(self):

@@ -127,7 +127,7 @@ def int8_pack(weight_int8: Tensor) -> Tensor | None:
     """``weight_int8`` [out, in] as products read it on this device; None where they read it as it is.
 
     Opaque, of the weight's own size, and good for this process alone. Without it ``int8_linear`` packs
-    the weight at each call of more than four rows. Raises TypeError for another dtype, ValueError for
+    the weight at each call of more than 16 rows. Raises TypeError for another dtype, ValueError for
     another number of dimensions.
     """
     check_int8(weight_int8=weight_int8)
@@ -151,7 +151,7 @@ def _definition(rows, weight_int8, weight_scale, bias, activation, threshold, mo
         rounded = quantized.to(acc) * scale.to(acc)[:, None]
         if columns is not None:
             rounded = x.detach().where(columns, rounded)
-        x = rounded + (x - x.detach())
+        x = rounded + (x - x.detach()).where(x.detach().isfinite(), 0)
     z = x @ (weight_int8.to(acc) * weight_scale.to(acc)[:, None]).mT
     if bias is not None:
         z = z + bias.to(acc)
@@ -253,6 +253,8 @@ def int8_linear(
 
 
 def _check(input, weight_int8, weight_scale, bias, packed) -> None:
+    if input.is_nested:
+        raise ValueError("input must not be a nested tensor: pad it, or optimize its layer")
     if input.dtype not in KERNEL_DTYPES and input.dtype != torch.float64:
         raise TypeError(f"input must be float32, bfloat16, float16 or float64, got {input.dtype}")
     check_int8(weight_int8=weight_int8)

@@ -15,9 +15,9 @@ from llmos_kernels.nn.int8 import (
     become_int8,
     empty_rows,
 )
-from llmos_kernels.nn.linear import Linear, is_conv1d
+from llmos_kernels.nn.linear import FusedConv1D, Linear, is_conv1d
 from llmos_kernels.ops.int8_linear import MODES, check_threshold
-from llmos_kernels.swap.optimize import check_model
+from llmos_kernels.swap.optimize import MARK, check_model
 from llmos_kernels.swap.quantize import leave_fast_path
 from llmos_kernels.swap.replica import replica
 
@@ -29,22 +29,25 @@ def save_quantized(model: nn.Module, folder: str | Path) -> None:
     """Write a model that ``quantize`` has changed into ``folder``, which is made if need be.
 
     ``model.safetensors`` has its state dict, ``llmos_quantization.json`` which modules are int8 and how.
-    Needs the package safetensors. Raises ValueError for a model without int8 layers.
+    Needs the package safetensors. Raises ValueError for a model without int8 layers, and for one with
+    state that is no tensor.
     """
     save_file, _ = _safetensors()
     check_model(model)
     index = {"format": _FORMAT, "modules": describe(model)}
     if not index["modules"]:
         raise ValueError("the model has no int8 layers: quantize it first")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     seen: set[tuple] = set()
     for name, t in model.state_dict().items():
+        if not isinstance(t, Tensor):
+            raise ValueError(f"{name} is no tensor but a {type(t).__name__}")
         # Tied tensors are written each; safetensors refuses memory that is shared.
-        place = t.device, t.data_ptr(), t.numel()
+        place = t.device, t.untyped_storage().data_ptr()
         tensors[name] = t.clone() if place in seen else t.contiguous()
         seen.add(place)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / TENSORS)
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
@@ -52,8 +55,8 @@ def save_quantized(model: nn.Module, folder: str | Path) -> None:
 def load_quantized(model: nn.Module, folder: str | Path) -> None:
     """Give ``model``, made with float weights of any values, what ``save_quantized`` wrote, in place.
 
-    Raises ValueError for a file that is not one of ours, and for missing, foreign or misshapen tensors
-    and modules, the model unchanged; FileNotFoundError where there is no such file.
+    Raises ValueError for a file that is not one of ours, for missing, foreign or misshapen tensors
+    and modules, and for parameters on the meta device, the model unchanged; FileNotFoundError where there is no such file.
     """
     _, load_file = _safetensors()
     check_model(model)
@@ -68,6 +71,9 @@ def load_quantized(model: nn.Module, folder: str | Path) -> None:
         raise
     except Exception as e:  # Of json, of safetensors, or a key that is not there.
         raise ValueError(f"{folder}: cannot be read: {type(e).__name__}: {e}") from e
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            raise ValueError(f"{name} is on the meta device: give it memory first")
     wanted = replica(model, device="meta")
     prepare(wanted, modules)
     expected = wanted.state_dict()
@@ -102,18 +108,26 @@ def prepare(model: nn.Module, modules: dict[str, dict]) -> None:
     where one is not there, or not what it was.
     """
     plan: list[tuple[Any, str, float]] = []
+    if not isinstance(modules, dict):
+        raise ValueError(f"int8 modules must be named in an object, got {modules!r}")
     for name, how in modules.items():
         try:
             module = model.get_submodule(name)
         except AttributeError:
             raise ValueError(f"the model has no module {name!r}") from None
-        kinds = _KINDS.get(how.get("class", ""))
-        if kinds is None or how.get("mode") not in MODES:
+        try:
+            kinds, threshold = _KINDS[how["class"]], check_threshold(how["outlier_threshold"])
+            known = how["mode"] in MODES
+        except (KeyError, TypeError, ValueError):
+            known = False
+        if not known:
             raise ValueError(f"{name}: unknown kind of int8 module: {how}")
-        if type(module) not in kinds and not (is_conv1d(module) and nn.Linear in kinds):
+        conv1d = is_conv1d(module) or isinstance(module, FusedConv1D)
+        if type(module) not in kinds and not (conv1d and nn.Linear in kinds):
             raise ValueError(f"{name} is a {type(module).__name__}, the file has {how['class']}")
-        plan.append((module, how["mode"], check_threshold(how.get("outlier_threshold", 0.0))))
+        plan.append((module, how["mode"], threshold))
     for module, mode, threshold in plan:
+        module.__dict__.pop(MARK, None)
         if isinstance(module, nn.MultiheadAttention):
             both = [empty_rows(module.in_proj_weight), empty_rows(module.out_proj.weight)]
             attention_becomes_int8(module, both, mode, threshold)

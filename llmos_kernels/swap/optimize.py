@@ -12,7 +12,7 @@ from torch import nn
 from llmos_kernels.swap import pretrained, proof, rules
 from llmos_kernels.swap.report import Entry, Report
 
-_MARK = "_llmos_swapped_from"
+MARK = "_llmos_swapped_from"
 
 
 def optimize(
@@ -66,7 +66,7 @@ def optimize(
         raise ValueError(f"modules that cannot be swapped:\n{Report(report.kept)}")
     for entry, (_, module, _) in zip(entries, plan, strict=True):
         if entry.swapped:
-            module.__dict__[_MARK] = type(module)
+            module.__dict__[MARK] = type(module)
             module.__class__ = rules.drop_in(module)
     for entry, (_, part, _) in zip(chosen, models, strict=True):
         if entry.swapped:
@@ -80,15 +80,15 @@ def restore(model: nn.Module) -> None:
     Raises ValueError, the model unchanged, where another tool has changed such a class since.
     """
     check_model(model)
-    swapped = [(name, m) for name, m in model.named_modules() if _MARK in m.__dict__]
+    swapped = [(name, m) for name, m in model.named_modules() if MARK in m.__dict__]
     for name, module in swapped:
-        if not rules.is_swap(module, module.__dict__[_MARK]):
+        if not rules.is_swap(module, module.__dict__[MARK]):
             raise ValueError(
                 f"{name or 'the model'} became a {type(module).__name__} after it was swapped:"
                 " undo that first (a parametrization, or sharding)"
             )
     for _, module in swapped:
-        module.__class__ = module.__dict__.pop(_MARK)
+        module.__class__ = module.__dict__.pop(MARK)
     pretrained.restore(model)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from llmos_kernels._registry import KERNEL_DTYPES
 from llmos_kernels.nn.attention import MultiheadAttention
@@ -20,7 +21,7 @@ from llmos_kernels.nn.linear import FusedConv1D, Linear, is_conv1d
 from llmos_kernels.nn.transformer import TransformerEncoderLayer
 from llmos_kernels.ops.int8_linear import MODES, check_threshold, int8_linear, int8_pack
 from llmos_kernels.ops.linear import project
-from llmos_kernels.swap.optimize import _MARK, around, capture, check_model
+from llmos_kernels.swap.optimize import MARK, around, capture, check_model
 from llmos_kernels.swap.report import table
 from llmos_kernels.swap.rules import why_untouchable
 from llmos_kernels.testing import interleaved
@@ -114,12 +115,13 @@ def quantize(
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
     rows = ROWS[mode] if rows is None else tuple(rows)
-    if not rows or any(not isinstance(n, int) or n < 1 for n in rows):
+    skip = (skip,) if isinstance(skip, str) else tuple(skip)
+    if not rows or any(type(n) is not int or n < 1 for n in rows):
         raise ValueError(f"rows must be whole numbers of 1 or more, got {rows!r}")
     threshold = threshold if mode == "dynamic" else 0.0
     before = _size(model)
     plan = [(name, m, _why_not(model, name, m, skip)) for name, m in _candidates(model)]
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         weights = {m: _quantized(name, m) for name, m, why in plan if not why}
         seen = capture(model, [m for _, m, why in plan if not why], inputs)
         timed: dict[tuple, dict[int, float]] = {}
@@ -130,9 +132,9 @@ def quantize(
                 entry = _judged(name, module, weights[module], mode, threshold, always, rows,
                                 seen.get(module), timed)  # fmt: skip
             entries.append(entry)
-    for entry, (_, module, _) in zip(entries, plan, strict=True):
-        if entry.quantized:
-            _replace(module, weights[module], mode, threshold)
+        for entry, (_, module, _) in zip(entries, plan, strict=True):
+            if entry.quantized:
+                _replace(module, weights[module], mode, threshold)
     leave_fast_path(model)
     return Int8Report(entries, before, _size(model))
 
@@ -162,10 +164,9 @@ def _why_not(model: nn.Module, name: str, module: Any, skip: Sequence[str]) -> s
         return "skip names it"
     whys = [why_untouchable(module, around(model, name))]
     if isinstance(module, nn.MultiheadAttention):
-        if type(module) not in (nn.MultiheadAttention, MultiheadAttention):
-            whys.append(f"{type(module).__name__} is a subclass of MultiheadAttention")
-        if not module._qkv_same_embed_dim:
-            whys.append("its query, key and value have different widths")
+        whys += _why_no_attention(model, name, module, skip)
+    elif "weight" not in module._parameters:
+        whys.append("its weight is no parameter of its own (a parametrization, or pruning)")
     elif isinstance(module, nn.Linear) and type(module) not in (nn.Linear, Linear):
         whys.append(f"{type(module).__name__} is a subclass of Linear with a forward of its own")
     if "forward" in module.__dict__:
@@ -182,6 +183,22 @@ def _why_not(model: nn.Module, name: str, module: Any, skip: Sequence[str]) -> s
         if p.dtype not in KERNEL_DTYPES:
             return f"no kernel for {p.dtype}"
     return ""
+
+
+def _why_no_attention(model: nn.Module, name: str, module: Any, skip) -> Iterator[str]:
+    out = module.out_proj
+    if type(module) not in (nn.MultiheadAttention, MultiheadAttention):
+        yield f"{type(module).__name__} is a subclass of MultiheadAttention"
+    if not module._qkv_same_embed_dim:
+        yield "its query, key and value have different widths"
+    elif "in_proj_weight" not in module._parameters or "weight" not in out._parameters:
+        yield "its weights are no parameters of its own (a parametrization, or pruning)"
+    if type(out) not in (NonDynamicallyQuantizableLinear, nn.Linear, Linear):
+        yield f"its out_proj is a {type(out).__name__}"
+    if is_skipped(f"{name}.out_proj" if name else "out_proj", skip):
+        yield "skip names its out_proj"
+    if sum(out in m._modules.values() for m in model.modules()) > 1:
+        yield "its out_proj is another module's too"
 
 
 def _layers(module: Any) -> list[tuple[Tensor, Tensor | None]]:
@@ -212,7 +229,7 @@ def _judged(name, module, weights, mode, threshold, always, rows, call, timed) -
         if not (isinstance(x, Tensor) and x.is_floating_point() and x.shape[-1] == q.shape[1]):
             x = torch.randn(max(rows), q.shape[1], dtype=weight.dtype, device=weight.device)
         given = None
-        x = x.reshape(-1, q.shape[1])[:_MOST_ROWS].to(weight.dtype)
+        x = x.reshape(math.prod(x.shape[:-1]), q.shape[1])[:_MOST_ROWS].to(weight.dtype)
         exact = nn.functional.linear(x.double(), weight.double())
         made = int8_linear(x, q, scale, None, None, threshold, mode=mode).double()
         norm = exact.norm().item()
@@ -251,7 +268,7 @@ def _speedup(original, weight, bias, q, scale, mode, threshold, rows: int, x: Te
 
 
 def _replace(module: Any, weights: list, mode: str, threshold: float) -> None:
-    module.__dict__.pop(_MARK, None)
+    module.__dict__.pop(MARK, None)
     if isinstance(module, nn.MultiheadAttention):
         attention_becomes_int8(module, weights, mode, threshold)
     else:

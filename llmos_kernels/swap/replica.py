@@ -14,9 +14,13 @@ def replica(
     cls: type | None = None,
     dtype: torch.dtype | None = None,
     device: str | None = None,
+    made: dict[nn.Module, nn.Module] | None = None,
 ) -> nn.Module:
     """A copy of ``module`` without its hooks, as ``cls``, in ``dtype`` and on ``device`` where they
-    are given."""
+    are given. ``made``: copies of modules that may come again in it."""
+    made = {} if made is None else made
+    if module in made:
+        return made[module]
     new: Any = cls or type(module)
 
     def copy(t):
@@ -26,7 +30,7 @@ def replica(
         data = t.detach().to(device or t.device, wanted, copy=True)
         return nn.Parameter(data, t.is_floating_point()) if isinstance(t, nn.Parameter) else data
 
-    clone = new.__new__(new)
+    clone = made[module] = new.__new__(new)
     clone.__dict__.update(module.__dict__)
     for name in module.__dict__:
         if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
@@ -34,7 +38,8 @@ def replica(
     clone._parameters = {k: copy(p) for k, p in module._parameters.items()}
     clone._buffers = {k: copy(b) for k, b in module._buffers.items()}
     clone._modules = {
-        k: m if m is None else replica(m, None, dtype, device) for k, m in module._modules.items()
+        k: m if m is None else replica(m, None, dtype, device, made)
+        for k, m in module._modules.items()
     }
     if isinstance(clone, Int8Linear):  # Its scales are float32 in every dtype.
         scale: Any = module.weight_scale

@@ -216,7 +216,7 @@ template <class Unit, class T>
 [[gnu::always_inline]] inline void pack_row(const T* from, int64_t n, int64_t padded, Unit* to_) {
   auto* to = reinterpret_cast<Element<Unit>*>(to_);
   if constexpr (std::is_same_v<Element<Unit>, T>) {
-    std::memcpy(to, from, n * sizeof(T));
+    if (n) std::memcpy(to, from, n * sizeof(T));
   } else if constexpr (kIsInt<Unit>) {
     int64_t i = 0;
     for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
