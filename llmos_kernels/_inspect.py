@@ -107,21 +107,27 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
 
 def launches(dtypes=None, widths=None, names=None) -> list[Launch]:
-    """The distinct launches of every case, forward and backward."""
+    """The distinct launches of every case, forward and backward, and of "int8"."""
     from llmos_kernels._registry import DEFINED
+    from llmos_kernels.cases import int8
     from llmos_kernels.testing import CASES, DTYPES, raw_calls
 
-    found: dict[Launch, None] = {}
-    for case in (c for c in CASES if names is None or c.name in names):
-        for dtype in dtypes or DTYPES:
+    def calls(dtype):
+        for case in (c for c in CASES if names is None or c.name in names):
             for shape in {(*case.shapes[-1][:-1], width) for width in widths or case.widths}:
-                for op, args in raw_calls(case, case.make(shape, dtype=dtype, requires_grad=True)):
-                    defined = DEFINED[op.name()]
-                    if defined.triton is None:
-                        continue
-                    with recorded_launches() as some:
-                        defined.launch(*args)
-                    found.update(dict.fromkeys(some))
+                args = case.make(shape, dtype=dtype, requires_grad=True)
+                yield from ((op.name(), args) for op, args in raw_calls(case, args))
+        if names is None or "int8" in names:
+            yield from int8.raw_calls(dtype)
+
+    found: dict[Launch, None] = {}
+    for dtype in dtypes or DTYPES:
+        for op, args in calls(dtype):
+            if DEFINED[op].triton is None:
+                continue
+            with recorded_launches() as some:
+                DEFINED[op].launch(*args)
+            found.update(dict.fromkeys(some))
     return list(found)
 
 

@@ -24,7 +24,11 @@ def test_env():
 def test_verify():
     done = call("verify")
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "PASS", done.stdout
-    assert "bfloat16 PASS" in done.stdout and "FAIL" not in done.stdout
+    assert (
+        "int8_linear" in done.stdout
+        and "bfloat16 PASS" in done.stdout
+        and "FAIL" not in done.stdout
+    )
 
 
 def test_demo():

@@ -99,29 +99,7 @@ launches = list(dict.fromkeys(launches))
 INT8 = """
 import sys, torch
 from llmos_kernels import _inspect
-from llmos_kernels._registry import DEFINED
-from llmos_kernels.ops.activations import GELU, NONE
-quantize, matmul, linear, rows_of, weight_only, norm = (
-    DEFINED[f"llmos::int8_{name}"].launch
-    for name in ("quantize", "matmul", "linear", "linear_rows", "weight_only", "norm")
-)
-with _inspect.recorded_launches() as launches:
-    for dtype in (torch.bfloat16, torch.float32):
-        for rows, k, n in ((1, 4096, 4096), (128, 384, 1536), (4096, 4096, 4096), (9, 77, 33)):
-            x, weight = torch.empty(rows, k, dtype=dtype), torch.empty(n, k, dtype=torch.int8)
-            scale, bias = torch.empty(n), torch.empty(n, dtype=dtype)
-            a, a_scale = quantize(x)
-            for activation in (NONE, GELU):
-                matmul(a, weight, a_scale, scale, None, bias, activation, dtype)
-                linear(x, weight, scale, None, bias, activation, 6.0)
-                if rows <= 16:
-                    weight_only(x, weight, scale, bias, activation)
-            rows_of(x, weight, scale, None, bias, 1)
-            matmul(a.view(torch.uint8), weight, a_scale, scale, None, bias, NONE, dtype)
-            norm(x, None, None, None, k, 1e-5, True)
-            norm(x, x, x[0], x[0], k, 1e-5, True)
-        quantize(x.mT)
-launches = list(dict.fromkeys(launches))
+launches = _inspect.launches((torch.float32, torch.bfloat16), names=("int8",))
 """
 
 # What the scripts above have launched, within the limits; on sm_90 tensor cores of its own kind.
