@@ -1,10 +1,11 @@
 """CMakeLists.txt says what to build; this file only calls it.
 
 LLMOS_BUILD_EXT=1 makes a missing torch, pybind11, CMake or compiler an error, 0 builds pure Python.
-LLMOS_SANITIZE=1 builds under ASan and UBSan.
+LLMOS_SANITIZE=1 builds under ASan and UBSan. MAX_JOBS: compilers at a time.
 """
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -14,11 +15,58 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).parent
 # CMake and ninja may come from the environment that runs this file.
 os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
 SANITIZE = os.environ.get("LLMOS_SANITIZE") == "1"
+
+
+# What was built from what: of a build, and of the sources that an sdist carries away from git.
+BUILD_INFO, SOURCE_INFO = "_build_info.json", "_source_info.json"
+GIB_PER_JOB = 1.5  # What gcc takes for the largest file, about.
+
+
+def source_info() -> dict:
+    """The commit these sources are of, and whether they differ from it; None where it is not known."""
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        git = lambda *args: subprocess.run(
+            ["git", "-C", ROOT, *args], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        try:
+            return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        except subprocess.CalledProcessError:  # Not ours to read, or no commit yet.
+            pass
+    carried = ROOT / SOURCE_INFO
+    if carried.exists():
+        return json.loads(carried.read_text())
+    return {"commit": None, "dirty": None}
+
+
+def write_info(folder: Path, **built) -> None:
+    """What ``env`` shows of a build, beside the package's modules."""
+    about = source_info() | {"python": sysconfig.get_python_version()} | built
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / BUILD_INFO).write_text(json.dumps(about, indent=1) + "\n")
+
+
+def jobs() -> int:
+    """How many compilers may run at a time: as many as there are cores and memory for."""
+    wanted = os.environ.get("MAX_JOBS", "")
+    if wanted:
+        if not wanted.isdigit() or int(wanted) < 1:
+            raise SystemExit(f"MAX_JOBS must be a whole number of 1 or more, got {wanted!r}")
+        return int(wanted)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:  # Memory that caches hold can be had, too.
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(s.split()[1]) << 10 for s in lines if s.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        pass
+    return max(1, min(cores or 1, int(free / GIB_PER_JOB / 2**30)))
 
 
 def missing() -> list[str]:
@@ -37,14 +85,28 @@ class CMakeBuild(build_ext):
         configure = ["cmake", "-S", ROOT, "-B", tree, "-G", "Ninja", "--fresh"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DLLMOS_SANITIZE={SANITIZE:d}"]
         subprocess.check_call(configure)
-        subprocess.check_call(["cmake", "--build", tree])
+        subprocess.check_call(["cmake", "--build", tree, "--parallel", str(jobs())])
         subprocess.check_call(["cmake", "--install", tree, "--prefix", out])
+        write_info(out, **json.loads((tree / "built.json").read_text()))
 
     def copy_extensions_to_source(self):
         # An editable install: CMake installs straight into the source folder.
         self.inplace = True
         for ext in self.extensions:
             self.build_extension(ext)
+
+
+class PurePython(build_py):
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            write_info(Path(self.build_lib) / "llmos_kernels")
+
+
+class SourceDistribution(sdist):
+    def make_release_tree(self, base_dir, files):
+        super().make_release_tree(base_dir, files)
+        Path(base_dir, SOURCE_INFO).write_text(json.dumps(source_info()) + "\n")
 
 
 def extensions() -> list[Extension]:
@@ -61,4 +123,7 @@ def extensions() -> list[Extension]:
     return [Extension("llmos_kernels._C", sources=[])]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": CMakeBuild, "build_py": PurePython, "sdist": SourceDistribution},
+)

@@ -55,7 +55,9 @@ def main() -> None:
     cosine, of_int8 = (
         F.cosine_similarity(before.double(), e.double()).min().item() for e in (after, rounded)
     )
-    print(f"\nsmallest cosine of an embedding to the stock model's: {cosine:.8f}, int8 {of_int8:.4f}")
+    print(
+        f"\nsmallest cosine of an embedding to the stock model's: {cosine:.8f}, int8 {of_int8:.4f}"
+    )
     stock_ms, swapped_ms, int8_ms = (t * 1e3 for t in times)
     print(f"a batch: {stock_ms:.1f} ms before, {swapped_ms:.1f} ms swapped, {int8_ms:.1f} ms int8")
 

@@ -7,7 +7,7 @@ import time
 import torch
 
 import llmos_kernels
-from llmos_kernels import _environment
+from llmos_kernels import _environment, _files
 
 
 def env(_) -> int:
@@ -16,8 +16,12 @@ def env(_) -> int:
     return 0
 
 
-def verify(_) -> int:
-    """Every op, dtype and device against the float64 reference."""
+def verify(args) -> int:
+    """Every op, dtype and device against the float64 reference; or installed files against their sums."""
+    if args.files:
+        found = list(_files.altered())
+        print("\n".join([*found, f"{len(found)} files altered: FAIL" if found else "PASS"]))
+        return 1 if found else 0
     from llmos_kernels.cases import int8
     from llmos_kernels.testing import CASES, DTYPES, worst_error
 
@@ -105,6 +109,8 @@ def main() -> int:
     for command in (env, verify, inspect, demo):
         sub = commands.add_parser(command.__name__, help=command.__doc__)
         sub.set_defaults(run=command)
+        if command is verify:
+            sub.add_argument("--files", action="store_true", help="compare files, run nothing")
         if command is inspect:
             sub.add_argument("--arch", default="sm_90", help="sm_80, 86, 89, 90, 100 or 120")
             sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))

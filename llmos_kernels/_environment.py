@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import llmos_kernels
+from llmos_kernels import _files
 from llmos_kernels._registry import _FORCED, DEFINED
 from llmos_kernels.ops.products import has_onednn, onednn_from
 
@@ -87,6 +88,7 @@ def describe() -> Iterator[str]:
         build = extension.build
         archs = build["cuda_archs"] or "none: nvcc was not found"
         yield f"build         {build['compiler']}, torch {build['torch']}, CUDA archs {archs}"
+        yield f"              {_files.commit()}"
     else:
         yield "build         pure Python: no C++ compiler or no torch at build time"
     for line in _gpus():

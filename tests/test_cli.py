@@ -46,7 +46,9 @@ def test_inspect():
     assert len(norms) > 10 and all(row.split()[1] == "0" for row in norms), "a kernel spills"
 
 
-@pytest.mark.parametrize("bad", [(), ("fly",), ("inspect", "--arch", "sm_75")])
+@pytest.mark.parametrize(
+    "bad", [(), ("fly",), ("inspect", "--arch", "sm_75"), ("verify", "--files")]
+)
 def test_bad_calls(bad):
     done = call(*bad)
     assert done.returncode == 2 and "error:" in done.stderr
