@@ -4,6 +4,8 @@ LLMOS_BUILD_EXT=1 makes a missing torch, pybind11, CMake or compiler an error, 0
 LLMOS_SANITIZE=1 builds under ASan and UBSan. MAX_JOBS: compilers at a time.
 """
 
+import datetime
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -11,9 +13,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
+import uuid
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
@@ -109,6 +114,56 @@ class SourceDistribution(sdist):
         Path(base_dir, SOURCE_INFO).write_text(json.dumps(source_info()) + "\n")
 
 
+def bill_of_materials(about: dict, version: str) -> str:
+    """What is in a wheel that was built as ``about`` says, as CycloneDX."""
+    from cyclonedx.contrib.license.factories import LicenseFactory
+    from cyclonedx.model.bom import Bom
+    from cyclonedx.model.component import Component, ComponentType
+    from cyclonedx.output.json import JsonV1Dot6
+    from packageurl import PackageURL
+
+    license_of = LicenseFactory().make_with_expression
+
+    def part(name, version, expression, kind="pypi"):
+        url = PackageURL(kind, None, name.replace("_", "-"), version)
+        return Component(
+            name=name, version=version, type=ComponentType.LIBRARY, purl=url, bom_ref=str(url),
+            licenses=[license_of(expression)],
+        )  # fmt: skip
+
+    bom, own = Bom(), part("llmos_kernels", version, "Apache-2.0")
+    parts = []
+    if about.get("torch"):  # Its headers, and those of pybind11.
+        parts += [part("torch", about["torch"], "BSD-3-Clause")]
+        parts += [part("pybind11", importlib.metadata.version("pybind11"), "BSD-3-Clause")]
+    if about.get("nvcc"):  # cudart, linked statically.
+        parts += [part("cuda-cudart", about["nvcc"], "LicenseRef-NVIDIA-CUDA-EULA", "generic")]
+    bom.metadata.component = own
+    for component in parts:
+        bom.components.add(component)
+    bom.register_dependency(own, parts)
+    seconds = int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
+    bom.metadata.timestamp = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    bom.serial_number = uuid.uuid5(uuid.NAMESPACE_URL, json.dumps([version, about], sort_keys=True))
+    return JsonV1Dot6(bom).output_as_string(indent=1) + "\n"
+
+
+class Wheel(bdist_wheel):
+    def write_wheelfile(self, wheelfile_base, *args, **kwargs):
+        super().write_wheelfile(wheelfile_base, *args, **kwargs)
+        if not importlib.util.find_spec("cyclonedx"):
+            print(
+                "llmos_kernels: no bill of materials in the wheel (missing: cyclonedx-python-lib)"
+            )
+            return
+        base = Path(wheelfile_base)
+        about = json.loads((base.parent / "llmos_kernels" / BUILD_INFO).read_text())
+        folder = base / "sboms"
+        folder.mkdir(exist_ok=True)
+        bom = bill_of_materials(about, self.distribution.get_version())
+        (folder / "llmos_kernels.cdx.json").write_text(bom)
+
+
 def extensions() -> list[Extension]:
     wanted = os.environ.get("LLMOS_BUILD_EXT", "")
     if wanted not in ("", "0", "1"):
@@ -125,5 +180,10 @@ def extensions() -> list[Extension]:
 
 setup(
     ext_modules=extensions(),
-    cmdclass={"build_ext": CMakeBuild, "build_py": PurePython, "sdist": SourceDistribution},
+    cmdclass={
+        "bdist_wheel": Wheel,
+        "build_ext": CMakeBuild,
+        "build_py": PurePython,
+        "sdist": SourceDistribution,
+    },
 )

@@ -53,8 +53,11 @@ def test_pure_python_wheel(missing, named, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert "llmos_kernels/py.typed" in names and "llmos_kernels/_triton/layer_norm.py" in names
     assert not any(name.endswith(".so") for name in names)
-    about = json.loads(zipfile.ZipFile(wheel).read("llmos_kernels/_build_info.json"))
-    assert about.keys() == {"commit", "dirty", "python"}
+    read = lambda name: json.loads(zipfile.ZipFile(wheel).read(name))
+    assert read("llmos_kernels/_build_info.json").keys() == {"commit", "dirty", "python"}
+    (bom,) = (name for name in names if ".dist-info/sboms/" in name)
+    assert read(bom)["bomFormat"] == "CycloneDX"
+    assert read(bom)["metadata"]["component"]["name"] == "llmos_kernels"
 
 
 @pytest.fixture(scope="module")
