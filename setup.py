@@ -122,7 +122,7 @@ def bill_of_materials(about: dict, version: str) -> str:
     from cyclonedx.output.json import JsonV1Dot6
     from packageurl import PackageURL
 
-    license_of = LicenseFactory().make_with_expression
+    license_of = LicenseFactory().make_from_string
 
     def part(name, version, expression, kind="pypi"):
         url = PackageURL(kind, None, name.replace("_", "-"), version)
@@ -137,7 +137,7 @@ def bill_of_materials(about: dict, version: str) -> str:
         parts += [part("torch", about["torch"], "BSD-3-Clause")]
         parts += [part("pybind11", importlib.metadata.version("pybind11"), "BSD-3-Clause")]
     if about.get("nvcc"):  # cudart, linked statically.
-        parts += [part("cuda-cudart", about["nvcc"], "LicenseRef-NVIDIA-CUDA-EULA", "generic")]
+        parts += [part("cuda-cudart", about["nvcc"], "NVIDIA CUDA Toolkit EULA", "generic")]
     bom.metadata.component = own
     for component in parts:
         bom.components.add(component)

@@ -113,17 +113,36 @@ def test_installed_files(sdist, tmp_path):
     assert "1 files altered: FAIL" in done.stdout
 
 
+def evaluated(expression, **env):
+    """What ``expression`` of setup.py's names prints."""
+    code = f"""
+import runpy, sys
+sys.argv = ["setup.py", "--version"]
+print(eval({expression!r}, runpy.run_path("setup.py", run_name="__main__")))
+"""
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | env, capture_output=True, text=True
+    )
+
+
 def test_jobs():
     """As memory allows, or as MAX_JOBS says."""
-    code = "import runpy; m = runpy.run_path('setup.py', run_name='__main__'); print(m['jobs']())"
-    run = lambda **env: subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.argv = ['setup.py', '--version']; {code}"],
-        cwd=ROOT, env=os.environ | env, capture_output=True, text=True,
-    )  # fmt: skip
-    assert run(MAX_JOBS="7").stdout.split()[-1] == "7"
-    assert 1 <= int(run(MAX_JOBS="").stdout.split()[-1]) <= (os.cpu_count() or 1)
-    done = run(MAX_JOBS="many")
+    assert evaluated("jobs()", MAX_JOBS="7").stdout.split()[-1] == "7"
+    assert 1 <= int(evaluated("jobs()", MAX_JOBS="").stdout.split()[-1]) <= (os.cpu_count() or 1)
+    done = evaluated("jobs()", MAX_JOBS="many")
     assert done.returncode and "'many'" in done.stderr
+
+
+def test_bill_of_materials():
+    about = {"commit": "c", "dirty": False, "python": "3.11", "torch": "2.13.0", "nvcc": "13.0.88"}
+    call = f"bill_of_materials({about}, '1.0')"
+    done = [evaluated(call, SOURCE_DATE_EPOCH="1700000000") for _ in range(2)]
+    assert done[0].returncode == 0, done[0].stderr
+    assert done[0].stdout == done[1].stdout
+    bom = json.loads(done[0].stdout.partition("\n")[2])  # After what --version prints.
+    parts = {c["name"]: c["version"] for c in bom["components"]}
+    assert parts.items() >= {"torch": "2.13.0", "cuda-cudart": "13.0.88"}.items()
+    assert "pybind11" in parts and bom["metadata"]["timestamp"].startswith("2023-11-14")
 
 
 def test_a_missing_part_can_be_an_error():
