@@ -151,16 +151,18 @@ def bill_of_materials(about: dict, version: str) -> str:
 class Wheel(bdist_wheel):
     def write_wheelfile(self, wheelfile_base, *args, **kwargs):
         super().write_wheelfile(wheelfile_base, *args, **kwargs)
+        base = Path(wheelfile_base)
+        info = base.parent / "llmos_kernels" / BUILD_INFO
+        if not info.exists():  # An editable install has its package elsewhere.
+            return
         if not importlib.util.find_spec("cyclonedx"):
             print(
                 "llmos_kernels: no bill of materials in the wheel (missing: cyclonedx-python-lib)"
             )
             return
-        base = Path(wheelfile_base)
-        about = json.loads((base.parent / "llmos_kernels" / BUILD_INFO).read_text())
         folder = base / "sboms"
         folder.mkdir(exist_ok=True)
-        bom = bill_of_materials(about, self.distribution.get_version())
+        bom = bill_of_materials(json.loads(info.read_text()), self.distribution.get_version())
         (folder / "llmos_kernels.cdx.json").write_text(bom)
 
 
