@@ -14,7 +14,7 @@ TESTS = Path(__file__).parent
 
 @pytest.mark.parametrize("level", _C.cpu_levels()[:-1])
 def test_level(level):
-    files = [TESTS / f"test_{name}.py" for name in ("ops", "kernels", "int8")]
+    files = [TESTS / f"test_{name}.py" for name in ("ops", "kernels", "int8", "int8_linear")]
     args = ["-q", "-p", "no:cacheprovider", *files]
     chosen = "matches_reference or layouts or guard or masks or alone or integers or extreme"
     chosen = ["-k", f"({chosen}) and not triton"]

@@ -3,36 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.autograd import forward_ad
+from int8_checks import SHAPES, arguments, exact
 
 import llmos_kernels as lk
 from llmos_kernels._registry import DEFINED
-from llmos_kernels.ops import activations
 from llmos_kernels.ops.int8 import MAX_INNER, MAX_UNSIGNED, quantize_reference
-from llmos_kernels.ops.int8_linear import WEIGHT_ONLY_ROWS, int8_linear_reference
-from llmos_kernels.testing import DTYPES, assert_accurate, cast
+from llmos_kernels.testing import DTYPES
 
-#: rows, in, out: empty, one, primes, few rows, more than a block, part and panel of each kind.
-SHAPES = (
-    (0, 8, 16), (3, 0, 8), (3, 8, 0), (1, 1, 1), (2, 3, 5), (1, 300, 33), (4, 129, 260), (5, 64, 64),
-    (17, 31, 65), (67, 520, 97), (130, 72, 40), (300, 3100, 130), (9, 7001, 11),
-)  # fmt: skip
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, None: lambda z: z}
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-def arguments(rows, inner, outer, dtype=torch.float32, device="cpu"):
-    torch.manual_seed(rows + inner)
-    x = torch.randn(rows, inner, device=device) * 3
-    x[1:2] = 0
-    weight = torch.randint(-128, 128, (outer, inner), dtype=torch.int8, device=device)
-    scale, bias = torch.rand(outer, device=device) / 100, torch.randn(outer, device=device)
-    return x.to(dtype), weight, scale, bias.to(dtype)
-
-
-def exact(a, b, a_scale, b_scale, bias, dtype):
-    z = (a.long() @ b.long().mT).float() * a_scale[..., None] * b_scale
-    return (z if bias is None else z + bias.float()).to(dtype)
 
 
 @each_dtype
@@ -76,63 +54,6 @@ def test_triton(shape, dtype):
         args = rows, weight, row_scale, scale, None, b, activation, dtype
         reference = DEFINED["llmos::int8_matmul"].reference
         torch.testing.assert_close(matmul(*args), reference(*args), equal_nan=True)
-
-
-def with_outliers(x, every=50):
-    """Columns beyond 6, in one row or all of them."""
-    if x.numel():
-        x[:, 3::every] *= 20
-        x[0, x.shape[1] // 2] = 30
-    return x
-
-
-def judged(fn, x, weight, scale, bias, **options):
-    """``fn`` in x's dtype against the definition in float64 and in x's dtype."""
-    args = weight, scale
-    wide = int8_linear_reference(x.double(), *args, bias.double(), **options)
-    eager = int8_linear_reference(x, *args, bias, **options)
-    assert_accurate(fn(x, *args, bias, **options), wide, eager, f"{list(x.shape)} {options}")
-
-
-@each_dtype
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_outliers_and_weight_only(shape, dtype, device):
-    x, weight, scale, bias = arguments(*shape, dtype, device)
-    x = with_outliers(x)
-    packed = lk.int8_pack(weight)
-
-    def linear(*args, **options):
-        return lk.int8_linear(*args, **options, packed=packed)
-
-    for activation in (None, "gelu"):
-        for fn in (lk.int8_linear, linear):
-            judged(fn, x, weight, scale, bias, activation=activation, outlier_threshold=6.0)
-        judged(lk.int8_linear, x, weight, scale, bias, activation=activation, mode="weight_only")
-    none = linear(x, weight, scale, bias, outlier_threshold=1e9)
-    for b in (packed, None):
-        assert torch.equal(lk.int8_linear(x, weight, scale, bias, packed=b), none)
-
-
-# The interpreter multiplies bfloat16 wrongly.
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_triton_linear(shape, dtype):
-    pytest.importorskip("triton")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    x, weight, scale, bias = arguments(*shape, dtype, device)
-    launch = DEFINED["llmos::int8_linear"].launch
-    few = DEFINED["llmos::int8_weight_only"].launch
-
-    def linear(x, weight, scale, bias, activation=None, outlier_threshold=0.0):
-        code = activations.code_of(activation)
-        return launch(x, weight, scale, None, bias, code, outlier_threshold)
-
-    expected = lk.int8_linear(x, weight, scale, bias)
-    torch.testing.assert_close(linear(x, weight, scale, bias), expected)
-    x = with_outliers(x).mT.contiguous().mT
-    judged(linear, x, weight, scale, bias, activation="gelu", outlier_threshold=6.0)
-    if len(x) <= WEIGHT_ONLY_ROWS:
-        judged(lambda *a, mode: few(*a, 0), x, weight, scale, bias, mode="weight_only")
 
 
 @each_dtype
@@ -209,44 +130,6 @@ def test_triton_rows(shape):
         torch.testing.assert_close(matmul.launch(*args), matmul.reference(*args))
 
 
-def test_pack():
-    packs = torch.ops.llmos.int8_pack.default
-    reference = DEFINED["llmos::int8_pack"].reference
-    for shape in ((1, 1), (64, 4), (65, 7), (130, 300), (0, 5), (5, 0)):
-        weight = torch.randint(-128, 128, shape, dtype=torch.int8)
-        packed = lk.int8_pack(weight)
-        if packed is None:
-            with pytest.raises(RuntimeError, match="packs no weights"):
-                packs(weight)
-        else:
-            assert torch.equal(packed, reference(weight))
-            assert torch.equal(lk.int8_pack(weight.mT.contiguous().mT), packed)
-    packed = lk.int8_pack(weight := torch.randint(-128, 128, (130, 300), dtype=torch.int8))
-    if packed is not None:
-        x, scale = torch.randn(20, 300), torch.ones(130)
-        strided = packed.mT.contiguous().mT
-        expected = lk.int8_linear(x, weight, scale)
-        assert torch.equal(lk.int8_linear(x, weight, scale, packed=strided), expected)
-    with pytest.raises(TypeError, match="float32"):
-        lk.int8_pack(torch.zeros(2, 2))
-    with pytest.raises(ValueError, match=r"\[3\]"):
-        lk.int8_pack(torch.zeros(3, dtype=torch.int8))
-
-
-def test_outliers_that_are_not_numbers(device):
-    """Infinity stays in its row, NaN as well; the others are as without."""
-    x, weight, scale, bias = arguments(6, 40, 24, device=device)
-    x = x.clamp(-5, 5)
-    clean = lk.int8_linear(x.where(torch.arange(40, device=device) != 7, 0), weight, scale, bias)
-    x[:, 7], x[2, 7], x[3, 9] = 0, float("inf"), float("nan")
-    exact = int8_linear_reference(x, weight, scale, bias, outlier_threshold=6.0)
-    y = lk.int8_linear(x, weight, scale, bias, outlier_threshold=6.0)
-    torch.testing.assert_close(y, exact, equal_nan=True)
-    assert y[2].isfinite().logical_not().all() and y[3].isnan().all()
-    rest = [0, 1, 4, 5]
-    torch.testing.assert_close(y[rest], clean[rest])
-
-
 def test_extreme_sums(device):
     """The largest and smallest elements over the longest row stay within int32."""
     for low, high in ((-128, -128), (-128, 127), (127, 127)):
@@ -265,25 +148,6 @@ def test_extreme_sums(device):
             assert (out == float(torch.tensor(float(255 * high * MAX_UNSIGNED)))).all()
 
 
-@each_dtype
-def test_layouts(dtype, device):
-    x, weight, scale, bias = arguments(37, 50, 21, dtype, device)
-    expected = lk.int8_linear(x, weight, scale, bias)
-    for layout in (
-        lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
-        lambda t: t.repeat_interleave(2, -1)[..., ::2],
-        lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
-    ):
-        assert torch.equal(
-            lk.int8_linear(layout(x), layout(weight), layout(scale), layout(bias)), expected
-        )
-    batched = lk.int8_linear(x[:36].view(3, 4, 3, 50), weight, scale, bias)
-    assert torch.equal(batched.view(36, 21), expected[:36])
-    assert torch.equal(lk.int8_linear(x[5], weight, scale, bias), expected[5])
-    for n in (1, 3, 30):  # A row's bits do not depend on its batch.
-        assert torch.equal(lk.int8_linear(x[:n], weight, scale, bias), expected[:n])
-
-
 def test_rows_without_a_scale(device):
     x = torch.randn(6, 40, device=device)
     x[0], x[1] = 0, 1e-37
@@ -293,60 +157,6 @@ def test_rows_without_a_scale(device):
     weight, weight_scale = lk.int8_quantize(torch.randn(7, 40, device=device))
     y = lk.int8_linear(x, weight, weight_scale)
     assert y[:2].eq(0).all() and y[2:5].isnan().all() and y[5].isfinite().all()
-
-
-@each_dtype
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradients(activation, dtype, device):
-    """Those of a linear layer with the weight that the int8 one stands for."""
-    x, weight, scale, bias = arguments(19, 40, 24, dtype, device)
-    dout = torch.randn(19, 24, device=device).to(dtype)
-
-    def grads(fn, x, bias, scale):
-        x, bias = x.clone().requires_grad_(), bias.clone().requires_grad_()
-        y = fn(x, weight, scale, bias, activation)
-        return [y, *torch.autograd.grad(y, (x, bias), dout.to(y))]
-
-    def eager(x, weight, scale, bias, activation):
-        rows, row_scale = lk.int8_quantize(x.float())
-        rounded = (rows * row_scale[:, None]).to(x.dtype)
-        w = (weight * scale[:, None]).to(x.dtype)
-        return ACTIVATIONS[activation](F.linear(rounded + (x - x.detach()), w, bias))
-
-    actual, allowed = grads(lk.int8_linear, x, bias, scale), grads(eager, x, bias, scale)
-    wide = grads(int8_linear_reference, *cast((x, bias), torch.float64), scale)
-    for i, values in enumerate(zip(actual, wide, allowed, strict=True)):
-        assert_accurate(*values, f"{activation} {i}")
-
-
-def test_second_and_forward_derivatives():
-    x, weight, scale, bias = arguments(6, 10, 4)
-    x.requires_grad_()
-
-    def second(fn, activation):
-        y = fn(x, weight, scale, bias, activation)
-        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        return torch.autograd.grad(first.square().sum(), x)[0]
-
-    for activation in ("silu", "relu", None):
-        expected = second(int8_linear_reference, activation)
-        assert expected.abs().max() > 0
-        torch.testing.assert_close(second(lk.int8_linear, activation), expected)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(x.detach(), torch.ones(6, 10))
-        tangent = forward_ad.unpack_dual(lk.int8_linear(dual, weight, scale, bias)).tangent
-    full = weight * scale[:, None]
-    torch.testing.assert_close(tangent, full.sum(1).expand(6, 4))
-
-
-def test_autocast_and_compile():
-    x, weight, scale, bias = arguments(20, 40, 24)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = lk.int8_linear(x, weight, scale, bias)
-    assert y.dtype == torch.bfloat16
-    assert torch.equal(y, lk.int8_linear(x.bfloat16(), weight, scale, bias.bfloat16()))
-    compiled = torch.compile(lk.int8_linear, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(x, weight, scale, bias), lk.int8_linear(x, weight, scale, bias))
 
 
 def test_opcheck():

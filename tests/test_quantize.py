@@ -347,6 +347,10 @@ def test_files(tmp_path, speedups):
     assert torch.equal(other(x), model(x))
     assert other.layers[0].linear1.outlier_threshold == 4.0
 
+    with pytest.raises(ValueError, match="layers.0.self_attn is int8 already"):
+        lk.load_quantized(other, folder)
+    assert torch.equal(other(x), model(x))
+
     tensors, index = folder / "model.safetensors", folder / "llmos_quantization.json"
     good, described = load_file(tensors), json.loads(index.read_text())
     good = {k: v.clone() for k, v in good.items()}
