@@ -88,14 +88,13 @@ def _quantize_kernel(input, rows, scale, marks, index, M, K, input_row, input_co
         at += step * input_col
     finite = tl.max(bad, 0) == 0
     largest = tl.max(most, 0)
-    some = finite & (largest >= _SMALLEST)
     stored, inverse = scale_of(largest, finite, LEVELS)
     tl.store(scale + row, stored)
     for start in range(0, K, BLOCK):
         x = tl.load(input, k < K - start, 0.0).to(tl.float32)
         if marks is not None:
             x = tl.where(tl.load(marks + start + k, k < K - start, 0) > 0, 0.0, x)
-        x = tl.where(some, x, 0.0) * inverse
+        x = tl.where(inverse > 0, x, 0.0) * inverse
         tl.store(rows, whole(x).to(rows.dtype.element_ty), k < K - start)
         input += step * input_col
         rows += BLOCK
@@ -123,8 +122,8 @@ def _finish(z, b_scale, bias, out, row, first_col, M, N, ACTIVATION: tl.constexp
 
 @triton.jit(do_not_specialize=["M"])
 def _product_kernel(a, b, a_scale, b_scale, bias, out, zeros, index, input, M, N, K, a_row,
-                    b_row, input_row, input_col, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                    BLOCK_K: tl.constexpr):  # fmt: skip
+                    b_row, input_row, input_col, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
+                    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     _, first_row, first_col = place(M, N, 1, BLOCK_M, BLOCK_N)
     row = first_row + tl.arange(0, BLOCK_M)
     col = first_col + tl.arange(0, BLOCK_N)
@@ -218,8 +217,8 @@ def _matmul(a, b, a_scale, b_scale, bias, activation, dtype, index, input):
     _product_kernel[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)](
         a, b, a_scale.contiguous(), b_scale.contiguous(),
         None if bias is None else bias.contiguous(), out, zeros, index, input, m, n, k, a.stride(0),
-        b.stride(0), *((0, 0) if input is None else input.stride()), ACTIVATION=activation, BLOCK_M=block_m,
-        BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
+        b.stride(0), *((0, 0) if input is None else input.stride()), ACTIVATION=activation,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
 

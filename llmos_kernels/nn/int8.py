@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from llmos_kernels.nn.attention import MultiheadAttention, project_in
 from llmos_kernels.nn.hooks import has_hooks
 from llmos_kernels.ops.int8 import MAX_INNER, int8_quantize
-from llmos_kernels.ops.int8_linear import MODES, check_threshold, int8_linear, int8_pack
+from llmos_kernels.ops.int8_linear import MODES, check_threshold, dense, int8_linear, int8_pack
 
 
 class Int8Linear(nn.Linear):
@@ -60,7 +60,7 @@ class Int8Linear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:
-        return (self.weight_int8 * self.weight_scale[:, None]).to(self._dtype.dtype)
+        return dense(self.weight_int8, self.weight_scale, self._dtype.dtype)
 
     @weight.setter
     def weight(self, value) -> None:

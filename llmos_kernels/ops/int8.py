@@ -143,7 +143,9 @@ def int8_matmul(
     code = activations.code_of(activation)
     if out_dtype not in KERNEL_DTYPES:
         raise TypeError(f"out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
-    check_int8(b=b, **({} if a.dtype == torch.uint8 else {"a": a}))
+    if a.dtype != torch.uint8:
+        check_int8(a=a)
+    check_int8(b=b)
     check_shapes(a, b, ("a", "b"))
     check_beside(
         a,

@@ -158,7 +158,8 @@ def _definition(rows, weight_int8, weight_scale, bias, activation, threshold, mo
     return products.activate_rows(z.to(rows.dtype), activation, 0.0, None)
 
 
-def _dense(weight_int8: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+def dense(weight_int8: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The float weight that they stand for."""
     return (weight_int8 * weight_scale[:, None]).to(dtype)
 
 
@@ -168,7 +169,7 @@ def _linear(rows, weight_int8, weight_scale, packed, bias, activation, threshold
         return _dynamic(*args)
     if rows.shape[0] <= WEIGHT_ONLY_ROWS:
         return _weight_only(rows, weight_int8, weight_scale, bias, activation)
-    weight = _dense(weight_int8, weight_scale, rows.dtype)
+    weight = dense(weight_int8, weight_scale, rows.dtype)
     return linear(rows, weight, bias, activations.NAMES[activation])
 
 
@@ -200,7 +201,7 @@ class _Int8Linear(torch.autograd.Function):
             dz = products.activation_backward(dout, kept, ctx.activation, 0.0, None)
         dinput = None
         if ctx.needs_input_grad[0]:
-            dinput = dz @ _dense(weight_int8, weight_scale, dz.dtype)
+            dinput = dz @ dense(weight_int8, weight_scale, dz.dtype)
         dbias = products.sum_of_rows(dz) if ctx.needs_input_grad[4] else None
         return dinput, None, None, None, dbias, None, None, None
 

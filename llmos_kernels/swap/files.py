@@ -8,17 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from llmos_kernels.nn.attention import MultiheadAttention
-from llmos_kernels.nn.int8 import (
-    Int8Linear,
-    Int8MultiheadAttention,
-    attention_becomes_int8,
-    become_int8,
-    empty_rows,
-)
+from llmos_kernels.nn.int8 import Int8Linear, Int8MultiheadAttention, empty_rows
 from llmos_kernels.nn.linear import FusedConv1D, Linear, is_conv1d
 from llmos_kernels.ops.int8_linear import MODES, check_threshold
-from llmos_kernels.swap.optimize import MARK, check_model
-from llmos_kernels.swap.quantize import leave_fast_path
+from llmos_kernels.swap.optimize import check_model
+from llmos_kernels.swap.quantize import layers, leave_fast_path, replace
 from llmos_kernels.swap.replica import replica
 
 TENSORS, INDEX = "model.safetensors", "llmos_quantization.json"
@@ -56,7 +50,8 @@ def load_quantized(model: nn.Module, folder: str | Path) -> None:
     """Give ``model``, made with float weights of any values, what ``save_quantized`` wrote, in place.
 
     Raises ValueError for a file that is not one of ours, for missing, foreign or misshapen tensors
-    and modules, and for parameters on the meta device, the model unchanged; FileNotFoundError where there is no such file.
+    and modules, for a model that is int8 already and for parameters on the meta device, the model
+    unchanged; FileNotFoundError where there is no such file.
     """
     _, load_file = _safetensors()
     check_model(model)
@@ -122,18 +117,14 @@ def prepare(model: nn.Module, modules: dict[str, dict]) -> None:
             known = False
         if not known:
             raise ValueError(f"{name}: unknown kind of int8 module: {how}")
+        if type(module) in (Int8Linear, Int8MultiheadAttention):
+            raise ValueError(f"{name} is int8 already: load into a model of float weights")
         conv1d = is_conv1d(module) or isinstance(module, FusedConv1D)
         if type(module) not in kinds and not (conv1d and nn.Linear in kinds):
             raise ValueError(f"{name} is a {type(module).__name__}, the file has {how['class']}")
         plan.append((module, how["mode"], threshold))
     for module, mode, threshold in plan:
-        module.__dict__.pop(MARK, None)
-        if isinstance(module, nn.MultiheadAttention):
-            both = [empty_rows(module.in_proj_weight), empty_rows(module.out_proj.weight)]
-            attention_becomes_int8(module, both, mode, threshold)
-        else:
-            weight = module.weight if isinstance(module, nn.Linear) else module.weight.mT
-            become_int8(module, empty_rows(weight), mode, threshold)
+        replace(module, [empty_rows(weight) for weight, _ in layers(module)], mode, threshold)
     leave_fast_path(model)
 
 

@@ -115,7 +115,7 @@ def quantize(
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
     rows = ROWS[mode] if rows is None else tuple(rows)
-    skip = (skip,) if isinstance(skip, str) else tuple(skip)
+    skip = (skip,) if isinstance(skip, str) else tuple(skip or ())
     if not rows or any(type(n) is not int or n < 1 for n in rows):
         raise ValueError(f"rows must be whole numbers of 1 or more, got {rows!r}")
     threshold = threshold if mode == "dynamic" else 0.0
@@ -134,7 +134,7 @@ def quantize(
             entries.append(entry)
         for entry, (_, module, _) in zip(entries, plan, strict=True):
             if entry.quantized:
-                _replace(module, weights[module], mode, threshold)
+                replace(module, weights[module], mode, threshold)
     leave_fast_path(model)
     return Int8Report(entries, before, _size(model))
 
@@ -201,7 +201,7 @@ def _why_no_attention(model: nn.Module, name: str, module: Any, skip) -> Iterato
         yield "its out_proj is another module's too"
 
 
-def _layers(module: Any) -> list[tuple[Tensor, Tensor | None]]:
+def layers(module: Any) -> list[tuple[Tensor, Tensor | None]]:
     """weight [out, in] and bias of each linear layer that ``module`` stands for."""
     if isinstance(module, nn.MultiheadAttention):
         out = module.out_proj
@@ -213,7 +213,7 @@ def _layers(module: Any) -> list[tuple[Tensor, Tensor | None]]:
 
 def _quantized(name: str, module: nn.Module) -> list[tuple[Tensor, Tensor]]:
     try:
-        return [quantized_rows(weight) for weight, _ in _layers(module)]
+        return [quantized_rows(weight) for weight, _ in layers(module)]
     except ValueError as e:
         raise ValueError(f"{name or 'the model'} has {e}: name it in skip to keep it") from None
 
@@ -224,7 +224,7 @@ def _judged(name, module, weights, mode, threshold, always, rows, call, timed) -
     given = None if call is None or not call.args else call.args[0]
     error, before, after = 0.0, 0, 0
     speedups = dict.fromkeys(rows, math.inf)
-    for (weight, bias), (q, scale) in zip(_layers(module), weights, strict=True):
+    for (weight, bias), (q, scale) in zip(layers(module), weights, strict=True):
         x = given
         if not (isinstance(x, Tensor) and x.is_floating_point() and x.shape[-1] == q.shape[1]):
             x = torch.randn(max(rows), q.shape[1], dtype=weight.dtype, device=weight.device)
@@ -267,7 +267,8 @@ def _speedup(original, weight, bias, q, scale, mode, threshold, rows: int, x: Te
     return old / new
 
 
-def _replace(module: Any, weights: list, mode: str, threshold: float) -> None:
+def replace(module: Any, weights: list, mode: str, threshold: float) -> None:
+    """Make ``module`` int8, with rows and scales for each of its ``layers``."""
     module.__dict__.pop(MARK, None)
     if isinstance(module, nn.MultiheadAttention):
         attention_becomes_int8(module, weights, mode, threshold)
