@@ -347,7 +347,7 @@ def test_files(tmp_path, speedups):
     assert torch.equal(other(x), model(x))
     assert other.layers[0].linear1.outlier_threshold == 4.0
 
-    with pytest.raises(ValueError, match="layers.0.self_attn is int8 already"):
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn is int8 already"):
         lk.load_quantized(other, folder)
     assert torch.equal(other(x), model(x))
 
