@@ -41,14 +41,14 @@ bench: build
 lint: $(VENV)/.ready
 	$(PYTHON) -m ruff check $(LINTED)
 	$(PYTHON) -m ruff format --check $(LINTED)
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	find csrc tests -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 	$(PYTHON) -m mypy
 
 format: $(VENV)/.ready
 	$(PYTHON) -m ruff format $(LINTED)
 	$(PYTHON) -m ruff check --fix $(LINTED)
 	$(PYTHON) -m ruff format $(LINTED)
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format -i
+	find csrc tests -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format -i
 
 build: $(VENV)/.built
 

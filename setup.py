@@ -1,7 +1,8 @@
 """CMakeLists.txt says what to build; this file only calls it.
 
 LLMOS_BUILD_EXT=1 makes a missing torch, pybind11, CMake or compiler an error, 0 builds pure Python.
-LLMOS_SANITIZE=1 builds under ASan and UBSan. MAX_JOBS: compilers at a time.
+LLMOS_BUILD_PACK=1 makes a missing Triton an error, 0 leaves the pack out, a list of modules of _triton
+packs only theirs; unset, a wheel has the pack where Triton is there to compile it. LLMOS_SANITIZE=1 builds under ASan and UBSan. MAX_JOBS: compilers at a time.
 """
 
 import datetime
@@ -82,6 +83,19 @@ def missing() -> list[str]:
     return packages + programs + ["a C++ compiler"] * (not any(map(shutil.which, compilers)))
 
 
+def packed() -> str:
+    """What of the pack CMake is to compile for a wheel."""
+    wanted = os.environ.get("LLMOS_BUILD_PACK", "")
+    if wanted == "0" or SANITIZE:
+        return ""
+    if not importlib.util.find_spec("triton"):
+        if wanted:
+            raise SystemExit(f"llmos_kernels: LLMOS_BUILD_PACK={wanted} needs triton")
+        print("llmos_kernels: no kernels compiled ahead of time in the wheel (missing: triton)")
+        return ""
+    return "ALL" if wanted in ("", "1") else ";".join(wanted.replace(",", " ").split())
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
         out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
@@ -89,8 +103,10 @@ class CMakeBuild(build_ext):
         # A former environment's generator or paths must not decide this build.
         configure = ["cmake", "-S", ROOT, "-B", tree, "-G", "Ninja", "--fresh"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DLLMOS_SANITIZE={SANITIZE:d}"]
+        configure += [f"-DLLMOS_PACK={'' if self.inplace else packed()}", f"-DLLMOS_JOBS={jobs()}"]
         subprocess.check_call(configure)
         subprocess.check_call(["cmake", "--build", tree, "--parallel", str(jobs())])
+        shutil.rmtree(out / "pack", ignore_errors=True)  # Of a former build.
         subprocess.check_call(["cmake", "--install", tree, "--prefix", out])
         write_info(out, **json.loads((tree / "built.json").read_text()))
 
@@ -136,6 +152,8 @@ def bill_of_materials(about: dict, version: str) -> str:
     if about.get("torch"):  # Its headers, and those of pybind11.
         parts += [part("torch", about["torch"], "BSD-3-Clause")]
         parts += [part("pybind11", importlib.metadata.version("pybind11"), "BSD-3-Clause")]
+    if about.get("triton"):
+        parts += [part("triton", about["triton"], "MIT")]
     if about.get("nvcc"):  # cudart, linked statically.
         parts += [part("cuda-cudart", about["nvcc"], "NVIDIA CUDA Toolkit EULA", "generic")]
     bom.metadata.component = own

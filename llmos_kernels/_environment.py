@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 import llmos_kernels
-from llmos_kernels import _files
-from llmos_kernels._registry import _FORCED, DEFINED
+from llmos_kernels import _files, _pack
+from llmos_kernels._registry import _FORCED, DEFINED, HAS_TRITON
 from llmos_kernels.ops.products import has_onednn, onednn_from
 
 #: A dispatch key, and the devices that it stands for.
@@ -27,6 +27,8 @@ def owner(op: str, key: str) -> str:
         found, _, where = line.partition(": registered at ")
         if found == key and "(inactive)" not in line:
             triton = DEFINED[op].triton
+            if triton and not HAS_TRITON:
+                break
             if triton and "_registry.py" in where:
                 return f"_triton/{triton.partition(':')[0]}.py"
             return re.sub(r"^.*?csrc/", "csrc/", where.partition(" ::")[0].partition(":")[0])
@@ -91,6 +93,8 @@ def describe() -> Iterator[str]:
         yield f"              {_files.commit()}"
     else:
         yield "build         pure Python: no C++ compiler or no torch at build time"
+    present = torch.cuda.is_available()
+    yield f"pack          {_pack.state(_pack.arch_of(0) if present else None)}"
     for line in _gpus():
         yield f"gpu           {line}"
     yield ""

@@ -1,113 +1,24 @@
 """What the compiler makes of every Triton kernel, for a GPU that need not be there.
 
-A launcher is run on CPU tensors with each launch recorded instead of done; what it would have
-launched is compiled ahead of time. So the table shows the configurations that users get.
+The table shows the configurations that users get: see ``_compile``.
 """
 
-import contextlib
 import os
 import re
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from unittest import mock
+from dataclasses import dataclass
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
+
+from llmos_kernels._compile import Launch, recorded_launches
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-_TYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-}
-_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One kernel in one configuration: what triton.compile needs."""
-
-    fn: JITFunction = field(compare=False)
-    name: str
-    signature: tuple
-    constants: tuple
-    aligned: tuple
-    options: tuple
-
-    def __str__(self) -> str:
-        constants = dict(self.constants)
-        shown = [f"{k}={v}" for k, v in constants.items() if k.isupper()]
-        absent = [k for k, v in constants.items() if v is None]
-        dtype = next((t[1:] for _, t in self.signature if t.startswith("*")), "")
-        return " ".join([self.name, dtype, *shown, *(f"-{k}" for k in absent)])
-
-    def compile(self, arch: str):
-        """The compiled kernel for ``arch``, as sm_90."""
-        fn = self.fn
-        index = {p.name: i for i, p in enumerate(fn.params)}
-        attrs = {(index[name],): [["tt.divisibility", 16]] for name in self.aligned}
-        constants = {(index[name],): value for name, value in self.constants}
-        source = ASTSource(fn, dict(self.signature), constants, attrs)
-        target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-        return triton.compile(source, target=target, options=dict(self.options))
-
-
-def _launch(fn: JITFunction, args: tuple, kwargs: dict) -> Launch:
-    options = {k: kwargs.pop(k) for k in _OPTIONS if k in kwargs}
-    values = dict(zip(fn.arg_names, args, strict=False)) | kwargs
-    signature, constants, aligned = {}, {}, []
-    for parameter in fn.params:
-        name, value = parameter.name, values[parameter.name]
-        special = not parameter.do_not_specialize
-        one = special and type(value) is int and value == 1
-        if parameter.is_constexpr or value is None or one:
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = f"*{_TYPES[value.dtype]}"
-            if value.data_ptr() % 16 == 0:
-                aligned.append(name)
-        elif isinstance(value, TensorDescriptor):
-            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{value.block_shape}>"
-        elif isinstance(value, int):
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and special:
-                aligned.append(name)
-        else:
-            signature[name] = "fp32"
-    return Launch(
-        fn,
-        fn.fn.__name__,
-        tuple(signature.items()),
-        tuple(constants.items()),
-        tuple(aligned),
-        tuple(options.items()),
-    )
-
-
-@contextlib.contextmanager
-def recorded_launches() -> Iterator[list[Launch]]:
-    """Every Triton launch inside is appended to the list instead of done."""
-    launches: list[Launch] = []
-
-    def record(self, *args, grid, warmup, **kwargs):
-        launches.append(_launch(self, args, kwargs))
-
-    with mock.patch.object(JITFunction, "run", record):
-        yield launches
-
-
-def launches(dtypes=None, widths=None, names=None) -> list[Launch]:
-    """The distinct launches of every case, forward and backward, and of "int8"."""
+def launches(dtypes=None, widths=None, names=None, arch=None) -> list[Launch]:
+    """The distinct launches of every case, forward and backward, and of "int8"; as on ``arch``."""
     from llmos_kernels._registry import DEFINED
     from llmos_kernels.cases import int8
     from llmos_kernels.testing import CASES, DTYPES, raw_calls
@@ -125,7 +36,7 @@ def launches(dtypes=None, widths=None, names=None) -> list[Launch]:
         for op, args in calls(dtype):
             if DEFINED[op].triton is None:
                 continue
-            with recorded_launches() as some:
+            with recorded_launches(arch) as some:
                 DEFINED[op].launch(*args)
             found.update(dict.fromkeys(some))
     return list(found)
@@ -212,4 +123,4 @@ def table(arch: str, dtype: torch.dtype | None = None) -> Iterator[Resources]:
     """The resources of every launch on ``arch``, one after the other."""
     if arch not in ARCHS:
         raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {arch!r}")
-    return (resources(launch, arch) for launch in launches(dtypes=dtype and (dtype,)))
+    return (resources(launch, arch) for launch in launches(dtype and (dtype,), arch=arch))

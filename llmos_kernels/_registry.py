@@ -8,6 +8,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from torch.autograd import forward_ad
 KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 _LIB = torch.library.Library("llmos", "DEF")
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,32 @@ def define(schema: str, *, reference: Callable, fake: Callable, triton: str | No
     _LIB.impl(name, torch.no_grad()(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"llmos::{name}", fake, lib=_LIB)
     op = DEFINED[f"llmos::{name}"] = Op(reference, triton)
-    if triton and _HAS_TRITON:
+    if triton:
         _LIB.impl(name, _on_device(op), "CUDA")
     return getattr(torch.ops.llmos, name).default
 
 
+class CannotCompile(RuntimeError):
+    """Triton has no compiler, or no folder to compile into."""
+
+
+@functools.cache
+def _warn_of_reference(why: str) -> None:
+    text = f"{why}; the slow reference answers on CUDA (python -m llmos_kernels env)"
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
 def _on_device(op: Op) -> Callable:
     def launch(*args):
-        with torch.cuda.device_of(args[0]):
-            return op.launch(*args)
+        if not HAS_TRITON:
+            _warn_of_reference("Triton is not installed")
+        else:
+            with torch.cuda.device_of(args[0]):
+                try:
+                    return op.launch(*args)
+                except CannotCompile as e:
+                    _warn_of_reference(str(e))
+        with torch.no_grad():
+            return op.reference(*args)
 
     return launch

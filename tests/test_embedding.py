@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import llmos_kernels as lk
-from llmos_kernels._registry import _HAS_TRITON, DEFINED
+from llmos_kernels._registry import DEFINED, HAS_TRITON
 from llmos_kernels.testing import DTYPES
 
 HAS_GPU = torch.cuda.is_available()
@@ -33,7 +33,7 @@ def test_out_of_range_raises_on_the_cpu(bad, backend):
         lk.embedding_layer_norm(indices, tables, backend=backend)
 
 
-@pytest.mark.skipif(not _HAS_TRITON, reason="needs Triton")
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize("bad", [-1, 11, 2**40])
 @pytest.mark.parametrize("d", [48, 20011])
 def test_out_of_range_is_nan_in_triton(bad, d):
@@ -85,7 +85,7 @@ def test_any_shapes_that_broadcast(device):
 def test_kernels_and_reference_drop_the_same(dtype):
     op = DEFINED["llmos::embedding_layer_norm_forward"]
     call = torch.ops.llmos.embedding_layer_norm_forward.default
-    for kernel in (call, op.launch) if _HAS_TRITON else (call,):
+    for kernel in (call, op.launch) if HAS_TRITON else (call,):
         device = "cuda" if HAS_GPU and kernel is op.launch else "cpu"
         indices, tables = sources(device, dtype, d=1003)
         args = *indices, *tables, None, None, 1e-5, 0.3, torch.tensor([5, 6], device=device)

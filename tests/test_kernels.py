@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmos_kernels._registry import _HAS_TRITON, DEFINED
+from llmos_kernels._registry import DEFINED, HAS_TRITON
 from llmos_kernels.testing import (
     CASES,
     DTYPES,
@@ -28,7 +28,7 @@ def kernels(op):
     """Who can answer for ``op`` here: (name, device, callable)."""
     if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CPU"):
         yield "cpp", "cpu", lambda *args: op._op_dk(KEYS["cpu"], *args)
-    if DEFINED[op.name()].triton and _HAS_TRITON and not os.environ.get("LLMOS_SKIP_TRITON"):
+    if DEFINED[op.name()].triton and HAS_TRITON and not os.environ.get("LLMOS_SKIP_TRITON"):
         yield "triton", "cuda" if GPU else "cpu", DEFINED[op.name()].launch
 
 

@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from llmos_kernels._triton import examples
+from llmos_kernels._triton.launch import kernel
 from llmos_kernels._triton.rows import dropout_arguments, dropout_factors
 from llmos_kernels.ops import activations
 
@@ -76,7 +78,7 @@ def _tile(N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     return row, first_col, first_col + tl.arange(0, BLOCK)[None, :]
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@kernel(do_not_specialize=["M", "threshold"])
 def _activation_kernel(kept, seed, out, kept_row, kept_col, M, N, threshold, scale,
                     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row, first_col, col = _tile(N, ROWS, BLOCK)
@@ -88,7 +90,7 @@ def _activation_kernel(kept, seed, out, kept_row, kept_col, M, N, threshold, sca
     tl.store(out + row * N + col, y, inside)
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@kernel(do_not_specialize=["M", "threshold"])
 def _gradient_kernel(dout, kept, seed, dz, dout_row, dout_col, kept_row, kept_col, M, N, threshold,
                      scale, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row, first_col, col = _tile(N, ROWS, BLOCK)
@@ -136,3 +138,14 @@ def backward(dout, kept, activation, dropout_p, seed):
             **dropout_options(dropout_p, seed), **blocks,
         )  # fmt: skip
     return dz
+
+
+def variants():
+    """See ``examples``."""
+    for dtype in examples.DTYPES:
+        for _, hidden in examples.FEED_FORWARDS:
+            z = torch.empty(64, hidden, dtype=dtype)
+            for activation in (activations.RELU, activations.GELU, activations.GELU_TANH):
+                for p in (0.0, 0.1):
+                    yield forward, (z, activation, p, examples.seed())
+                    yield backward, (z, z, activation, p, examples.seed())

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from llmos_kernels._triton import examples
 from llmos_kernels._triton.attention_tiles import (
     LEAST_SCALE,
     LOG2E,
@@ -30,6 +31,7 @@ from llmos_kernels._triton.attention_tiles import (
     tile,
     with_unit_columns,
 )
+from llmos_kernels._triton.launch import kernel
 from llmos_kernels._triton.rows import dropout_arguments, dropout_factors
 
 #: Queries of one key head that share a tile, and keys from which on they are split.
@@ -106,7 +108,9 @@ def _walk(query, k, v, mask, padding, padding_col, seed, drawn, last, begin, end
     return tl.where(m == float("-inf"), 0.0, m), total, acc
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "BLOCKS", "SEQUENCES", "BATCH_HEADS", "threshold"])
+@kernel(
+    do_not_specialize=["q_len", "k_len", "BLOCKS", "SEQUENCES", "BATCH_HEADS", "threshold", "HEADS"]
+)
 def _forward_kernel(q, k, v, mask, padding, cu_q, cu_k, seed, out, stats, q_batch, q_head, q_row,
                     k_batch, k_head, k_row, v_batch, v_head, v_row, mask_batch, mask_head, mask_row,
                     mask_col, padding_batch, padding_col, q_len, k_len, HEADS, GROUP, BLOCKS,
@@ -142,7 +146,7 @@ def _forward_kernel(q, k, v, mask, padding, cu_q, cu_k, seed, out, stats, q_batc
     store_rows(out, row, HEADS * DV, i < q_count, acc * inverse[:, None], DV, BLOCK_DV)
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "PARTS", "PART", "threshold"])
+@kernel(do_not_specialize=["q_len", "k_len", "PARTS", "PART", "threshold", "KEY_HEADS", "ROWS"])
 def _part_kernel(q, k, v, mask, padding, seed, partial, partial_stats, q_batch, q_head, q_row,
                  k_batch, k_head, k_row, v_batch, v_head, v_row, mask_batch, mask_head, mask_row,
                  mask_col, padding_batch, padding_col, q_len, k_len, KEY_HEADS, GROUP, PARTS, PART,
@@ -182,7 +186,7 @@ def _part_kernel(q, k, v, mask, padding, seed, partial, partial_stats, q_batch, 
     store_rows(partial, at, DV, real, acc, DV, BLOCK_DV)
 
 
-@triton.jit(do_not_specialize=["q_len", "PARTS"])
+@kernel(do_not_specialize=["q_len", "PARTS", "HEADS", "ROWS"])
 def _merge_kernel(partial, partial_stats, out, stats, q_len, HEADS, PARTS, ROWS, DV: tl.constexpr,
                   MOST: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
     """One row of out from its parts."""
@@ -254,3 +258,11 @@ def _split_forward(out, stats, shared):
         partial, partial_stats, out, stats, q.shape[2], q.shape[1], parts, rows, dv,
         MOST=_MOST_PARTS, BLOCK_DV=block_dim(dv), num_warps=4,
     )  # fmt: skip
+
+
+def variants():
+    """See ``examples``."""
+    for call in examples.attention(examples.PLAIN_AND_MASKED):
+        yield forward, call.forward()
+    for call in examples.attention(examples.DECODED, queries=1):
+        yield forward, call.forward()

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from llmos_kernels._triton import examples
 from llmos_kernels._triton.attention_tiles import (
     TOP_LEFT,
     attends,
@@ -31,6 +32,7 @@ from llmos_kernels._triton.attention_tiles import (
     tile,
     with_unit_columns,
 )
+from llmos_kernels._triton.launch import kernel
 from llmos_kernels._triton.rows import dropout_arguments, dropout_factors
 
 
@@ -66,7 +68,7 @@ def _weights_of_keys(query, dout, m, inverse, k, v, mask, attended, padding, pad
     return p, dp, key
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "BLOCKS", "SEQUENCES", "ROWS", "threshold"])
+@kernel(do_not_specialize=["q_len", "k_len", "BLOCKS", "SEQUENCES", "ROWS", "threshold", "HEADS"])
 def _dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, delta, dq,
                    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
                    dout_batch, dout_head, dout_row, mask_batch, mask_head, mask_row, mask_col,
@@ -180,7 +182,9 @@ def _dkey_step(dk, dv, key, value, q, dout, stats, delta, mask, attended, inside
     return tl.dot(ds.to(query.dtype), query, dk, input_precision="ieee"), dv
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "BLOCKS", "SEQUENCES", "ROWS", "threshold"])
+@kernel(
+    do_not_specialize=["q_len", "k_len", "BLOCKS", "SEQUENCES", "ROWS", "threshold", "KEY_HEADS"]
+)
 def _dkey_kernel(q, k, v, dout, mask, padding, cu_q, cu_k, seed, stats, delta, dk, dv,
                  q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
                  dout_batch, dout_head, dout_row, mask_batch, mask_head, mask_row, mask_col,
@@ -253,7 +257,18 @@ def _dkey_kernel(q, k, v, dout, mask, padding, cu_q, cu_k, seed, stats, delta, d
                BLOCK_DV)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "BATCHES", "ROWS", "threshold"])
+@kernel(
+    do_not_specialize=[
+        "q_len",
+        "k_len",
+        "BATCHES",
+        "ROWS",
+        "threshold",
+        "HEADS",
+        "MASK_BATCHES",
+        "MASK_HEADS",
+    ]
+)
 def _dmask_kernel(q, k, v, dout, mask, padding, seed, stats, delta, dmask,
                   q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
                   dout_batch, dout_head, dout_row, mask_batch, mask_head, mask_row, mask_col,
@@ -373,3 +388,9 @@ def backward(
             **blocks,
         )  # fmt: skip
     return dq, dk, d_v, dmask
+
+
+def variants():
+    """See ``examples``."""
+    for call in examples.attention(examples.PLAIN_AND_MASKED):
+        yield backward, call.backward()

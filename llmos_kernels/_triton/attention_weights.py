@@ -7,6 +7,7 @@ Bytes: the weights once, query and key once for each tile that needs them.
 import triton
 import triton.language as tl
 
+from llmos_kernels._triton import examples
 from llmos_kernels._triton.attention_tiles import (
     TOP_LEFT,
     attends,
@@ -20,10 +21,11 @@ from llmos_kernels._triton.attention_tiles import (
     tile,
     with_unit_columns,
 )
+from llmos_kernels._triton.launch import kernel
 from llmos_kernels._triton.rows import dropout_arguments, dropout_factors
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "ROWS", "threshold"])
+@kernel(do_not_specialize=["q_len", "k_len", "ROWS", "threshold", "HEADS", "OUT_HEADS"])
 def _weights_kernel(q, k, mask, padding, seed, stats, weights, q_batch, q_head, q_row,
                     k_batch, k_head, k_row, mask_batch, mask_head, mask_row, mask_col,
                     padding_batch, padding_col, q_len, k_len, HEADS, GROUP, OUT_HEADS, ROWS,
@@ -92,3 +94,10 @@ def weights(q, k, attn_mask, padding, stats, scale, causal, dropout_p, seed, mea
         **mask_arguments(attn_mask, padding), **blocks,
     )  # fmt: skip
     return w
+
+
+def variants():
+    """See ``examples``."""
+    for call in examples.attention(examples.PADDED):
+        for mean in (True, False):
+            yield weights, call.weights(mean)

@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from llmos_kernels._triton import layer_norm, layer_norm_backward
+from llmos_kernels._triton import examples, layer_norm, layer_norm_backward
+from llmos_kernels._triton.launch import kernel
 from llmos_kernels._triton.layer_norm import WIDEST, scale_and_shift, standardize
 from llmos_kernels._triton.rows import as_rows, dropout_arguments, dropout_factors, tile
 
@@ -40,7 +41,7 @@ def _sum(index0, index1, index2, count0, count1, count2, table0, table1, table2,
     return v
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@kernel(do_not_specialize=_SIZES)
 def _forward_kernel(index0, index1, index2, count0, count1, count2, table0, table1, table2,
                     stride0, stride1, stride2, rows0, rows1, rows2, weight, bias, seed, y, stats,
                     N, D, eps, threshold, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
@@ -57,7 +58,7 @@ def _forward_kernel(index0, index1, index2, count0, count1, count2, table0, tabl
     tl.store(y + row * D + col, v, inside)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@kernel(do_not_specialize=_SIZES)
 def _sum_kernel(index0, index1, index2, count0, count1, count2, table0, table1, table2,
                 stride0, stride1, stride2, rows0, rows1, rows2, h, N, D, PIECES,
                 BLOCK: tl.constexpr):  # fmt: skip
@@ -68,7 +69,7 @@ def _sum_kernel(index0, index1, index2, count0, count1, count2, table0, table1, 
     tl.store(h + row * D + col, v, col < D)
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@kernel(do_not_specialize=["threshold"])
 def _drop_kernel(x, seed, out, stride, D, PIECES, threshold, scale, BLOCK: tl.constexpr):
     row = (tl.program_id(0) // PIECES).to(tl.int64) + tl.zeros((1, 1), tl.int64)
     first = (tl.program_id(0) % PIECES) * BLOCK
@@ -148,3 +149,18 @@ def backward(
         dy, None, h, weight, stats, d, True, 0.0, None, weight_grad, bias_grad
     )
     return dh, dweight, dbias
+
+
+def variants():
+    """See ``examples``."""
+    index = torch.empty(64, dtype=torch.int64)
+    for dtype in examples.DTYPES:
+        for d in (512, 1024, 2048):
+            table, weight = torch.empty(64, d, dtype=dtype), torch.empty(d, dtype=dtype)
+            dy, stats = torch.empty(64, d, dtype=dtype), torch.empty(2, 64)
+            for third in ((index, table), (None, None)):
+                sources = (index, index, third[0], table, table, third[1])
+                for p in (0.0, 0.1):
+                    dropout = p, examples.seed()
+                    yield forward, (*sources, weight, weight, 1e-5, *dropout)
+                    yield backward, (dy, *sources, weight, stats, *dropout, True, True)

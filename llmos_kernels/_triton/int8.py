@@ -12,9 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
+from llmos_kernels._triton import examples
 from llmos_kernels._triton.activation import activate
+from llmos_kernels._triton.launch import kernel
 from llmos_kernels._triton.products import halves, place
-from llmos_kernels.ops.activations import RELU, RELU2
+from llmos_kernels.ops.activations import GELU, GELU_TANH, NONE, RELU, RELU2
 from llmos_kernels.ops.int8 import SMALLEST
 from llmos_kernels.ops.int8_linear import WEIGHT_ONLY_ROWS
 
@@ -22,7 +24,7 @@ _SMALLEST: tl.constexpr = tl.constexpr(SMALLEST)
 _TO_WHOLE: tl.constexpr = tl.constexpr(1.5 * 2**23)  # Added and taken off: rounds, ties to even.
 
 
-@triton.jit(do_not_specialize=["M"])
+@kernel(do_not_specialize=["M"])
 def _mark_kernel(input, marks, threshold, M, K, input_row, input_col, BLOCK_M: tl.constexpr,
                  BLOCK_K: tl.constexpr):  # fmt: skip
     """marks[k] = 1 if column k has an outlier in this program's rows."""
@@ -63,7 +65,7 @@ def whole(x):
     return (x + _TO_WHOLE) - _TO_WHOLE
 
 
-@triton.jit(do_not_specialize=["M"])
+@kernel(do_not_specialize=["M"])
 def _quantize_kernel(input, rows, scale, marks, index, M, K, input_row, input_col,
                      LEVELS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """A row for each program; with marks one more lists outliers, which are 0 in rows."""
@@ -120,7 +122,7 @@ def _finish(z, b_scale, bias, out, row, first_col, M, N, ACTIVATION: tl.constexp
         tl.store(out + row[:, None] * N + col[None, :], y, inside)
 
 
-@triton.jit(do_not_specialize=["M"])
+@kernel(do_not_specialize=["M"])
 def _product_kernel(a, b, a_scale, b_scale, bias, out, zeros, index, input, M, N, K, a_row,
                     b_row, input_row, input_col, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
                     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
@@ -156,7 +158,7 @@ def _product_kernel(a, b, a_scale, b_scale, bias, out, zeros, index, input, M, N
     _finish(z, b_scale, bias, out, row, first_col, M, N, ACTIVATION, BLOCK_M, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=["M"])
+@kernel(do_not_specialize=["M"])
 def _weight_only_kernel(input, weight, scale, bias, out, M, N, K, input_row, input_col, weight_row,
                         ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                         BLOCK_K: tl.constexpr):  # fmt: skip
@@ -259,3 +261,18 @@ def weight_only(input, weight_int8, weight_scale, bias, activation):
         BLOCK_N=16, BLOCK_K=block_k, num_warps=4, num_stages=4,
     )  # fmt: skip
     return out
+
+
+def variants():
+    """See ``examples``."""
+    for dtype, rows, k, n in examples.products():
+        input, bias = torch.empty(rows, k, dtype=dtype), torch.empty(n, dtype=dtype)
+        weight, scale = torch.empty(n, k, dtype=torch.int8), torch.empty(n)
+        yield quantize, (input,)
+        for activation in (NONE, RELU, GELU, GELU_TANH) if k < n else (NONE,):
+            for threshold in (0.0, 6.0):
+                yield linear, (input, weight, scale, None, bias, activation, threshold)
+            if activation == RELU:
+                yield linear_rows, (input, weight, scale, None, bias, activation)
+            if rows <= WEIGHT_ONLY_ROWS:
+                yield weight_only, (input, weight, scale, bias, activation)

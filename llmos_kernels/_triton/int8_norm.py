@@ -7,12 +7,13 @@ import torch
 import triton
 import triton.language as tl
 
-from llmos_kernels._triton import layer_norm
+from llmos_kernels._triton import examples, layer_norm
 from llmos_kernels._triton.int8 import quantize, scale_of, whole
+from llmos_kernels._triton.launch import kernel
 from llmos_kernels._triton.rows import as_rows, tile
 
 
-@triton.jit(do_not_specialize=["N"])
+@kernel(do_not_specialize=["N"])
 def _norm_kernel(x, residual, weight, bias, rows, scale, h, stats, x_stride, residual_stride, N, D,
                  eps, CENTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -54,3 +55,10 @@ def norm(x, residual, weight, bias, d, eps, center):
         CENTER=center, ROWS=per, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return rows, scale, h
+
+
+def variants():
+    """See ``examples``."""
+    for x, weight, bias, d, center in examples.norms():
+        for residual in (None, x):
+            yield norm, (x, residual, weight, bias, d, 1e-5, center)

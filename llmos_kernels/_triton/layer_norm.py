@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from llmos_kernels._triton import examples
+from llmos_kernels._triton.launch import kernel
 from llmos_kernels._triton.rows import as_rows, dropout_arguments, dropout_factors, tile
 
 #: Rows wider than this do not fit a program's registers: 32 floats of a row in each of 512 threads.
@@ -60,7 +62,7 @@ def standardize(v, stats, row, inside, N, D, eps, CENTER: tl.constexpr):
     return v * rstd
 
 
-@triton.jit(do_not_specialize=["N", "threshold"])
+@kernel(do_not_specialize=["N", "threshold"])
 def _forward_kernel(x, residual, weight, bias, seed, y, h, stats, x_stride, residual_stride, N, D,
                     eps, threshold, scale,
                     CENTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
@@ -74,7 +76,7 @@ def _forward_kernel(x, residual, weight, bias, seed, y, h, stats, x_stride, resi
     tl.store(y + row * D + col, v, inside)
 
 
-@triton.jit(do_not_specialize=["N", "threshold"])
+@kernel(do_not_specialize=["N", "threshold"])
 def _forward_wide_kernel(x, residual, weight, bias, seed, y, h, stats, x_stride, residual_stride, N,
                          D, eps, threshold, scale, CENTER: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) + tl.zeros((1, 1), tl.int64)
@@ -146,3 +148,11 @@ def _launch(x, residual, weight, bias, d, eps, center, dropout_p, seed):
         grid = (triton.cdiv(n, rows),)
         _forward_kernel[grid](*args, ROWS=rows, BLOCK=block, num_warps=warps)
     return y, h, stats
+
+
+def variants():
+    """See ``examples``."""
+    for x, weight, bias, d, center in examples.norms():
+        yield forward, (x, weight, bias, d, 1e-5, center)
+        for p in (0.0, 0.1):
+            yield add_forward, (x, x, weight, bias, d, 1e-5, center, p, examples.seed())

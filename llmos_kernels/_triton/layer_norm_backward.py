@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from llmos_kernels._triton import examples
+from llmos_kernels._triton.launch import kernel
 from llmos_kernels._triton.rows import as_rows, dropout_arguments, dropout_factors, tile
 
 #: Rows of more bytes than this do not fit a program's registers together with their gradient sums.
@@ -29,7 +31,7 @@ def _store_gradients(v, seed, dresidual, dx, at, row, first_col, threshold, scal
         tl.store(dx + at, v.to(tl.float32) * factors, inside)
 
 
-@triton.jit(do_not_specialize=["N", "threshold"])
+@kernel(do_not_specialize=["N", "threshold"])
 def _backward_kernel(dy, dh, h, weight, stats, seed, dresidual, dx, dweight, dbias, dy_stride,
                      dh_stride, h_stride, N, D, threshold, scale,
                      CENTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
@@ -70,7 +72,7 @@ def _backward_kernel(dy, dh, h, weight, stats, seed, dresidual, dx, dweight, dbi
         tl.store(dbias + pid * D + col, dbias_sum, col < D)
 
 
-@triton.jit(do_not_specialize=["N", "threshold"])
+@kernel(do_not_specialize=["N", "threshold"])
 def _backward_wide_kernel(dy, dh, h, weight, stats, seed, dresidual, dx, dy_stride, dh_stride,
                           h_stride, N, D, threshold, scale,
                           CENTER: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
@@ -106,7 +108,7 @@ def _backward_wide_kernel(dy, dh, h, weight, stats, seed, dresidual, dx, dy_stri
                          col < D, 1, BLOCK)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N"])
+@kernel(do_not_specialize=["N"])
 def _weight_gradient_kernel(dy, h, stats, dweight, dbias, dy_stride, h_stride, N, D, CHUNK, CHUNKS,
                             CENTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Sums of CHUNK rows of a block of columns."""
@@ -132,7 +134,7 @@ def _weight_gradient_kernel(dy, h, stats, dweight, dbias, dy_stride, h_stride, N
         tl.store(dbias + chunk * D + col, dbias_sum, col < D)
 
 
-@triton.jit
+@kernel
 def _sum_kernel(partial, out, SHARES, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """out[c] = the sum of partial[:, c], in one order."""
     col = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -195,3 +197,14 @@ def _sum(partial, like, d, dtype):
     grid = (triton.cdiv(d, 64),)
     _sum_kernel[grid](partial, out, len(partial), d, ROWS=32, BLOCK=64, num_warps=4)
     return out
+
+
+def variants():
+    """See ``examples``."""
+    for x, weight, bias, d, center in examples.norms():
+        stats = torch.empty(2 if center else 1, len(x))
+        parameters = True, bias is not None
+        # A norm alone, and one with residual and dropout.
+        yield backward, (x, None, x, weight, stats, d, center, 0.0, None, *parameters)
+        for p in (0.0, 0.1):
+            yield backward, (x, x, x, weight, stats, d, center, p, examples.seed(), *parameters)

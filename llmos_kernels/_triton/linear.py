@@ -6,11 +6,13 @@ Bytes: out and kept once, input once for each block of columns, the weight once 
 Of a weight stored by columns few rows load only the columns where input is not 0.
 """
 
+import torch
 import triton
 import triton.language as tl
 
-from llmos_kernels._triton import persistent
+from llmos_kernels._triton import examples, persistent
 from llmos_kernels._triton.activation import activate, dropout_options
+from llmos_kernels._triton.launch import kernel
 from llmos_kernels._triton.products import (
     add_parts,
     halves,
@@ -22,6 +24,7 @@ from llmos_kernels._triton.products import (
     store_part,
 )
 from llmos_kernels._triton.rows import dropout_factors
+from llmos_kernels.ops.activations import GELU, GELU_TANH, NONE, RELU, keeps_input
 
 #: Up to so many rows a weight stored by columns is read only where input is not 0.
 _SKIP_ROWS = 4
@@ -53,7 +56,7 @@ def _finish(acc, bias, seed, out, kept, row, first_col, M, N, threshold, scale,
         tl.store(out + at, y, inside)
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@kernel(do_not_specialize=["M", "threshold"])
 def _forward_kernel(input, weight, bias, seed, out, kept, partial, M, N, K, PARTS, STEP,
                     input_row, input_col, weight_row, weight_col, threshold, scale,
                     ACTIVATION: tl.constexpr, SKIP: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -70,7 +73,7 @@ def _forward_kernel(input, weight, bias, seed, out, kept, partial, M, N, K, PART
                 BLOCK_M, BLOCK_N)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@kernel(do_not_specialize=["M", "threshold"])
 def _persistent_forward_kernel(a, b, bias, seed, out, kept, M, N, K, threshold, scale,
                                ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
                                BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
@@ -84,7 +87,7 @@ def _persistent_forward_kernel(a, b, bias, seed, out, kept, M, N, K, threshold, 
                 BLOCK_M, BLOCK_N)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "PARTS", "threshold"])
+@kernel(do_not_specialize=["M", "PARTS", "threshold"])
 def _parts_kernel(partial, bias, seed, out, kept, M, N, PARTS, threshold, scale,
                     ACTIVATION: tl.constexpr, SHARES: tl.constexpr, BLOCK_M: tl.constexpr,
                     BLOCK_N: tl.constexpr):  # fmt: skip
@@ -123,3 +126,19 @@ def forward(input, weight, bias, activation, dropout_p, seed, keep):
         grid, blocks = part_plan(m, n, blocks["PARTS"])
         _parts_kernel[grid](partial=partial, **finish, **blocks)
     return out, kept
+
+
+def variants():
+    """See ``examples``."""
+    for dtype, rows, k, n in examples.products():
+        input, weight, bias = (torch.empty(s, dtype=dtype) for s in ((rows, k), (n, k), n))
+        if k < n:
+            for activation in (RELU, GELU, GELU_TANH):
+                keep = keeps_input(activation)
+                yield forward, (input, weight, bias, activation, 0.0, None, False)
+                for p in (0.0, 0.1) if rows > 16 else ():
+                    yield forward, (input, weight, bias, activation, p, examples.seed(), keep)
+            yield forward, (input, weight, None, RELU, 0.0, None, False)
+        elif rows <= _SKIP_ROWS:
+            by_columns = torch.empty(k, n, dtype=dtype).mT
+            yield forward, (input, by_columns, bias, NONE, 0.0, None, False)

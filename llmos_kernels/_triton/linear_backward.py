@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from llmos_kernels._triton import persistent
+from llmos_kernels._triton import examples, persistent
 from llmos_kernels._triton.activation import derivative, dropout_options
+from llmos_kernels._triton.launch import kernel
 from llmos_kernels._triton.products import (
     add_parts,
     halves,
@@ -25,6 +26,7 @@ from llmos_kernels._triton.products import (
     sum_parts,
 )
 from llmos_kernels._triton.rows import dropout_factors
+from llmos_kernels.ops.activations import GELU, GELU_TANH, RELU
 
 
 @triton.jit
@@ -53,7 +55,7 @@ def _finish(acc, kept, seed, dinput, sums, row, first_row, first_col, M, N, kept
         tl.store(dinput + row[:, None] * N + col[None, :], acc, inside)
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@kernel(do_not_specialize=["M", "threshold"])
 def _dinput_kernel(dout, weight, kept, seed, dinput, sums, partial, M, N, K, PARTS, STEP, dout_row,
                    dout_col, weight_row, weight_col, kept_row, kept_col, threshold, scale,
                    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -70,7 +72,7 @@ def _dinput_kernel(dout, weight, kept, seed, dinput, sums, partial, M, N, K, PAR
                 threshold, scale, ACTIVATION, BLOCK_M, BLOCK_N)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@kernel(do_not_specialize=["M", "threshold"])
 def _persistent_dinput_kernel(a, b, kept, seed, dinput, sums, M, N, K, kept_row, kept_col, threshold,
                               scale, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
                               BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
@@ -84,7 +86,7 @@ def _persistent_dinput_kernel(a, b, kept, seed, dinput, sums, M, N, K, kept_row,
                 threshold, scale, ACTIVATION, BLOCK_M, BLOCK_N)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "PARTS", "threshold"])
+@kernel(do_not_specialize=["M", "PARTS", "threshold"])
 def _parts_kernel(partial, kept, seed, dinput, sums, M, N, PARTS, kept_row, kept_col, threshold,
                     scale, ACTIVATION: tl.constexpr, SHARES: tl.constexpr, BLOCK_M: tl.constexpr,
                     BLOCK_N: tl.constexpr):  # fmt: skip
@@ -114,7 +116,7 @@ def _sum_share(dout, sums, row, part, share, SHARES, M, K, STEP, dout_row, dout_
     tl.store(sums + at, tl.sum(total, 1), row < M)
 
 
-@triton.jit(do_not_specialize=["K"])
+@kernel(do_not_specialize=["K"])
 def _dweight_kernel(dout, input, dweight, sums, partial, M, N, K, PARTS, STEP, dout_row,
                     dout_col, input_row, input_col,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
@@ -188,3 +190,15 @@ def dweight(dout, input, bias):
     if sums is not None:
         sum_parts(sums, dbias)
     return out, dbias
+
+
+def variants():
+    """See ``examples``. Nobody calls ``dweight`` on a GPU: cuBLAS answers where nothing is fused."""
+    for dtype, rows, k, n in examples.products():
+        if k < n and rows > 16:
+            dout, weight, kept = (
+                torch.empty(s, dtype=dtype) for s in ((rows, k), (k, n), (rows, n))
+            )
+            for activation in (RELU, GELU, GELU_TANH):
+                for p in (0.0, 0.1):
+                    yield dinput, (dout, weight, kept, activation, p, examples.seed())

@@ -17,6 +17,8 @@ from llmos_kernels._triton.products import place_tile
 #: BLOCK_M, BLOCK_N, BLOCK_K, warps, stages, and the tiles from which on: what keeps to registers with
 #: any epilogue. Of the larger each multiprocessor should have two.
 _TILES = ((128, 256, 64, 8, 3, 264), (128, 128, 64, 8, 4, 132))
+#: The architectures with tensor memory accelerators that these kernels are for.
+ARCHS = ("sm_90", "sm_100", "sm_103")
 #: The multiprocessors where there is no GPU.
 _PROCESSORS = 132
 
@@ -44,7 +46,9 @@ def multiply(a, b, row, col, K, TURNED: tl.constexpr, BLOCK_M: tl.constexpr, BLO
 
 @functools.cache
 def _has_engine(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    if device.type != "cuda":
+        return False
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device)) in ARCHS
 
 
 @functools.cache

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from llmos_kernels._triton.launch import kernel
+
 #: Rows of tiles that are walked together, so that what runs at one time shares both operands in L2.
 _GROUP: tl.constexpr = tl.constexpr(8)
 
@@ -92,7 +94,7 @@ def add_parts(partial, row, col, PARTS, M, N,
     return tl.sum(total, 0)
 
 
-@triton.jit(do_not_specialize=["PARTS"])
+@kernel(do_not_specialize=["PARTS"])
 def _sum_kernel(partial, out, SIZE, PARTS, SHARES: tl.constexpr, BLOCK_M: tl.constexpr,
                 BLOCK_N: tl.constexpr):  # fmt: skip
     row = tl.arange(0, BLOCK_M).to(tl.int64)

@@ -1,0 +1,296 @@
+#include "kernel.h"
+
+#include <array>
+#include <cstring>
+#include <optional>
+#include <stdexcept>
+
+namespace llmos::pack {
+namespace {
+
+constexpr size_t kMostParameters = 96, kMostDescriptors = 4;
+
+PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
+
+void append(std::string& to, int64_t number) {
+  char text[24];
+  to.append(text, std::snprintf(text, sizeof text, "%lld", static_cast<long long>(number)));
+}
+
+// A list of Python's integers; an error is Python's own.
+template <class T>
+std::vector<T> integers(PyObject* of, const char* name) {
+  std::vector<T> found;
+  for (auto item : py::reinterpret_steal<py::object>(PyObject_GetAttrString(of, name)))
+    found.push_back(item.cast<T>());
+  return found;
+}
+
+// Throws std::invalid_argument for memory that the GPU cannot read, as of a tensor on the CPU.
+void check_pointer(uint64_t address, const char* symbol) {
+  uint64_t device_address = 0;
+  if (address &&
+      driver().pointer_get_attribute(&device_address, kDevicePointer, address) != kSuccess)
+    throw std::invalid_argument(std::string(symbol) + ": a tensor that is not on the GPU");
+}
+
+// The tensor map of a TensorDescriptor, as Triton makes it.
+void encode(const Descriptor& about, PyObject* descriptor, std::byte* map, const char* symbol) {
+  const auto& d = driver();
+  if (!d.tensor_map_encode_tiled)
+    throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled");
+  const auto shape = integers<uint64_t>(descriptor, "shape");
+  const auto strides = integers<uint64_t>(descriptor, "strides");
+  const size_t rank = shape.size();
+  if (rank > 5 || strides.size() != rank || about.block.size() != rank)
+    throw std::runtime_error("a tensor descriptor of another rank");
+  uint64_t sizes[5], steps[5];  // Innermost first, the steps in bytes, without the innermost.
+  uint32_t block[5], every[5] = {1, 1, 1, 1, 1};
+  for (size_t i = 0; i < rank; ++i) {
+    sizes[i] = shape[rank - 1 - i];
+    block[i] = about.block[rank - 1 - i];
+    if (i + 1 < rank) steps[i] = strides[rank - 2 - i] * about.element_bytes;
+  }
+  const auto base = py::handle(descriptor).attr("base").attr("data_ptr")().cast<uintptr_t>();
+  check_pointer(base, symbol);
+  check(d.tensor_map_encode_tiled(map, about.element_type, rank, reinterpret_cast<void*>(base),
+                                  sizes, steps, block, every, 0, about.swizzle, kL2Promotion128, 0),
+        "cuTensorMapEncodeTiled", symbol);
+}
+
+}  // namespace
+
+// What a launch passes: the key that names its variant, and the values in order.
+struct Kernel::Arguments {
+  struct Value {
+    uint64_t bits;
+    size_t size;  // In bytes.
+    bool pointer;
+    PyObject* descriptor;  // Passed as what it stands for, in the place of a value.
+  };
+  std::string key;
+  std::array<Value, kMostParameters> values;
+  size_t count = 0;
+
+  void push(uint64_t bits, size_t size, bool pointer = false, PyObject* descriptor = nullptr) {
+    if (count == kMostParameters) throw std::runtime_error("too many parameters");
+    values[count++] = {bits, size, pointer, descriptor};
+  }
+};
+
+Kernel::Kernel(std::vector<std::pair<std::string, int>> parameters,
+               std::vector<std::string> options, py::dict dtypes)
+    : dtypes_(std::move(dtypes)) {
+  const auto name = [](const std::string& s) {
+    return py::reinterpret_steal<py::str>(interned(s.c_str()));
+  };
+  for (auto& [text, specialize] : parameters) parameters_.push_back({name(text), specialize});
+  for (auto& text : options) options_.push_back({name(text), 0});
+}
+
+void Kernel::add(const std::string& key, Variant variant) {
+  variants_.insert_or_assign(key, std::move(variant));
+}
+
+bool Kernel::read(const py::tuple& args, const py::dict& kwargs, Arguments& to) const {
+  static PyObject *const data_ptr = interned("data_ptr"), *const dtype = interned("dtype"),
+                         *const block_shape = interned("block_shape"),
+                         *const base = interned("base");
+  const size_t positional = args.size();
+  size_t named = 0;
+  auto& key = to.key;
+  key.reserve(512);
+
+  const auto dtype_name = [&](PyObject* tensor) -> PyObject* {
+    py::object its = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, dtype));
+    PyObject* name = its ? PyDict_GetItemWithError(dtypes_.ptr(), its.ptr()) : nullptr;
+    if (!name) PyErr_Clear();
+    return name;  // Borrowed of dtypes_.
+  };
+  const auto append_text = [&](PyObject* text) {
+    Py_ssize_t length = 0;
+    const char* data = PyUnicode_AsUTF8AndSize(text, &length);
+    key.append(data, length);
+  };
+
+  for (size_t i = 0; i < parameters_.size(); ++i) {
+    const auto& parameter = parameters_[i];
+    PyObject* value;
+    if (i < positional) {
+      value = PyTuple_GET_ITEM(args.ptr(), i);
+    } else {
+      value = PyDict_GetItemWithError(kwargs.ptr(), parameter.name.ptr());
+      if (!value) return PyErr_Clear(), false;
+      ++named;
+    }
+    if (i) key += ',';
+    if (parameter.specialize & kConstexpr) {
+      key += '=';
+      if (PyLong_CheckExact(value)) {
+        int overflow = 0;
+        append(key, PyLong_AsLongLongAndOverflow(value, &overflow));
+        if (overflow) return false;
+      } else {
+        py::object text = py::reinterpret_steal<py::object>(PyObject_Repr(value));
+        if (!text) throw py::error_already_set();
+        append_text(text.ptr());
+      }
+    } else if (value == Py_None) {
+      key += '-';
+    } else if (PyLong_CheckExact(value)) {
+      int overflow = 0;
+      const int64_t number = PyLong_AsLongLongAndOverflow(value, &overflow);
+      if (overflow) return false;
+      if ((parameter.specialize & kValue) && number == 1) {
+        key += '1';
+        continue;
+      }
+      const bool narrow = number >= INT32_MIN && number <= INT32_MAX;
+      key += narrow ? "i32" : "i64";
+      if ((parameter.specialize & kAlignment) && number % 16 == 0) key += '!';
+      to.push(static_cast<uint64_t>(number), narrow ? 4 : 8);
+    } else if (PyFloat_CheckExact(value)) {
+      key += "fp32";
+      const float number = static_cast<float>(PyFloat_AS_DOUBLE(value));
+      uint32_t bits;
+      std::memcpy(&bits, &number, sizeof bits);
+      to.push(bits, 4);
+    } else if (PyObject* name = dtype_name(value)) {
+      py::object at = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(value, data_ptr));
+      if (!at) throw py::error_already_set();
+      const uint64_t address = PyLong_AsUnsignedLongLong(at.ptr());
+      key += '*';
+      append_text(name);
+      if ((parameter.specialize & kAlignment) && address % 16 == 0) key += '!';
+      to.push(address, 8, true);
+    } else if (PyObject_HasAttr(value, block_shape)) {
+      py::object tensor = py::reinterpret_steal<py::object>(PyObject_GetAttr(value, base));
+      name = tensor ? dtype_name(tensor.ptr()) : nullptr;
+      const auto padding = py::handle(value).attr("padding").cast<std::string>();
+      if (!name || padding != "zero") return PyErr_Clear(), false;
+      key += "tensordesc<";
+      append_text(name);
+      const char* before = "[";
+      for (auto size : integers<int64_t>(value, "block_shape")) {
+        key += before;
+        append(key, size);
+        before = ", ";
+      }
+      key += "]>";
+      to.push(0, kTensorMapBytes, false, value);
+      for (auto size : integers<int64_t>(value, "shape")) to.push(static_cast<uint64_t>(size), 4);
+      for (auto step : integers<int64_t>(value, "strides")) to.push(static_cast<uint64_t>(step), 8);
+    } else {
+      return false;
+    }
+  }
+  for (const auto& option : options_) {
+    PyObject* value = PyDict_GetItemWithError(kwargs.ptr(), option.name.ptr());
+    if (!value) continue;
+    ++named;
+    if (value == Py_None) continue;
+    if (!PyLong_CheckExact(value)) return false;
+    key += ';';
+    append_text(option.name.ptr());
+    key += '=';
+    append(key, PyLong_AsLongLong(value));
+  }
+  // Hidden: global scratch and profile scratch, of which no packed kernel takes any.
+  to.push(0, 8);
+  to.push(0, 8);
+  return positional <= parameters_.size() && named == kwargs.size();
+}
+
+py::object Kernel::key(const py::tuple& args, const py::dict& kwargs) const {
+  Arguments arguments;
+  if (!read(args, kwargs, arguments)) return py::none();
+  return py::str(arguments.key);
+}
+
+Handle Kernel::function(Variant& variant, int device) {
+  const auto loaded = [&]() -> Handle {
+    return size_t(device) < variant.functions.size() ? variant.functions[device] : nullptr;
+  };
+  {
+    const std::lock_guard lock(loading_);
+    if (Handle function = loaded()) return function;
+  }
+  // Python may let another thread run meanwhile: no lock is held.
+  const auto image = variant.image().cast<std::string>();
+  const std::lock_guard lock(loading_);
+  if (Handle function = loaded()) return function;
+  const auto& d = driver();
+  const char* symbol = variant.symbol.c_str();
+  // A stream of this thread may be capturing a graph, which loading does not belong to.
+  int mode = kCaptureRelaxed;
+  check(d.exchange_capture_mode(&mode), "cuThreadExchangeStreamCaptureMode", symbol);
+  Handle module = nullptr, function = nullptr;
+  const Result result = d.module_load_data(&module, image.data());
+  check(d.exchange_capture_mode(&mode), "cuThreadExchangeStreamCaptureMode", symbol);
+  check(result, "cuModuleLoadData", symbol);
+  check(d.module_get_function(&function, module, symbol), "cuModuleGetFunction", symbol);
+  if (variant.shared > 48 * 1024) {
+    check(d.function_set_attribute(function, kMaxDynamicShared, static_cast<int>(variant.shared)),
+          "cuFuncSetAttribute", symbol);
+  }
+  if (d.function_get_param_info) {
+    size_t count = 0, offset = 0, size = 0;
+    for (; d.function_get_param_info(function, count, &offset, &size) == kSuccess; ++count)
+      if (count >= variant.sizes.size() || variant.sizes[count] != size) break;
+    if (count != variant.sizes.size())
+      throw std::runtime_error(std::string("the cubin of ") + symbol +
+                               " has other parameters than its index says");
+  }
+  if (size_t(device) >= variant.functions.size()) variant.functions.resize(device + 1);
+  return variant.functions[device] = function;
+}
+
+bool Kernel::launch(int device, uint64_t stream, const py::tuple& grid, const py::tuple& args,
+                    const py::dict& kwargs) {
+  Arguments arguments;
+  if (!read(args, kwargs, arguments)) return false;
+  const auto found = variants_.find(arguments.key);
+  if (found == variants_.end()) return false;
+  Variant& variant = found->second;
+
+  unsigned blocks[3] = {1, 1, 1};
+  if (grid.size() > 3) throw std::runtime_error("a grid has at most 3 dimensions");
+  for (size_t i = 0; i < grid.size(); ++i) blocks[i] = grid[i].cast<unsigned>();
+  if (!blocks[0] || !blocks[1] || !blocks[2]) return true;
+
+  const auto& d = driver();
+  const char* symbol = variant.symbol.c_str();
+  Handle context = nullptr;
+  check(d.context_get_current(&context), "cuCtxGetCurrent", symbol);
+  if (!context) {  // A thread that has not used CUDA yet.
+    int ordinal = 0;
+    check(d.device_get(&ordinal, device), "cuDeviceGet", symbol);
+    check(d.primary_context_retain(&context, ordinal), "cuDevicePrimaryCtxRetain", symbol);
+    check(d.context_set_current(context), "cuCtxSetCurrent", symbol);
+  }
+  Handle loaded = function(variant, device);
+
+  alignas(64) std::byte maps[kMostDescriptors][kTensorMapBytes];
+  std::array<void*, kMostParameters> pointers;
+  size_t descriptors = 0;
+  bool same = arguments.count == variant.sizes.size();
+  for (size_t i = 0; same && i < arguments.count; ++i) {
+    auto& value = arguments.values[i];
+    same = value.size == variant.sizes[i];
+    pointers[i] = &value.bits;
+    if (value.pointer) check_pointer(value.bits, symbol);
+    if (!same || !value.descriptor) continue;
+    same = descriptors < variant.descriptors.size() && descriptors < kMostDescriptors;
+    if (!same) break;
+    encode(variant.descriptors[descriptors], value.descriptor, maps[descriptors], symbol);
+    pointers[i] = maps[descriptors++];
+  }
+  if (!same)
+    throw std::runtime_error(std::string(symbol) + " has other parameters than its arguments");
+  check(d.launch_kernel(loaded, blocks[0], blocks[1], blocks[2], variant.threads, 1, 1,
+                        variant.shared, reinterpret_cast<Handle>(stream), pointers.data(), nullptr),
+        "cuLaunchKernel", symbol);
+  return true;
+}
+
+}  // namespace llmos::pack

@@ -1,0 +1,91 @@
+"""How a kernel is launched: as the wheel has it compiled, else as Triton compiles it now."""
+
+import functools
+import subprocess
+import warnings
+
+import torch
+import triton
+from triton.runtime.jit import JITFunction
+
+from llmos_kernels import _pack
+from llmos_kernels._registry import CannotCompile
+
+#: The launch options that choose a variant.
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+
+
+class Kernel(JITFunction):
+    """A Triton kernel whose launches look into the pack first."""
+
+    #: Why Triton cannot compile in this process, once it has turned out that it cannot.
+    broken: str | None = None
+
+    def __init__(self, fn, **options):
+        super().__init__(fn, **options)
+        self.packed: dict = {}
+
+    @property
+    def name(self) -> str:
+        """As the pack knows it: ``linear:_forward_kernel``."""
+        return f"{self.fn.__module__.rpartition('.')[2]}:{self.fn.__name__}"
+
+    def pack(self, device: int):
+        """What the pack has of this kernel for the device, or None; see ``_pack.for_device``."""
+        if device not in self.packed:
+            found = _pack.for_device(device)
+            self.packed[device] = found and found.kernel(self.name, parameters(self), OPTIONS)
+        return self.packed[device]
+
+    def run(self, *args, grid, warmup, **kwargs):
+        if not warmup:
+            device, stream = current()
+            packed = self.pack(device)
+            try:
+                if packed and packed.launch(device, stream, grid, args, kwargs):
+                    return None
+            except _pack.PackError as e:
+                if _pack.MODE == "require":
+                    raise
+                self.packed[device] = None
+                warnings.warn(f"{e}; Triton compiles kernels instead", RuntimeWarning, stacklevel=3)
+            if _pack.MODE == "require":
+                raise RuntimeError(_pack.missing(device, self.name, packed.key(args, kwargs)))
+        if Kernel.broken:
+            raise CannotCompile(Kernel.broken)
+        try:
+            return super().run(*args, grid=grid, warmup=warmup, **kwargs)
+        except (RuntimeError, subprocess.CalledProcessError, OSError) as e:
+            if isinstance(e, RuntimeError) and "Failed to find C compiler" not in str(e):
+                raise
+            Kernel.broken = f"Triton cannot compile: {e}"
+            raise CannotCompile(Kernel.broken) from e
+
+
+def parameters(fn: JITFunction) -> list[tuple[str, int]]:
+    """The name of each parameter and what of its value chooses a variant: 1 that it is a constant,
+    2 whether it is 1, 4 whether 16 divides it; as Triton specialises."""
+    return [
+        (
+            p.name,
+            1 * p.is_constexpr
+            + 2 * (not p.do_not_specialize)
+            + 4 * (not p.do_not_specialize and not p.do_not_specialize_on_alignment),
+        )
+        for p in fn.params
+    ]
+
+
+def current() -> tuple[int, int]:
+    """The current device and its current stream."""
+    device = torch._C._cuda_getDevice()
+    return device, torch._C._cuda_getCurrentRawStream(device)
+
+
+def kernel(fn=None, **options):
+    """``triton.jit`` for what is launched from Python."""
+    if fn is None:
+        return functools.partial(kernel, **options)
+    if triton.knobs.runtime.interpret:
+        return triton.jit(fn, **options)
+    return Kernel(fn, **options)

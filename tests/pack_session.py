@@ -1,0 +1,349 @@
+"""What test_pack.py runs in a process of its own, where Triton compiles instead of interpreting:
+
+    python pack_session.py keys sm_90
+    python pack_session.py covered sm_90
+    python pack_session.py launches sm_90 libcuda.so.1 FOLDER
+    python pack_session.py refused sm_90 libcuda.so.1 FOLDER   # of the pack that launches has made
+
+The driver is that of fake_cuda.c: it has no GPU and keeps what it was told.
+"""
+
+import ctypes
+import itertools
+import json
+import struct
+import sys
+import threading
+from pathlib import Path
+from unittest import mock
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from llmos_kernels import _C, _compile, _pack
+from llmos_kernels._registry import DEFINED
+from llmos_kernels._triton import launch as launching
+from llmos_kernels._triton.launch import OPTIONS, Kernel, parameters
+from llmos_kernels.ops.activations import GELU, GELU_TANH, RELU
+
+STREAM = 0x5EED
+
+
+def keys(arch: str) -> None:
+    """The key of every call's arguments in C++, that of its record, and Triton's own view of them."""
+    backend = make_backend(GPUTarget("cuda", int(arch.removeprefix("sm_")), 32))
+    checked = []
+
+    def run(self, *args, grid, warmup, **kwargs):
+        launch = _compile._launch(self, args, dict(kwargs))
+        made = _C.Kernel(parameters(self), list(OPTIONS), _pack.DTYPES).key(args, kwargs)
+        assert made == launch.key, f"{self.name}: {made} is not {launch.key}"
+        bind = create_function_from_signature(self.signature, self.params, backend)
+        _, specialization, _ = bind(*args, **kwargs)
+        for (name, kind), (expected, attribute) in zip(
+            launch.signature, specialization, strict=True
+        ):
+            assert kind == expected, f"{self.name} {name}: {kind} is not {expected}"
+            if kind != "constexpr":
+                assert ("D" in (attribute or "")) == (name in launch.aligned), (self.name, name)
+        checked.append(launch.key)
+
+    with mock.patch.object(Kernel, "run", run), _compile.planned_for(arch):
+        for launcher, args in _compile.calls():
+            launcher(*args)
+    print(len(checked), "launches,", len(set(checked)), "keys")
+
+
+#: Width, heads, activation: MiniLM, BERT base and large, GPT-2, T5 small, OPT 1.3B.
+MODELS = (
+    (384, 12, GELU), (768, 12, GELU), (1024, 16, GELU), (768, 12, GELU_TANH), (512, 8, RELU),
+    (2048, 32, RELU),
+)  # fmt: skip
+
+
+def model_calls(d, heads, activation, dtype, batch, length):
+    """Each op with a Triton launcher, as a layer of such a model calls it in training and inference."""
+    seed, head_dim = torch.empty(2, dtype=torch.int64), d // heads
+    empty = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype)
+    x, hidden, parameter = empty(batch * length, d), empty(batch * length, 4 * d), empty(d)
+    stats = empty(2, batch * length, dtype=torch.float32)
+    index, table = empty(batch, length, dtype=torch.int64), empty(512, d)
+    sources = index, index, index, table, table, table
+    for p in (0.0, 0.1):
+        drop = p, seed
+        norm = parameter, parameter, d, 1e-5, True
+        yield "layer_norm_forward", (x, *norm)
+        yield "add_layer_norm_forward", (x, x, *norm, *drop)
+        yield "layer_norm_backward", (x, x, x, parameter, stats, d, True, *drop, True, True)
+        yield "embedding_layer_norm_forward", (*sources, parameter, parameter, 1e-5, *drop)
+        yield (
+            "embedding_layer_norm_backward",
+            (x.view(batch, length, d), *sources, parameter, stats, *drop, True, True),
+        )
+        yield (
+            "linear_forward",
+            (x, empty(4 * d, d), empty(4 * d), activation, *drop, p > 0 and activation != RELU),
+        )
+        yield "linear_dinput", (x, empty(d, 4 * d), hidden, activation, *drop)
+        yield "activation_forward", (hidden, activation, *drop)
+        yield "activation_backward", (hidden, hidden, activation, *drop)
+    q = empty(batch, length, heads, head_dim).transpose(1, 2)
+    padding = empty(batch, length, dtype=torch.bool)
+    row_stats = empty(2, batch, heads, length, dtype=torch.float32)
+    for mask, causal, p in ((None, 0, 0.0), (padding, 0, 0.0), (None, 1, 0.0), (padding, 0, 0.1)):
+        options = head_dim**-0.5, causal, p, seed
+        yield "attention_forward", (q, q, q, None, mask, None, None, *options)
+        yield (
+            "attention_backward",
+            (q, q, q, q, None, mask, None, None, q.transpose(1, 2), row_stats, *options, False),
+        )
+    yield "attention_weights", (q, q, None, padding, row_stats, head_dim**-0.5, 0, 0.0, seed, True)
+    one, cache = q[:, :, :1], empty(batch, heads, 2 * length + 512, head_dim)
+    yield (
+        "attention_forward",
+        (one, cache, cache, None, None, None, None, head_dim**-0.5, 0, 0.0, seed),
+    )
+    weight, scale = empty(4 * d, d, dtype=torch.int8), empty(4 * d, dtype=torch.float32)
+    last = empty(4 * d), activation
+    rows, row_scale = (
+        empty(batch * length, d, dtype=torch.int8),
+        empty(batch * length, dtype=torch.float32),
+    )
+    yield "int8_quantize", (x,)
+    yield "int8_matmul", (rows, weight, row_scale, scale, None, *last, dtype)
+    for threshold in (0.0, 6.0):
+        yield "int8_linear", (x, weight, scale, None, *last, threshold)
+    yield "int8_linear_rows", (x, weight, scale, None, *last)
+    yield "int8_weight_only", (x[:8], weight, scale, *last)
+    yield "int8_norm", (x, x, parameter, parameter, d, 1e-5, True)
+
+
+def covered(arch: str) -> None:
+    """Every launch that common models make by default is one of the variants."""
+    having = {(v.name, v.key) for v in _compile.variants(arch)}
+    ops, found, missing = set(), set(), {}
+    for model, dtype, (batch, length) in itertools.product(
+        MODELS, (torch.bfloat16, torch.float16, torch.float32), ((8, 128), (16, 512), (3, 100))
+    ):
+        for op, args in model_calls(*model, dtype, batch, length):
+            ops.add(f"llmos::{op}")
+            with _compile.recorded_launches(arch) as launches:
+                DEFINED[f"llmos::{op}"].launch(*args)
+            found.update((k.name, k.key) for k in launches)
+            missing |= {
+                k: (op, *model, dtype, batch, length)
+                for k in launches
+                if (k.name, k.key) not in having
+            }
+    # On GPUs cuBLAS answers for the products of parameters.
+    lacking = {name for name, op in DEFINED.items() if op.triton} - ops - {"llmos::linear_dweight"}
+    assert not lacking, f"no call of {lacking}"
+    assert not missing, "\n".join(f"{k.name} {k.key}: {call}" for k, call in missing.items())
+    print(len(found), "launches of", len(ops), "ops")
+
+
+class Launch(ctypes.Structure):
+    """The last launch, as fake_cuda.c keeps it."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("threads", ctypes.c_uint),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_uint64),
+        ("bytes", (ctypes.c_ubyte * 128) * 96),
+    )
+
+
+def passed(launch: _compile.Launch, values: dict, entry: dict) -> list:
+    """The bytes of each parameter, from the arguments; None where the driver made them."""
+    found: list = []
+    boxes = [block for *_, block in entry["descriptors"]]
+    for name, kind in launch.signature:
+        value = values[name]
+        if kind == "constexpr":
+            continue
+        if isinstance(value, TensorDescriptor):
+            (rows, cols), (step, _) = value.shape, value.strides
+            box = boxes.pop(0)
+            size = value.base.itemsize
+            # Type, rank, base, sizes, step, box, steps of elements, interleave, swizzle, promotion.
+            words = [None, 2, value.base.data_ptr(), cols, rows, step * size, *reversed(box)]
+            found += [words + [1, 1, 0, None, 2, 0]]
+            found += [struct.pack("<i", n) for n in value.shape]
+            found += [struct.pack("<q", n) for n in value.strides]
+        elif isinstance(value, torch.Tensor):
+            found.append(struct.pack("<Q", value.data_ptr()))
+        elif isinstance(value, float):
+            found.append(struct.pack("<f", value))
+        else:
+            found.append(struct.pack("<i" if kind == "i32" else "<q", value))
+    return found + [bytes(8), bytes(8)]
+
+
+def launches(arch: str, library: str, folder: str) -> None:
+    """Some variants of every kernel, compiled, packed, found and launched: what the driver is told is
+    what the launcher said, laid out as the compiled kernel has its parameters."""
+    fake = ctypes.CDLL(library)
+    integer = lambda name: ctypes.c_int.in_dll(fake, name)
+    last = Launch.in_dll(fake, "fake_last")
+    sizes = (ctypes.c_size_t * 96).in_dll(fake, "fake_sizes")
+    count = ctypes.c_size_t.in_dll(fake, "fake_count")
+
+    chosen: dict[str, list[_compile.Launch]] = {}
+    for variant in _compile.variants(arch):
+        some = chosen.setdefault(variant.name, [])
+        if len(some) < 2:
+            some.append(variant)
+    _compile.build(Path(folder), {arch: list(itertools.chain(*chosen.values()))}, jobs=2)
+    pack = _pack.Pack(Path(folder) / f"{arch}.json")
+    entries = {
+        (name, v["key"]): v for name, listed in pack.index["kernels"].items() for v in listed
+    }
+    seen = set()
+    real = Kernel.run
+
+    def run(self, *args, grid, warmup, **kwargs):
+        launch = _compile._launch(self, args, dict(kwargs))
+        entry = entries.get((self.name, launch.key))
+        if entry is None:
+            return
+        count.value = len(entry["parameters"])
+        for i, size in enumerate(entry["parameters"]):
+            sizes[i] = size
+        before = integer("fake_launches").value
+        integer("fake_shared").value = 0
+        real(self, *args, grid=grid, warmup=warmup, **kwargs)
+        assert integer("fake_launches").value == before + 1
+        assert tuple(last.grid) == (*grid, 1, 1)[:3]
+        assert (last.threads, last.shared, last.stream) == (
+            kwargs.get("num_warps", 4) * 32, entry["shared"], STREAM,
+        )  # fmt: skip
+        first = (self.name, launch.key) not in seen
+        allowed = entry["shared"] if first and entry["shared"] > 48 * 1024 else 0
+        assert integer("fake_shared").value == allowed
+        values = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        expected = passed(launch, values, entry)
+        assert len(expected) == count.value, (self.name, expected)
+        for i, value in enumerate(expected):
+            got = bytes(last.bytes[i])
+            if isinstance(value, list):
+                words = struct.unpack("<16Q", got)
+                pairs = zip(words, value, strict=False)
+                assert all(b is None or a == b for a, b in pairs), (self.name, i, words, value)
+            else:
+                assert got[: sizes[i]] == value, (self.name, i)
+        seen.add((self.name, launch.key))
+
+    with (
+        mock.patch.object(Kernel, "run", run),
+        mock.patch.object(launching, "current", lambda: (0, STREAM)),
+        mock.patch.object(_pack, "for_device", lambda device: pack),
+        _compile.planned_for(arch),
+    ):
+        for launcher, args in _compile.calls():
+            launcher(*args)
+    assert seen == entries.keys()
+    assert integer("fake_loads").value == len(seen)  # Each is loaded once.
+    print(len(seen), "variants of", len(chosen), "kernels")
+
+
+class Pointer:
+    """What a kernel sees of a tensor."""
+
+    def __init__(self, address: int, dtype: torch.dtype):
+        self.address, self.dtype = address, dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def refused(arch: str, library: str, folder: str) -> None:
+    """What the driver, or the launcher itself, does not take; threads that load at the same time."""
+    fake = ctypes.CDLL(library)
+    integer = lambda name: ctypes.c_int.in_dll(fake, name)
+    sizes = (ctypes.c_size_t * 96).in_dll(fake, "fake_sizes")
+    count = ctypes.c_size_t.in_dll(fake, "fake_count")
+    count.value = 6
+    sizes[:6] = 8, 8, 4, 4, 8, 8
+    named = {"num_warps": 4}
+
+    def kernel():
+        pack = _pack.Pack(Path(folder) / f"{arch}.json")
+        name = "products:_sum_kernel"
+        (first, *_) = pack.index["kernels"][name]
+        blocks = [int(t[1:]) for t in first["key"].partition(";")[0].split(",") if t[0] == "="]
+        named.update(zip(("SHARES", "BLOCK_M", "BLOCK_N"), blocks, strict=True))
+        fn = sys.modules["llmos_kernels._triton.products"]._sum_kernel
+        return pack.kernel(name, parameters(fn), OPTIONS)
+
+    def launch(kernel, out=1 << 20, grid=(2,), **more):
+        pointers = Pointer(1 << 21, torch.float32), Pointer(out, torch.bfloat16)
+        return kernel.launch(0, STREAM, grid, (*pointers, 768, 3), named | more)
+
+    def error(call, *given, **named):
+        try:
+            call(*given, **named)
+        except (RuntimeError, ValueError) as e:
+            return f"{type(e).__name__}: {e}"
+        raise AssertionError("no error")
+
+    made = kernel()
+    assert launch(made, num_warps=8) is False and launch(made, other=1) is False
+    assert launch(made, out=(1 << 20) + 4) is False, "misaligned"
+    assert launch(made, grid=(0,)) is True and integer("fake_launches").value == 0
+    print(error(launch, made, out=16))
+    sizes[2] = 8
+    print(error(launch, kernel()))
+    sizes[2] = 4
+    integer("fake_broken_images").value = 1
+    print(error(launch, kernel()))
+    integer("fake_broken_images").value = 0
+
+    before = integer("fake_loads").value
+    shared, barrier = kernel(), threading.Barrier(8)
+
+    def work():
+        barrier.wait()
+        for _ in range(100):
+            assert launch(shared)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert integer("fake_loads").value == before + 1
+    assert integer("fake_launches").value == 800
+    print("800 launches by 8 threads")
+
+
+def undriven(arch: str, folder: str) -> None:
+    """A launch where there is no driver."""
+    z = torch.empty(4, 1536, dtype=torch.bfloat16)
+    pack = _pack.Pack(Path(folder) / f"{arch}.json")
+    with (
+        mock.patch.object(launching, "current", lambda: (0, STREAM)),
+        mock.patch.object(_pack, "for_device", lambda device: pack),
+    ):
+        try:
+            DEFINED["llmos::activation_forward"].launch(z, RELU, 0.0, None)
+        except RuntimeError as e:
+            print(f"RuntimeError: {e}")
+
+
+def gpus(*lists: str) -> None:
+    """The architectures of each list, or what is wrong with it."""
+    found: list = []
+    for listed in lists:
+        try:
+            found.append(_compile.pack_archs(listed.split()))
+        except ValueError as e:
+            found.append(str(e))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])

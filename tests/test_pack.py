@@ -1,0 +1,226 @@
+"""Kernels compiled ahead of time: found, launched, refused; with a CUDA driver that has no GPU."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmos_kernels import _environment, _pack, _registry
+
+HERE = Path(__file__).parent
+
+
+def session(*args, **env):
+    """What pack_session.py prints, with Triton as a compiler."""
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("LLMOS", "TRITON"))}
+    done = subprocess.run(
+        [sys.executable, HERE / "pack_session.py", *map(str, args)],
+        env=environment | env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_keys(arch):
+    """C++, the records and Triton specialise alike."""
+    (line,) = session("keys", arch)
+    launches, keys = int(line.split()[0]), int(line.split()[2])
+    assert launches > keys > 1000
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
+def test_common_models_are_covered(arch):
+    (line,) = session("covered", arch)
+    assert int(line.split()[0]) > 300
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    """A libcuda.so.1 that says yes and takes notes."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    library = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
+    name = "-Wl,-soname,libcuda.so.1"
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", name, "-o", library, HERE / "fake_cuda.c"], check=True
+    )
+    return library
+
+
+def has_extension():
+    return "llmos_kernels._C" in sys.modules
+
+
+@pytest.fixture(scope="module")
+def folder(driver, tmp_path_factory):
+    """A small pack for sm_90, of which every launch was right."""
+    if not has_extension():
+        pytest.skip("needs the C++ extension")
+    folder = tmp_path_factory.mktemp("pack")
+    *_, last = session("launches", "sm_90", driver, folder)
+    variants, kernels = int(last.split()[0]), int(last.split()[3])
+    assert variants > kernels > 20
+    return folder
+
+
+def test_launches(folder):
+    index = _pack.read_index(folder / "sm_90.json")
+    assert index["triton"] == __import__("triton").__version__
+    listed = [v for variants in index["kernels"].values() for v in variants]
+    assert any(v["descriptors"] for v in listed) and any(v["shared"] > 48 << 10 for v in listed)
+    # No path of this machine is in the cubins.
+    pack = _pack.Pack(folder / "sm_90.json")
+    assert not any(b".py" in pack.cubin(v) for v in listed)
+
+
+def test_what_a_launch_refuses(folder, driver):
+    pointer, other, image, threads = session("refused", "sm_90", driver, folder)
+    assert pointer == "ValueError: _sum_kernel: a tensor that is not on the GPU"
+    assert other.startswith("RuntimeError: the cubin of _sum_kernel has other parameters")
+    assert image.startswith("RuntimeError: cuModuleLoadData failed for _sum_kernel: device kernel")
+    assert threads == "800 launches by 8 threads"
+
+
+def test_no_driver(folder):
+    """A machine without libcuda.so.1 says so at the first launch, and imports."""
+    (line,) = session("undriven", "sm_90", folder)
+    assert line.startswith("RuntimeError: no CUDA driver: libcuda.so.1")
+
+
+@pytest.fixture
+def copied(folder, tmp_path, monkeypatch):
+    """A copy of the pack, in the place of this build's."""
+    shutil.copytree(folder, tmp_path / "pack")
+    monkeypatch.setattr(_pack, "FOLDER", tmp_path / "pack")
+    monkeypatch.setattr(_pack, "arch_of", lambda device: "sm_90")
+    _pack.opened.cache_clear()
+    _pack.opened_or_warned.cache_clear()
+    yield tmp_path / "pack" / "sm_90.json"
+    _pack.opened.cache_clear()
+    _pack.opened_or_warned.cache_clear()
+
+
+def edited(path, stated=True, **changes):
+    index = json.loads(path.read_text()) | changes
+    if stated:
+        index["sha256"] = _pack.index_sum(index)
+    path.write_text(json.dumps(index))
+
+
+BAD = {
+    "not JSON": (lambda p: p.write_text("{"), "sm_90.json: Expecting"),
+    "a list": (lambda p: p.write_text("[]"), "sm_90.json: of format None, expected 1"),
+    "another format": (lambda p: edited(p, format=2), "sm_90.json: of format 2, expected 1"),
+    "damaged": (lambda p: edited(p, False, bytes=7), "sm_90.json: damaged"),
+    "another GPU's": (lambda p: edited(p, arch="sm_80"), "sm_90.json: for sm_80"),
+    "other sources": (lambda p: edited(p, sources="0"), "sm_90.json: of other kernel sources"),
+    "truncated": (lambda p: os.truncate(p.with_suffix(".bin"), 9), "sm_90.bin: 9 bytes, expected"),
+    "no cubins": (lambda p: p.with_suffix(".bin").unlink(), "sm_90.bin"),
+    "unreadable": (lambda p: (p.unlink(), p.mkdir()), "sm_90.json: .*Is a directory"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_pack(copied, kind, monkeypatch):
+    """An error that names the file where the pack is required, else one warning."""
+    spoil, words = BAD[kind]
+    spoil(copied)
+    monkeypatch.setattr(_pack, "MODE", "require")
+    with pytest.raises(_pack.PackError, match=words):
+        _pack.for_device(0)
+    monkeypatch.setattr(_pack, "MODE", "auto")
+    monkeypatch.setattr(_pack, "PROVED", frozenset({"sm_90"}))
+    with pytest.warns(RuntimeWarning, match=f"{words}.*Triton compiles kernels instead"):
+        assert _pack.for_device(0) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _pack.for_device(0) is None
+    assert "cannot be used: " in _pack.state("sm_90")
+
+
+def test_damaged_cubins(copied):
+    pack = _pack.Pack(copied)
+    ((first, *_), *_) = pack.index["kernels"].values()
+    blob = bytearray(copied.with_suffix(".bin").read_bytes())
+    for at in (first["offset"] + 20, first["offset"] + first["length"] - 1):
+        spoiled = blob[:]
+        spoiled[at] ^= 1
+        copied.with_suffix(".bin").write_bytes(spoiled)
+        with pytest.raises(_pack.PackError, match=r"sm_90\.bin"):
+            pack.cubin(first)
+
+
+def test_modes(copied, monkeypatch):
+    """auto uses the pack where it is proved, require everywhere, off nowhere."""
+    assert _pack.MODE == "auto" and _pack.for_device(0) is None
+    assert "sm_90 does not use it: not proved on it yet" in _pack.state("sm_90")
+    assert "not for sm_75" in _pack.state("sm_75")
+    monkeypatch.setattr(_pack, "PROVED", frozenset({"sm_90"}))
+    assert _pack.for_device(0).path == copied
+    assert "sm_90 uses it" in _pack.state("sm_90")
+    monkeypatch.setattr(_pack, "MODE", "off")
+    assert _pack.for_device(0) is None
+    monkeypatch.setattr(_pack, "MODE", "require")
+    assert "sm_90.json has no a:b for key" in _pack.missing(0, "a:b", "key")
+    monkeypatch.setattr(_pack, "arch_of", lambda device: "sm_75")
+    with pytest.raises(_pack.PackError, match="no kernels for sm_75, only for sm_90"):
+        _pack.for_device(0)
+    with pytest.raises(ValueError, match="LLMOS_PACK must be off, auto or require, got 'on'"):
+        _pack.check_mode("on")
+
+
+def test_which_gpu_runs_which_code(tmp_path, monkeypatch):
+    """Only the code of 8.x serves others than its own GPU."""
+    monkeypatch.setattr(_pack, "FOLDER", tmp_path)
+    assert _pack.covering("sm_90") is None and _pack.state(None) == "none in this build"
+    for name in ("sm_80", "sm_90", "sm_100", "sm_120"):
+        (tmp_path / f"{name}.json").touch()
+    assert _pack.archs() == ["sm_80", "sm_90", "sm_100", "sm_120"]
+    own = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100"}
+    assert {arch: _pack.covering(arch) for arch in own} == own
+    assert not any(map(_pack.covering, ("sm_75", "sm_103", "sm_110", "sm_121")))
+
+
+def test_gpus_to_compile_for():
+    (line,) = session("gpus", "8.0 8.6 8.9 9.0a 10.0 12.0+PTX", "8.9", "7.5 8.6", "9")
+    assert json.loads(line) == [
+        ["sm_80", "sm_90", "sm_100", "sm_120"],
+        ["sm_89"],
+        ["sm_86"],
+        "expected GPUs like 8.0, 9.0a or 12.0+PTX, got '9'",
+    ]
+
+
+def test_the_reference_answers_where_nothing_compiles(monkeypatch):
+    """On a GPU without a C compiler: right results, and one warning."""
+
+    def launch(*args):
+        raise _registry.CannotCompile("Triton cannot compile: no C compiler")
+
+    op = _registry.Op(lambda x: x + 1, "layer_norm:forward")
+    monkeypatch.setitem(op.__dict__, "launch", launch)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda t: __import__("contextlib").nullcontext())
+    _registry._warn_of_reference.cache_clear()
+    on_device = _registry._on_device(op)
+    with pytest.warns(RuntimeWarning, match="no C compiler; the slow reference answers on CUDA"):
+        assert on_device(torch.ones(1)).item() == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert on_device(torch.ones(1)).item() == 2
+    monkeypatch.setattr(_registry, "HAS_TRITON", False)
+    with pytest.warns(RuntimeWarning, match="Triton is not installed"):
+        assert on_device(torch.ones(1)).item() == 2
+    _registry._warn_of_reference.cache_clear()
+
+
+def test_env_tells_of_the_pack():
+    assert any(line.startswith("pack          ") for line in _environment.describe())
