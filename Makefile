@@ -4,7 +4,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip --disable-pip-version-check
 CSRC := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
-LINTED := llmos_kernels benchmarks tests examples setup.py
+LINTED := llmos_kernels benchmarks tests examples setup.py .ci/wheel.py
 JOBS := $(shell nproc)
 
 # One thread a core, kept on its core; large tensors stay in the heap instead of being mapped and
@@ -12,7 +12,7 @@ JOBS := $(shell nproc)
 PINNED := OMP_NUM_THREADS=$(JOBS) OMP_PROC_BIND=close OMP_PLACES=cores \
           MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 
-.PHONY: help demo test bench peers lint format build sanitize wheel gpu clean
+.PHONY: help demo test bench peers lint format build sanitize wheel test-wheels gpu clean
 
 help:
 	@echo 'make demo      swap a trained sentence encoder: proofs, embeddings, time before and after'
@@ -22,13 +22,14 @@ help:
 	@echo 'make lint      ruff, clang-format, mypy (make format: apply)'
 	@echo 'make sanitize  the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make wheel     a wheel for this Python in dist/ (TORCH_CUDA_ARCH_LIST chooses GPUs)'
+	@echo 'make test-wheels  the wheel under other versions of torch and Python: gigabytes, 20 minutes'
 	@echo 'make gpu       on a CUDA machine, no network: build, test, bench; JSON in OUT'
 
 demo: build
 	$(PYTHON) examples/swap_sentence_encoder.py
 
 test: build
-	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(JOBS)
+	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(JOBS) --dist loadgroup
 
 # Libraries that cannot share an environment with the rest; the benchmarks ask those that are there.
 peers:
@@ -72,8 +73,10 @@ sanitize: $(VENV)/.ready
 	  -k "sanitize or guard or matches_reference or layouts or strided or integers or extreme or few or outliers or rows_of or test_pack"
 
 wheel: $(VENV)/.ready
-	$(PIP) wheel -q --no-build-isolation --no-deps -w dist .
-	@ls dist
+	$(PYTHON) .ci/wheel.py
+
+test-wheels: $(VENV)/.ready
+	LLMOS_WHEELS=all $(PYTHON) -m pytest -s -v tests/test_wheels.py
 
 gpu:
 	python3 benchmarks/gpu.py

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,15 +66,40 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def _cuda_part(device: int, arch: str) -> str:
+    """What the C++ part for GPUs has for a device."""
+    try:
+        code = torch.ops.llmos.built_for(torch.empty(0, device=f"cuda:{device}")).item()
+    except RuntimeError:  # No kernel image is available for execution on the device.
+        return f"CUDA part: nothing in it is for {arch}; its ops raise"
+    return f"CUDA part runs its sm_{code} code" if code else "CUDA part: not built"
+
+
+def triton_kernels(arch: str) -> str:
+    """Where a GPU of ``arch`` gets its Triton kernels from."""
+    packed = _pack.covering(arch)
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if not HAS_TRITON:
+        return "Triton kernels: none, Triton is not installed; the slow reference answers"
+    if _pack.used_on(arch):
+        return f"Triton kernels: those for {packed} of the pack, others compiled when first used"
+    why = (
+        f"the pack has none for {arch}" if _pack.archs() and packed is None else "not from the pack"
+    )
+    if compiler is None:
+        return f"Triton kernels: {why}, and there is no C compiler; the slow reference answers"
+    return f"Triton kernels: {why}, compiled when first used, with {Path(compiler).name}"
+
+
 def _gpus() -> Iterator[str]:
     if not torch.cuda.is_available():
         yield "none" if torch.backends.cuda.is_built() else "none that this CPU-only torch can use"
         return
     for i in range(torch.cuda.device_count()):
-        p = torch.cuda.get_device_properties(i)
-        yield f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"
-        code = torch.ops.llmos.built_for(torch.empty(0, device=f"cuda:{i}")).item()
-        yield f"CUDA part runs its sm_{code} code" if code else "CUDA part: not built"
+        p, arch = torch.cuda.get_device_properties(i), _pack.arch_of(i)
+        yield f"{p.name}, {arch}, {p.total_memory / 2**30:.0f} GiB"
+        yield _cuda_part(i, arch)
+        yield triton_kernels(arch)
 
 
 def describe() -> Iterator[str]:
@@ -93,8 +119,7 @@ def describe() -> Iterator[str]:
         yield f"              {_files.commit()}"
     else:
         yield "build         pure Python: no C++ compiler or no torch at build time"
-    present = torch.cuda.is_available()
-    yield f"pack          {_pack.state(_pack.arch_of(0) if present else None)}"
+    yield f"pack          {_pack.state()}"
     for line in _gpus():
         yield f"gpu           {line}"
     yield ""

@@ -170,10 +170,7 @@ def for_device(device: int) -> Pack | None:
     arch = arch_of(device)
     if MODE == "require":
         return opened(arch)
-    name = covering(arch)
-    if arch not in PROVED or name is None:
-        return None
-    return opened_or_warned(arch)
+    return opened_or_warned(arch) if used_on(arch) else None
 
 
 @functools.cache
@@ -190,8 +187,14 @@ def missing(device: int, kernel: str, key: str | None) -> str:
     return f"LLMOS_PACK=require, and {opened(arch_of(device)).path} has no {kernel} for {key}"
 
 
-def state(arch: str | None) -> str:
-    """For people: what is inside, and whether a GPU of ``arch`` uses it."""
+def used_on(arch: str) -> bool:
+    """Whether a GPU of ``arch`` uses the pack."""
+    wanted = MODE == "require" or (MODE == "auto" and arch in PROVED)
+    return wanted and covering(arch) is not None
+
+
+def state() -> str:
+    """For people: what is inside, and where it is used."""
     having = archs()
     if not having:
         return "none in this build"
@@ -199,10 +202,8 @@ def state(arch: str | None) -> str:
         triton = {read_index(FOLDER / f"{a}.json")["triton"] for a in having}
     except PackError as e:
         return f"cannot be used: {e}"
-    text = f"{', '.join(having)}, compiled by Triton {', '.join(sorted(triton))}; LLMOS_PACK={MODE}"
-    if arch is None or MODE == "off":
-        return text
-    if covering(arch) is None:
-        return f"{text}; not for {arch}"
-    used = MODE == "require" or arch in PROVED
-    return f"{text}; {arch} {'uses it' if used else 'does not use it: not proved on it yet'}"
+    used = ", ".join(sorted(PROVED)) if MODE == "auto" else "all" if MODE == "require" else ""
+    return (
+        f"{', '.join(having)}, compiled by Triton {', '.join(sorted(triton))};"
+        f" LLMOS_PACK={MODE}: used on {used or 'no GPU'}"
+    )

@@ -144,7 +144,7 @@ def test_a_bad_pack(copied, kind, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert _pack.for_device(0) is None
-    assert "cannot be used: " in _pack.state("sm_90")
+    assert "cannot be used: " in _pack.state()
 
 
 def test_damaged_cubins(copied):
@@ -162,11 +162,10 @@ def test_damaged_cubins(copied):
 def test_modes(copied, monkeypatch):
     """auto uses the pack where it is proved, require everywhere, off nowhere."""
     assert _pack.MODE == "auto" and _pack.for_device(0) is None
-    assert "sm_90 does not use it: not proved on it yet" in _pack.state("sm_90")
-    assert "not for sm_75" in _pack.state("sm_75")
+    assert _pack.state().endswith("LLMOS_PACK=auto: used on no GPU")
     monkeypatch.setattr(_pack, "PROVED", frozenset({"sm_90"}))
     assert _pack.for_device(0).path == copied
-    assert "sm_90 uses it" in _pack.state("sm_90")
+    assert _pack.state().endswith("LLMOS_PACK=auto: used on sm_90")
     monkeypatch.setattr(_pack, "MODE", "off")
     assert _pack.for_device(0) is None
     monkeypatch.setattr(_pack, "MODE", "require")
@@ -181,7 +180,7 @@ def test_modes(copied, monkeypatch):
 def test_which_gpu_runs_which_code(tmp_path, monkeypatch):
     """Only the code of 8.x serves others than its own GPU."""
     monkeypatch.setattr(_pack, "FOLDER", tmp_path)
-    assert _pack.covering("sm_90") is None and _pack.state(None) == "none in this build"
+    assert _pack.covering("sm_90") is None and _pack.state() == "none in this build"
     for name in ("sm_80", "sm_90", "sm_100", "sm_120"):
         (tmp_path / f"{name}.json").touch()
     assert _pack.archs() == ["sm_80", "sm_90", "sm_100", "sm_120"]
@@ -222,5 +221,18 @@ def test_the_reference_answers_where_nothing_compiles(monkeypatch):
     _registry._warn_of_reference.cache_clear()
 
 
-def test_env_tells_of_the_pack():
-    assert any(line.startswith("pack          ") for line in _environment.describe())
+def test_env_tells_of_the_pack(copied, monkeypatch):
+    assert any(line.startswith("pack          sm_90, ") for line in _environment.describe())
+    monkeypatch.setenv("CC", "/some/gcc")
+    assert _environment.triton_kernels("sm_90") == (
+        "Triton kernels: not from the pack, compiled when first used, with gcc"
+    )
+    assert "the pack has none for sm_75, compiled" in _environment.triton_kernels("sm_75")
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    answer = "and there is no C compiler; the slow reference answers"
+    assert _environment.triton_kernels("sm_75").endswith(answer)
+    monkeypatch.setattr(_pack, "MODE", "require")
+    assert "those for sm_90 of the pack" in _environment.triton_kernels("sm_90")
+    monkeypatch.setattr(_environment, "HAS_TRITON", False)
+    assert "Triton is not installed" in _environment.triton_kernels("sm_90")
