@@ -34,7 +34,11 @@ pytestmark = [
 
 def clean():
     """This environment, without what points to this tree."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(("LLMOS", "PYTHON", "TRITON"))}
+    return {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("LLMOS", "PYTHON", "TRITON_INTERPRET"))
+    }
 
 
 def run(*command, cwd=ROOT, **env):
@@ -64,12 +68,12 @@ class Environment:
         )
 
 
-def build(python, folder, **env):
-    """The wheel that ``python`` makes of this tree, with few kernels ahead of time."""
+def build(python, folder, source=ROOT, **env):
+    """The wheel that ``python`` makes of a tree, with few kernels ahead of time."""
     options = {
         "LLMOS_BUILD_EXT": "1", "LLMOS_BUILD_PACK": "activation", "TORCH_CUDA_ARCH_LIST": "9.0",
     }  # fmt: skip
-    run(python, ROOT / ".ci" / "wheel.py", folder, **options, **env)
+    run(python, ROOT / ".ci" / "wheel.py", folder, source, **options, **env)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -138,7 +142,7 @@ def test_the_wheel(wheel):
         assert {"llmos_kernels/pack/sm_90.json", "llmos_kernels/pack/sm_90.bin"} < {*names}
         about = json.loads(z.read("llmos_kernels/_build_info.json"))
         assert about["triton"] and about["torch"] == torch.__version__
-        (bom,) = (n for n in names if ".dist-info/sboms/" in n)
+        (bom,) = (n for n in names if ".dist-info/sboms/llmos" in n)
         assert b"pkg:pypi/triton@" in z.read(bom)
         here = {
             bytes(path)
@@ -212,3 +216,17 @@ def test_other_python(tmp_path, version):
     environment.install(build(environment.python, tmp_path / "dist"))
     proved(environment)
     shutil.rmtree(environment.folder)
+
+
+@needs_all
+def test_reproducible(wheel, tmp_path):
+    """The same bytes, wherever it is built."""
+    listed = run("git", "ls-files", "-z").split("\0")[:-1]
+    wheels = []
+    for folder in (tmp_path / "one", tmp_path / "in" / "another"):
+        for name in listed:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+        cache = {"TRITON_CACHE_DIR": str(folder / "cache"), "SOURCE_DATE_EPOCH": "1700000000"}
+        wheels.append(build(sys.executable, folder / "dist", folder, **cache).read_bytes())
+    assert wheels[0] == wheels[1]
