@@ -1,8 +1,9 @@
-"""``python -m llmos_kernels env | verify | inspect | demo``."""
+"""``python -m llmos_kernels env | verify | inspect | tune | demo``."""
 
 import argparse
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -66,6 +67,30 @@ def inspect(args) -> int:
     return 0
 
 
+def tune(args) -> int:
+    """Measure launch settings on this GPU, and keep those that beat the rules."""
+    if not torch.cuda.is_available():
+        raise ValueError("tune measures a CUDA GPU, and torch finds none")
+    try:
+        import rich  # noqa: F401
+        import triton
+
+        from llmos_kernels import _pack, _tune
+        from llmos_kernels._triton import tuned
+    except ImportError as e:
+        print(f"tune needs rich and Triton: {e}", file=sys.stderr)
+        return 2
+    name = torch.cuda.get_device_name()
+    about = {
+        "gpu": name, "arch": _pack.arch_of(0), "torch": torch.__version__, "triton": triton.__version__,
+    }  # fmt: skip
+    path = args.output or tuned.folders()[0] / f"{name.replace(' ', '_')}.json"
+    dtypes = [getattr(torch, name) for name in args.dtype]
+    done = _tune.run(args.op, dtypes, path, about)
+    print(f"{'' if done else 'interrupted; what was measured is in '}{path}")
+    return 0 if done else 130
+
+
 def demo(_) -> int:
     """A small model swapped in place: the report, the outputs, the time."""
     from torch import nn
@@ -106,7 +131,7 @@ def demo(_) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m llmos_kernels")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for command in (env, verify, inspect, demo):
+    for command in (env, verify, inspect, tune, demo):
         sub = commands.add_parser(command.__name__, help=command.__doc__)
         sub.set_defaults(run=command)
         if command is verify:
@@ -114,6 +139,11 @@ def main() -> int:
         if command is inspect:
             sub.add_argument("--arch", default="sm_90", help="sm_80, 86, 89, 90, 100 or 120")
             sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+        if command is tune:
+            ops, dtypes = ("layer_norm", "attention", "linear", "int8"), ("bfloat16", "float16")
+            sub.add_argument("--op", nargs="+", choices=ops, default=ops)
+            sub.add_argument("--dtype", nargs="+", choices=(*dtypes, "float32"), default=dtypes)
+            sub.add_argument("--output", type=Path, help="a JSON file; else tuned/ of the package")
     args = parser.parse_args()
     try:
         return args.run(args)

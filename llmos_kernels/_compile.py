@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmos_kernels import _pack
-from llmos_kernels._triton import persistent
+from llmos_kernels._triton import persistent, tuned
 from llmos_kernels._triton.launch import OPTIONS, Kernel, parameters
 
 #: The modules of ``_triton`` whose ``variants`` are packed.
@@ -112,7 +112,8 @@ def planned_for(arch: str | None) -> Iterator[None]:
     if arch is None:
         yield
         return
-    with mock.patch.object(persistent, "_has_engine", lambda device: arch in persistent.ARCHS):
+    engine = mock.patch.object(persistent, "_has_engine", lambda device: arch in persistent.ARCHS)
+    with engine, mock.patch.object(tuned, "planned", arch):
         yield
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 
 def call(*args):
@@ -47,8 +48,15 @@ def test_inspect():
 
 
 @pytest.mark.parametrize(
-    "bad", [(), ("fly",), ("inspect", "--arch", "sm_75"), ("verify", "--files")]
+    "bad",
+    [(), ("fly",), ("inspect", "--arch", "sm_75"), ("verify", "--files"), ("tune", "--op", "fly")],
 )
 def test_bad_calls(bad):
     done = call(*bad)
     assert done.returncode == 2 and "error:" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune for")
+def test_tune_needs_a_gpu():
+    done = call("tune")
+    assert done.returncode == 2 and "tune measures a CUDA GPU" in done.stderr

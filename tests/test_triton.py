@@ -198,8 +198,8 @@ def test_persistent_products(monkeypatch):
             for shape in ((130, 72), (264, 72), (264,), (130, 264), (130, 72))
         )
         weight /= 8
-        assert persistent.plan(x, weight, turned=True)[0] == (2,)
-        assert persistent.plan(dout, weight, turned=False)[0] == (2,)
+        assert persistent.plan("linear", x, weight, turned=True)[0] == (2,)
+        assert persistent.plan("linear", dout, weight, turned=False)[0] == (2,)
         calls = (
             (forward, products._forward_reference, (x, weight, bias, *dropout, True)),
             (forward, products._forward_reference, (x, weight, None, GELU, 0.0, None, False)),
@@ -212,10 +212,10 @@ def test_persistent_products(monkeypatch):
             for values in zip(launch(*args), exact, reference(*args), strict=True):
                 assert_accurate(*values, launch.__name__)
     odd = x[:, :71]
-    assert persistent.plan(x.float(), weight.float(), True) is None
-    assert persistent.plan(odd.contiguous(), weight[:, :71].contiguous(), True) is None
-    assert persistent.plan(x, weight.mT.contiguous().mT, True) is None
-    assert persistent.plan(x[:100], weight[:100], True) is None
+    assert persistent.plan("linear", x.float(), weight.float(), True) is None
+    assert persistent.plan("linear", odd.contiguous(), weight[:, :71].contiguous(), True) is None
+    assert persistent.plan("linear", x, weight.mT.contiguous().mT, True) is None
+    assert persistent.plan("linear", x[:100], weight[:100], True) is None
 
 
 def test_offset_lint_finds_a_product():

@@ -194,12 +194,21 @@ def test_other_torch(wheel, tmp_path, version):
     shutil.rmtree(environment.folder)
 
 
+def interpreter(version):
+    """A Python of that version on the path; not one that only stands for others."""
+    for folder in os.get_exec_path():
+        found = shutil.which(f"python{version}", path=folder)
+        if found and not subprocess.run([found, "-c", ""], capture_output=True).returncode:
+            return found
+    return None
+
+
 @needs_all
 @pytest.mark.parametrize("version", ["3.10", "3.12", "3.13"])
 def test_other_python(tmp_path, version):
     """Built and run by another Python."""
-    python = shutil.which(f"python{version}")
-    if not python or subprocess.run([python, "-c", ""], capture_output=True).returncode:
+    python = interpreter(version)
+    if python is None:
         pytest.skip(f"there is no Python {version}")
     pinned = dict(
         line.strip().split("==") for line in (ROOT / ".ci" / "requirements.txt").read_text().split()

@@ -229,7 +229,7 @@ def forward(q, k, v, attn_mask, padding, cu_q, cu_k, scale, causal, dropout_p, s
         _split_forward(out, stats, shared)
         return out, stats
     busy = any(t is not None for t in (attn_mask, padding, shared["seed"], cu_q))
-    blocks = tile("forward", d, dv, q.dtype, busy)
+    blocks = tile("forward", q, dv, busy)
     blocks["BLOCK_M"] = min(blocks["BLOCK_M"], max(triton.next_power_of_2(q_len), 16))
     programs = slots(cu_q, q_len, blocks["BLOCK_M"])
     _forward_kernel[(programs * batch * heads,)](
@@ -243,7 +243,7 @@ def _split_forward(out, stats, shared):
     q, v = shared["q"], shared["v"]
     batch, kv_heads, k_len, dv = v.shape
     rows = stats[0].numel()
-    blocks = tile("decode", q.shape[3], dv, q.dtype)
+    blocks = tile("decode", q, dv)
     # By the number of keys alone: the parts of a row do not depend on its batch.
     step = max(_MANY_KEYS, triton.cdiv(k_len, _MOST_PARTS))
     step = triton.cdiv(step, blocks["BLOCK_N"]) * blocks["BLOCK_N"]

@@ -365,21 +365,21 @@ def backward(
     packed = packed_arguments(cu_q, cu_k)
     busy = any(t is not None for t in (attn_mask, padding, shared["seed"], cu_q))
     if dq.numel():
-        blocks = tile("dquery", d, dv, q.dtype, busy)
+        blocks = tile("dquery", q, dv, busy)
         programs = slots(cu_q, q_len, blocks["BLOCK_M"])
         _dquery_kernel[(programs * batch * heads,)](
             **shared, **packed, out=out.contiguous(), dq=dq, HEADS=heads, BLOCKS=programs,
             PRECISE=q.dtype == torch.float32 or k_len <= blocks["BLOCK_N"], **blocks,
         )  # fmt: skip
     if dk.numel():
-        blocks = tile("dkey", d, dv, q.dtype, busy)
+        blocks = tile("dkey", q, dv, busy)
         programs = slots(cu_k, k_len, blocks["BLOCK_N"])
         _dkey_kernel[(programs * batch * kv_heads,)](
             **shared, **packed, dk=dk, dv=d_v, KEY_HEADS=kv_heads, BLOCKS=programs, **blocks
         )
     if dmask.numel():
         mask_batches, mask_heads, mask_rows, mask_cols = attn_mask.shape
-        blocks = tile("dmask", d, dv, q.dtype)
+        blocks = tile("dmask", q, dv)
         tiles = triton.cdiv(mask_rows, blocks["BLOCK_M"])
         tiles *= triton.cdiv(mask_cols, blocks["BLOCK_N"])
         _dmask_kernel[(tiles * mask_batches * mask_heads,)](

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from llmos_kernels._triton import tuned
+
 LOG2E = tl.constexpr(1.4426950408889634)
 #: The least normal float32: -inf times a scale of 0 would be NaN.
 LEAST_SCALE = tl.constexpr(2.0**-126)
@@ -274,11 +276,15 @@ _FLOAT32_TILES = {
 }
 
 
-def tile(kernel: str, d: int, dv: int, dtype: torch.dtype, busy: bool = False) -> dict:
-    """Tile and warps of a kernel, from the head dims, the dtype and what else it has to do."""
+def tile(kernel: str, q: torch.Tensor, dv: int, busy: bool = False) -> dict:
+    """Tile and warps of a kernel, from the head dims, the dtype and what else it has to do; as tuned,
+    or by these tables."""
     name = f"{kernel} busy" if busy else kernel
+    widest = max(block_dim(max(q.shape[-1], dv)), 64)
+    if found := tuned.settings(f"attention {name}", q, (widest,)):
+        return dict(found)
     tiles = _TILES[name]
-    if dtype == torch.float32:
+    if q.dtype == torch.float32:
         tiles = _FLOAT32_TILES.get(name, _FLOAT32_TILES["any"])
-    m, n, warps, stages = tiles[max(block_dim(max(d, dv)), 64).bit_length() - 7]
+    m, n, warps, stages = tiles[widest.bit_length() - 7]
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}

@@ -83,7 +83,7 @@ def weights(q, k, attn_mask, padding, stats, scale, causal, dropout_p, seed, mea
         return w
     q, k = with_unit_columns(q), with_unit_columns(k)
     out_heads = 1 if mean else heads
-    blocks = tile("weights", d, d, q.dtype)
+    blocks = tile("weights", q, d)
     tiles = triton.cdiv(q_len, blocks["BLOCK_M"]) * triton.cdiv(k_len, blocks["BLOCK_N"])
     threshold, factor = dropout_arguments(dropout_p)
     _weights_kernel[(tiles * batch * out_heads,)](

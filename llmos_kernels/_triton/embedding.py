@@ -128,7 +128,7 @@ def forward(
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     # Three tables and Philox words: more of a row in each thread spills.
-    rows, block, warps = tile(d, per_thread=8)
+    rows, block, warps = tile("embedding", table0, d, per_thread=8)
     _forward_kernel[(triton.cdiv(n, rows),)](
         *sources, weight, bias, seed, y, stats, n, d, eps, *dropout_arguments(dropout_p),
         ROWS=rows, BLOCK=block, num_warps=warps,

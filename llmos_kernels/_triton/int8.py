@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from llmos_kernels._triton import examples
+from llmos_kernels._triton import examples, tuned
 from llmos_kernels._triton.activation import activate
 from llmos_kernels._triton.launch import kernel
-from llmos_kernels._triton.products import halves, place
+from llmos_kernels._triton.products import TILE, halves, place
 from llmos_kernels.ops.activations import GELU, GELU_TANH, NONE, RELU, RELU2
 from llmos_kernels.ops.int8 import SMALLEST
 from llmos_kernels.ops.int8_linear import WEIGHT_ONLY_ROWS
@@ -209,13 +209,15 @@ def _matmul(a, b, a_scale, b_scale, bias, activation, dtype, index, input):
     out = a.new_empty((m, n), dtype=dtype)
     if out.numel() == 0:
         return out
-    block_m, block_n, block_k, warps, stages = (
-        (16, 32, 256, 4, 4) if m <= 16 else (128, 128, 64, 8, 4)
-    )
+    tile = (16, 32, 256, 4, 4) if m <= 16 else (128, 128, 64, 8, 4)
     # Products of float32 outliers take more registers than a large tile leaves.
     in_fp32 = input is not None and input.dtype == torch.float32
     if m > 16 and (in_fp32 or triton.cdiv(m, 128) * triton.cdiv(n, 128) < 96):
-        block_m, block_n, block_k, warps, stages = 64, 64, 64, 4, 4
+        tile = (64, 64, 64, 4, 4)
+    kind = "int8" if input is None else "int8 outliers"
+    if found := tuned.settings(kind, out, (m, n, k)):
+        tile = tuple(found[option] for option in TILE[:5])
+    block_m, block_n, block_k, warps, stages = tile
     _product_kernel[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)](
         a, b, a_scale.contiguous(), b_scale.contiguous(),
         None if bias is None else bias.contiguous(), out, zeros, index, input, m, n, k, a.stride(0),

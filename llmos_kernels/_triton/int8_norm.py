@@ -49,7 +49,7 @@ def norm(x, residual, weight, bias, d, eps, center):
     residual, residual_stride = as_rows(residual, d)
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    per, block, warps = tile(d)
+    per, block, warps = tile("int8_norm", x, d)
     _norm_kernel[(triton.cdiv(n, per),)](
         x, residual, weight, bias, rows, scale, h, stats, x_stride, residual_stride, n, d, eps,
         CENTER=center, ROWS=per, BLOCK=block, num_warps=warps,

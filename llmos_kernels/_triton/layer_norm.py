@@ -144,7 +144,7 @@ def _launch(x, residual, weight, bias, d, eps, center, dropout_p, seed):
     if d > WIDEST:
         _forward_wide_kernel[(n,)](*args, BLOCK=_WIDE_BLOCK, num_warps=_WIDE_WARPS)
     else:
-        rows, block, warps = tile(d)
+        rows, block, warps = tile("layer_norm", x, d)
         grid = (triton.cdiv(n, rows),)
         _forward_kernel[grid](*args, ROWS=rows, BLOCK=block, num_warps=warps)
     return y, h, stats

@@ -164,7 +164,7 @@ def backward(dy, dh, h, weight, stats, d, center, dropout_p, seed, weight_grad, 
     stats = stats.contiguous()
     seed = seed if dropout_p else None
     wide = d * h.element_size() > _WIDEST
-    rows, block, warps = tile(d, per_thread=8)
+    rows, block, warps = tile("layer_norm backward", h, d, per_thread=8)
     shares = min(triton.cdiv(n, rows), _PROGRAMS) if not wide else min(n, 32)
     partials = [
         h.new_empty((shares, d), dtype=torch.float32) if wanted else None

@@ -110,12 +110,12 @@ def forward(input, weight, bias, activation, dropout_p, seed, keep):
         bias=None if bias is None else bias.contiguous(), out=out, kept=kept if keep else None, M=m,
         N=n, ACTIVATION=activation, **dropout_options(dropout_p, seed),
     )  # fmt: skip
-    if planned := persistent.plan(input, weight, turned=True):
+    if planned := persistent.plan("linear", input, weight, turned=True):
         grid, blocks = planned
         _persistent_forward_kernel[grid](K=k, **finish, **blocks)
         return out, kept
     skip = m <= _SKIP_ROWS and weight.stride(0) == 1
-    grid, blocks = plan(m, n, k, input.dtype, (n if skip else k) % 16 != 0, skip)
+    grid, blocks = plan("linear", input, m, n, k, (n if skip else k) % 16 != 0, skip)
     partial = new_parts(input, blocks["PARTS"], m, n)
     _forward_kernel[grid](
         input=input, weight=weight, partial=partial, K=k, input_row=input.stride(0),

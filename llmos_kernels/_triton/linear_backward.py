@@ -141,8 +141,10 @@ def dinput(dout, weight, kept, activation, dropout_p, seed):
     dbias = dout.new_empty(0 if kept is None else n)
     if out.numel() == 0:
         return out, dbias.zero_()
-    planned, partial = persistent.plan(dout, weight, turned=False), None
-    grid, blocks = last_grid, last = planned or plan(m, n, k, dout.dtype, (n | k) % 16 != 0)
+    planned, partial = persistent.plan("linear dinput", dout, weight, turned=False), None
+    grid, blocks = last_grid, last = planned or plan(
+        "linear dinput", dout, m, n, k, (n | k) % 16 != 0
+    )
     if not planned:
         partial = new_parts(dout, blocks["PARTS"], m, n)
     if partial is not None:
@@ -176,7 +178,7 @@ def dweight(dout, input, bias):
     dbias = dout.new_empty(m if bias else 0)
     if out.numel() == 0:  # Nothing to multiply, hence no program that could sum dout.
         return out, dout.sum(0, dtype=torch.float32).to(dout.dtype) if bias else dbias
-    grid, blocks = plan(m, n, k, dout.dtype, (m | n) % 16 != 0)
+    grid, blocks = plan("linear dweight", dout, m, n, k, (m | n) % 16 != 0)
     partial = new_parts(dout, blocks["PARTS"], m, n)
     sums = new_parts(dout, blocks["PARTS"] * triton.cdiv(n, blocks["BLOCK_N"]), m) if bias else None
     own = dbias if bias and sums is None else sums

@@ -6,13 +6,15 @@ the matrix is 0.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from llmos_kernels._triton.products import place_tile
+from llmos_kernels._triton import tuned
+from llmos_kernels._triton.products import TILE, place_tile
 
 #: BLOCK_M, BLOCK_N, BLOCK_K, warps, stages, and the tiles from which on: what keeps to registers with
 #: any epilogue. Of the larger each multiprocessor should have two.
@@ -64,20 +66,27 @@ def _describable(t: torch.Tensor) -> bool:
     return aligned and inner == 1 and row >= t.shape[1] > 0
 
 
-def plan(a: torch.Tensor, b: torch.Tensor, turned: bool) -> tuple[tuple[int], dict] | None:
+def plan(
+    kind: str, a: torch.Tensor, b: torch.Tensor, turned: bool
+) -> tuple[tuple[int], dict] | None:
     """The programs of a b, or of a b^T if ``turned``, and their arguments; None where the other
-    kernels answer: small, float32, not in rows of whole 16 bytes, or another GPU."""
+    kernels answer: small, float32, not in rows of whole 16 bytes, another GPU, or tuned so."""
     if a.dtype == torch.float32 or not _has_engine(a.device):
         return None
     if not _describable(a) or not _describable(b):
         return None
-    m, n = a.shape[0], b.shape[0 if turned else 1]
-    for block_m, block_n, block_k, warps, stages, least in _TILES:
-        tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
-        if tiles < least:
+    (m, k), n = a.shape, b.shape[0 if turned else 1]
+    tiles: Sequence[tuple] = _TILES
+    if found := tuned.settings(kind, a, (m, n, k)):
+        if not found["persistent"]:
+            return None
+        tiles = ((*(found[option] for option in TILE[:5]), 1),)
+    for block_m, block_n, block_k, warps, stages, least in tiles:
+        count = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
+        if count < least:
             continue
         blocks = [block_n, block_k] if turned else [block_k, block_n]
-        return (min(tiles, _processors(a.device)),), {
+        return (min(count, _processors(a.device)),), {
             "a": TensorDescriptor.from_tensor(a, [block_m, block_k]),
             "b": TensorDescriptor.from_tensor(b, blocks),
             "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from llmos_kernels._triton import tuned
 from llmos_kernels._triton.launch import kernel
 
 #: Rows of tiles that are walked together, so that what runs at one time shares both operands in L2.
@@ -125,9 +126,11 @@ def new_parts(like: torch.Tensor, parts: int, *shape: int) -> torch.Tensor | Non
     return None if parts == 1 else like.new_empty((parts, *shape), dtype=torch.float32)
 
 
-#: BLOCK_M, BLOCK_N, BLOCK_K, warps, stages and registers, the largest first: what keeps to registers,
-#: with any epilogue, and to 99 KB of shared memory. The last is for up to 16 rows, as few as a tile
-#: can have. Registers are stated where ptxas would rather spill some than have one program less.
+#: What a tile is given as.
+TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "maxnreg")
+#: Of these the largest first: what keeps to registers, with any epilogue, and to 99 KB of shared
+#: memory. The last is for up to 16 rows, as few as a tile can have. Registers are stated where ptxas
+#: would rather spill some than have one program less.
 _TILES = {
     "16 bits": (
         (128, 128, 64, 8, 3, None),
@@ -156,18 +159,21 @@ _BUSY, _FULL, _PART = 96, 132, 1024
 
 
 def plan(
-    m: int, n: int, k: int, dtype: torch.dtype, odd: bool, skip: bool = False
+    kind: str, a: torch.Tensor, m: int, n: int, k: int, odd: bool, skip: bool = False
 ) -> tuple[tuple[int], dict]:
-    """The programs of [m, k] times [k, n], and their arguments: from these facts alone.
+    """The programs of [m, k] times [k, n] with elements as in ``a``, and their arguments.
 
-    Of the tiles that are not mostly padding the largest of which there are enough, when a long sum
+    As tuned for ``kind``, else: of the tiles that are not mostly padding the largest of which there are enough, when a long sum
     is split. What still leaves a GPU idle is split more finely; so is what skips, to have more
     loads under way.
     """
-    kind = "float32" if dtype == torch.float32 else "odd" if odd else "16 bits"
-    *tall, small, few = _TILES[kind]
+    name = "float32" if a.dtype == torch.float32 else "odd" if odd else "16 bits"
+    *tall, small, few = _TILES[name]
+    found = None if odd or skip else tuned.settings(kind, a, (m, n, k))
     if skip:
-        tile = _SKIP_TILES[kind]
+        tile = _SKIP_TILES[name]
+    elif found and not found["persistent"]:
+        tile = tuple(found.get(option) for option in TILE)
     elif m <= 16:
         tile = few
     else:

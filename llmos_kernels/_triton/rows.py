@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from llmos_kernels._triton import tuned
+
 
 def row_stride(t: torch.Tensor, d: int) -> int | None:
     """The distance between rows of ``d`` elements, or None where no single one describes them."""
@@ -32,13 +34,15 @@ def as_rows(t: torch.Tensor | None, d: int) -> tuple[torch.Tensor | None, int]:
     return (t.contiguous(), d) if stride is None else (t, stride)
 
 
-def tile(d: int, per_thread: int = 16) -> tuple[int, int, int]:
-    """Rows, columns and warps of a program that holds whole rows of ``d``.
+def tile(kind: str, like: torch.Tensor, d: int, per_thread: int = 16) -> tuple[int, int, int]:
+    """Rows, columns and warps of a program that holds whole rows of ``d``, as tuned for ``kind``.
 
-    About ``per_thread`` elements a thread, and short rows together up to 2048 elements. The rule
+    Else about ``per_thread`` elements a thread, and short rows together up to 2048 elements. The rule
     sees ``d`` alone, so that the order of a row's sums does not depend on its batch.
     """
     block = max(triton.next_power_of_2(d), 16)
+    if found := tuned.settings(kind, like, (d,)):
+        return found["ROWS"], block, found["num_warps"]
     rows = max(2048 // block, 1)
     return rows, block, min(max(rows * block // (32 * per_thread), 1), 16)
 

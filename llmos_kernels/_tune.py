@@ -1,0 +1,269 @@
+"""Measures launch settings on a GPU: ``python -m llmos_kernels tune``; what ``_triton/tuned.py`` reads.
+
+Each setting is timed as a CUDA graph of calls on inputs that together exceed the L2 cache, so that
+each call finds its own cold. A setting is kept where its result agrees with the rule's and it is
+faster by more than noise.
+"""
+
+import functools
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from llmos_kernels._triton import (
+    attention,
+    attention_backward,
+    examples,
+    int8,
+    layer_norm,
+    layer_norm_backward,
+    linear,
+    linear_backward,
+    tuned,
+)
+from llmos_kernels.ops.activations import GELU
+from llmos_kernels.ops.attention_arguments import NOT_CAUSAL
+
+#: A setting that is not faster than the rule by so much is noise.
+GAIN = 0.03
+
+
+@dataclass(frozen=True)
+class Work:
+    """A launch to be tuned: what it is called, its key, its launcher, and what makes arguments."""
+
+    kind: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    launcher: Callable
+    make: Callable[[], tuple]
+    candidates: Sequence[dict]
+
+
+def _product(names: str, *values: Sequence) -> list[dict]:
+    return [dict(zip(names.split(), v, strict=True)) for v in itertools.product(*values)]
+
+
+ROWS = _product("ROWS num_warps", (1, 2, 4, 8), (1, 2, 4, 8, 16))
+TILES = _product(
+    "BLOCK_M BLOCK_N num_warps num_stages", (32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
+)
+DECODE = _product(
+    "BLOCK_M BLOCK_N num_warps num_stages", (16,), (32, 64, 128), (2, 4, 8), (2, 3, 4)
+)
+INT8 = _product(
+    "BLOCK_M BLOCK_N BLOCK_K num_warps num_stages", (64, 128), (64, 128, 256), (64, 128), (4, 8), (3, 4)
+)  # fmt: skip
+_BLOCKS = "persistent BLOCK_M BLOCK_N BLOCK_K num_warps num_stages"
+PRODUCTS = _product(_BLOCKS, (0,), (64, 128), (64, 128), (32, 64), (4, 8), (3, 4))
+PRODUCTS += _product(_BLOCKS, (1,), (128,), (128, 256), (64,), (8,), (3, 4))
+FEW_ROWS = _product(_BLOCKS, (0,), (16,), (16, 32, 64), (64, 128, 256), (2, 4), (3, 4, 5))
+
+
+def _norms(empty: Callable, dtype: torch.dtype) -> Iterator[Work]:
+    for d in examples.WIDTHS:
+
+        def forward(d=d):
+            weight = empty(d)
+            return empty(8192, d), weight, weight, d, 1e-5, True
+
+        def backward(d=d):
+            x, weight, *_ = forward(d)
+            stats = layer_norm.forward(x, weight, weight, d, 1e-5, True)[1]
+            return x, None, x, weight, stats, d, True, 0.0, None, True, True
+
+        yield Work("layer_norm", dtype, (d,), layer_norm.forward, forward, ROWS)
+        launcher = layer_norm_backward.backward
+        yield Work("layer_norm backward", dtype, (d,), launcher, backward, ROWS)
+
+
+def _attention(empty: Callable, dtype: torch.dtype) -> Iterator[Work]:
+    def tensors(d, padded, batch=4, heads=16, queries=2048, keys=2048):
+        of = lambda n: empty(batch, n, heads, d).transpose(1, 2)
+        q, k, v = of(queries), of(keys), of(keys)
+        mask = torch.arange(keys, device=q.device).expand(batch, -1) >= keys * 3 // 4
+        return q, k, v, None, mask if padded else None, None, None
+
+    def options(d):
+        return d**-0.5, NOT_CAUSAL, 0.0, None
+
+    def forward(d, padded):
+        return *tensors(d, padded), *options(d)
+
+    def backward(d, padded):
+        args = forward(d, padded)
+        return torch.randn_like(args[0]), *args[:7], *attention.forward(*args), *args[7:], False
+
+    def decode(d):
+        return *tensors(d, False, 8, 32, 1, 4096), *options(d)
+
+    for d in (64, 128, 256):
+        for padded in (False, True):
+            busy = " busy" * padded
+            make = functools.partial(forward, d, padded)
+            yield Work(f"attention forward{busy}", dtype, (d,), attention.forward, make, TILES)
+            make = functools.partial(backward, d, padded)
+            for name in (f"attention dquery{busy}", f"attention dkey{busy}"):
+                yield Work(name, dtype, (d,), attention_backward.backward, make, TILES)
+        make = functools.partial(decode, d)
+        yield Work("attention decode", dtype, (d,), attention.forward, make, DECODE)
+
+
+def _linear(empty: Callable, dtype: torch.dtype) -> Iterator[Work]:
+    def forward(rows, d, hidden):
+        return empty(rows, d), empty(hidden, d), empty(hidden), GELU, 0.0, None, False
+
+    def dinput(rows, d, hidden):
+        return empty(rows, d), empty(d, hidden), empty(rows, hidden), GELU, 0.0, None
+
+    for rows, (d, hidden) in itertools.product(examples.ROWS, examples.FEED_FORWARDS):
+        shape, candidates = (rows, hidden, d), FEW_ROWS if rows <= 16 else PRODUCTS
+        make = functools.partial(forward, rows, d, hidden)
+        yield Work("linear", dtype, shape, linear.forward, make, candidates)
+        if rows > 16:
+            make = functools.partial(dinput, rows, d, hidden)
+            yield Work("linear dinput", dtype, shape, linear_backward.dinput, make, candidates)
+
+
+def _int8(empty: Callable, dtype: torch.dtype) -> Iterator[Work]:
+    def make(rows, d, hidden, threshold):
+        weight, scale = int8.quantize(empty(hidden, d))
+        return empty(rows, d), weight, scale, None, empty(hidden), GELU, threshold
+
+    few = [{k: v for k, v in c.items() if k != "persistent"} for c in FEW_ROWS]
+    few = [c for c in few if c["BLOCK_K"] >= 128]
+    for rows, (d, hidden) in itertools.product(examples.ROWS, examples.FEED_FORWARDS):
+        for kind, threshold in (("int8", 0.0), ("int8 outliers", 6.0)):
+            args = functools.partial(make, rows, d, hidden, threshold)
+            candidates = INT8 if rows > 16 else few
+            yield Work(kind, dtype, (rows, hidden, d), int8.linear, args, candidates)
+
+
+#: What ``--op`` chooses from.
+OPS: dict[str, Callable[[Callable, torch.dtype], Iterator[Work]]] = {
+    "layer_norm": _norms, "attention": _attention, "linear": _linear, "int8": _int8,
+}  # fmt: skip
+
+
+def _copies(args: tuple, count: int) -> list[tuple]:
+    """The arguments, and copies of them with the same strides."""
+
+    def copy(a):
+        if not isinstance(a, Tensor):
+            return a
+        return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=a.device).copy_(a)
+
+    return [args, *(tuple(map(copy, args)) for _ in range(count - 1))]
+
+
+def graph_seconds(launcher: Callable, args: tuple) -> float:
+    """The device's time for a call, from a cold L2: the median of replays of a CUDA graph."""
+    device = torch.cuda.current_device()
+    size = sum(a.nbytes for a in args if isinstance(a, Tensor))
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    rounds = _copies(args, min(max(math.ceil(2 * cache / max(size, 1)), 2), 64))
+    launcher(*args)  # Compiles.
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for given in rounds:
+            launcher(*given)
+    times = []
+    for i in range(12):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if i >= 2:
+            times.append(start.elapsed_time(end) / 1e3 / len(rounds))
+    return statistics.median(times)
+
+
+def _outputs(work: Work, args: tuple) -> list[Tensor]:
+    made = work.launcher(*args)
+    return [t.float() for t in (made if isinstance(made, tuple) else (made,))]
+
+
+def _agree(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether another order of sums can be all that differs."""
+    eps = torch.finfo(dtype).eps
+    return all(
+        torch.equal(a.isfinite(), b.isfinite())
+        and bool(((a - b).nan_to_num().abs() <= 8 * eps * b.nan_to_num().abs().max()).all())
+        for a, b in zip(found, expected, strict=True)
+        if b.numel()
+    )
+
+
+def tune(work: Work, seconds: Callable[[Callable, tuple], float]) -> dict | None:
+    """The entry for a launch: its fastest settings; None where the rule's are as fast."""
+    args = work.make()
+    expected, rule = _outputs(work, args), seconds(work.launcher, args)
+    best, chosen = rule, None
+    for candidate in work.candidates:
+        with tuned.override(work.kind, candidate):
+            try:
+                if not _agree(_outputs(work, args), expected, work.dtype):
+                    continue
+                taken = seconds(work.launcher, args)
+            except OutOfResources:
+                continue
+        if taken < best:
+            best, chosen = taken, candidate
+    if chosen is None or best > rule * (1 - GAIN):
+        return None
+    return {
+        "dtype": str(work.dtype).removeprefix("torch."), "shape": list(work.shape), "settings": chosen,
+        "us": best * 1e6, "rule_us": rule * 1e6,
+    }  # fmt: skip
+
+
+def write(path: Path, about: dict, entries: dict[tuple[str, str], list[dict]]) -> None:
+    """The table in ``path``: entries by kind and dtype, besides what it had of others. In one step."""
+    table: dict[str, list[dict]] = {}
+    if path.exists():
+        for kind, old in tuned.read(path)["settings"].items():
+            table[kind] = [e for e in old if (kind, e["dtype"]) not in entries]
+    for (kind, _), new in entries.items():
+        table.setdefault(kind, []).extend(new)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".draft")
+    draft.write_text(
+        json.dumps({"format": tuned.FORMAT, **about, "settings": table}, indent=1) + "\n"
+    )
+    draft.replace(path)
+
+
+def run(
+    ops: Sequence[str], dtypes: Sequence[torch.dtype], path: Path, about: dict, device: str = "cuda",
+    seconds: Callable[[Callable, tuple], float] = graph_seconds,
+) -> bool:  # fmt: skip
+    """Tune ``ops`` and write ``path`` after each launch; whether it came to its end.
+
+    ``about`` is the GPU, its architecture, and versions. Ctrl-C keeps what is written.
+    """
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns) as progress:
+        try:
+            for op, dtype in itertools.product(ops, dtypes):
+                name = str(dtype).removeprefix("torch.")
+                empty = lambda *shape, dtype=dtype: torch.randn(shape, device=device).to(dtype)
+                listed = list(OPS[op](empty, dtype))
+                entries: dict = {}
+                for work in progress.track(listed, description=f"{op} {name}"):
+                    found = tune(work, seconds)
+                    entries.setdefault((work.kind, name), []).extend([found] if found else [])
+                    write(path, about, entries)
+        except KeyboardInterrupt:
+            return False
+    return True

@@ -1,0 +1,200 @@
+"""Launch settings: measured, written, read, and looked up. What is timed here is made up."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytest.importorskip("rich")
+from llmos_kernels import _compile, _tune
+from llmos_kernels._triton import attention_tiles, layer_norm, persistent, products, rows, tuned
+from llmos_kernels._tune import Work
+
+ABOUT = {"gpu": "Test GPU", "arch": "sm_90", "torch": "2", "triton": "3"}
+BF16 = torch.bfloat16
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An own folder of settings, and none of the package."""
+    monkeypatch.setenv("LLMOS_TUNED", str(tmp_path))
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path / "package")
+    forget()
+    yield tmp_path
+    forget()
+
+
+def forget():
+    for cached in (tuned.tables, tuned._for_gpu, tuned._nearest):
+        cached.cache_clear()
+
+
+def entry(shape, dtype="bfloat16", **settings):
+    return {"dtype": dtype, "shape": shape, "settings": settings, "us": 1.0, "rule_us": 2.0}
+
+
+def put(path, **settings):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"format": 1, **ABOUT, "settings": settings}))
+    forget()
+
+
+def found(kind, shape, dtype=BF16, arch="sm_90"):
+    with _compile.planned_for(arch):
+        return tuned.settings(kind, torch.empty(1, dtype=dtype), shape)
+
+
+def test_nearest(folder):
+    put(
+        folder / "gpu.json",
+        linear=[
+            entry([1024, 1024, 1024], num_warps=1), entry([1024, 4096, 1024], num_warps=2),
+            entry([1024, 1024, 1024], "float16", num_warps=4),
+        ],
+    )  # fmt: skip
+    assert found("linear", (1000, 1500, 1024)) == {"num_warps": 1}
+    assert found("linear", (1000, 2100, 1024)) == {"num_warps": 2}
+    assert found("linear", (1000, 2100, 1024), torch.float16) == {"num_warps": 4}
+    assert found("linear", (256, 1024, 1024)) is None, "a factor of 4"
+    assert found("linear", (257, 1024, 1024)) == {"num_warps": 1}
+    assert found("linear", (1024, 1024, 1024), torch.float32) is None
+    assert found("int8", (1024, 1024, 1024)) is None
+    assert found("linear", (1024, 1024, 1024), arch="sm_80") is None
+    assert tuned.settings("linear", torch.empty(1, dtype=BF16), (1024, 1024, 1024)) is None
+
+
+def test_name_before_architecture(folder):
+    put(folder / "a.json", linear=[entry([64], num_warps=1)])
+    put(folder / "package" / "b.json", linear=[entry([64], num_warps=2)])
+    table = json.loads((folder / "package" / "b.json").read_text())
+    (folder / "package" / "b.json").write_text(json.dumps(table | {"gpu": "Other GPU"}))
+    forget()
+    of = lambda name: tuned._nearest(name, "sm_90", "linear", "bfloat16", (64,))["num_warps"]
+    assert of("Test GPU") == 1 and of("Other GPU") == 2
+    assert of("Unknown GPU") == of(None) == 1, "the user's own comes first"
+
+
+BAD = {
+    "not JSON": ("{", "JSONDecodeError"),
+    "format": ('{"format": 2}', "of format 2, expected 1"),
+    "missing": ('{"format": 1}', "KeyError: 'settings'"),
+    "unknown": (entry([64], BLOCK_Q=1), "settings {'BLOCK_Q': 1}"),
+    "not whole": (entry([64], num_warps=1.5), "settings {'num_warps': 1.5}"),
+    "shape": (entry([0], num_warps=1), "shape [0]"),
+    "dtype": (entry([64], "bf16x", num_warps=1), "dtype bf16x"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_files(folder, kind):
+    """One warning that names the file; the rules decide."""
+    content, words = BAD[kind]
+    if isinstance(content, str):
+        (folder / "bad.json").write_text(content)
+    else:
+        put(folder / "bad.json", linear=[content])
+    with pytest.warns(RuntimeWarning) as caught:
+        assert found("linear", (64,)) is None
+    (warning,) = caught
+    assert "bad.json: " in str(warning.message) and words in str(warning.message)
+    assert found("linear", (64,)) is None
+
+
+def test_launchers_ask(folder):
+    """Every rule gives way to what is tuned, in what is launched."""
+    row = {"ROWS": 1, "num_warps": 2}
+    tile = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    product = tile | {"BLOCK_K": 32}
+    put(
+        folder / "gpu.json",
+        layer_norm=[entry([768], **row)],
+        **{"attention forward": [entry([64], **tile)], "int8": [entry([256, 512, 512], **product)]},
+        linear=[
+            entry([256, 512, 512], **product, persistent=0),
+            entry([4096, 1024, 1024], **product, persistent=1),
+        ],
+    )
+    empty = lambda *shape: torch.empty(shape, dtype=BF16)
+    with _compile.planned_for("sm_90"):
+        assert rows.tile("layer_norm", empty(1), 700) == (1, 1024, 2)
+        assert rows.tile("layer_norm backward", empty(1), 700) != (1, 1024, 2)
+        assert attention_tiles.tile("forward", empty(1, 1, 1, 40), 64) == tile
+        small, weight = empty(256, 512), empty(512, 512)
+        assert persistent.plan("linear", small, weight, True) is None
+        grid, blocks = products.plan("linear", small, 256, 512, 512, False)
+        assert grid == (4 * 16,) and blocks["BLOCK_K"] == 32 and blocks["maxnreg"] is None
+        large, weight = empty(4096, 1024), empty(1024, 1024)
+        _, blocks = persistent.plan("linear", large, weight, True)
+        assert blocks["BLOCK_K"] == 32 and blocks["num_warps"] == 4
+        # Where it cannot be persistent, the rule's tile: that one may not fit.
+        assert products.plan("linear", large, 4096, 1024, 1024, False)[1]["BLOCK_K"] == 64
+
+
+def tiny(empty, dtype):
+    """One launch of a small norm."""
+
+    def make():
+        return empty(6, 64), None, None, 64, 1e-5, True
+
+    yield Work("layer_norm", dtype, (64,), layer_norm.forward, make, _tune.ROWS[:4])
+
+
+def test_tune(folder, monkeypatch):
+    """The fastest setting whose result is right, where it beats the rule; what was measured stays."""
+    monkeypatch.setitem(_tune.OPS, "tiny", tiny)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path, asked = folder / "Test_GPU.json", []
+
+    def run(*times, dtypes=(BF16,)):
+        given = iter(times)
+
+        def seconds(launcher, args):
+            launcher(*args)
+            taken = next(given)
+            if taken is None:
+                raise KeyboardInterrupt
+            asked.append(taken)
+            return taken
+
+        done = _tune.run(["tiny"], dtypes, path, ABOUT, device, seconds)
+        return done, tuned.read(path)["settings"]["layer_norm"]
+
+    done, (best,) = run(10e-6, 9e-6, 7e-6, 8e-6, 11e-6)
+    assert done and len(asked) == 5
+    assert best == {
+        "dtype": "bfloat16", "shape": [64], "settings": _tune.ROWS[1], "us": 7.0, "rule_us": 10.0,
+    }  # fmt: skip
+    forget()
+    assert found("layer_norm", (64,)) == _tune.ROWS[1]
+    # Within noise of the rule: no entry; that of another dtype stays.
+    done, kept = run(10e-6, 9.9e-6, 9.8e-6, 10e-6, 10e-6, dtypes=(torch.float32,))
+    assert done and kept == [best]
+    done, kept = run(10e-6, 9e-6, None, dtypes=(torch.float32,))
+    assert not done and kept == [best]
+    assert run(*[1e-6] * 5)[1] == [], "measured again"
+    # A setting with a wrong result is not even timed.
+    monkeypatch.setattr(_tune, "_agree", lambda *_: False)
+    asked.clear()
+    run(1e-6)
+    assert len(asked) == 1
+
+
+def test_agree():
+    one = torch.ones(8)
+    assert _tune._agree([one + 1e-7], [one], torch.float32)
+    assert not _tune._agree([one + 1e-5], [one], torch.float32)
+    assert not _tune._agree([one / 0], [one], torch.float32)
+    assert _tune._agree([one / 0], [one / 0], torch.float32)
+
+
+@pytest.mark.parametrize("op", _tune.OPS)
+def test_what_is_tuned(op):
+    """Kinds that launchers ask for, each with candidates that it takes."""
+    sources = "".join(p.read_text() for p in (tuned.FOLDER.parent / "_triton").glob("*.py"))
+    listed = list(_tune.OPS[op](lambda *shape: torch.empty(shape, dtype=BF16), BF16))
+    assert len(listed) >= 10
+    for work in listed:
+        name = work.kind.removeprefix("attention ").removesuffix(" busy")
+        assert f'"{name}"' in sources
+        assert len(work.candidates) > 5 and all(c.keys() <= tuned.NAMES for c in work.candidates)
