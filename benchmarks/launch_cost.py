@@ -71,10 +71,10 @@ def measured(launcher, args, arch: str, library) -> tuple[int, float, float]:
     """The arguments of the launch, and seconds for it from the pack and by Triton."""
     launches = []
 
-    def keep(self, *given, grid, warmup, **named):
+    def keep(self, grid, given, named):
         launches.append((self, grid, given, named))
 
-    with mock.patch.object(Kernel, "run", keep):
+    with mock.patch.object(Kernel, "launch", keep):
         launcher(*args)
     with _compile.recorded_launches(arch) as wanted:
         launcher(*args)

@@ -122,10 +122,10 @@ def recorded_launches(arch: str | None = None) -> Iterator[list[Launch]]:
     """Every Triton launch inside is appended to the list instead of done; as planned for ``arch``."""
     launches: list[Launch] = []
 
-    def record(self, *args, grid, warmup, **kwargs):
-        launches.append(_launch(self, args, kwargs))
+    def record(self, grid, args, kwargs):
+        launches.append(_launch(self, args, dict(kwargs)))
 
-    with mock.patch.object(Kernel, "run", record), planned_for(arch):
+    with mock.patch.object(Kernel, "launch", record), planned_for(arch):
         yield launches
 
 

@@ -37,7 +37,7 @@ def keys(arch: str) -> None:
     backend = make_backend(GPUTarget("cuda", int(arch.removeprefix("sm_")), 32))
     checked = []
 
-    def run(self, *args, grid, warmup, **kwargs):
+    def run(self, grid, args, kwargs):
         launch = _compile._launch(self, args, dict(kwargs))
         made = _C.Kernel(parameters(self), list(OPTIONS), _pack.DTYPES).key(args, kwargs)
         assert made == launch.key, f"{self.name}: {made} is not {launch.key}"
@@ -51,7 +51,7 @@ def keys(arch: str) -> None:
                 assert ("D" in (attribute or "")) == (name in launch.aligned), (self.name, name)
         checked.append(launch.key)
 
-    with mock.patch.object(Kernel, "run", run), _compile.planned_for(arch):
+    with mock.patch.object(Kernel, "launch", run), _compile.planned_for(arch):
         for launcher, args in _compile.calls():
             launcher(*args)
     print(len(checked), "launches,", len(set(checked)), "keys")
@@ -203,9 +203,9 @@ def launches(arch: str, library: str, folder: str) -> None:
         (name, v["key"]): v for name, listed in pack.index["kernels"].items() for v in listed
     }
     seen = set()
-    real = Kernel.run
+    real = Kernel.launch
 
-    def run(self, *args, grid, warmup, **kwargs):
+    def run(self, grid, args, kwargs):
         launch = _compile._launch(self, args, dict(kwargs))
         entry = entries.get((self.name, launch.key))
         if entry is None:
@@ -215,7 +215,7 @@ def launches(arch: str, library: str, folder: str) -> None:
             sizes[i] = size
         before = integer("fake_launches").value
         integer("fake_shared").value = 0
-        real(self, *args, grid=grid, warmup=warmup, **kwargs)
+        real(self, grid, args, kwargs)
         assert integer("fake_launches").value == before + 1
         assert tuple(last.grid) == (*grid, 1, 1)[:3]
         assert (last.threads, last.shared, last.stream) == (
@@ -238,7 +238,7 @@ def launches(arch: str, library: str, folder: str) -> None:
         seen.add((self.name, launch.key))
 
     with (
-        mock.patch.object(Kernel, "run", run),
+        mock.patch.object(Kernel, "launch", run),
         mock.patch.object(launching, "current", lambda: (0, STREAM)),
         mock.patch.object(_pack, "for_device", lambda device: pack),
         _compile.planned_for(arch),

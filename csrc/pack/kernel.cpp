@@ -8,7 +8,7 @@
 namespace llmos::pack {
 namespace {
 
-constexpr size_t kMostParameters = 96, kMostDescriptors = 4;
+constexpr size_t kMostParameters = 96, kMostMatrices = 4, kMostDimensions = 5;
 
 PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
 
@@ -17,13 +17,20 @@ void append(std::string& to, int64_t number) {
   to.append(text, std::snprintf(text, sizeof text, "%lld", static_cast<long long>(number)));
 }
 
-// A list of Python's integers; an error is Python's own.
+// The numbers in a list or tuple; false, without an error, for anything else.
 template <class T>
-std::vector<T> integers(PyObject* of, const char* name) {
-  std::vector<T> found;
-  for (auto item : py::reinterpret_steal<py::object>(PyObject_GetAttrString(of, name)))
-    found.push_back(item.cast<T>());
-  return found;
+bool numbers(PyObject* of, PyObject* name, T* to, size_t& count) {
+  const auto found = py::reinterpret_steal<py::object>(PyObject_GetAttr(of, name));
+  if (!found || !(PyList_Check(found.ptr()) || PyTuple_Check(found.ptr())))
+    return PyErr_Clear(), false;
+  count = PySequence_Fast_GET_SIZE(found.ptr());
+  if (count > kMostDimensions) return false;
+  for (size_t i = 0; i < count; ++i) {
+    const long long number = PyLong_AsLongLong(PySequence_Fast_GET_ITEM(found.ptr(), i));
+    if (number == -1 && PyErr_Occurred()) return PyErr_Clear(), false;
+    to[i] = static_cast<T>(number);
+  }
+  return true;
 }
 
 // Throws std::invalid_argument for memory that the GPU cannot read, as of a tensor on the CPU.
@@ -34,27 +41,33 @@ void check_pointer(uint64_t address, const char* symbol) {
     throw std::invalid_argument(std::string(symbol) + ": a tensor that is not on the GPU");
 }
 
-// The tensor map of a TensorDescriptor, as Triton makes it.
-void encode(const Descriptor& about, PyObject* descriptor, std::byte* map, const char* symbol) {
+// A TensorDescriptor of Triton's: a matrix, and the blocks that are read of it.
+struct Matrix {
+  uint64_t address;
+  size_t rank;
+  uint64_t shape[kMostDimensions], strides[kMostDimensions];
+};
+
+// Its tensor map, as Triton makes it.
+void encode(const Descriptor& about, const Matrix& matrix, std::byte* map, const char* symbol) {
   const auto& d = driver();
   if (!d.tensor_map_encode_tiled)
     throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled");
-  const auto shape = integers<uint64_t>(descriptor, "shape");
-  const auto strides = integers<uint64_t>(descriptor, "strides");
-  const size_t rank = shape.size();
-  if (rank > 5 || strides.size() != rank || about.block.size() != rank)
-    throw std::runtime_error("a tensor descriptor of another rank");
-  uint64_t sizes[5], steps[5];  // Innermost first, the steps in bytes, without the innermost.
-  uint32_t block[5], every[5] = {1, 1, 1, 1, 1};
+  const size_t rank = matrix.rank;
+  if (about.block.size() != rank) throw std::runtime_error("a tensor descriptor of another rank");
+  // Innermost first, the steps in bytes, without the innermost.
+  uint64_t sizes[kMostDimensions], steps[kMostDimensions];
+  uint32_t block[kMostDimensions], every[kMostDimensions];
   for (size_t i = 0; i < rank; ++i) {
-    sizes[i] = shape[rank - 1 - i];
+    sizes[i] = matrix.shape[rank - 1 - i];
     block[i] = about.block[rank - 1 - i];
-    if (i + 1 < rank) steps[i] = strides[rank - 2 - i] * about.element_bytes;
+    every[i] = 1;
+    if (i + 1 < rank) steps[i] = matrix.strides[rank - 2 - i] * about.element_bytes;
   }
-  const auto base = py::handle(descriptor).attr("base").attr("data_ptr")().cast<uintptr_t>();
-  check_pointer(base, symbol);
-  check(d.tensor_map_encode_tiled(map, about.element_type, rank, reinterpret_cast<void*>(base),
-                                  sizes, steps, block, every, 0, about.swizzle, kL2Promotion128, 0),
+  check_pointer(matrix.address, symbol);
+  check(d.tensor_map_encode_tiled(map, about.element_type, rank,
+                                  reinterpret_cast<void*>(matrix.address), sizes, steps, block,
+                                  every, 0, about.swizzle, kL2Promotion128, 0),
         "cuTensorMapEncodeTiled", symbol);
 }
 
@@ -65,16 +78,17 @@ struct Kernel::Arguments {
   struct Value {
     uint64_t bits;
     size_t size;  // In bytes.
-    bool pointer;
-    PyObject* descriptor;  // Passed as what it stands for, in the place of a value.
+    enum { Number, Pointer, Matrix } kind;
   };
   std::string key;
   std::array<Value, kMostParameters> values;
   size_t count = 0;
+  std::array<Matrix, kMostMatrices> matrices;  // In the order of their values.
+  size_t matrix_count = 0;
 
-  void push(uint64_t bits, size_t size, bool pointer = false, PyObject* descriptor = nullptr) {
+  void push(uint64_t bits, size_t size, decltype(Value::kind) kind = Value::Number) {
     if (count == kMostParameters) throw std::runtime_error("too many parameters");
-    values[count++] = {bits, size, pointer, descriptor};
+    values[count++] = {bits, size, kind};
   }
 };
 
@@ -94,8 +108,9 @@ void Kernel::add(const std::string& key, Variant variant) {
 
 bool Kernel::read(const py::tuple& args, const py::dict& kwargs, Arguments& to) const {
   static PyObject *const data_ptr = interned("data_ptr"), *const dtype = interned("dtype"),
-                         *const block_shape = interned("block_shape"),
-                         *const base = interned("base");
+                         *const base = interned("base"), *const shape = interned("shape"),
+                         *const strides = interned("strides"), *const padding = interned("padding"),
+                         *const block_shape = interned("block_shape");
   const size_t positional = args.size();
   size_t named = 0;
   auto& key = to.key;
@@ -106,6 +121,11 @@ bool Kernel::read(const py::tuple& args, const py::dict& kwargs, Arguments& to) 
     PyObject* name = its ? PyDict_GetItemWithError(dtypes_.ptr(), its.ptr()) : nullptr;
     if (!name) PyErr_Clear();
     return name;  // Borrowed of dtypes_.
+  };
+  const auto address = [&](PyObject* tensor) {
+    const auto at = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, data_ptr));
+    if (!at) throw py::error_already_set();
+    return static_cast<uint64_t>(PyLong_AsUnsignedLongLong(at.ptr()));
   };
   const auto append_text = [&](PyObject* text) {
     Py_ssize_t length = 0;
@@ -156,32 +176,38 @@ bool Kernel::read(const py::tuple& args, const py::dict& kwargs, Arguments& to) 
       std::memcpy(&bits, &number, sizeof bits);
       to.push(bits, 4);
     } else if (PyObject* name = dtype_name(value)) {
-      py::object at = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(value, data_ptr));
-      if (!at) throw py::error_already_set();
-      const uint64_t address = PyLong_AsUnsignedLongLong(at.ptr());
+      const uint64_t at = address(value);
       key += '*';
       append_text(name);
-      if ((parameter.specialize & kAlignment) && address % 16 == 0) key += '!';
-      to.push(address, 8, true);
-    } else if (PyObject_HasAttr(value, block_shape)) {
-      py::object tensor = py::reinterpret_steal<py::object>(PyObject_GetAttr(value, base));
-      name = tensor ? dtype_name(tensor.ptr()) : nullptr;
-      const auto padding = py::handle(value).attr("padding").cast<std::string>();
-      if (!name || padding != "zero") return PyErr_Clear(), false;
+      if ((parameter.specialize & kAlignment) && at % 16 == 0) key += '!';
+      to.push(at, 8, Arguments::Value::Pointer);
+    } else {
+      const auto tensor = py::reinterpret_steal<py::object>(PyObject_GetAttr(value, base));
+      const auto filled = py::reinterpret_steal<py::object>(PyObject_GetAttr(value, padding));
+      if (!tensor || !filled) return PyErr_Clear(), false;
+      name = dtype_name(tensor.ptr());
+      if (!name || !PyUnicode_Check(filled.ptr()) || to.matrix_count == kMostMatrices ||
+          PyUnicode_CompareWithASCIIString(filled.ptr(), "zero"))
+        return false;
+      Matrix& matrix = to.matrices[to.matrix_count++];
+      int64_t block[kMostDimensions];
+      size_t steps = 0, sizes = 0;
+      if (!numbers(value, shape, matrix.shape, matrix.rank) ||
+          !numbers(value, strides, matrix.strides, steps) ||
+          !numbers(value, block_shape, block, sizes) || steps != matrix.rank ||
+          sizes != matrix.rank)
+        return false;
+      matrix.address = address(tensor.ptr());
       key += "tensordesc<";
       append_text(name);
-      const char* before = "[";
-      for (auto size : integers<int64_t>(value, "block_shape")) {
-        key += before;
-        append(key, size);
-        before = ", ";
+      for (size_t j = 0; j < sizes; ++j) {
+        key += j ? ", " : "[";
+        append(key, block[j]);
       }
       key += "]>";
-      to.push(0, kTensorMapBytes, false, value);
-      for (auto size : integers<int64_t>(value, "shape")) to.push(static_cast<uint64_t>(size), 4);
-      for (auto step : integers<int64_t>(value, "strides")) to.push(static_cast<uint64_t>(step), 8);
-    } else {
-      return false;
+      to.push(0, kTensorMapBytes, Arguments::Value::Matrix);
+      for (size_t j = 0; j < matrix.rank; ++j) to.push(matrix.shape[j], 4);
+      for (size_t j = 0; j < matrix.rank; ++j) to.push(matrix.strides[j], 8);
     }
   }
   for (const auto& option : options_) {
@@ -270,20 +296,19 @@ bool Kernel::launch(int device, uint64_t stream, const py::tuple& grid, const py
   }
   Handle loaded = function(variant, device);
 
-  alignas(64) std::byte maps[kMostDescriptors][kTensorMapBytes];
+  alignas(64) std::byte maps[kMostMatrices][kTensorMapBytes];
   std::array<void*, kMostParameters> pointers;
-  size_t descriptors = 0;
-  bool same = arguments.count == variant.sizes.size();
+  size_t matrices = 0;
+  bool same = arguments.count == variant.sizes.size() &&
+              arguments.matrix_count == variant.descriptors.size();
   for (size_t i = 0; same && i < arguments.count; ++i) {
     auto& value = arguments.values[i];
     same = value.size == variant.sizes[i];
     pointers[i] = &value.bits;
-    if (value.pointer) check_pointer(value.bits, symbol);
-    if (!same || !value.descriptor) continue;
-    same = descriptors < variant.descriptors.size() && descriptors < kMostDescriptors;
-    if (!same) break;
-    encode(variant.descriptors[descriptors], value.descriptor, maps[descriptors], symbol);
-    pointers[i] = maps[descriptors++];
+    if (value.kind == Arguments::Value::Pointer) check_pointer(value.bits, symbol);
+    if (!same || value.kind != Arguments::Value::Matrix) continue;
+    encode(variant.descriptors[matrices], arguments.matrices[matrices], maps[matrices], symbol);
+    pointers[i] = maps[matrices++];
   }
   if (!same)
     throw std::runtime_error(std::string(symbol) + " has other parameters than its arguments");

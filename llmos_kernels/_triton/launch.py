@@ -32,17 +32,23 @@ class Kernel(JITFunction):
 
     def pack(self, device: int):
         """What the pack has of this kernel for the device, or None; see ``_pack.for_device``."""
-        if device not in self.packed:
+        try:
+            return self.packed[device]
+        except KeyError:
             found = _pack.for_device(device)
-            self.packed[device] = found and found.kernel(self.name, parameters(self), OPTIONS)
-        return self.packed[device]
+            made = found and found.kernel(self.name, parameters(self), OPTIONS)
+            return self.packed.setdefault(device, made)
 
-    def run(self, *args, grid, warmup, **kwargs):
-        if not warmup:
-            device, stream = current()
-            packed = self.pack(device)
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launch(grid, args, kwargs)
+
+    def launch(self, grid, args, kwargs):
+        """``kernel[grid](*args, **kwargs)``"""
+        device, stream = current()
+        packed = self.pack(device)
+        if packed is not None:
             try:
-                if packed and packed.launch(device, stream, grid, args, kwargs):
+                if packed.launch(device, stream, grid, args, kwargs):
                     return None
             except _pack.PackError as e:
                 if _pack.MODE == "require":
@@ -54,7 +60,7 @@ class Kernel(JITFunction):
         if Kernel.broken:
             raise CannotCompile(Kernel.broken)
         try:
-            return super().run(*args, grid=grid, warmup=warmup, **kwargs)
+            return self.run(*args, grid=grid, warmup=False, **kwargs)
         except (RuntimeError, subprocess.CalledProcessError, OSError) as e:
             if isinstance(e, RuntimeError) and "Failed to find C compiler" not in str(e):
                 raise
