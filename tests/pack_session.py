@@ -2,6 +2,7 @@
 
     python pack_session.py keys sm_90
     python pack_session.py covered sm_90
+    python pack_session.py bits FOLDER   # on a GPU
     python pack_session.py launches sm_90 libcuda.so.1 FOLDER
     python pack_session.py refused sm_90 libcuda.so.1 FOLDER   # of the pack that launches has made
 
@@ -332,6 +333,36 @@ def undriven(arch: str, folder: str) -> None:
             DEFINED["llmos::activation_forward"].launch(z, RELU, 0.0, None)
         except RuntimeError as e:
             print(f"RuntimeError: {e}")
+
+
+def bits(folder: str) -> None:
+    """On a GPU: two calls of every kernel, from the pack and by Triton, with the same bits."""
+    arch, counts, checked = _pack.arch_of(0), {}, 0
+
+    def filled(a):
+        if not isinstance(a, torch.Tensor):
+            return a
+        made = torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="cuda")
+        return made.normal_() if a.is_floating_point() else made.zero_()
+
+    for launcher, args in _compile.calls():
+        with _compile.recorded_launches(arch) as launches:
+            launcher(*args)
+        if not launches or all(counts.get(k.name, 0) == 2 for k in launches):
+            continue
+        counts |= {k.name: counts.get(k.name, 0) + 1 for k in launches}
+        _compile.build(Path(folder), {arch: list(dict.fromkeys(launches))})
+        pack, given, results = _pack.Pack(Path(folder) / f"{arch}.json"), [*map(filled, args)], []
+        for found in (pack, None):
+            for fn in {k.fn for k in launches}:
+                fn.packed[0] = found and found.kernel(fn.name, parameters(fn), OPTIONS)
+            with mock.patch.object(_pack, "MODE", "require" if found else "off"):
+                results.append(launcher(*given))
+        own, tritons = (r if isinstance(r, tuple) else (r,) for r in results)
+        for a, b in zip(own, tritons, strict=True):
+            assert torch.equal(a.nan_to_num(), b.nan_to_num()), (launcher, launches)
+        checked += 1
+    print(checked, "calls")
 
 
 def gpus(*lists: str) -> None:
