@@ -97,6 +97,12 @@ def packed() -> str:
 
 
 class CMakeBuild(build_ext):
+    def run(self):
+        if self.inplace or self.editable_mode:
+            self.copy_extensions_to_source()
+        else:
+            super().run()
+
     def build_extension(self, ext):
         out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         tree = Path(self.build_temp).resolve() / ("sanitize" if SANITIZE else "release")
@@ -106,7 +112,6 @@ class CMakeBuild(build_ext):
         configure += [f"-DLLMOS_PACK={'' if self.inplace else packed()}", f"-DLLMOS_JOBS={jobs()}"]
         subprocess.check_call(configure)
         subprocess.check_call(["cmake", "--build", tree, "--parallel", str(jobs())])
-        shutil.rmtree(out / "pack", ignore_errors=True)  # Of a former build.
         subprocess.check_call(["cmake", "--install", tree, "--prefix", out])
         write_info(out, **json.loads((tree / "built.json").read_text()))
 
@@ -119,6 +124,8 @@ class CMakeBuild(build_ext):
 
 class PurePython(build_py):
     def run(self):
+        if not self.editable_mode:  # What is no longer a source must not go into a wheel.
+            shutil.rmtree(Path(self.build_lib) / "llmos_kernels", ignore_errors=True)
         super().run()
         if not self.editable_mode:
             write_info(Path(self.build_lib) / "llmos_kernels")

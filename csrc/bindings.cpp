@@ -25,6 +25,7 @@ PYBIND11_MODULE(_C, m) {
       "The CPU levels that this machine can run, lowest first.");
   m.def("packs_int8", &llmos::multiplies_quads, "Whether int8 products read a packed weight.");
 
+  py::register_exception<llmos::pack::Unusable>(m, "Unusable", PyExc_RuntimeError);
   using llmos::pack::Descriptor, llmos::pack::Kernel, llmos::pack::Variant;
   using Map = std::tuple<int, int, int, std::vector<uint32_t>>;
   py::class_<Kernel>(m, "Kernel",

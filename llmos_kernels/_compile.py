@@ -107,13 +107,14 @@ def _launch(fn: Kernel, args: tuple, kwargs: dict) -> Launch:
 
 
 @contextlib.contextmanager
-def planned_for(arch: str | None) -> Iterator[None]:
-    """Launchers decide as on ``arch``; None: as where there is no GPU."""
+def planned_for(arch: str | None, gpu: tuple[str | None, str] | None = None) -> Iterator[None]:
+    """Launchers decide as on ``arch``, with the settings of ``gpu``, its name and architecture, by
+    default any of ``arch``; None: as where there is no GPU."""
     if arch is None:
         yield
         return
     engine = mock.patch.object(persistent, "_has_engine", lambda device: arch in persistent.ARCHS)
-    with engine, mock.patch.object(tuned, "planned", arch):
+    with engine, mock.patch.object(tuned, "planned", gpu or (None, arch)):
         yield
 
 
@@ -137,9 +138,16 @@ def calls(modules: Sequence[str] = MODULES) -> Iterator[tuple[Callable, tuple]]:
 
 def variants(arch: str, modules: Sequence[str] = MODULES) -> list[Launch]:
     """The distinct launches that the pack holds for ``arch``."""
-    with recorded_launches(arch) as launches:
-        for launcher, args in calls(modules):
-            launcher(*args)
+    # By the rules, and as each GPU that will run this code was tuned.
+    gpus: list[tuple] = [(None, "none")]
+    for table in tuned.tables():
+        if table["arch"] == arch or {table["arch"][:4], arch[:4]} == {"sm_8"}:
+            gpus += [(None, table["arch"]), (table["gpu"], table["arch"])]
+    with recorded_launches() as launches:
+        for gpu in dict.fromkeys(gpus):
+            with planned_for(arch, gpu):
+                for launcher, args in calls(modules):
+                    launcher(*args)
     return list(dict.fromkeys(launches))
 
 

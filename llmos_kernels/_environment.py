@@ -81,8 +81,17 @@ def triton_kernels(arch: str) -> str:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if not HAS_TRITON:
         return "Triton kernels: none, Triton is not installed; the slow reference answers"
-    if _pack.used_on(arch):
-        return f"Triton kernels: those for {packed} of the pack, others compiled when first used"
+    if _pack.MODE == "require" or _pack.used_on(arch):
+        try:
+            _pack.opened(arch)
+        except _pack.PackError as e:
+            if _pack.MODE == "require":
+                return f"Triton kernels: none, LLMOS_PACK=require and {e}"
+        else:
+            others = (
+                "others raise" if _pack.MODE == "require" else "others compiled when first used"
+            )
+            return f"Triton kernels: those for {packed} of the pack, {others}"
     why = (
         f"the pack has none for {arch}" if _pack.archs() and packed is None else "not from the pack"
     )

@@ -1,8 +1,9 @@
 """The pack: Triton kernels that the wheel has compiled, by GPU architecture.
 
 ``pack/sm_90.json`` lists variants, ``pack/sm_90.bin`` holds their cubins, each compressed by zlib. A
-launch whose arguments have no variant is Triton's to compile. ``LLMOS_PACK=off`` ignores the pack,
-``require`` raises where it has no answer, ``auto`` uses it on the GPUs where it is proved.
+launch whose arguments have no variant is Triton's to compile. ``LLMOS_PACK=off`` ignores the pack, ``on``
+uses it wherever it has an answer, ``require`` raises where it has none, ``auto`` is on for the GPUs where
+it is proved.
 """
 
 import functools
@@ -16,9 +17,17 @@ from pathlib import Path
 
 import torch
 
+try:  # What the launcher raises where Triton may still be able to compile.
+    from llmos_kernels._C import Unusable  # type: ignore[import-not-found]
+except ImportError:
+
+    class Unusable(RuntimeError):  # type: ignore[no-redef]
+        """The pack cannot be used here."""
+
+
 FORMAT = 1
 FOLDER = Path(__file__).parent / "pack"
-#: Architectures where every test has passed on a GPU with LLMOS_PACK=require: there, auto is on.
+#: Architectures where every test has passed on a GPU with LLMOS_PACK=on: there, auto is on.
 PROVED: frozenset[str] = frozenset()
 
 #: Triton's names of dtypes.
@@ -38,15 +47,15 @@ DTYPES = {
 
 def check_mode(mode: str) -> str:
     """``mode``, or ValueError for a name that is none."""
-    if mode not in ("off", "auto", "require"):
-        raise ValueError(f"LLMOS_PACK must be off, auto or require, got {mode!r}")
+    if mode not in ("off", "auto", "on", "require"):
+        raise ValueError(f"LLMOS_PACK must be off, auto, on or require, got {mode!r}")
     return mode
 
 
 MODE = check_mode(os.environ.get("LLMOS_PACK") or "auto")
 
 
-class PackError(RuntimeError):
+class PackError(Unusable):
     """A pack that cannot be used; names the file."""
 
 
@@ -98,7 +107,7 @@ class Pack:
 
     def kernel(self, name: str, parameters: Sequence[tuple[str, int]], options: Iterable[str]):
         """The ``_C.Kernel`` of all variants of ``name``; without any where the pack has none."""
-        from llmos_kernels import _C  # type: ignore[attr-defined]
+        from llmos_kernels import _C
 
         if name not in self.kernels:
             made = _C.Kernel(list(parameters), list(options), DTYPES)
@@ -150,7 +159,7 @@ def arch_of(device: int) -> str:
 def opened(arch: str) -> Pack:
     """The pack for ``arch``. Raises PackError where there is none that can be used."""
     try:
-        from llmos_kernels import _C  # type: ignore[attr-defined] # noqa: F401
+        from llmos_kernels import _C  # noqa: F401
     except ImportError as e:
         raise PackError(f"{FOLDER}: cannot be launched without the C++ extension") from e
     name = covering(arch)
@@ -178,8 +187,18 @@ def opened_or_warned(arch: str) -> Pack | None:
     try:
         return opened(arch)
     except PackError as e:
-        warnings.warn(f"{e}; Triton compiles kernels instead", RuntimeWarning, stacklevel=2)
+        warn_of_triton(e)
         return None
+
+
+_warned: list[str] = []
+
+
+def warn_of_triton(why: Exception) -> None:
+    """Say once that the pack cannot be used, and who takes its place."""
+    if not _warned:
+        _warned.append(str(why))
+        warnings.warn(f"{why}; Triton compiles kernels instead", RuntimeWarning, stacklevel=2)
 
 
 def missing(device: int, kernel: str, key: str | None) -> str:
@@ -189,7 +208,7 @@ def missing(device: int, kernel: str, key: str | None) -> str:
 
 def used_on(arch: str) -> bool:
     """Whether a GPU of ``arch`` uses the pack."""
-    wanted = MODE == "require" or (MODE == "auto" and arch in PROVED)
+    wanted = MODE in ("on", "require") or (MODE == "auto" and arch in PROVED)
     return wanted and covering(arch) is not None
 
 
@@ -202,8 +221,8 @@ def state() -> str:
         triton = {read_index(FOLDER / f"{a}.json")["triton"] for a in having}
     except PackError as e:
         return f"cannot be used: {e}"
-    used = ", ".join(sorted(PROVED)) if MODE == "auto" else "all" if MODE == "require" else ""
+    used = [a for a in having if used_on(a)]
     return (
         f"{', '.join(having)}, compiled by Triton {', '.join(sorted(triton))};"
-        f" LLMOS_PACK={MODE}: used on {used or 'no GPU'}"
+        f" LLMOS_PACK={MODE}: {'used on ' + ', '.join(used) if used else 'not used'}"
     )

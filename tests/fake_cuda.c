@@ -14,10 +14,15 @@ struct Launch {
 };
 struct Launch fake_last;
 int fake_loads, fake_launches, fake_shared, fake_broken_images;
+// Whether what loads must be called with the relaxed capture mode (2), which threads start without.
+int fake_strict;
+__thread int fake_capture_mode;
 // What cuFuncGetParamInfo says, and how much cuLaunchKernel keeps of each parameter.
 size_t fake_count, fake_sizes[kMost];
 
 static int context;
+
+static CUresult loading(void) { return fake_strict && fake_capture_mode != 2 ? 901 : kSuccess; }
 
 CUresult cuGetErrorString(CUresult error, const char** words) {
   *words = error == kInvalidImage ? "device kernel image is invalid" : "invalid argument";
@@ -37,7 +42,11 @@ CUresult cuCtxGetCurrent(void** to) {
 CUresult cuCtxSetCurrent(void* to) { return to == &context ? kSuccess : kInvalidValue; }
 CUresult cuCtxGetLimit(size_t* value, int limit) { return *value = 0, kSuccess; }
 CUresult cuCtxSetLimit(int limit, size_t value) { return kSuccess; }
-CUresult cuThreadExchangeStreamCaptureMode(int* mode) { return *mode ^= 2, kSuccess; }
+CUresult cuThreadExchangeStreamCaptureMode(int* mode) {
+  const int before = fake_capture_mode;
+  fake_capture_mode = *mode;
+  return *mode = before, kSuccess;
+}
 CUresult cuPointerGetAttribute(void* data, int attribute, uint64_t pointer) {
   *(uint64_t*)data = pointer;
   return pointer < 1000 ? kInvalidValue : kSuccess;
@@ -48,29 +57,29 @@ CUresult cuPointerGetAttributes(unsigned n, int* attributes, void** data, uint64
 CUresult cuModuleLoadData(void** module, const void* image) {
   if (fake_broken_images || memcmp(image, "\177ELF", 4)) return kInvalidImage;
   ++fake_loads;
-  return *module = &context, kSuccess;
+  return *module = &context, loading();
 }
 CUresult cuModuleGetFunction(void** function, void* module, const char* name) {
-  return *function = &context, kSuccess;
+  return *function = &context, loading();
 }
 CUresult cuFuncGetAttribute(int* value, int attribute, void* function) {
   return *value = 1024, kSuccess;
 }
 CUresult cuFuncSetAttribute(void* function, int attribute, int value) {
-  return fake_shared = value, attribute == 8 ? kSuccess : kInvalidValue;
+  return fake_shared = value, attribute == 8 ? loading() : kInvalidValue;
 }
 CUresult cuFuncSetCacheConfig(void* function, int config) { return kSuccess; }
 CUresult cuFuncGetParamInfo(void* function, size_t i, size_t* offset, size_t* size) {
   if (i >= fake_count) return kInvalidValue;
-  return *offset = 8 * i, *size = fake_sizes[i], kSuccess;
+  return *offset = 8 * i, *size = fake_sizes[i], loading();
 }
 CUresult cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* base,
                                 const uint64_t* sizes, const uint64_t* strides, const uint32_t* box,
                                 const uint32_t* elements, int interleave, int swizzle,
                                 int promotion, int fill) {
-  uint64_t words[16] = {type,       rank,    (uint64_t)base, sizes[0],    sizes[1],
-                        strides[0], box[0],  box[1],         elements[0], elements[1],
-                        interleave, swizzle, promotion,      fill};
+  uint64_t words[16] = {type,       rank | 1 << 21, (uint64_t)base, sizes[0],    sizes[1],
+                        strides[0], box[0],         box[1],         elements[0], elements[1],
+                        interleave, swizzle,        promotion,      fill};
   memcpy(map, words, sizeof words);
   return (uintptr_t)map % 64 ? kInvalidValue : kSuccess;
 }

@@ -25,7 +25,7 @@ from triton.runtime.jit import create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmos_kernels import _C, _compile, _pack
-from llmos_kernels._registry import DEFINED
+from llmos_kernels._registry import DEFINED, CannotCompile
 from llmos_kernels._triton import launch as launching
 from llmos_kernels._triton.launch import OPTIONS, Kernel, parameters
 from llmos_kernels.ops.activations import GELU, GELU_TANH, RELU
@@ -118,6 +118,9 @@ def model_calls(d, heads, activation, dtype, batch, length):
     for threshold in (0.0, 6.0):
         yield "int8_linear", (x, weight, scale, None, *last, threshold)
     yield "int8_linear_rows", (x, weight, scale, None, *last)
+    unsigned = torch.empty(batch * length, 4 * d, dtype=torch.uint8)
+    second, scales = torch.empty(d, 4 * d, dtype=torch.int8), torch.empty(d)
+    yield "int8_matmul", (unsigned, second, row_scale, scales, None, parameter, 0, dtype)
     yield "int8_weight_only", (x[:8], weight, scale, *last)
     yield "int8_norm", (x, x, parameter, parameter, d, 1e-5, True)
 
@@ -171,7 +174,17 @@ def passed(launch: _compile.Launch, values: dict, entry: dict) -> list:
             box = boxes.pop(0)
             size = value.base.itemsize
             # Type, rank, base, sizes, step, box, steps of elements, interleave, swizzle, promotion.
-            words = [None, 2, value.base.data_ptr(), cols, rows, step * size, *reversed(box)]
+            # Drivers to 13.1 set bit 21 also for small matrices, where it must not be.
+            small = ((cols - 1) + (rows - 1) * step) * size + 1 < 128 * 1024
+            words = [
+                None,
+                2 if small else 2 | 1 << 21,
+                value.base.data_ptr(),
+                cols,
+                rows,
+                step * size,
+                *reversed(box),
+            ]
             found += [words + [1, 1, 0, None, 2, 0]]
             found += [struct.pack("<i", n) for n in value.shape]
             found += [struct.pack("<q", n) for n in value.strides]
@@ -189,6 +202,7 @@ def launches(arch: str, library: str, folder: str) -> None:
     what the launcher said, laid out as the compiled kernel has its parameters."""
     fake = ctypes.CDLL(library)
     integer = lambda name: ctypes.c_int.in_dll(fake, name)
+    integer("fake_strict").value = 1
     last = Launch.in_dll(fake, "fake_last")
     sizes = (ctypes.c_size_t * 96).in_dll(fake, "fake_sizes")
     count = ctypes.c_size_t.in_dll(fake, "fake_count")
@@ -299,17 +313,21 @@ def refused(arch: str, library: str, folder: str) -> None:
     sizes[2] = 8
     print(error(launch, kernel()))
     sizes[2] = 4
+    count.value = 7
+    print(error(launch, kernel()))
+    count.value = 6
     integer("fake_broken_images").value = 1
     print(error(launch, kernel()))
     integer("fake_broken_images").value = 0
 
-    before = integer("fake_loads").value
+    before, integer("fake_strict").value = integer("fake_loads").value, 1
     shared, barrier = kernel(), threading.Barrier(8)
 
     def work():
         barrier.wait()
         for _ in range(100):
             assert launch(shared)
+        assert integer("fake_capture_mode").value == 0, "not as it was"
 
     threads = [threading.Thread(target=work) for _ in range(8)]
     for t in threads:
@@ -332,7 +350,7 @@ def undriven(arch: str, folder: str) -> None:
         try:
             DEFINED["llmos::activation_forward"].launch(z, RELU, 0.0, None)
         except RuntimeError as e:
-            print(f"RuntimeError: {e}")
+            print(f"{type(e).__name__}: {e}")
 
 
 def bits(folder: str) -> None:
@@ -363,6 +381,39 @@ def bits(folder: str) -> None:
             assert torch.equal(a.nan_to_num(), b.nan_to_num()), (launcher, launches)
         checked += 1
     print(checked, "calls")
+
+
+def tuned(*archs: str) -> None:
+    """How many variants of one module there are for each architecture."""
+    print(json.dumps({arch: len(_compile.variants(arch, ["int8_norm"])) for arch in archs}))
+
+
+def unready() -> None:
+    """Launches where Triton cannot compile: a folder that was full, then a missing compiler."""
+    fn, fails = DEFINED["llmos::activation_forward"].launch, []
+
+    def run(self, *args, **kwargs):
+        raise fails[-1]
+
+    def said():
+        try:
+            fn(torch.empty(4, 1536), RELU, 0.0, None)
+        except CannotCompile as e:
+            return str(e)
+        except RuntimeError as e:
+            return f"raised: {e}"
+
+    with (
+        mock.patch.object(Kernel, "run", run),
+        mock.patch.object(launching, "current", lambda: (0, STREAM)),
+        mock.patch.object(_pack, "for_device", lambda device: None),
+    ):
+        for error in (
+            OSError(28, "No space left"), RuntimeError("ours"),
+            RuntimeError("Failed to find C compiler. Please"), RuntimeError("not reached"),
+        ):  # fmt: skip
+            fails.append(error)
+            print(said())
 
 
 def gpus(*lists: str) -> None:

@@ -91,17 +91,37 @@ def test_same_bits_as_triton(tmp_path):
 
 
 def test_what_a_launch_refuses(folder, driver):
-    pointer, other, image, threads = session("refused", "sm_90", driver, folder)
+    pointer, other, more, image, threads = session("refused", "sm_90", driver, folder)
     assert pointer == "ValueError: _sum_kernel: a tensor that is not on the GPU"
-    assert other.startswith("RuntimeError: the cubin of _sum_kernel has other parameters")
-    assert image.startswith("RuntimeError: cuModuleLoadData failed for _sum_kernel: device kernel")
+    assert other.startswith("Unusable: the cubin of _sum_kernel has other parameters")
+    assert more == other, "a parameter more"
+    assert image.startswith("Unusable: cuModuleLoadData failed for _sum_kernel: device kernel")
     assert threads == "800 launches by 8 threads"
 
 
 def test_no_driver(folder):
-    """A machine without libcuda.so.1 says so at the first launch, and imports."""
-    (line,) = session("undriven", "sm_90", folder)
-    assert line.startswith("RuntimeError: no CUDA driver: libcuda.so.1")
+    """A machine without libcuda.so.1 imports, and says so once where the pack is required."""
+    (line,) = session("undriven", "sm_90", folder, LLMOS_PACK="require")
+    assert line.startswith("Unusable: no CUDA driver: libcuda.so.1")
+
+
+def test_triton_cannot_compile():
+    """For now, then for good: an op's own errors are not among them."""
+    assert session("unready") == [
+        "Triton cannot compile: [Errno 28] No space left", "raised: ours",
+        *["Triton cannot compile: Failed to find C compiler. Please"] * 2,
+    ]  # fmt: skip
+
+
+def test_tuned_kernels_are_packed(tmp_path):
+    """Those of every GPU that runs the code of an architecture, and the rules'."""
+    (before,) = session("tuned", "sm_80", "sm_90")
+    entry = {"dtype": "bfloat16", "shape": [1024], "settings": {"ROWS": 1, "num_warps": 2}}
+    about = {"format": 1, "gpu": "Test GPU", "arch": "sm_86"}
+    (tmp_path / "a.json").write_text(json.dumps(about | {"settings": {"int8_norm": [entry]}}))
+    (after,) = session("tuned", "sm_80", "sm_90", LLMOS_TUNED=str(tmp_path))
+    before, after = json.loads(before), json.loads(after)
+    assert after["sm_90"] == before["sm_90"] and after["sm_80"] > before["sm_80"]
 
 
 @pytest.fixture
@@ -112,6 +132,7 @@ def copied(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(_pack, "arch_of", lambda device: "sm_90")
     _pack.opened.cache_clear()
     _pack.opened_or_warned.cache_clear()
+    _pack._warned.clear()
     yield tmp_path / "pack" / "sm_90.json"
     _pack.opened.cache_clear()
     _pack.opened_or_warned.cache_clear()
@@ -169,8 +190,13 @@ def test_damaged_cubins(copied):
 
 def test_modes(copied, monkeypatch):
     """auto uses the pack where it is proved, require everywhere, off nowhere."""
-    assert _pack.MODE == "auto" and _pack.for_device(0) is None
-    assert _pack.state().endswith("LLMOS_PACK=auto: used on no GPU")
+    monkeypatch.setattr(_pack, "PROVED", frozenset())
+    monkeypatch.setattr(_pack, "MODE", "auto")
+    assert _pack.for_device(0) is None
+    assert _pack.state().endswith("LLMOS_PACK=auto: not used")
+    monkeypatch.setattr(_pack, "MODE", "on")
+    assert _pack.for_device(0).path == copied
+    monkeypatch.setattr(_pack, "MODE", "auto")
     monkeypatch.setattr(_pack, "PROVED", frozenset({"sm_90"}))
     assert _pack.for_device(0).path == copied
     assert _pack.state().endswith("LLMOS_PACK=auto: used on sm_90")
@@ -181,8 +207,8 @@ def test_modes(copied, monkeypatch):
     monkeypatch.setattr(_pack, "arch_of", lambda device: "sm_75")
     with pytest.raises(_pack.PackError, match="no kernels for sm_75, only for sm_90"):
         _pack.for_device(0)
-    with pytest.raises(ValueError, match="LLMOS_PACK must be off, auto or require, got 'on'"):
-        _pack.check_mode("on")
+    with pytest.raises(ValueError, match="LLMOS_PACK must be off, auto, on or require, got 'yes'"):
+        _pack.check_mode("yes")
 
 
 def test_which_gpu_runs_which_code(tmp_path, monkeypatch):
@@ -230,6 +256,7 @@ def test_the_reference_answers_where_nothing_compiles(monkeypatch):
 
 
 def test_env_tells_of_the_pack(copied, monkeypatch):
+    monkeypatch.setattr(_pack, "MODE", "auto")
     assert any(line.startswith("pack          sm_90, ") for line in _environment.describe())
     monkeypatch.setenv("CC", "/some/gcc")
     assert _environment.triton_kernels("sm_90") == (
@@ -241,6 +268,11 @@ def test_env_tells_of_the_pack(copied, monkeypatch):
     answer = "and there is no C compiler; the slow reference answers"
     assert _environment.triton_kernels("sm_75").endswith(answer)
     monkeypatch.setattr(_pack, "MODE", "require")
-    assert "those for sm_90 of the pack" in _environment.triton_kernels("sm_90")
+    assert _environment.triton_kernels("sm_90").endswith(
+        "those for sm_90 of the pack, others raise"
+    )
+    assert "none, LLMOS_PACK=require and" in _environment.triton_kernels("sm_75")
+    monkeypatch.setattr(_pack, "MODE", "on")
+    assert "others compiled when first used" in _environment.triton_kernels("sm_90")
     monkeypatch.setattr(_environment, "HAS_TRITON", False)
     assert "Triton is not installed" in _environment.triton_kernels("sm_90")

@@ -2,7 +2,6 @@
 
 #include <dlfcn.h>
 
-#include <stdexcept>
 #include <string>
 
 namespace llmos::pack {
@@ -10,13 +9,14 @@ namespace {
 
 Driver open() {
   void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-  if (!library) throw std::runtime_error(std::string("no CUDA driver: ") + dlerror());
+  if (!library) throw Unusable(std::string("no CUDA driver: ") + dlerror());
   const auto find = [&](auto& to, const char* name, bool needed = true) {
     to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(dlsym(library, name));
-    if (needed && !to) throw std::runtime_error(std::string("the CUDA driver has no ") + name);
+    if (needed && !to) throw Unusable(std::string("the CUDA driver has no ") + name);
   };
   Driver d{};
   find(d.get_error_string, "cuGetErrorString");
+  find(d.get_version, "cuDriverGetVersion");
   find(d.device_get, "cuDeviceGet");
   find(d.primary_context_retain, "cuDevicePrimaryCtxRetain");
   find(d.context_get_current, "cuCtxGetCurrent");

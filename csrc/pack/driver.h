@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
 
 namespace llmos::pack {
 
@@ -10,7 +11,7 @@ namespace llmos::pack {
 // here.
 using Result = int;
 using Handle = void*;  // CUcontext, CUmodule, CUfunction, CUstream
-constexpr Result kSuccess = 0;
+constexpr Result kSuccess = 0, kInvalidValue = 1;
 constexpr int kMaxDynamicShared = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 constexpr int kDevicePointer = 3;     // CU_POINTER_ATTRIBUTE_DEVICE_POINTER
 constexpr int kCaptureRelaxed = 2;    // CU_STREAM_CAPTURE_MODE_RELAXED
@@ -19,6 +20,7 @@ constexpr size_t kTensorMapBytes = 128;
 
 struct Driver {
   Result (*get_error_string)(Result, const char**);
+  Result (*get_version)(int*);
   Result (*device_get)(int*, int);
   Result (*primary_context_retain)(Handle*, int);
   Result (*context_get_current)(Handle*);
@@ -36,7 +38,12 @@ struct Driver {
                                     const uint32_t*, const uint32_t*, int, int, int, int);
 };
 
-// Throws std::runtime_error where there is no driver, or one without what is needed.
+// What keeps the pack from being used here, though Triton may be able to compile.
+struct Unusable : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Throws Unusable where there is no driver, or one without what is needed.
 const Driver& driver();
 
 // Throws std::runtime_error with the driver's own words unless the result is a success.

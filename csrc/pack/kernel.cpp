@@ -36,9 +36,11 @@ bool numbers(PyObject* of, PyObject* name, T* to, size_t& count) {
 // Throws std::invalid_argument for memory that the GPU cannot read, as of a tensor on the CPU.
 void check_pointer(uint64_t address, const char* symbol) {
   uint64_t device_address = 0;
-  if (address &&
-      driver().pointer_get_attribute(&device_address, kDevicePointer, address) != kSuccess)
+  if (!address) return;
+  const Result result = driver().pointer_get_attribute(&device_address, kDevicePointer, address);
+  if (result == kInvalidValue)
     throw std::invalid_argument(std::string(symbol) + ": a tensor that is not on the GPU");
+  check(result, "cuPointerGetAttribute", symbol);
 }
 
 // A TensorDescriptor of Triton's: a matrix, and the blocks that are read of it.
@@ -51,10 +53,9 @@ struct Matrix {
 // Its tensor map, as Triton makes it.
 void encode(const Descriptor& about, const Matrix& matrix, std::byte* map, const char* symbol) {
   const auto& d = driver();
-  if (!d.tensor_map_encode_tiled)
-    throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled");
+  if (!d.tensor_map_encode_tiled) throw Unusable("the CUDA driver has no cuTensorMapEncodeTiled");
   const size_t rank = matrix.rank;
-  if (about.block.size() != rank) throw std::runtime_error("a tensor descriptor of another rank");
+  if (about.block.size() != rank) throw Unusable("a tensor descriptor of another rank");
   // Innermost first, the steps in bytes, without the innermost.
   uint64_t sizes[kMostDimensions], steps[kMostDimensions];
   uint32_t block[kMostDimensions], every[kMostDimensions];
@@ -69,6 +70,17 @@ void encode(const Descriptor& about, const Matrix& matrix, std::byte* map, const
                                   reinterpret_cast<void*>(matrix.address), sizes, steps, block,
                                   every, 0, about.swizzle, kL2Promotion128, 0),
         "cuTensorMapEncodeTiled", symbol);
+  // Drivers to 13.1 set a bit too many for small matrices (NVIDIA/cutlass, commit b7ecaa6).
+  int version = 0;
+  check(d.get_version(&version), "cuDriverGetVersion", symbol);
+  uint64_t last = (sizes[0] - 1) * about.element_bytes;
+  for (size_t i = 1; i < rank; ++i) last += (sizes[i] - 1) * steps[i - 1];
+  if (version <= 13010 && last + 1 < 128 * 1024) {
+    uint64_t word;
+    std::memcpy(&word, map + sizeof word, sizeof word);
+    word &= ~(uint64_t{1} << 21);
+    std::memcpy(map + sizeof word, &word, sizeof word);
+  }
 }
 
 }  // namespace
@@ -125,7 +137,9 @@ bool Kernel::read(const py::tuple& args, const py::dict& kwargs, Arguments& to) 
   const auto address = [&](PyObject* tensor) {
     const auto at = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, data_ptr));
     if (!at) throw py::error_already_set();
-    return static_cast<uint64_t>(PyLong_AsUnsignedLongLong(at.ptr()));
+    const uint64_t number = PyLong_AsUnsignedLongLong(at.ptr());
+    if (PyErr_Occurred()) throw py::error_already_set();
+    return number;
   };
   const auto append_text = [&](PyObject* text) {
     Py_ssize_t length = 0;
@@ -233,6 +247,45 @@ py::object Kernel::key(const py::tuple& args, const py::dict& kwargs) const {
   return py::str(arguments.key);
 }
 
+namespace {
+
+// While a stream of this thread captures a graph: what is done here does not belong to it.
+class Uncaptured {
+ public:
+  explicit Uncaptured(const char* symbol) {
+    check(driver().exchange_capture_mode(&mode_), "cuThreadExchangeStreamCaptureMode", symbol);
+  }
+  ~Uncaptured() { driver().exchange_capture_mode(&mode_); }
+
+ private:
+  int mode_ = kCaptureRelaxed;
+};
+
+Handle load(const Variant& variant, const std::string& image) {
+  const auto& d = driver();
+  const char* symbol = variant.symbol.c_str();
+  const Uncaptured uncaptured(symbol);
+  Handle module = nullptr, function = nullptr;
+  check(d.module_load_data(&module, image.data()), "cuModuleLoadData", symbol);
+  check(d.module_get_function(&function, module, symbol), "cuModuleGetFunction", symbol);
+  if (variant.shared > 48 * 1024) {
+    check(d.function_set_attribute(function, kMaxDynamicShared, static_cast<int>(variant.shared)),
+          "cuFuncSetAttribute", symbol);
+  }
+  if (d.function_get_param_info) {
+    size_t count = 0, offset = 0, size = 0;
+    bool same = true;
+    for (; same && d.function_get_param_info(function, count, &offset, &size) == kSuccess; ++count)
+      same = count < variant.sizes.size() && variant.sizes[count] == size;
+    if (!same || count != variant.sizes.size())
+      throw std::runtime_error(std::string("the cubin of ") + symbol +
+                               " has other parameters than its index says");
+  }
+  return function;
+}
+
+}  // namespace
+
 Handle Kernel::function(Variant& variant, int device) {
   const auto loaded = [&]() -> Handle {
     return size_t(device) < variant.functions.size() ? variant.functions[device] : nullptr;
@@ -243,29 +296,15 @@ Handle Kernel::function(Variant& variant, int device) {
   }
   // Python may let another thread run meanwhile: no lock is held.
   const auto image = variant.image().cast<std::string>();
+  // Whoever holds the lock does not wait for Python.
+  const py::gil_scoped_release without_python;
   const std::lock_guard lock(loading_);
   if (Handle function = loaded()) return function;
-  const auto& d = driver();
-  const char* symbol = variant.symbol.c_str();
-  // A stream of this thread may be capturing a graph, which loading does not belong to.
-  int mode = kCaptureRelaxed;
-  check(d.exchange_capture_mode(&mode), "cuThreadExchangeStreamCaptureMode", symbol);
-  Handle module = nullptr, function = nullptr;
-  const Result result = d.module_load_data(&module, image.data());
-  check(d.exchange_capture_mode(&mode), "cuThreadExchangeStreamCaptureMode", symbol);
-  check(result, "cuModuleLoadData", symbol);
-  check(d.module_get_function(&function, module, symbol), "cuModuleGetFunction", symbol);
-  if (variant.shared > 48 * 1024) {
-    check(d.function_set_attribute(function, kMaxDynamicShared, static_cast<int>(variant.shared)),
-          "cuFuncSetAttribute", symbol);
-  }
-  if (d.function_get_param_info) {
-    size_t count = 0, offset = 0, size = 0;
-    for (; d.function_get_param_info(function, count, &offset, &size) == kSuccess; ++count)
-      if (count >= variant.sizes.size() || variant.sizes[count] != size) break;
-    if (count != variant.sizes.size())
-      throw std::runtime_error(std::string("the cubin of ") + symbol +
-                               " has other parameters than its index says");
+  Handle function = nullptr;
+  try {
+    function = load(variant, image);
+  } catch (const std::runtime_error& e) {
+    throw Unusable(e.what());
   }
   if (size_t(device) >= variant.functions.size()) variant.functions.resize(device + 1);
   return variant.functions[device] = function;
@@ -310,8 +349,9 @@ bool Kernel::launch(int device, uint64_t stream, const py::tuple& grid, const py
     encode(variant.descriptors[matrices], arguments.matrices[matrices], maps[matrices], symbol);
     pointers[i] = maps[matrices++];
   }
-  if (!same)
-    throw std::runtime_error(std::string(symbol) + " has other parameters than its arguments");
+  if (!same) throw Unusable(std::string(symbol) + " has other parameters than its arguments");
+  // It waits where the GPU's queue is full, maybe for what another thread of Python has to do.
+  const py::gil_scoped_release without_python;
   check(d.launch_kernel(loaded, blocks[0], blocks[1], blocks[2], variant.threads, 1, 1,
                         variant.shared, reinterpret_cast<Handle>(stream), pointers.data(), nullptr),
         "cuLaunchKernel", symbol);

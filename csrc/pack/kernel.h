@@ -44,7 +44,8 @@ class Kernel {
   // The key of a launch with these arguments; None for an argument of a kind that no key has.
   py::object key(const py::tuple& args, const py::dict& kwargs) const;
 
-  // Whether there was a variant to launch. Throws std::runtime_error for what the driver refuses.
+  // Whether there was a variant to launch. Throws Unusable for one that cannot be loaded,
+  // std::invalid_argument for a tensor elsewhere, std::runtime_error for what the driver refuses.
   bool launch(int device, uint64_t stream, const py::tuple& grid, const py::tuple& args,
               const py::dict& kwargs);
 

@@ -275,6 +275,10 @@ def variants():
             for threshold in (0.0, 6.0):
                 yield linear, (input, weight, scale, None, bias, activation, threshold)
             if activation == RELU:
+                unsigned = torch.empty(rows, n, dtype=torch.uint8), torch.empty(rows)
+                second, scales = torch.empty(k, n, dtype=torch.int8), torch.empty(k)
+                last = input[0], NONE, dtype
+                yield matmul, (unsigned[0], second, unsigned[1], scales, None, *last)
                 yield linear_rows, (input, weight, scale, None, bias, activation)
             if rows <= WEIGHT_ONLY_ROWS:
                 yield weight_only, (input, weight, scale, bias, activation)

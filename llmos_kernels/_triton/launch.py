@@ -2,7 +2,6 @@
 
 import functools
 import subprocess
-import warnings
 
 import torch
 import triton
@@ -50,11 +49,11 @@ class Kernel(JITFunction):
             try:
                 if packed.launch(device, stream, grid, args, kwargs):
                     return None
-            except _pack.PackError as e:
+            except _pack.Unusable as e:
                 if _pack.MODE == "require":
                     raise
                 self.packed[device] = None
-                warnings.warn(f"{e}; Triton compiles kernels instead", RuntimeWarning, stacklevel=3)
+                _pack.warn_of_triton(e)
             if _pack.MODE == "require":
                 raise RuntimeError(_pack.missing(device, self.name, packed.key(args, kwargs)))
         if Kernel.broken:
@@ -64,8 +63,12 @@ class Kernel(JITFunction):
         except (RuntimeError, subprocess.CalledProcessError, OSError) as e:
             if isinstance(e, RuntimeError) and "Failed to find C compiler" not in str(e):
                 raise
-            Kernel.broken = f"Triton cannot compile: {e}"
-            raise CannotCompile(Kernel.broken) from e
+            why = f"Triton cannot compile: {e}"
+            if not isinstance(
+                e, OSError
+            ):  # Which may pass: a full disk, a folder that was removed.
+                Kernel.broken = why
+            raise CannotCompile(why) from e
 
 
 def parameters(fn: JITFunction) -> list[tuple[str, int]]:
