@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from rates import operations
 
 import llmos_kernels as lk
 from llmos_kernels.testing import CASES, cast, error_over_budget, errors, run, tensors
@@ -44,6 +45,11 @@ def attention_kernel(fn):
     return next((n.removeprefix(prefix) for n in names if not n.endswith("_backward")), None)
 
 
+def needed(case, fn):
+    """The operations of ``fn``, of causal attention half."""
+    return operations(fn) // (2 if "causal" in case.name else 1)
+
+
 def compiled(fn):
     torch._dynamo.reset()
     return torch.compile(fn)
@@ -63,12 +69,13 @@ def test_forward(case, size, dtype, compare):
     with torch.inference_mode():
         ours, theirs = run(case.op, args), run(case.eager, args)
         exact = run(case.reference, cast(args, torch.float64))
-        for values in zip(ours, exact, theirs, strict=True):
-            assert error_over_budget(*values) <= 1
+        error = max(error_over_budget(*values) for values in zip(ours, exact, theirs, strict=True))
+        assert error <= 1
         moved = sum(t.nbytes for t in (*tensors(args), *ours))
         calls = {k: functools.partial(fn, *args) for k, fn in fns.items()}
         name = f"{case} {list(size)} {str(dtype)[6:]} forward"
-        row = {"goal": goal(case, size, dtype, "forward")}
+        row = {"goal": goal(case, size, dtype, "forward"), "error_over_budget": round(error, 3)}
+        row |= {"dtype": dtype, "flop": needed(case, calls["eager"])}
         compare(name, calls, moved=moved, **row, eager_kernel=attention_kernel(calls["eager"]))
 
 
@@ -77,7 +84,8 @@ def test_forward(case, size, dtype, compare):
 def test_backward(case, size, dtype, compare):
     torch.manual_seed(0)
     args = case.make(size, dtype=dtype, device=DEVICE, requires_grad=True)
-    assert max(errors(case, args).values()) <= 1
+    error = max(errors(case, args).values())
+    assert error <= 1
     leaves = [t for t in tensors(args) if t.requires_grad]
 
     def backward(fn):
@@ -91,7 +99,10 @@ def test_backward(case, size, dtype, compare):
         sum(t.nbytes for t in inputs) + sum(o.nbytes for o in run(case.op, args)) + inputs[0].nbytes
     )
     name = f"{case} {list(size)} {str(dtype)[6:]} backward"
-    compare(name, calls, moved=moved, goal=goal(case, size, dtype, "backward"))
+    row = {"goal": goal(case, size, dtype, "backward"), "error_over_budget": round(error, 3)}
+    # Two products for each of the forward's.
+    flop = 2 * needed(case, lambda: case.eager(*args))
+    compare(name, calls, moved=moved, dtype=dtype, flop=flop, **row)
 
 
 @each
@@ -109,7 +120,11 @@ def test_training(case, size, dtype, compare):
     eager = step(case.rival or case.eager)
     moved = sum(t.nbytes for t in leaves) * 2 + gradient.nbytes * 2
     name = f"{case} {list(size)} {str(dtype)[6:]} forward + backward"
+    error = max(errors(case, args).values())
+    assert error <= 1
     row = {"goal": goal(case, size, dtype, "training"), "eager_kernel": attention_kernel(eager)}
+    row |= {"error_over_budget": round(error, 3), "dtype": dtype}
+    row |= {"flop": 3 * needed(case, lambda: case.eager(*args))}
     compare(name, {"kernel": step(case.op), "eager": eager}, moved=moved, **row)
 
 

@@ -1,0 +1,115 @@
+"""The machine that is measured: its limits, its state, and whether anything else runs on it."""
+
+import functools
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import llmos_kernels as lk
+from llmos_kernels.testing import interleaved
+
+#: The share of a core that others may take, and of a GPU.
+MOST_OTHERS = 0.15
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def _cpu_seconds() -> tuple[float, float]:
+    """Core seconds that the machine has worked, and that this process and its children have."""
+    fields = [int(f) for f in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    idle, waiting = fields[3], fields[4]
+    times = os.times()
+    return (sum(fields) - idle - waiting) / _TICKS, sum(times[:4])
+
+
+def others(seconds: float = 0.5) -> float:
+    """How many cores other processes keep busy, over so many seconds."""
+    if not Path("/proc/stat").exists():
+        return 0.0
+    all_before, own_before = _cpu_seconds()
+    time.sleep(seconds)
+    all_after, own_after = _cpu_seconds()
+    return max(0.0, (all_after - all_before - own_after + own_before) / seconds)
+
+
+def _nvidia_smi(query: str, of: str = "gpu") -> list[str]:
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", f"--query-{of}={query}", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip().splitlines() if done.returncode == 0 else []
+
+
+def busy(device: str) -> str | None:
+    """Why a measurement would not be of the providers alone, or None."""
+    share = others()
+    if share > MOST_OTHERS:
+        return f"other processes take {share:.2f} of {os.cpu_count()} cores"
+    if device == "cuda":
+        pids = {int(p) for p in _nvidia_smi("pid", "compute-apps") if p.strip().isdigit()}
+        if pids - {os.getpid()}:
+            return f"other processes are on the GPU: {sorted(pids - {os.getpid()})}"
+    return None
+
+
+def wait_until_idle(device: str, seconds: float = 20.0) -> str | None:
+    """None as soon as nothing else runs; after so many seconds, what does."""
+    end = time.monotonic() + seconds
+    while (why := busy(device)) is not None:
+        if time.monotonic() > end:
+            return why
+    return None
+
+
+def state(device: str) -> dict:
+    """Load, clocks and governor; of a GPU clocks, power and temperature. Nothing is changed."""
+    info = Path("/proc/cpuinfo")
+    clocks = [
+        float(line.split(":")[1])
+        for line in (info.read_text().splitlines() if info.exists() else ())
+        if line.startswith("cpu MHz")
+    ]
+    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    found = {
+        "load": round(os.getloadavg()[0], 2),
+        "MHz": round(sum(clocks) / len(clocks)) if clocks else None,
+        "governor": governor.read_text().strip() if governor.exists() else None,
+    }
+    if device == "cuda":
+        query = "clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active"
+        found |= dict(zip(query.split(","), _nvidia_smi(query)[:1], strict=False))
+    return found
+
+
+def _rate(operations: float, *calls) -> float:
+    return operations / min(interleaved(calls, rounds=15, seconds=0.02)) / 1e9
+
+
+@functools.cache
+def copy_rate(device: str, size: int) -> float:
+    """GB/s, read and written, of copies that move so many bytes each: of caches where these hold them."""
+    source = torch.ones(max(size // 8, 1), device=device)
+    target = torch.empty_like(source)
+    return round(_rate(2 * source.nbytes, lambda: target.copy_(source)), 1)
+
+
+def limits(device: str) -> dict[str, float]:
+    """What this machine attains: GB/s of a large copy, and 1e9 operations a second of a large product in
+    each dtype, of torch's and of ours whichever is faster."""
+    large, n = (2**31, 8192) if device == "cuda" else (2**29, 2048)
+    found = {"copy": copy_rate(device, large)}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if device == "cpu" and dtype == torch.float16:
+            continue  # No kernel here multiplies it as such.
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        calls = (lambda a=a, b=b: F.linear(a, b)), (lambda a=a, b=b: lk.linear(a, b))
+        found[str(dtype).removeprefix("torch.")] = _rate(2.0 * n**3, *calls)
+    a, b = (torch.ones(n, n, dtype=torch.int8, device=device) for _ in range(2))
+    scale, packed = torch.ones(n, device=device), lk.int8_pack(b)
+    ours = lambda: lk.int8_matmul(a, b, scale, scale, packed=packed)
+    found["int8"] = _rate(2.0 * n**3, lambda: torch._int_mm(a, b.mT), ours)
+    return {k: round(v, 1) for k, v in found.items()}

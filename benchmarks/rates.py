@@ -1,0 +1,38 @@
+"""How much work a call is, and what share of the machine's limits it reaches."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+
+import machine
+import torch
+from torch.utils import flop_counter
+
+limits = functools.cache(machine.limits)
+
+_ATEN = torch.ops.aten
+with contextlib.suppress(AttributeError, RuntimeError):  # Not of this torch, or known to it.
+    flop_counter.register_flop_formula(_ATEN._scaled_dot_product_flash_attention_for_cpu)(
+        lambda q, k, v, *args, **kwargs: flop_counter.sdpa_flop_count(q, k, v)
+    )
+
+
+def operations(fn: Callable[[], object]) -> int:
+    """The multiplications and additions of products that ``fn`` asks of torch; of attention all of the
+    weights, seen or not."""
+    with flop_counter.FlopCounterMode(display=False) as counter:
+        fn()
+    return counter.get_total_flops()
+
+
+def share_of_limits(device: str, seconds: float, moved: int, flop: int | None, dtype) -> dict:
+    """Rates, and the share of what the machine attains that the nearer limit allows: of a copy that moves
+    as much, from 1 MiB on, or of a large product."""
+    found = {"GB/s": round(moved / seconds / 1e9, 1)}
+    size = 1 << min(max(moved, 1 << 20), 1 << 29).bit_length() - 1
+    shares = [moved / seconds / 1e9 / machine.copy_rate(device, size)]
+    rate = limits(device).get(str(dtype).removeprefix("torch."))
+    if flop:
+        found |= {"FLOP": flop, "GFLOP/s": round(flop / seconds / 1e9, 1)}
+        shares += [flop / seconds / 1e9 / rate] if rate else []
+    return found | {"share": round(max(shares), 3)}

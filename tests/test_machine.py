@@ -1,0 +1,68 @@
+"""What benchmarks say of the machine and of the work: the rates themselves are not tested."""
+
+import subprocess
+import sys
+
+import machine
+import pytest
+import rates
+import torch
+import torch.nn.functional as F
+
+
+def test_others_are_seen():
+    """A process that is no child of ours, as far as times go: it has not ended."""
+    spinner = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        assert machine.others(1.0) > 0.4
+    finally:
+        spinner.kill()
+        spinner.wait()
+
+
+def test_our_own_work_is_not_others(monkeypatch):
+    times = iter([(100.0, 10.0), (102.0, 11.5)])
+    monkeypatch.setattr(machine, "_cpu_seconds", lambda: next(times))
+    assert machine.others(0.01) == pytest.approx(0.5 / 0.01)
+
+
+def test_busy(monkeypatch):
+    shares = [0.5, 0.5, 0.01]
+    monkeypatch.setattr(machine, "others", lambda: shares.pop(0))
+    assert machine.busy("cpu").startswith("other processes take 0.50 of")
+    assert machine.wait_until_idle("cpu") is None and not shares
+    monkeypatch.setattr(machine, "others", lambda: 1.0)
+    assert "1.00" in machine.wait_until_idle("cpu", seconds=0.0)
+    monkeypatch.setattr(machine, "others", lambda: 0.0)
+    monkeypatch.setattr(machine, "_nvidia_smi", lambda *_: ["12345"])
+    assert machine.busy("cuda") == "other processes are on the GPU: [12345]"
+
+
+def test_state():
+    found = machine.state("cpu")
+    assert found["load"] >= 0 and {"MHz", "governor"} <= found.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_operations(dtype):
+    a, b = torch.randn(3, 5, dtype=dtype), torch.randn(7, 5, dtype=dtype)
+    assert rates.operations(lambda: F.linear(a, b)) == 2 * 3 * 5 * 7
+    q, k = torch.randn(2, 4, 6, 16, dtype=dtype), torch.randn(2, 4, 9, 16, dtype=dtype)
+    attend = lambda: F.scaled_dot_product_attention(q, k, k)
+    assert rates.operations(attend) == 2 * 2 * 2 * 4 * 6 * 9 * 16
+    assert rates.operations(lambda: a + 1) == 0
+
+
+def test_share_of_limits(monkeypatch):
+    """Of the nearer limit; a copy as large as what is moved is the other."""
+    sizes = []
+    monkeypatch.setattr(machine, "copy_rate", lambda device, size: sizes.append(size) or 10.0)
+    monkeypatch.setattr(rates, "limits", lambda device: {"float32": 100.0})
+    share = lambda *args: rates.share_of_limits("cpu", 1e-3, *args)
+    assert share(5_000_000, None, None) == {"GB/s": 5.0, "share": 0.5}
+    assert share(5_000_000, 80_000_000, torch.float32) == {
+        "GB/s": 5.0, "FLOP": 80_000_000, "GFLOP/s": 80.0, "share": 0.8,
+    }  # fmt: skip
+    assert share(5_000_000, 80_000_000, torch.float16)["share"] == 0.5
+    share(10, None, None), share(1 << 40, None, None)
+    assert sizes == [1 << 22] * 3 + [1 << 20, 1 << 29]
