@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from llmos_kernels import _C  # type: ignore[attr-defined]
+from llmos_kernels import _C
 
 _FOLDER = Path(__file__).parent
 

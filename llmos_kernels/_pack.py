@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 try:  # What the launcher raises where Triton may still be able to compile.
-    from llmos_kernels._C import Unusable  # type: ignore[import-not-found]
+    from llmos_kernels._C import Unusable
 except ImportError:
 
     class Unusable(RuntimeError):  # type: ignore[no-redef]
