@@ -106,8 +106,11 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext):
         out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         tree = Path(self.build_temp).resolve() / ("sanitize" if SANITIZE else "release")
-        # A former environment's generator or paths must not decide this build.
-        configure = ["cmake", "-S", ROOT, "-B", tree, "-G", "Ninja", "--fresh"]
+        # A former environment's compilers and paths must not decide this build; its objects may be used.
+        (tree / "CMakeCache.txt").unlink(missing_ok=True)
+        for found in (tree / "CMakeFiles").glob("[0-9]*"):
+            shutil.rmtree(found)
+        configure = ["cmake", "-S", ROOT, "-B", tree, "-G", "Ninja"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DLLMOS_SANITIZE={SANITIZE:d}"]
         configure += [f"-DLLMOS_PACK={'' if self.inplace else packed()}", f"-DLLMOS_JOBS={jobs()}"]
         subprocess.check_call(configure)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# As test_wheels.py: builds of one tree, which must not run at the same time.
+pytestmark = pytest.mark.xdist_group("wheels")
 
 WITHOUT = """
 import importlib.util, os, shutil, sys
@@ -39,6 +41,9 @@ def test_pure_python_wheel(missing, named, tmp_path):
         "egg_info",
         "-e",
         str(tmp_path),
+        "build",
+        "-b",
+        str(tmp_path / "build"),
         "bdist_wheel",
         "-b",
         str(tmp_path / "b"),

@@ -46,7 +46,7 @@ def run(*command, cwd=ROOT, **env):
     done = subprocess.run(
         [str(c) for c in command], cwd=cwd, env=clean() | env, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-9000:]
     return done.stdout
 
 
