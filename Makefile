@@ -29,7 +29,7 @@ demo: build
 	$(PYTHON) examples/swap_sentence_encoder.py
 
 test: build
-	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(JOBS) --dist loadgroup
+	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(JOBS)
 
 # Libraries that cannot share an environment with the rest; the benchmarks ask those that are there.
 peers:

@@ -6,13 +6,9 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-# As test_wheels.py: builds of one tree, which must not run at the same time.
-pytestmark = pytest.mark.xdist_group("wheels")
+from one_tree import ROOT, turn
 
 WITHOUT = """
 import importlib.util, os, shutil, sys
@@ -28,7 +24,10 @@ exec(compile(open("setup.py").read(), "setup.py", "exec"), {"__name__": "__main_
 
 def setup(missing, *args, **env):
     command = [sys.executable, "-c", WITHOUT, missing, *args]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
+    with turn():
+        return subprocess.run(
+            command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True
+        )
 
 
 @pytest.mark.parametrize(

