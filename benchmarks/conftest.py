@@ -41,7 +41,6 @@ def compare(benchmark, request):
     operations that it must do."""
 
     def run(name, providers, *, moved, goal=None, rounds=25, flop=None, dtype=None, **more):
-        rates.limits(DEVICE)
         if not request.config.getoption("busy"):
             why = machine.wait_until_idle(DEVICE)
             if why is not None:

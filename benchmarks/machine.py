@@ -81,7 +81,8 @@ def state(device: str) -> dict:
     }
     if device == "cuda":
         query = "clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active"
-        found |= dict(zip(query.split(","), _nvidia_smi(query)[:1], strict=False))
+        for line in _nvidia_smi(query)[:1]:
+            found |= dict(zip(query.split(","), map(str.strip, line.split(",")), strict=True))
     return found
 
 

@@ -26,9 +26,11 @@ def operations(fn: Callable[[], object]) -> int:
 
 
 def share_of_limits(device: str, seconds: float, moved: int, flop: int | None, dtype) -> dict:
-    """Rates, and the share of what the machine attains that the nearer limit allows: of a copy that moves
+    """Rates, and where the dtype of products is known the share of the nearer limit: of a copy that moves
     as much, from 1 MiB on, or of a large product."""
     found = {"GB/s": round(moved / seconds / 1e9, 1)}
+    if dtype is None:
+        return found
     size = 1 << min(max(moved, 1 << 20), 1 << 29).bit_length() - 1
     shares = [moved / seconds / 1e9 / machine.copy_rate(device, size)]
     rate = limits(device).get(str(dtype).removeprefix("torch."))

@@ -174,8 +174,6 @@ def for_device(device: int) -> Pack | None:
     Raises PackError if ``LLMOS_PACK=require`` and there is none; else one that is there and cannot
     be used is warned of once.
     """
-    if MODE == "off":
-        return None
     arch = arch_of(device)
     if MODE == "require":
         return opened(arch)

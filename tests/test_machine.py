@@ -38,9 +38,14 @@ def test_busy(monkeypatch):
     assert machine.busy("cuda") == "other processes are on the GPU: [12345]"
 
 
-def test_state():
+def test_state(monkeypatch):
     found = machine.state("cpu")
     assert found["load"] >= 0 and {"MHz", "governor"} <= found.keys()
+    answer = "1980 MHz, 2619 MHz, 112.31 W, 41, 0x0000000000000000"
+    monkeypatch.setattr(machine, "_nvidia_smi", lambda *_: [answer])
+    assert machine.state("cuda") | {"power.draw": "112.31 W", "temperature.gpu": "41"} == (
+        machine.state("cuda")
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -59,10 +64,11 @@ def test_share_of_limits(monkeypatch):
     monkeypatch.setattr(machine, "copy_rate", lambda device, size: sizes.append(size) or 10.0)
     monkeypatch.setattr(rates, "limits", lambda device: {"float32": 100.0})
     share = lambda *args: rates.share_of_limits("cpu", 1e-3, *args)
-    assert share(5_000_000, None, None) == {"GB/s": 5.0, "share": 0.5}
+    assert share(5_000_000, None, None) == {"GB/s": 5.0}
+    assert share(5_000_000, None, torch.float32) == {"GB/s": 5.0, "share": 0.5}
     assert share(5_000_000, 80_000_000, torch.float32) == {
         "GB/s": 5.0, "FLOP": 80_000_000, "GFLOP/s": 80.0, "share": 0.8,
     }  # fmt: skip
     assert share(5_000_000, 80_000_000, torch.float16)["share"] == 0.5
-    share(10, None, None), share(1 << 40, None, None)
+    share(10, 0, torch.float32), share(1 << 40, 0, torch.float32)
     assert sizes == [1 << 22] * 3 + [1 << 20, 1 << 29]

@@ -1,5 +1,7 @@
 """Kernels compiled ahead of time: found, launched, refused; with a CUDA driver that has no GPU."""
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -16,12 +18,12 @@ from llmos_kernels import _environment, _pack, _registry
 HERE = Path(__file__).parent
 
 
-def session(*args, **env):
-    """What pack_session.py prints, with Triton as a compiler."""
+def session(*args, script="pack_session.py", **env):
+    """What a script prints, with Triton as a compiler."""
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("LLMOS", "TRITON"))}
     done = subprocess.run(
-        [sys.executable, HERE / "pack_session.py", *map(str, args)],
+        [sys.executable, HERE / script, *map(str, args)],
         env=environment | env, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -56,19 +58,15 @@ def driver(tmp_path_factory):
     return library
 
 
-def has_extension():
-    return "llmos_kernels._C" in sys.modules
-
-
 @pytest.fixture(scope="module")
 def folder(driver, tmp_path_factory):
     """A small pack for sm_90, of which every launch was right."""
     if torch.cuda.is_available():
         pytest.skip("the driver that there is would be in the way")
-    if not has_extension():
+    if "llmos_kernels._C" not in sys.modules:
         pytest.skip("needs the C++ extension")
     folder = tmp_path_factory.mktemp("pack")
-    *_, last = session("launches", "sm_90", driver, folder)
+    *_, last = session("launches", "sm_90", driver, folder, script="pack_driver.py")
     variants, kernels = int(last.split()[0]), int(last.split()[3])
     assert variants > kernels > 20
     return folder
@@ -76,7 +74,7 @@ def folder(driver, tmp_path_factory):
 
 def test_launches(folder):
     index = _pack.read_index(folder / "sm_90.json")
-    assert index["triton"] == __import__("triton").__version__
+    assert index["triton"] == importlib.metadata.version("triton")
     listed = [v for variants in index["kernels"].values() for v in variants]
     assert any(v["descriptors"] for v in listed) and any(v["shared"] > 48 << 10 for v in listed)
     # No path of this machine is in the cubins.
@@ -91,7 +89,9 @@ def test_same_bits_as_triton(tmp_path):
 
 
 def test_what_a_launch_refuses(folder, driver):
-    pointer, other, more, image, threads = session("refused", "sm_90", driver, folder)
+    pointer, other, more, image, threads = session(
+        "refused", "sm_90", driver, folder, script="pack_driver.py"
+    )
     assert pointer == "ValueError: _sum_kernel: a tensor that is not on the GPU"
     assert other.startswith("Unusable: the cubin of _sum_kernel has other parameters")
     assert more == other, "a parameter more"
@@ -101,7 +101,7 @@ def test_what_a_launch_refuses(folder, driver):
 
 def test_no_driver(folder):
     """A machine without libcuda.so.1 imports, and says so once where the pack is required."""
-    (line,) = session("undriven", "sm_90", folder, LLMOS_PACK="require")
+    (line,) = session("undriven", "sm_90", folder, script="pack_driver.py", LLMOS_PACK="require")
     assert line.startswith("Unusable: no CUDA driver: libcuda.so.1")
 
 
@@ -241,7 +241,7 @@ def test_the_reference_answers_where_nothing_compiles(monkeypatch):
 
     op = _registry.Op(lambda x: x + 1, "layer_norm:forward")
     monkeypatch.setitem(op.__dict__, "launch", launch)
-    monkeypatch.setattr(torch.cuda, "device_of", lambda t: __import__("contextlib").nullcontext())
+    monkeypatch.setattr(torch.cuda, "device_of", contextlib.nullcontext)
     _registry._warn_of_reference.cache_clear()
     on_device = _registry._on_device(op)
     with pytest.warns(RuntimeWarning, match="no C compiler; the slow reference answers on CUDA"):

@@ -1,8 +1,8 @@
 #include "kernel.h"
 
 #include <array>
+#include <cstdio>
 #include <cstring>
-#include <optional>
 #include <stdexcept>
 
 namespace llmos::pack {

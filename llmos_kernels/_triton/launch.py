@@ -64,9 +64,8 @@ class Kernel(JITFunction):
             if isinstance(e, RuntimeError) and "Failed to find C compiler" not in str(e):
                 raise
             why = f"Triton cannot compile: {e}"
-            if not isinstance(
-                e, OSError
-            ):  # Which may pass: a full disk, a folder that was removed.
+            # A full disk or a folder that was removed may pass.
+            if not isinstance(e, OSError):
                 Kernel.broken = why
             raise CannotCompile(why) from e
 
