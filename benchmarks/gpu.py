@@ -1,112 +1,105 @@
-"""One run on a CUDA machine without a network tells all: build, tests, kernels, benchmarks.
+"""On a CUDA machine without a network: build, tests, benchmarks, launch settings, sanitizers, stress.
 
-`make gpu` calls it with that machine's python3. Every step has a time limit, goes on after a
-failure of another, and leaves its outcome in the folder that OUT names: summary.json, tests.json,
-ops.json, inspect.json. Rehearse it on a machine without a GPU with LLMOS_REHEARSE=1.
+    python3 benchmarks/gpu.py [SLICE ...]     # make gpu SLICE=name; all slices without a name
+    python3 benchmarks/gpu.py --list
+    python3 benchmarks/gpu.py --merge FOLDER  # what came back into benchmarks/results/<GPU>/
+
+A call takes 8 minutes at the most. Each step leaves its outcome in the folder that OUT names at once;
+the next call goes on with what has not passed with the same sources. Where OUT is empty at every call
+``--resume-from`` names a copy of what an earlier one has left. LLMOS_REHEARSE=1 is for machines without
+a GPU.
 """
 
-import json
+import argparse
 import os
-import subprocess
+import shutil
+import signal
 import sys
-import time
-import xml.etree.ElementTree as ET
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-OUT = Path(os.environ.get("OUT", ROOT / "build" / "gpu")).resolve()
+import gpu_merge
+from gpu_runner import Runner
+from gpu_steps import ROOT, Step, slices
+
 REHEARSE = os.environ.get("LLMOS_REHEARSE") == "1"
-BUDGET = 470  # Seconds in all: make gpu stays inside 8 minutes.
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-
-ABOUT = """
-import json, sys, torch, triton
-from llmos_kernels import _environment, testing
-about = {"env": list(_environment.describe()), "torch": torch.__version__, "triton": triton.__version__}
-if torch.cuda.is_available():
-    a = torch.empty(2**30, device="cuda")
-    b = torch.empty_like(a)
-    (seconds,) = testing.interleaved([lambda: b.copy_(a)], rounds=10, seconds=0.02)
-    about["copy GB/s"] = round(2 * a.nbytes / seconds / 1e9)
-print("\\n".join(about["env"]))
-json.dump(about, open(sys.argv[1], "w"), indent=1)
-"""
-
-INSPECT = """
-import json, sys, torch
-from llmos_kernels import _inspect
-arch = "sm_%d%d" % torch.cuda.get_device_capability() if torch.cuda.is_available() else "sm_90"
-rows = [{"kernel": str(r.launch), "arch": arch, "registers": r.registers, "spills": r.spills,
-         "shared": r.shared, "wgmma": r.wgmma} for r in _inspect.table(arch, torch.bfloat16)]
-json.dump(rows, open(sys.argv[1], "w"), indent=1)
-print(len(rows), "kernels,", sum(r["spills"] > 0 for r in rows), "spill")
-"""
+_DEFAULT = ROOT / "build" / ("gpu-rehearsal" if REHEARSE else "gpu")
+OUT = Path(os.environ.get("OUT", _DEFAULT)).resolve()
+RESULTS = ROOT / "benchmarks" / "results"
 
 
-def steps():
-    """(name, seconds at the most, command)."""
-    arch = (
-        {} if REHEARSE else {"TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", "9.0")}
-    )
-    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    yield "build", 120, build, {"LLMOS_BUILD_EXT": "1", **arch}
-    yield "about", 60, [sys.executable, "-c", ABOUT, OUT / "about.json"], {}
-    few = ["--deselect", "tests/test_cpu_levels.py"]
-    chosen = ["-k", "layer_norm" if REHEARSE else "not compiles_within_limits"]
-    yield "tests", 240, [*PYTEST, "tests", *few, *chosen, f"--junitxml={OUT / 'tests.xml'}"], {}
-    yield "inspect", 60, [sys.executable, "-c", INSPECT, OUT / "inspect.json"], {}
-    some = ["-k", "test_call"] if REHEARSE else []
-    yield (
-        "benchmarks",
-        180,
-        [*PYTEST, "benchmarks", "--save", OUT, "--benchmark-disable", *some],
-        {},
-    )
+def pending(runner: Runner, steps: list[Step], again: bool = False) -> list[Step]:
+    """What is to be run, each once: first what always runs, then what is not finished, then what failed."""
+    steps = list({step.name: step for step in steps}.values())
+    wanted = {step.name: again or step.always or runner.outcome(step) != "passed" for step in steps}
+    if not any(wanted[step.name] for step in steps if not step.always):
+        return []
+    order = lambda step: (not step.always, runner.outcome(step) == "failed")
+    return sorted((step for step in steps if wanted[step.name]), key=order)
 
 
-def junit_as_json(xml: Path, target: Path) -> None:
-    """Every test that did not pass, with its message, and the counts."""
-    suite = ET.parse(xml).getroot().find("testsuite")
-    bad = [
-        {
-            "test": f"{c.get('classname')}::{c.get('name')}",
-            "kind": r.tag,
-            "text": (r.text or "")[-4000:],
-        }
-        for c in suite.iter("testcase")
-        for r in c
-        if r.tag in ("failure", "error")
-    ]
-    counts = {k: int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped")}
-    target.write_text(json.dumps({**counts, "bad": bad}, indent=1))
-    xml.unlink()
+def run(runner: Runner, steps: list[Step], again: bool = False) -> int:
+    """Run what the budget allows, and say what is left. 1 if anything has failed."""
+    left, first = [], True
+    for step in pending(runner, steps, again):
+        if not runner.fits(step, first or step.always):
+            left.append(step.name)
+            continue
+        if runner.run(step, again) == "partial":
+            left.append(step.name)
+        first &= step.always
+    names = dict.fromkeys(step.name for step in steps)
+    for name in (n for n in names if n in runner.rows):
+        row = runner.rows[name]
+        print(f"{name:14} {row['outcome']:8} rc {row.get('rc')}  {row.get('seconds')} s")
+    if left:
+        print(f"left for the next call: {', '.join(left)}")
+    return int(any(runner.rows.get(n, {}).get("outcome") == "failed" for n in names))
 
 
-def main() -> int:
-    OUT.mkdir(parents=True, exist_ok=True)
-    start, summary = time.monotonic(), []
-    for name, limit, command, extra in steps():
-        left = BUDGET - (time.monotonic() - start)
-        began = time.monotonic()
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **extra}
-        print(f"== {name} (at most {min(limit, left):.0f} s)", flush=True)
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=env, timeout=max(min(limit, left), 1),
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            )  # fmt: skip
-            rc, output = done.returncode, done.stdout
-        except subprocess.TimeoutExpired as e:
-            rc, output = "time limit", (e.stdout or b"").decode(errors="replace")
-        print(output[-3000:], flush=True)
-        row = {"step": name, "rc": rc, "seconds": round(time.monotonic() - began, 1)}
-        summary.append({**row, "tail": output[-6000:]})
-        (OUT / "summary.json").write_text(json.dumps(summary, indent=1))
-        if (OUT / "tests.xml").exists():
-            junit_as_json(OUT / "tests.xml", OUT / "tests.json")
-    for row in summary:
-        print(f"{row['step']:12} rc {row['rc']}  {row['seconds']} s")
-    return 0 if all(row["rc"] == 0 for row in summary) else 1
+def listing(runner: Runner, table: dict[str, list[Step]]) -> str:
+    """Slices, steps, estimates of seconds on an H200, and what is done."""
+    shown = []
+    for name, steps in table.items():
+        shown.append(f"{name:14} {sum(s.seconds for s in steps):4} s (estimate)")
+        shown += [f"  {s.name:14} {s.seconds:4} s  {runner.outcome(s)}" for s in steps]
+    return "\n".join(shown)
+
+
+def arguments(names: list[str], given: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("slices", nargs="*", metavar="SLICE", help=", ".join(names))
+    parser.add_argument("--slice", action="append", default=[], metavar="SLICE", help="the same")
+    parser.add_argument("--again", action="store_true", help="also what has passed")
+    parser.add_argument("--list", action="store_true", help="slices, steps, what is done")
+    parser.add_argument("--resume-from", type=Path, metavar="FOLDER", help="copied to OUT first")
+    parser.add_argument("--merge", type=Path, metavar="FOLDER", help="into benchmarks/results")
+    args = parser.parse_args(given)
+    args.slices += args.slice
+    if unknown := {*args.slices} - {*names}:
+        parser.error(f"no slice {', '.join(sorted(unknown))}, only {', '.join(names)}")
+    return args
+
+
+def main(given: list[str] | None = None) -> int:
+    table = slices(OUT, REHEARSE)
+    args = arguments(list(table), given)
+    if args.merge:
+        print(f"merged into {gpu_merge.merge(args.merge, RESULTS)}")
+        return 0
+    if args.resume_from:
+        shutil.copytree(args.resume_from, OUT, dirs_exist_ok=True)
+    runner = Runner(OUT)
+    if args.list:
+        print(listing(runner, table))
+        return 0
+    # As Ctrl-C: a step's processes end with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    chosen = args.slices or list(table)
+    try:
+        return run(runner, [step for name in chosen for step in table[name]], args.again)
+    except KeyboardInterrupt:
+        print("interrupted")
+        return 130
 
 
 if __name__ == "__main__":

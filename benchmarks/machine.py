@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,22 +19,52 @@ MOST_OTHERS = 0.15
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def _cpu_seconds() -> tuple[float, float]:
-    """Core seconds that the machine has worked, and that this process and its children have."""
-    fields = [int(f) for f in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-    idle, waiting = fields[3], fields[4]
-    times = os.times()
-    return (sum(fields) - idle - waiting) / _TICKS, sum(times[:4])
+class Busy(Exception):
+    """Something else runs on the machine."""
 
 
-def others(seconds: float = 0.5) -> float:
-    """How many cores other processes keep busy, over so many seconds."""
+def _all_seconds() -> float:
+    """Core seconds that the machine has worked since it started."""
     if not Path("/proc/stat").exists():
         return 0.0
-    all_before, own_before = _cpu_seconds()
-    time.sleep(seconds)
-    all_after, own_after = _cpu_seconds()
-    return max(0.0, (all_after - all_before - own_after + own_before) / seconds)
+    fields = [int(f) for f in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    return (sum(fields) - fields[3] - fields[4]) / _TICKS  # Less idle and waiting.
+
+
+def _seconds_of(pid: int) -> float:
+    """Core seconds of a process and of its children that have ended."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0.0
+    return sum(map(int, text.rpartition(")")[2].split()[11:15])) / _TICKS
+
+
+class Watch:
+    """What others than the processes named work from now on."""
+
+    def __init__(self, pids: Sequence[int]):
+        self._pids, self._start = pids, time.monotonic()
+        self._before = self._others()
+
+    def _others(self) -> float:
+        return _all_seconds() - sum(map(_seconds_of, self._pids))
+
+    def others(self) -> float:
+        """How many cores others have kept busy until now."""
+        seconds = time.monotonic() - self._start
+        return max(0.0, self._others() - self._before) / seconds
+
+    def disturbed(self, device: str) -> str | None:
+        """Why what was measured since was not of the providers alone, or None."""
+        share = self.others()
+        if share > MOST_OTHERS:
+            return f"other processes take {share:.2f} of {os.cpu_count()} cores"
+        if device == "cuda":
+            pids = {int(p) for p in _nvidia_smi("pid", "compute-apps") if p.strip().isdigit()}
+            if pids.difference(self._pids):
+                return f"other processes are on the GPU: {sorted(pids.difference(self._pids))}"
+        return None
 
 
 def _nvidia_smi(query: str, of: str = "gpu") -> list[str]:
@@ -44,16 +75,11 @@ def _nvidia_smi(query: str, of: str = "gpu") -> list[str]:
     return done.stdout.strip().splitlines() if done.returncode == 0 else []
 
 
-def busy(device: str) -> str | None:
+def busy(device: str, seconds: float = 0.5) -> str | None:
     """Why a measurement would not be of the providers alone, or None."""
-    share = others()
-    if share > MOST_OTHERS:
-        return f"other processes take {share:.2f} of {os.cpu_count()} cores"
-    if device == "cuda":
-        pids = {int(p) for p in _nvidia_smi("pid", "compute-apps") if p.strip().isdigit()}
-        if pids - {os.getpid()}:
-            return f"other processes are on the GPU: {sorted(pids - {os.getpid()})}"
-    return None
+    watch = Watch([os.getpid()])
+    time.sleep(seconds)
+    return watch.disturbed(device)
 
 
 def wait_until_idle(device: str, seconds: float = 20.0) -> str | None:

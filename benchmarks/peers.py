@@ -1,28 +1,144 @@
-"""Peers that need an environment of their own: each runs in a process there and is timed in turn.
-
-``make peers`` builds the environment from ``.ci/requirements-peers.txt`` in ``build/peers``. The
-process gets the model and its inputs, answers with the result, which the caller checks, and then
-runs as often as each line it reads says. It sleeps before it answers, so that its threads have
-stopped spinning when the next provider starts.
+"""The others, each in a few lines. Of ops: what gives a call that takes a Case's arguments, or None where
+it has no way to give the same. Of models: what makes one call of a model on its inputs; some of these
+need an environment of their own (peer_process.py), so this file imports nothing but torch.
 """
 
-import contextlib
+import functools
 import importlib.metadata
-import json
 import os
-import subprocess
-import sys
 import tempfile
-import time
+import warnings
 from pathlib import Path
 
 import torch
 
+#: Of the libraries that fight each other: ``make peers``.
 PYTHON = Path(__file__).parents[1] / "build" / "peers" / "bin" / "python"
-_REST = 0.3  # Seconds: idle threads of OpenMP spin for up to 0.2.
 
 
-def _zentorch(model, inputs):
+def reference(case):
+    return case.reference
+
+
+def eager(case):
+    """torch's fastest way that needs no compiler; of attention, SDPA."""
+    return case.rival or case.eager
+
+
+def compiled(case):
+    from torch._functorch import config
+
+    config.donated_buffer = False  # The backward of one forward is timed many times.
+    torch._dynamo.reset()
+    return torch.compile(case.rival or case.eager)
+
+
+def _sdpa(backend, case):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if not case.name.startswith("attention"):
+        return None
+
+    def call(*args):
+        with sdpa_kernel([getattr(SDPBackend, backend)]):
+            return (case.rival or case.eager)(*args)
+
+    return call
+
+
+def flex_attention(case):
+    from torch.nn.attention import flex_attention as flex
+
+    kind = case.name.removeprefix("attention")
+    if kind not in ("", "-causal", "-bias", "-padding"):
+        return None
+    torch._dynamo.reset()
+    fn = torch.compile(flex.flex_attention)
+
+    @functools.cache  # A mask is made once for many layers.
+    def block_mask(q, k, padding):
+        seen = {
+            "-causal": lambda b, h, i, j: i >= j,
+            "-padding": lambda b, h, i, j: ~padding[b, j],
+        }
+        if kind not in seen:
+            return None
+        batch = len(padding) if padding is not None else None
+        return flex.create_block_mask(seen[kind], batch, None, q.shape[2], k.shape[2], device=q.device.type)
+
+    def call(q, k, v, attn_mask, padding):
+        bias = None
+        if attn_mask is not None:
+            bias = lambda logit, b, h, i, j: logit + attn_mask[0, h, i, j]
+        return fn(q, k, v, score_mod=bias, block_mask=block_mask(q, k, padding))
+
+    return call
+
+
+def liger(case):
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    return {
+        "layer_norm": lambda x, _, w, b, eps: LigerLayerNormFunction.apply(x, w, b, eps),
+        "rms_norm": lambda x, _, w, eps: LigerRMSNormFunction.apply(x, w, eps),
+    }.get(case.name)
+
+
+def flash_attn(case):
+    from flash_attn import flash_attn_func
+
+    causal = {"attention": False, "attention-causal": True}.get(case.name)
+    if causal is None:
+        return None
+
+    def call(q, k, v, attn_mask, padding):
+        out = flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), causal=causal)
+        return out.transpose(1, 2)
+
+    return call
+
+
+OPS = {
+    "reference": reference, "eager": eager, "compile": compiled, "flex_attention": flex_attention,
+    "sdpa_cudnn": functools.partial(_sdpa, "CUDNN_ATTENTION"),
+    "sdpa_flash": functools.partial(_sdpa, "FLASH_ATTENTION"),
+    "sdpa_efficient": functools.partial(_sdpa, "EFFICIENT_ATTENTION"),
+    "liger": liger, "flash_attn": flash_attn,
+}  # fmt: skip
+
+
+def dynamic(linear):
+    """torch's own dynamic quantization of a Linear, which takes float32 alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # It is deprecated for torchao.
+        model = torch.ao.quantization.quantize_dynamic(
+            torch.nn.Sequential(linear), {torch.nn.Linear}, torch.qint8
+        )
+    return model[0]
+
+
+def int_mm(layer, x):
+    """What can be put together of torch's ops: quantise, torch._int_mm, scale."""
+    scale = x.abs().amax(-1, keepdim=True).float() / 127
+    rows = (x / scale).round().to(torch.int8)
+    sums = torch._int_mm(rows, layer.weight_int8.t())
+    return (sums.float() * scale * layer.weight_scale + layer.bias).to(x.dtype)
+
+
+class FirstOutput(torch.nn.Module):
+    """A model of transformers as a function of one or two tensors, the second of that name."""
+
+    def __init__(self, model, second="attention_mask"):
+        super().__init__()
+        self.model, self.second = model, second
+
+    def forward(self, input_ids, other=None):
+        more = {} if other is None else {self.second: other}
+        return self.model(input_ids=input_ids, use_cache=False, **more)[0]
+
+
+def zentorch(model, inputs):
     import zentorch  # noqa: F401  registers its backend
     from torch._inductor import config
 
@@ -31,7 +147,7 @@ def _zentorch(model, inputs):
     return lambda: compiled(*inputs)
 
 
-def _onnxruntime(model, inputs):
+def onnxruntime(model, inputs):
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as folder:
@@ -48,7 +164,7 @@ def _session_call(session, inputs):
     return lambda: torch.from_numpy(session.run(None, feeds)[0])
 
 
-def _onnxruntime_int8(model, inputs):
+def onnxruntime_int8(model, inputs):
     import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -60,7 +176,7 @@ def _onnxruntime_int8(model, inputs):
     return _session_call(session, inputs)
 
 
-def _torchao(model, inputs):
+def torchao(model, inputs):
     from torch._inductor import config
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
@@ -70,7 +186,7 @@ def _torchao(model, inputs):
     return lambda: compiled(*inputs)
 
 
-def _bitsandbytes(model, inputs):
+def bitsandbytes(model, inputs):
     import bitsandbytes.nn as bnb
 
     for name, layer in list(model.named_modules()):
@@ -87,88 +203,47 @@ def _bitsandbytes(model, inputs):
     return lambda: model(*inputs)
 
 
-_FLOAT = {"zentorch": _zentorch, "onnxruntime": _onnxruntime}
-_INT8 = {
-    "onnxruntime_int8": _onnxruntime_int8,
-    "torchao": _torchao,
-    "bitsandbytes": _bitsandbytes,
-}
+MODELS = {"zentorch": zentorch, "onnxruntime": onnxruntime}
+INT8_MODELS = {
+    "onnxruntime_int8": onnxruntime_int8, "torchao": torchao, "bitsandbytes": bitsandbytes,
+}  # fmt: skip
 
 
-def main(name: str, folder: str) -> None:
-    """The process of one peer."""
-    # What libraries print must not mix with the answers.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    inputs = torch.load(f"{folder}/inputs.pt")
-    model = torch.load(f"{folder}/model.pt", weights_only=False)
-    torch.backends.mha.set_fastpath_enabled(False)  # It hides whole layers from compilers.
-    with torch.no_grad():
-        call = (_FLOAT | _INT8)[name](model, inputs)
-        result = call()
-        torch.save(result if isinstance(result, torch.Tensor) else result[0], f"{folder}/{name}.pt")
-        packages = "torch", name.removesuffix("_int8")
-        versions = {m: importlib.metadata.version(m) for m in packages}
-        print(json.dumps(versions), file=answers, flush=True)
-        for calls in map(int, sys.stdin):
-            start = time.perf_counter()
-            for _ in range(calls):
-                call()
-            seconds = (time.perf_counter() - start) / calls
-            time.sleep(_REST)
-            print(seconds, file=answers, flush=True)
-
-
-def available(int8: bool = False) -> tuple[str, ...]:
-    """The peers that can be asked here: of float models, or of int8."""
-    return tuple(_INT8 if int8 else _FLOAT) if PYTHON.exists() else ()
-
-
-@contextlib.contextmanager
-def _all_cores():
-    """This thread's pinning would be the process's."""
-    own = os.sched_getaffinity(0)
-    threads = (int(t) for t in os.listdir("/proc/self/task"))
-    os.sched_setaffinity(0, set().union(*map(os.sched_getaffinity, threads)))
+def _missing(package: str) -> str | None:
     try:
-        yield
-    finally:
-        os.sched_setaffinity(0, own)
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{package} is not installed"
+    return None
 
 
-class Peer:
-    """A call of ``model`` by another library, with its ``result`` and the ``versions`` used."""
-
-    def __init__(self, name: str, model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]):
-        with tempfile.TemporaryDirectory() as folder:
-            torch.save(inputs, f"{folder}/inputs.pt")
-            torch.save(model, f"{folder}/model.pt")
-            env = dict(os.environ)
-            if name.startswith("onnxruntime"):  # Its own threads would all stay on the first core.
-                env = {k: v for k, v in env.items() if k not in ("OMP_PROC_BIND", "OMP_PLACES")}
-            with _all_cores():
-                self._process = subprocess.Popen(
-                    [PYTHON, __file__, name, folder], env=env, text=True,
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                )  # fmt: skip
-            self.versions = json.loads(self._read())
-            self.result = torch.load(f"{folder}/{name}.pt")
-
-    def _read(self) -> str:
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the process of a peer ended with {self._process.wait()}")
-        return line
-
-    def timed(self, calls: int) -> float:
-        """The seconds of one of ``calls`` calls."""
-        self._process.stdin.write(f"{calls}\n")
-        self._process.stdin.flush()
-        return float(self._read())
-
-    def close(self) -> None:
-        self._process.communicate()
+@functools.cache
+def absent(device: str) -> dict[str, str]:
+    """Why a provider cannot be asked here."""
+    found = {}
+    for name, package in (("liger", "liger-kernel"), ("flash_attn", "flash-attn")):
+        found[name] = "it runs on GPUs alone" if device == "cpu" else _missing(package)
+    for name in ("sdpa_cudnn", "sdpa_flash", "sdpa_efficient"):
+        found[name] = "a choice of kernels there is on GPUs alone" if device == "cpu" else None
+    for name in (*MODELS, *INT8_MODELS):
+        if device == "cuda":
+            found[name] = "compared on CPUs"
+        elif not PYTHON.exists():
+            found[name] = "make peers installs it"
+    return {k: why for k, why in found.items() if why is not None}
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def ops(device: str) -> list[str]:
+    """The providers of ops that can be asked here, ours first."""
+    return ["kernel", *(name for name in OPS if name not in absent(device))]
+
+
+def models(device: str, int8: bool = False) -> list[str]:
+    """The libraries that can be asked here for whole models."""
+    return [n for n in (INT8_MODELS if int8 else MODELS) if n not in absent(device)]
+
+
+def versions() -> dict[str, str]:
+    """Of what is in this environment."""
+    packages = "torch", "triton", "transformers", "liger-kernel", "flash-attn", "pytest-benchmark"
+    return {p: importlib.metadata.version(p) for p in packages if _missing(p) is None}

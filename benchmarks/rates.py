@@ -1,8 +1,11 @@
-"""How much work a call is, and what share of the machine's limits it reaches."""
+"""How much work a call is, how sure its time, and what share of the machine's limits it reaches."""
 
 import contextlib
 import functools
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Sequence
+from statistics import NormalDist
 
 import machine
 import torch
@@ -25,16 +28,30 @@ def operations(fn: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def share_of_limits(device: str, seconds: float, moved: int, flop: int | None, dtype) -> dict:
-    """Rates, and where the dtype of products is known the share of the nearer limit: of a copy that moves
-    as much, from 1 MiB on, or of a large product."""
-    found = {"GB/s": round(moved / seconds / 1e9, 1)}
-    if dtype is None:
-        return found
+def share_of_limits(device: str, seconds: float, moved: int, flop: int | None, rate: str) -> dict:
+    """Rates, and the share of the nearer limit: of a copy that moves as much, from 1 MiB on, or of a large
+    product in the dtype ``rate``."""
+    found = {"GB/s": round(moved / seconds / 1e9, 2)}
     size = 1 << min(max(moved, 1 << 20), 1 << 29).bit_length() - 1
     shares = [moved / seconds / 1e9 / machine.copy_rate(device, size)]
-    rate = limits(device).get(str(dtype).removeprefix("torch."))
+    most = limits(device).get(rate)
     if flop:
         found |= {"FLOP": flop, "GFLOP/s": round(flop / seconds / 1e9, 1)}
-        shares += [flop / seconds / 1e9 / rate] if rate else []
+        shares += [flop / seconds / 1e9 / most] if most else []
     return found | {"share": round(max(shares), 3)}
+
+
+def interval(found: Sequence[float]) -> list[float]:
+    """Two of the samples between which their median is to be expected, with 95 % confidence or, of fewer
+    than six, all there is: order statistics, which ask nothing of how times are spread."""
+    listed, n = sorted(found), len(found)
+    reach = NormalDist().inv_cdf(0.975) * n**0.5 / 2
+    low, high = math.floor(n / 2 - reach), math.ceil(n / 2 + reach)
+    return [listed[max(low - 1, 0)], listed[min(high, n - 1)]]
+
+
+def host_seconds(fn: Callable[[], object]) -> float:
+    """How long ``fn`` keeps its caller."""
+    start = time.perf_counter()
+    fn()
+    return time.perf_counter() - start

@@ -8,7 +8,6 @@ faster by more than noise.
 import functools
 import itertools
 import json
-import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from llmos_kernels import _device_time as device_time
 from llmos_kernels._triton import (
     attention,
     attention_backward,
@@ -155,38 +155,12 @@ OPS: dict[str, Callable[[Callable, torch.dtype], Iterator[Work]]] = {
 }  # fmt: skip
 
 
-def _copies(args: tuple, count: int) -> list[tuple]:
-    """The arguments, and copies of them with the same strides."""
-
-    def copy(a):
-        if not isinstance(a, Tensor):
-            return a
-        return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=a.device).copy_(a)
-
-    return [args, *(tuple(map(copy, args)) for _ in range(count - 1))]
-
-
 def graph_seconds(launcher: Callable, args: tuple) -> float:
     """The device's time for a call, from a cold L2: the median of replays of a CUDA graph."""
-    device = torch.cuda.current_device()
-    size = sum(a.nbytes for a in args if isinstance(a, Tensor))
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    rounds = _copies(args, min(max(math.ceil(2 * cache / max(size, 1)), 2), 64))
-    launcher(*args)  # Compiles.
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for given in rounds:
-            launcher(*given)
-    times = []
-    for i in range(12):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if i >= 2:
-            times.append(start.elapsed_time(end) / 1e3 / len(rounds))
-    return statistics.median(times)
+    rounds = device_time.cold(args)
+    graph = device_time.captured([functools.partial(launcher, *given) for given in rounds])
+    times = [device_time.seconds(graph.replay) / len(rounds) for _ in range(12)]
+    return statistics.median(times[2:])
 
 
 def _outputs(work: Work, args: tuple) -> list[Tensor]:

@@ -144,14 +144,16 @@ def worst_error(case: Case, shape: tuple, dtype: torch.dtype, device: str) -> fl
     return max(errors(case, *draws).values())
 
 
-def interleaved(
-    fns: Sequence[Callable[[], object]], rounds: int = 30, seconds: float = 4e-3
-) -> list[float]:
-    """The median time of each function, in seconds, all measured in turn.
+def samples(
+    fns: Sequence[Callable[[], object]], rounds: int = 30, seconds: float = 4e-3,
+    most: float = float("inf"),
+) -> list[list[float]]:
+    """The times of each function, in seconds, all measured in turn.
 
     Each round runs every function for about ``seconds``, so that what disturbs the machine
-    disturbs all of them alike. On a GPU the device's work is waited for. A function in another
-    process measures itself: its ``timed(calls)`` is asked.
+    disturbs all of them alike; there are fewer rounds, at least 5, where all would take more than
+    ``most`` seconds. On a GPU the device's work is waited for. A function in another process
+    measures itself: its ``timed(calls)`` is asked.
     """
     wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
 
@@ -167,11 +169,19 @@ def interleaved(
 
     warm = [min(timed(fn, 1) for _ in range(3)) for fn in fns]
     calls = [max(1, round(seconds / t)) for t in warm]
+    within = most / sum(t * n for t, n in zip(warm, calls, strict=True))
     times: list[list[float]] = [[] for _ in fns]
-    for _ in range(rounds):
+    for _ in range(rounds if within >= rounds else min(rounds, max(5, int(within)))):
         for fn, n, taken in zip(fns, calls, times, strict=True):
             taken.append(timed(fn, n))
-    return [statistics.median(t) for t in times]
+    return times
+
+
+def interleaved(
+    fns: Sequence[Callable[[], object]], rounds: int = 30, seconds: float = 4e-3
+) -> list[float]:
+    """The median time of each function, in seconds, by ``samples``."""
+    return [statistics.median(t) for t in samples(fns, rounds, seconds)]
 
 
 class _Record(TorchDispatchMode):

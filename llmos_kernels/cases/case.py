@@ -16,7 +16,7 @@ class Case:
     shapes: tuple  # Small and awkward: tests.
     sizes: tuple = ()  # Of real models: benchmarks.
     gpu_sizes: tuple = ()
-    rival: Callable | None = None  # What benchmarks time instead of an eager that draws our mask.
+    rival: Callable | None = None  # torch's fastest way, where eager is written to be compared.
     sized: Callable[[int], tuple] = lambda n: (n, 3, 64)  # A small shape for each n.
     tiny: tuple = (3, 2, 5)  # For numerical derivatives.
     medium: tuple = (67, 129)  # Several blocks of each kernel.

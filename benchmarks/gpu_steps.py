@@ -1,0 +1,227 @@
+"""What ``gpu.py`` runs: slices of steps, each with an estimate of its seconds.
+
+No H200 has run them yet: the seconds are estimates for one with 16 cores.
+"""
+
+import importlib.util
+import itertools
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+#: The one GPU that is built for.
+ARCH = os.environ.get("TORCH_CUDA_ARCH_LIST", "9.0")
+#: Compiled on the machine that measures, and not in its package.
+PACK = ROOT / "build" / "gpu-pack"
+#: What a result depends on; benchmarks do not depend on tests.
+MEASURED = ("llmos_kernels", "csrc", "benchmarks")
+TESTED = (*MEASURED, "tests")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command, and how it is judged."""
+
+    name: str
+    seconds: int  # An estimate. The limit is what is left of the call.
+    command: Sequence[str | Path]
+    env: dict = field(default_factory=dict)
+    folders: Sequence[str] = TESTED
+    goes_on: bool = False  # At the time limit it is partial, and the next call goes on there.
+    keeps: Sequence[str] = ()  # Its files that are of no use once sources have changed.
+    resume: str | None = None  # The one that is of no use once it has passed.
+    always: bool = (
+        False  # What it makes lies outside of OUT, where the machine is another each time.
+    )
+    product: Path | None = None  # Passed before, it still runs where this is not there.
+
+
+ABOUT = """
+import json, re, sys, torch
+from llmos_kernels import _environment, _pack, testing
+about = {"env": list(_environment.describe()), "torch": torch.__version__}
+name = f"{_environment._cpu_name()} {torch.get_num_threads()} threads"
+if torch.cuda.is_available():
+    name = torch.cuda.get_device_name()
+    a = torch.empty(2**30, device="cuda")
+    b = torch.empty_like(a)
+    (seconds,) = testing.interleaved([lambda: b.copy_(a)], rounds=10, seconds=0.02)
+    about |= {"arch": _pack.arch_of(0), "copy GB/s": round(2 * a.nbytes / seconds / 1e9)}
+about["machine"] = re.sub(r"\\W+", "-", name).lower()
+print("\\n".join(about["env"]))
+json.dump(about, open(sys.argv[1], "w"), indent=1)
+"""
+
+INSPECT = """
+import json, sys, torch
+from llmos_kernels import _inspect
+arch = "sm_%d%d" % torch.cuda.get_device_capability() if torch.cuda.is_available() else "sm_90"
+dtype = torch.bfloat16
+rows = _inspect.table(arch, dtype) if len(sys.argv) == 2 else []
+rows = [{"kernel": str(r.launch), "arch": arch, "registers": r.registers, "spills": r.spills,
+         "shared": r.shared, "wgmma": r.wgmma} for r in rows]
+json.dump(rows, open(sys.argv[1], "w"), indent=1)
+print(len(rows), "kernels,", sum(r["spills"] > 0 for r in rows), "spill")
+"""
+
+#: The extension is what the tree is tested with; the wheels are not this machine's.
+_NOT_HERE = (
+    "test_cpu_levels.py", "test_sanitize.py", "test_wheels.py", "test_build.py", "test_stress.py",
+    "test_gpu_slices.py",
+)  # fmt: skip
+_PACKED = ("test_kernels.py", "test_ops.py", "test_attention.py", "test_int8.py", "test_layers.py")
+#: Small shapes of every kernel, forward and backward.
+_SMALL = "same_bits_on_every_repeat"
+_FEW = f"{_SMALL} and (layer_norm-plain or linear-gelu or attention-causal or embedding-two)"
+
+
+def slices(out: Path, rehearse: bool) -> dict[str, list[Step]]:
+    """The slices by their names, in order, which write to ``out``."""
+    return {
+        "tests": _tests(out, rehearse),
+        "ops-forward": _benchmark(out, "ops-forward", rehearse),
+        "ops-backward": _benchmark(out, "ops-backward", rehearse),
+        "models": _benchmark(out, "models", rehearse),
+        "tune": _tune(out, rehearse),
+        "sanitizer": _sanitizer(out, rehearse),
+        "stress": [
+            *_prepared(out, rehearse),
+            _pytest(
+                out,
+                "stress",
+                240,
+                ["tests/test_stress.py", *_chosen(rehearse, "threads or memory")],
+            ),
+        ],
+    }
+
+
+def _prepared(out: Path, rehearse: bool) -> list[Step]:
+    """What every slice needs on a machine that is bare."""
+    env = {"LLMOS_BUILD_EXT": "1", "LLMOS_BUILD_PACK": "0", "TORCH_CUDA_ARCH_LIST": ARCH}
+    build: list[str | Path] = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    if rehearse:  # Others use this tree's extension, which is there.
+        build, env = [sys.executable, "-c", "import llmos_kernels._C"], {}
+    about: list[str | Path] = [sys.executable, "-c", ABOUT, out / "about.json"]
+    return [
+        Step("build", 100, build, env, always=True),
+        Step("about", 15, about, always=True),
+    ]
+
+
+def _python(*arguments: str | Path) -> list[str | Path]:
+    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+
+
+def _pytest(out: Path, name: str, seconds: int, arguments, **more) -> Step:
+    """Tests whose outcomes go to tests.json, see ``gpu_runner``."""
+    command = _python(*arguments, f"--junitxml={out / name}.xml")
+    env = {"OMP_WAIT_POLICY": "passive", **more.pop("env", {})}
+    return Step(name, seconds, command, env, **more)
+
+
+def _chosen(rehearse: bool, expression: str) -> list[str]:
+    return ["-k", expression] if rehearse else []
+
+
+def _workers(rehearse: bool) -> tuple[list[str], dict]:
+    """Processes that share the GPU: most of the time goes into compiling kernels."""
+    if rehearse or importlib.util.find_spec("xdist") is None:
+        return [], {}
+    return ["-n", "8"], {"OMP_NUM_THREADS": "2"}
+
+
+def _tests(out: Path, rehearse: bool) -> list[Step]:
+    several, env = _workers(rehearse)
+    ignored = [f"--ignore=tests/{name}" for name in _NOT_HERE]
+    suite = ["tests", *ignored, *several, "-k", "not compiles_within_limits"]
+    again = [*(f"tests/{name}" for name in _PACKED), *several]
+    jobs = "16"
+    pack: list[str | Path] = [sys.executable, "-m", "llmos_kernels._compile", PACK, ARCH]
+    if rehearse:
+        suite, jobs = ["tests/test_kernels.py", "-k", "layer_norm-2d"], "1"
+        again = ["tests/test_kernels.py", "-k", "layer_norm-2d and guard"]
+        pack += ["--modules", "int8_norm"]
+    path = os.pathsep.join(str(ROOT / name) for name in (".", "benchmarks", "tests"))
+    packed = {"LLMOS_PACK": "on", "LLMOS_GPU_PACK": str(PACK), "PYTHONPATH": path}
+    index = PACK / f"sm_{ARCH.replace('.', '')}.json"
+    required = packed | {"LLMOS_PACK": "require"}
+    inspect: list[str | Path] = [sys.executable, "-c", INSPECT, out / "inspect.json"]
+    inspect += ["none"] * rehearse
+    return [
+        *_prepared(out, rehearse),
+        _pytest(out, "tests", 170, suite, env=env),
+        Step("pack", 45, [*pack, "--jobs", jobs], {}, MEASURED, product=index),
+        _pytest(out, "packed", 75, ["-p", "gpu_pack", *again], env=env | packed),
+        Step("required", 20, [sys.executable, "benchmarks/gpu_pack.py"], required),
+        Step("inspect", 30, inspect, {}, MEASURED),
+    ]
+
+
+_BENCHMARKS = {
+    "ops-forward": (["bench_ops.py", "bench_int8.py"], "forward"),
+    "ops-backward": (["bench_ops.py", "bench_int8.py"], "backward,forward+backward"),
+    "models": (["bench_models.py"], None),
+}
+
+
+def _benchmark(out: Path, name: str, rehearse: bool) -> list[Step]:
+    """Rows that were measured before are not measured again; see benchmarks/conftest.py."""
+    files, directions = _BENCHMARKS[name]
+    arguments: list[str | Path] = [f"benchmarks/{file}" for file in files]
+    arguments += ["--directions", directions] if directions else []
+    if rehearse:
+        arguments += ["--quick", "--op", "layer_norm,encoder_layers", "--dtypes", "float32"]
+        arguments += ["--providers", "kernel,eager", "--busy"]
+    arguments += ["--resume", out / f"{name}.jsonl", "--benchmark-json", out / f"{name}.new.json"]
+    step = Step(
+        name, 330, _python(*arguments), {}, MEASURED, goes_on=True,
+        keeps=(f"{name}.jsonl", f"{name}.json"), resume=f"{name}.jsonl",
+    )  # fmt: skip
+    return [*_prepared(out, rehearse), step]
+
+
+#: Estimates of seconds for one dtype.
+_TUNED = {"layer_norm": 10, "attention": 40, "linear": 70, "int8": 55}
+
+
+def _tune(out: Path, rehearse: bool) -> list[Step]:
+    """A step for each op and dtype, into one table: tune itself begins anew."""
+    steps = []
+    for dtype, (op, seconds) in itertools.product(("bfloat16", "float16"), _TUNED.items()):
+        command = [sys.executable, "-m", "llmos_kernels", "tune", "--op", op, "--dtype", dtype]
+        command += ["--help"] if rehearse else ["--output", str(out / "tuned.json")]
+        name = f"tune-{op}-{dtype}"
+        steps.append(Step(name, seconds, command, {}, MEASURED, goes_on=True))
+    return [*_prepared(out, rehearse), *steps]
+
+
+def _tool(name: str) -> list[str]:
+    """compute-sanitizer's command; without it one that fails and says so."""
+    home = os.environ.get("CUDA_HOME")
+    folders = [*os.environ.get("PATH", "").split(os.pathsep), "/usr/local/cuda/bin"]
+    folders += [f"{home}/bin"] if home else []
+    found = [p for f in folders if (p := Path(f, "compute-sanitizer")).is_file()]
+    if not found:
+        text = f"compute-sanitizer is in none of {os.pathsep.join(folders)}"
+        return [sys.executable, "-c", f"import sys; sys.exit({text!r})"]
+    options = ["--target-processes", "all", "--error-exitcode", "97", "--print-limit", "20"]
+    return [str(found[0]), "--tool", name, *options]
+
+
+def _sanitizer(out: Path, rehearse: bool) -> list[Step]:
+    """The first run, without a tool, compiles the kernels that the tools then find on the disk."""
+    shown = "layer_norm-2d and same_bits" if rehearse else None
+    tests = lambda chosen: _python("tests/test_kernels.py", "-k", shown or chosen)
+    steps = [Step("untooled", 60, tests(_SMALL))]
+    tools = {"memcheck": _SMALL, "racecheck": _FEW, "initcheck": _FEW, "synccheck": _SMALL}
+    for name, chosen in tools.items():
+        command = [*([] if rehearse else _tool(name)), *tests(chosen)]
+        # Else torch's allocator hides where one tensor ends and the next begins.
+        alone = name in ("memcheck", "initcheck")
+        env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if alone else {}
+        steps.append(Step(name, 70, command, env))
+    return [*_prepared(out, rehearse), *steps]

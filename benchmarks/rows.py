@@ -1,0 +1,209 @@
+"""A row of the benchmarks: providers of the same result, judged, then timed in turn.
+
+What a test builds is a Row; ``measure`` gives each provider's samples and figures. A provider whose
+result is wrong, or that fails, has no time: it has the reason.
+"""
+
+import contextlib
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import machine
+import rates
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from llmos_kernels import _device_time as device_time
+from llmos_kernels.testing import error_over_budget, samples
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+#: What an error may be, by how it is given: ours over its budget; of the others, who may add in
+#: another order; of what is made int8, over the norm of the result.
+OURS, THEIRS, INT8 = 1.0, 4.0, 0.03
+
+
+@dataclass
+class Call:
+    """One provider: its call, the same call on other inputs, which a GPU gets in turn, how far its
+    result is from float64's, and what else is to be told of it."""
+
+    run: Callable[[], object]
+    copies: Sequence[Callable[[], object]] = ()
+    about: dict = field(default_factory=dict)
+
+    @property
+    def wrong(self) -> str | None:
+        """Why its time would say nothing, or None."""
+        if self.about.get("relative_error", 0.0) > INT8:
+            return f"relative error {self.about['relative_error']:.3g}"
+        most = OURS if self.about.get("ours") else THEIRS
+        if self.about.get("error_over_budget", 0.0) > most:
+            return f"error {self.about['error_over_budget']:.3g} times its budget"
+        return None
+
+
+@dataclass
+class Row:
+    """What providers are compared on: the bytes that one call must move, the operations it must do,
+    and the ratios to other providers that the project set out to reach."""
+
+    op: str
+    size: Sequence[int]
+    dtype: torch.dtype
+    direction: str
+    moved: int
+    flop: int | None = None
+    goals: dict[str, float] = field(default_factory=dict)
+    tokens: int | None = None
+    #: The rate of products that ``flop`` is held against, where it is not the dtype's.
+    rate: str | None = None
+    calls: dict[str, Call] = field(default_factory=dict)
+    wrong: dict[str, str] = field(default_factory=dict)
+    gradients: bool = False
+    #: Processes that work for this row.
+    pids: list[int] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        size = f" {list(self.size)}" if self.size else ""
+        return f"{self.op}{size} {str(self.dtype)[6:]} {self.direction}"
+
+    def add(self, provider: str, build: Callable[[], Call | None]) -> None:
+        """The provider's call, if it has a way to give the same; or why it has no time. Ours has to."""
+        try:
+            call = build()
+        except Exception as e:
+            if provider == "kernel":
+                raise
+            lines = f"{type(e).__name__}: {e}".splitlines()
+            self.wrong[provider] = lines[0][:300]
+            return
+        if call is None:
+            return
+        call.about["ours"] = provider == "kernel"
+        if call.wrong is None:
+            self.calls[provider] = call
+        else:
+            self.wrong[provider] = call.wrong
+
+
+def worst(found: dict[str, Tensor], exact: dict[str, Tensor], eager: dict[str, Tensor]) -> dict:
+    """The largest error over budget of named results."""
+    errors = [error_over_budget(v, exact[k], eager[k]) for k, v in found.items()]
+    return {"error_over_budget": round(max(errors), 3)}
+
+
+def relative(actual: Tensor, exact: Tensor) -> dict:
+    """The error over the norm of the result: of int8, which a budget of roundings does not fit."""
+    return {
+        "relative_error": round(((actual.double() - exact).norm() / exact.norm()).item(), 5)
+    }
+
+
+def peak_bytes(fn: Callable[[], object]) -> int:
+    """The most that ``fn`` holds at a time of what it allocates through torch."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        fn()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        fn()
+    events = profiled.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = most = 0
+    for _, change in changes:
+        held += change
+        most = max(most, held)
+    return most
+
+
+def _on_gpu(calls: dict[str, Call], rounds: int) -> tuple[dict[str, list[float]], dict]:
+    """The device's time of each call from a cold cache, as a CUDA graph or, where it cannot be one, as
+    it comes; and what a call costs the host."""
+    ready, more = {}, {}
+    for provider, call in calls.items():
+        turns = [call.run, *call.copies]
+        try:
+            ready[provider] = device_time.captured(turns).replay, len(turns)
+            more[provider] = {"timed": "graph"}
+        except RuntimeError:
+            torch.cuda.synchronize()
+
+            def eagerly(turns=turns):
+                for turn in turns:
+                    turn()
+
+            eagerly()
+            ready[provider] = eagerly, len(turns)
+            more[provider] = {"timed": "stream"}
+        times = []
+        for _ in range(20):
+            torch.cuda.synchronize()
+            times.append(rates.host_seconds(call.run))
+        more[provider]["launch_us"] = round(statistics.median(times) * 1e6, 2)
+    found: dict[str, list[float]] = {provider: [] for provider in calls}
+    for i in range(rounds + 2):
+        for provider, (work, count) in ready.items():
+            taken = device_time.seconds(work) / count
+            if i >= 2:
+                found[provider].append(taken)
+    return found, more
+
+
+def times(row: Row, rounds: int, most: float) -> tuple[dict[str, list[float]], dict]:
+    """Samples of every provider, taken in turn."""
+    if DEVICE == "cuda":
+        return _on_gpu(row.calls, rounds)
+    runs = [c.run for c in row.calls.values()]
+    return dict(zip(row.calls, samples(runs, rounds, most=most), strict=True)), {}
+
+
+def measure(row: Row, rounds: int, most: float, busy: bool) -> dict[str, dict]:
+    """Of each provider its samples and figures, or why it has none."""
+    inside = contextlib.nullcontext() if row.gradients else torch.inference_mode()
+    with inside:
+        peaks = {
+            k: {"peak_bytes": peak_bytes(c.run)}
+            for k, c in row.calls.items()
+            if not hasattr(c.run, "timed")
+        }
+        watch = machine.Watch([os.getpid(), *row.pids])
+        found, more = times(row, rounds, most)
+        if not busy and (why := watch.disturbed(DEVICE)) is not None:
+            why = machine.wait_until_idle(DEVICE)
+            watch = machine.Watch([os.getpid(), *row.pids])
+            found, more = times(row, rounds, most)
+            why = why or watch.disturbed(DEVICE)
+            if why is not None:
+                raise machine.Busy(f"not measured: {why} (--busy measures all the same)")
+    about = {"row": row.name, "op": row.op, "size": list(row.size), "bytes": row.moved}
+    about |= {"dtype": str(row.dtype)[6:], "direction": row.direction}
+    measured: dict[str, dict] = {
+        k: {"row": row.name, "wrong": why} for k, why in row.wrong.items()
+    }
+    for provider, taken in found.items():
+        call = row.calls[provider]
+        median = statistics.median(taken)
+        extra = about | {"provider": provider, "us": round(median * 1e6, 2)} | call.about
+        extra |= rates.share_of_limits(
+            DEVICE, median, row.moved, row.flop, row.rate or str(row.dtype)[6:]
+        )
+        extra |= {"median_ci": rates.interval(taken)}
+        extra |= peaks.get(provider, {}) | more.get(provider, {})
+        if row.tokens is not None:
+            extra["tokens/s"] = round(row.tokens / median, 1)
+        if "eager" in found:
+            ratios = [a / b for a, b in zip(found["eager"], taken, strict=True)]
+            extra["vs_eager"] = round(statistics.median(ratios), 3)
+            extra["vs_eager_ci"] = [round(r, 3) for r in rates.interval(ratios)]
+        if provider == "kernel" and row.goals:
+            extra["goal"] = {k: v for k, v in row.goals.items() if k in found}
+        del extra["ours"]
+        measured[provider] = {"samples": taken, "extra": extra}
+    return measured

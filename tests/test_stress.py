@@ -1,0 +1,400 @@
+"""Under stress: repeats beside other work, capture and threads in a fresh process, no memory, 2^31.
+
+What needs a process of its own is a function here: ``python test_stress.py first_calls cpu``.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import llmos_kernels as lk
+from llmos_kernels.testing import (
+    CASES,
+    _Record,
+    assert_accurate,
+    cast,
+    draw,
+    errors,
+    make_gradients,
+    run,
+    run_with_gradients,
+    tensors,
+)
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+REPEATS = 250 if GPU else 20
+THREADS = 8
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
+CASE = {case.name: case for case in CASES}
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def session(*args, **env):
+    """What a function of this file prints in a fresh process, with Triton as a compiler."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("LLMOS", "TRITON"))}
+    done = subprocess.run(
+        [sys.executable, __file__, *map(str, args)],
+        env=environment | env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    yield
+    if GPU:
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def other_work():
+    """Another thread multiplies matrices until the end; on a GPU on a stream of its own."""
+    done, counts = threading.Event(), []
+
+    def work():
+        stream = torch.cuda.Stream() if GPU else None
+        with torch.cuda.stream(stream) if GPU else contextlib.nullcontext():
+            x = torch.randn(4096 if GPU else 192, 4096 if GPU else 192, device=DEVICE)
+            while not done.is_set():
+                for _ in range(8):
+                    x = (x @ x).tanh()
+                if GPU:
+                    stream.synchronize()
+                counts.append(8)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield counts
+    finally:
+        done.set()
+        thread.join()
+
+
+@each_case
+@pytest.mark.parametrize("real", [False, *[True] * GPU])
+def test_same_bits_beside_other_work(case, real):
+    """Outputs and gradients; on a GPU also those of a real model's size."""
+    shapes = case.gpu_sizes[:1] if real else (case.medium,)
+    if not shapes:
+        pytest.skip("no model's size")
+    args = case.make(*shapes, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    gradients = [torch.randn_like(o) for o in run(case.op, args)]
+    first = run_with_gradients(case.op, args, gradients)
+    with other_work() as counts:
+        while not counts:
+            time.sleep(1e-3)
+        for _ in range(REPEATS):
+            for name, value in run_with_gradients(case.op, args, gradients).items():
+                assert torch.equal(value, first[name]), name
+
+
+@pytest.mark.parametrize("threshold", [0.0, 3.0])
+@pytest.mark.parametrize("rows", [1, 67])
+def test_same_int8_bits_beside_other_work(rows, threshold):
+    x = torch.randn(rows, 300, device=DEVICE).bfloat16()
+    weight, scale = lk.int8_quantize(torch.randn(129, 300, device=DEVICE))
+    call = lambda: lk.int8_linear(x, weight, scale, outlier_threshold=threshold)
+    first = call()
+    with other_work():
+        for _ in range(REPEATS):
+            assert torch.equal(call(), first)
+
+
+#: What is captured, and whether its gradients are, too: of products these are cuBLAS's, whose
+#: handles torch wants warm.
+CAPTURED = {
+    "layer_norm": True, "add_layer_norm": True, "attention-causal": True, "feed_forward-gelu": False,
+    "linear": False, "embedding": False,
+}  # fmt: skip
+REPLAYS = 100
+
+
+def make_pack(folder: str, arch: str) -> None:
+    """A pack of all that ``captured`` launches."""
+    from llmos_kernels import _compile
+    from llmos_kernels._registry import DEFINED
+
+    with _compile.recorded_launches(arch) as launches:
+        for name, backward in CAPTURED.items():
+            with _Record() as record:
+                _step(CASE[name], *_arguments(CASE[name], backward, "cpu"))
+            for op, given in record.calls:
+                if DEFINED[op.name()].triton:
+                    DEFINED[op.name()].launch(*given)
+    _compile.build(Path(folder), {arch: list(dict.fromkeys(launches))}, jobs=os.cpu_count() or 1)
+
+
+def _arguments(case, backward, device):
+    """Arguments, and the incoming gradient of each output."""
+    args = case.make(case.medium, dtype=torch.bfloat16, device=device, requires_grad=backward)
+    return args, torch.randn_like(args[0]).detach() if backward else None
+
+
+def _step(case, args, gradient):
+    """Outputs, and with a gradient for each those of the arguments."""
+    made = case.op(*args)
+    outputs = made if isinstance(made, tuple) else (made,)
+    if gradient is None:
+        return outputs
+    leaves = [a for a in tensors(args) if a.requires_grad]
+    return *outputs, *torch.autograd.grad(outputs, leaves, [gradient] * len(outputs))
+
+
+def _capture(case, backward, mode):
+    """Arguments, the graph of a step that nothing has warmed up, and what it writes."""
+    args, gradient = _arguments(case, backward, "cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode=mode):
+        made = _step(case, args, gradient)
+    return args, gradient, graph, made
+
+
+def captured(mode: str, pack: str = "") -> None:
+    """Each step's very first call is captured; its replays are what eager calls give."""
+    from llmos_kernels import _pack
+
+    if pack:
+        _pack.FOLDER = Path(pack)
+    for name, backward in CAPTURED.items():
+        case = CASE[name]
+        args, gradient, graph, made = _capture(case, backward, mode)
+        for _ in range(REPLAYS):
+            with torch.no_grad():
+                for a in tensors(args):
+                    if a.is_floating_point():
+                        a.normal_()
+            graph.replay()
+            for value, expected in zip(made, _step(case, args, gradient), strict=True):
+                assert torch.equal(value, expected), name
+        print(name)
+
+
+def refused(mode: str) -> None:
+    """A first call is captured or raises; whatever it was, the next ones are right."""
+    case = CASE["layer_norm"]
+    try:
+        _capture(case, True, mode)
+    except RuntimeError as e:
+        print(f"raised: {e}".splitlines()[0])
+    else:
+        print("captured")
+    drawn = draw(case, case.medium, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    assert max(errors(case, *drawn).values()) <= 1
+
+
+@needs_gpu
+def test_first_call_of_the_pack_is_captured(tmp_path):
+    """In torch's default mode, in which nothing in the process may allocate or wait."""
+    session("make_pack", tmp_path, "sm_{}{}".format(*torch.cuda.get_device_capability()))
+    assert session("captured", "global", tmp_path, LLMOS_PACK="require") == [*CAPTURED]
+
+
+@needs_gpu
+def test_first_call_of_triton_is_captured(tmp_path):
+    """Where the user has said that the capture may do other things: Triton loads what it compiled."""
+    cache = {"LLMOS_PACK": "off", "TRITON_CACHE_DIR": str(tmp_path)}
+    assert session("captured", "relaxed", **cache) == [*CAPTURED]
+
+
+@needs_gpu
+@pytest.mark.parametrize("mode", ["global", "thread_local"])
+def test_first_call_of_triton_in_a_strict_capture(mode, tmp_path):
+    """It may be refused, never be wrong: call a model once before it is captured."""
+    (line,) = session("refused", mode, LLMOS_PACK="off", TRITON_CACHE_DIR=str(tmp_path))
+    assert line.startswith(("captured", "raised: "))
+
+
+def first_calls(device: str) -> None:
+    """Every thread makes every call, each beginning at another; then what they found is checked."""
+    # A mask is of a seed that threads would take from each other.
+    cases = [case for case in CASES if "dropout" not in case.name]
+    given = []
+    for case in cases:
+        args = case.make(case.medium, dtype=torch.bfloat16, device=device, requires_grad=True)
+        given.append((case, args, make_gradients(run(case.reference, args))))
+    start, found, failed = threading.Barrier(THREADS), {}, []
+
+    def work(thread):
+        start.wait()
+        for i in range(len(given)):
+            at = (i + thread * len(given) // THREADS) % len(given)
+            case, args, gradients = given[at]
+            try:
+                found[thread, at] = run_with_gradients(case.op, args, gradients)
+            except Exception as e:
+                failed.append(f"{case}: {e!r}")
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed, "\n".join(failed)
+    for (_, at), results in found.items():
+        case, args, gradients = given[at]
+        for name, value in run_with_gradients(case.op, args, gradients).items():
+            assert torch.equal(value, results[name]), f"{case}: {name}"
+    for case in cases:
+        drawn = draw(case, case.medium, dtype=torch.bfloat16, device=device, requires_grad=True)
+        over = {k: v for k, v in errors(case, *drawn).items() if v > 1}
+        assert not over, f"{case}: {over}"
+    print(len(found), "calls")
+
+
+def test_threads_call_for_the_first_time(tmp_path):
+    (line,) = session("first_calls", DEVICE, TRITON_CACHE_DIR=str(tmp_path))
+    assert int(line.split()[0]) > THREADS * 20
+
+
+#: More than any address space holds: the allocation fails at once, whatever a system promises.
+HUGE = 2**48
+
+
+def _rows(n, d):
+    """The same row ``n`` times, stored once."""
+    return torch.randn(1, d, device=DEVICE).expand(n, d)
+
+
+def _quantized(n):
+    weight, scale = lk.int8_quantize(torch.randn(40, 64, device=DEVICE))
+    return lk.int8_linear(_rows(n, 64), weight, scale)
+
+
+def _attention(n, **options):
+    q, k, v = torch.randn(3, 2, 2, 1, 16, device=DEVICE)
+    return lk.scaled_dot_product_attention(q.expand(2, 2, n, 16), k, v, **options)
+
+
+def _feed_forward(n):
+    weight = torch.randn(40, 64, device=DEVICE)
+    return lk.feed_forward(_rows(n, 64), weight, None, weight.mT, None, "gelu")
+
+
+def _embedding(n):
+    index = torch.zeros(1, 3, dtype=torch.int64, device=DEVICE).expand(n, 3)
+    return lk.embedding_layer_norm([index], [torch.randn(5, 64, device=DEVICE)])
+
+
+TOO_LARGE = {
+    "layer_norm": lambda n: lk.layer_norm(_rows(n, 64), (64,)),
+    "rms_norm": lambda n: lk.rms_norm(_rows(n, 64), (64,)),
+    "add_layer_norm": lambda n: lk.add_layer_norm(_rows(n, 64), _rows(n, 64), (64,))[0],
+    "linear": lambda n: lk.linear(_rows(n, 64), torch.randn(40, 64, device=DEVICE)),
+    "feed_forward": _feed_forward,
+    "attention": _attention,
+    "attention-causal": lambda n: _attention(n, is_causal=True),
+    "embedding": _embedding,
+    "int8_quantize": lambda n: lk.int8_quantize(_rows(n, 64))[0],
+    "int8_linear": _quantized,
+}
+
+
+@pytest.mark.parametrize("name", TOO_LARGE)
+def test_out_of_memory(name):
+    """torch's own error, and right results after it. On a CPU it is of torch's class: its words do
+    not pass the stable ABI."""
+
+    def result():
+        torch.manual_seed(0)
+        return TOO_LARGE[name](5)
+
+    before = result()
+    kind, words = torch.OutOfMemoryError if GPU else RuntimeError, "memory|new_empty|empty_strided"
+    with pytest.raises(kind, match=words):
+        TOO_LARGE[name](HUGE)
+    assert torch.equal(result(), before)
+
+
+@needs_gpu
+def test_out_of_memory_beside_real_tensors():
+    torch.cuda.empty_cache()
+    rows = int(torch.cuda.mem_get_info()[0] * 0.6) // 2048
+    x = torch.empty(rows, 1024, dtype=torch.bfloat16, device="cuda")
+    with pytest.raises(torch.OutOfMemoryError):
+        lk.layer_norm(x, (1024,))
+    del x
+    few = torch.randn(5, 1024, device="cuda")
+    assert torch.equal(lk.layer_norm(few, (1024,)), lk.layer_norm(few[None], (1024,))[0])
+
+
+#: Elements of the largest tensor; the last rows are judged, enough of them not to judge luck.
+ELEMENTS, LAST = (2**31 if GPU else 2**14), 16
+#: The shape without the batch, and how many elements of the largest tensor belong to one of it.
+LARGE = {
+    "layer_norm": ((1024,), 1024),
+    "add_layer_norm": ((1024,), 1024),
+    "rms_norm": ((32768,), 32768),
+    "linear-relu": ((64, 2112), 2112),
+    "feed_forward-gelu": ((64, 2112), 2112),
+    "attention": ((16, 64, 64, 128), 16 * 64 * 128),
+    "attention-causal": ((16, 64, 64, 128), 16 * 64 * 128),
+    "embedding": ((8, 1024), 8 * 1024),
+}
+
+
+def _last(n, values):
+    """Of what has a row for each of ``n`` the last ones, as new leaves."""
+    own = lambda a: isinstance(a, torch.Tensor) and a.shape[:1] == (n,)
+    return [
+        a[-LAST:].detach().clone().requires_grad_(a.requires_grad) if own(a) else a for a in values
+    ]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_past_two_to_the_31_elements(name):
+    """The last rows, and their gradients, are as accurate as if there were no others."""
+    shape, each = LARGE[name]
+    n, case = ELEMENTS // each + 5, CASE[name]
+    args = case.make((n, *shape), dtype=torch.bfloat16, device=DEVICE)
+    for a in tensors(args):
+        if a.shape[0] == n and a.is_floating_point():
+            a.requires_grad_()
+    with torch.no_grad():
+        gradients = [torch.randn_like(o) for o in run(case.op, args)]
+    results = [*run(case.op, args)]
+    leaves = [a for a in tensors(args) if a.requires_grad]
+    if leaves:
+        results += torch.autograd.grad(results, leaves, gradients)
+    actual = [t.detach()[-LAST:].clone() for t in results]
+    few = _last(n, args), _last(n, gradients)
+    del results, args, leaves, gradients
+    for i, values in enumerate(zip(actual, *_expected(case, *few), strict=True)):
+        assert_accurate(*values, f"{name}, {i}")
+
+
+def _expected(case, args, gradients):
+    """What the reference gives in float64, and what torch gives."""
+    wide = cast(args, torch.float64), [g.double() for g in gradients]
+    for fn, given, incoming in ((case.reference, *wide), (case.eager, args, gradients)):
+        if any(a.requires_grad for a in tensors(given)):
+            yield [*run_with_gradients(fn, given, incoming).values()]
+        else:
+            yield [*run(fn, given)]
+
+
+def test_int8_past_two_to_the_31_elements():
+    """A row's integers, and the bits of its result, do not depend on its batch."""
+    x = torch.randn(ELEMENTS // 1024 + 5, 1024, dtype=torch.bfloat16, device=DEVICE)
+    for all_rows, last in zip(lk.int8_quantize(x), lk.int8_quantize(x[-3:]), strict=True):
+        assert torch.equal(all_rows[-3:], last)
+    del x
+    x = torch.randn(ELEMENTS // 2112 + 5, 64, dtype=torch.bfloat16, device=DEVICE)
+    weight, scale = lk.int8_quantize(torch.randn(2112, 64, device=DEVICE))
+    for activation in (None, "gelu"):
+        last = lk.int8_linear(x[-3:], weight, scale, activation=activation)
+        assert torch.equal(lk.int8_linear(x, weight, scale, activation=activation)[-3:], last)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
