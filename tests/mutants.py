@@ -1,0 +1,170 @@
+"""Planted faults: each must turn the suite red. ``make mutants``
+
+    python tests/mutants.py [--only NAME ...]
+
+Each fault is put into a copy of the sources, alone, and the tests that ought to see it run until one
+fails. The table of which test caught what goes to docs/mutants.md.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "docs" / "mutants.md"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault: in ``path`` ``old``, which is there once, becomes ``new``; and where tests look for it."""
+
+    name: str
+    path: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+KERNELS = ("tests/test_kernels.py", "tests/test_ops.py")
+NORMS = ("tests/test_kernels.py", "-k", "norm")
+MUTANTS = (
+    Mutant(
+        "drop the mask", "llmos_kernels/_triton/attention_tiles.py",
+        "    return tl.load(mask, inside, 0) != 0\n", "    return tl.load(mask, inside, 0) >= 0\n",
+        ("tests/test_kernels.py", "tests/test_attention_masks.py", "-k", "attention or mask"),
+    ),
+    Mutant(
+        "wrong divisor", "csrc/cpu/kernels/layer_norm.cpp",
+        "const float value = square.total() / float(d) -", "const float value = square.total() / float(d + 1) -",
+        NORMS,
+    ),
+    Mutant(
+        "bf16 statistics", "llmos_kernels/_triton/layer_norm.py",
+        "        mean = tl.sum(v, 1, keep_dims=True) / D\n        delta",
+        "        mean = (tl.sum(v, 1, keep_dims=True) / D).to(tl.bfloat16).to(tl.float32)\n        delta",
+        NORMS,
+    ),
+    Mutant(
+        "skip the last tile", "llmos_kernels/_triton/products.py",
+        "    for start in range(0, length, BLOCK_K):", "    for start in range(0, length - BLOCK_K + 1, BLOCK_K):",
+        ("tests/test_kernels.py", "-k", "linear or feed_forward"),
+    ),
+    Mutant(
+        "int32 offset", "llmos_kernels/_triton/layer_norm.py",
+        "    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]",
+        "    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]",
+        ("tests/test_triton.py", "-k", "offsets_past_two"),
+    ),
+    Mutant(
+        "swap dweight and dbias", "csrc/cpu/layer_norm.cpp",
+        "return {dresidual, dx, dweight, dbias};", "return {dresidual, dx, dbias, dweight};", NORMS,
+    ),
+    Mutant(
+        "eps outside the root", "llmos_kernels/_triton/layer_norm.py",
+        "    rstd = 1 / tl.sqrt(variance + eps)\n    tl.store(stats + row, rstd, row < N)",
+        "    rstd = 1 / (tl.sqrt(variance) + eps)\n    tl.store(stats + row, rstd, row < N)", NORMS,
+    ),
+    Mutant(
+        "stale packed weight", "llmos_kernels/nn/int8.py",
+        "if of is None or of[0] is not w or of[1] != now:", "if of is None:",
+        ("tests/test_int8_linear.py", "tests/test_quantize.py"),
+    ),
+    Mutant(
+        "dropout mask not replayed", "llmos_kernels/_triton/layer_norm_backward.py",
+        "dropout_factors(seed, row, first_col, threshold", "dropout_factors(seed, row + 1, first_col, threshold",
+        NORMS,
+    ),
+    Mutant(
+        "outlier column missed", "llmos_kernels/_triton/int8.py",
+        "            inside = at_place < tl.load(index) - start\n",
+        "            inside = at_place < tl.load(index) - start - 1\n", ("tests/test_int8.py", "tests/test_int8_linear.py"),
+    ),
+    Mutant(
+        "scale of the wrong row", "csrc/cpu/kernels/int8.cpp",
+        "F32) * input_scale[r];", "F32) * input_scale[r ? r - 1 : 0];", ("tests/test_int8.py", "tests/test_int8_linear.py"),
+    ),
+    Mutant(
+        "missing tail store", "csrc/cpu/kernels/vec.h",
+        "  for (; i < d; ++i) body(Part<float, 0>{}, i);\n", "  for (; i + 1 < d; ++i) body(Part<float, 0>{}, i);\n", NORMS,
+    ),
+)  # fmt: skip
+
+
+def run(*command, cwd: Path, **env) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [str(c) for c in command], cwd=cwd, env=os.environ | env, capture_output=True, text=True
+    )
+
+
+def build(tree: Path) -> None:
+    """The C++ part of ``tree``; objects that are there are used again."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = run(*command, cwd=tree, LLMOS_BUILD_EXT="1", TORCH_CUDA_ARCH_LIST="9.0")
+    if done.returncode:
+        raise SystemExit(f"the copy cannot be built:\n{done.stderr[-4000:]}")
+
+
+def caught_by(tree: Path, tests: tuple[str, ...]) -> str | None:
+    """The first test of ``tests`` that fails in ``tree``, or None."""
+    options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider"]
+    done = run(
+        sys.executable, "-m", "pytest", *options, *tests,
+        cwd=tree, OMP_WAIT_POLICY="passive", PYTHONPATH=str(tree),
+    )  # fmt: skip
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{tests} could not run:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+    found = re.search(r"^(?:FAILED|ERROR) (\S.*?)(?: - |$)", done.stdout, re.MULTILINE)
+    return found[1] if found else None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=[m.name for m in MUTANTS], metavar="NAME")
+    args = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "copy"
+        listed = run("git", "ls-files", "-z", cwd=ROOT).stdout.split("\0")[:-1]
+        for name in listed:
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tree / name)
+        build(tree)
+        for mutant in MUTANTS:
+            if args.only and mutant.name not in args.only:
+                continue
+            path, start = tree / mutant.path, time.perf_counter()
+            original = path.read_text()
+            if original.count(mutant.old) != 1:
+                raise SystemExit(
+                    f"{mutant.name}: its place is {original.count(mutant.old)} times in {path.name}"
+                )
+            path.write_text(original.replace(mutant.old, mutant.new))
+            if mutant.path.startswith("csrc"):
+                build(tree)
+            test = caught_by(tree, mutant.tests)
+            path.write_text(original)
+            rows.append((mutant, test))
+            taken = time.perf_counter() - start
+            print(f"{mutant.name:26} {test or 'SURVIVES'} ({taken:.0f} s)", flush=True)
+            if mutant.path.startswith("csrc"):
+                build(tree)
+    if not args.only:
+        lines = [f"| {m.name} | `{m.path}` | `{test or 'none: it survives'}` |" for m, test in rows]
+        TABLE.write_text(
+            "# Planted faults\n\n`make mutants` puts each into a copy of the sources, alone; the test is the first that"
+            " fails.\n\n| fault | in | caught by |\n|---|---|---|\n" + "\n".join(lines) + "\n"
+        )
+    survivors = sum(test is None for _, test in rows)
+    print(f"{survivors} of {len(rows)} survive")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
