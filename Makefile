@@ -7,23 +7,21 @@ CSRC := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -name '*.cpp' -
 LINTED := llmos_kernels benchmarks tests examples setup.py .ci/wheel.py
 JOBS := $(shell nproc)
 
-# One thread a core, kept on its core; large tensors stay in the heap instead of being mapped and
-# cleared at every call, for every provider alike.
-PINNED := OMP_NUM_THREADS=$(JOBS) OMP_PROC_BIND=close OMP_PLACES=cores \
-          MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
-
-.PHONY: help demo test bench peers lint format build sanitize wheel test-wheels gpu clean
+.PHONY: help demo test bench bench-gate page peers lint format build sanitize wheel test-wheels gpu mutants clean
 
 help:
 	@echo 'make demo      swap a trained sentence encoder: proofs, embeddings, time before and after'
 	@echo 'make test      all tests on this machine'
-	@echo 'make bench     pytest-benchmark against torch eager and torch.compile, threads pinned'
+	@echo 'make bench     pytest-benchmark against all that is here, threads pinned (BENCH=--quick: 2 minutes)'
+	@echo 'make bench-gate  the quick rows against the committed ones of this kind of machine'
+	@echo 'make page      benchmarks/results as docs/results.html and the plots of the README'
 	@echo 'make peers     zentorch, onnxruntime, torchao, bitsandbytes in an environment of their own'
 	@echo 'make lint      ruff, clang-format, mypy (make format: apply)'
 	@echo 'make sanitize  the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make wheel     a wheel for this Python in dist/ (TORCH_CUDA_ARCH_LIST chooses GPUs)'
 	@echo 'make test-wheels  the wheel under other versions of torch and Python: gigabytes, 20 minutes'
-	@echo 'make gpu       on a CUDA machine, no network: build, test, bench; JSON in OUT'
+	@echo 'make gpu       on a CUDA machine, no network, in slices of 8 minutes (SLICE=tests ...); JSON in OUT'
+	@echo 'make mutants   planted faults, each of which tests must see: 20 minutes'
 
 demo: build
 	$(PYTHON) examples/swap_sentence_encoder.py
@@ -37,7 +35,13 @@ peers:
 	build/peers/bin/python -m pip --disable-pip-version-check install -q -r .ci/requirements-peers.txt
 
 bench: build
-	$(PINNED) $(PYTHON) -m pytest benchmarks $(BENCH)
+	$(PYTHON) -m llmos_kernels bench $(BENCH)
+
+bench-gate: build
+	$(PYTHON) benchmarks/gate.py
+
+page: build
+	$(PYTHON) -m llmos_kernels bench report benchmarks/results/*/{ops,int8,models}.json --output docs/results.html --plots docs/plots
 
 lint: $(VENV)/.ready
 	$(PYTHON) -m ruff check $(LINTED)
@@ -79,7 +83,10 @@ test-wheels: $(VENV)/.ready
 	LLMOS_WHEELS=all $(PYTHON) -m pytest -s -v tests/test_wheels.py
 
 gpu:
-	python3 benchmarks/gpu.py
+	python3 benchmarks/gpu.py $(SLICE)
+
+mutants: build
+	$(PYTHON) tests/mutants.py
 
 clean:
 	rm -rf build dist *.egg-info llmos_kernels/*.so $(VENV)/.built

@@ -119,7 +119,9 @@ def test_outliers(op, size, dtype, direction, provider, side_by_side):
     side_by_side(build)
 
 
-@pytest.mark.parametrize("provider", ("kernel", "eager", "swapped", *peers.models(DEVICE, int8=True)))
+@pytest.mark.parametrize(
+    "provider", ("kernel", "eager", "swapped", *peers.models(DEVICE, int8=True))
+)
 @pytest.mark.parametrize("direction", ("inference",))
 @each_dtype
 @of_sizes("int8_bert_layers", [(768, 12, 3072, 8, 128)])

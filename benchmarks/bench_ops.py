@@ -36,7 +36,12 @@ def _sizes(case):
 
 #: The first size of each op is what --quick measures.
 GRID = [
-    pytest.param(case.name, size, id=f"{case}-{'x'.join(map(str, size))}", marks=[pytest.mark.quick] if i == 0 else [])
+    pytest.param(
+        case.name,
+        size,
+        id=f"{case}-{'x'.join(map(str, size))}",
+        marks=[pytest.mark.quick] if i == 0 else [],
+    )
     for case in CASES
     for i, size in enumerate(_sizes(case))
 ]
@@ -106,9 +111,11 @@ def moved(case, args, direction):
     outputs = run_once(case.op, args)
     given, made = (sum(t.nbytes for t in some) for some in (list(tensors(args)), outputs))
     grads = sum(t.nbytes for t in tensors(args) if t.requires_grad)
-    return {FORWARD: given + made, BACKWARD: given + made + grads, BOTH: 2 * (given + made) + grads}[
-        direction
-    ]
+    return {
+        FORWARD: given + made,
+        BACKWARD: given + made + grads,
+        BOTH: 2 * (given + made) + grads,
+    }[direction]
 
 
 def flop(case, args, direction):
@@ -133,8 +140,8 @@ def op_row(op, size, dtype, direction, wanted):
         fn = case.op if provider == "kernel" else peers.OPS[provider](case)
         if fn is None:
             return None
-        free = fn is case.rival and "dropout" in case.name or provider == "compile" and case.rival
-        about = {} if free else judged(case, fn, args, direction, exact, eager)
+        drawn_by_torch = "dropout" in case.name and provider in ("eager", "compile")
+        about = {} if drawn_by_torch else judged(case, fn, args, direction, exact, eager)
         make = functools.partial(call_of, fn, direction=direction, gradients=gradients)
         call = Call(make(args), [make(other) for other in turns], about)
         if op.startswith("attention") and provider == "eager":

@@ -13,6 +13,7 @@ import re
 
 import machine
 import peers
+import progress
 import pytest
 import rates
 import rows
@@ -36,6 +37,9 @@ def pytest_addoption(parser):
     group.addoption("--directions", **names, help="forward, backward, inference, training, ...")
     group.addoption("--quick", action="store_true", help="one size of each op, ours and eager")
     group.addoption("--resume", metavar="FILE", help="keep rows there; what it has is not measured")
+    group.addoption(
+        "--progress", action="store_true", help="a bar with the time left, on a terminal"
+    )
     group.addoption("--busy", action="store_true", help="measure though other processes run")
 
 
@@ -60,7 +64,7 @@ class Session:
         self.config, self.wanted, self.found = config, {}, {}
         self.kept = Kept(config.getoption("resume"), about())
         self.quick = config.getoption("quick")
-        self.checked = False
+        self.checked, self.bar = False, progress.Silent()
 
     def chosen(self, item) -> bool:
         """Whether the flags ask for a test."""
@@ -90,6 +94,7 @@ class Session:
         if key not in self.found:
             wanted = self.wanted[key]
             self.found[key] = self.kept.get(key, wanted) or self._measure(key, wanted, build)
+            self.bar.row(key)
         return self.found[key]
 
     def _measure(self, key, wanted, build) -> dict:
@@ -122,6 +127,13 @@ def about() -> dict:
 def pytest_configure(config):
     config.addinivalue_line("markers", "quick: a row that --quick measures")
     config.bench = Session(config)
+
+
+def pytest_sessionstart(session):
+    config, writer = session.config, session.config.get_terminal_writer()
+    if config.getoption("progress") and writer.hasmarkup:
+        config.bench.bar = progress.Bar(config.bench.wanted, writer)
+        config.pluginmanager.register(config.bench.bar)
 
 
 class Replay:
@@ -217,7 +229,6 @@ def line(extras: dict[str, dict]) -> str:
     goals = [f"goal {k} {v}" for k, v in own.get("goal", {}).items()]
     error = own.get("error_over_budget", own.get("relative_error", ""))
     share = f"{own['share']:.0%}" if "share" in own else ""
-    return (
-        f"{own['row']:62} {own['us']:9.1f} {share:>5} {error:>6}  "
-        + ", ".join([*ratios, *goals])
+    return f"{own['row']:62} {own['us']:9.1f} {share:>5} {error:>6}  " + ", ".join(
+        [*ratios, *goals]
     )

@@ -64,7 +64,9 @@ def flex_attention(case):
         if kind not in seen:
             return None
         batch = len(padding) if padding is not None else None
-        return flex.create_block_mask(seen[kind], batch, None, q.shape[2], k.shape[2], device=q.device.type)
+        return flex.create_block_mask(
+            seen[kind], batch, None, q.shape[2], k.shape[2], device=q.device.type
+        )
 
     def call(q, k, v, attn_mask, padding):
         bias = None

@@ -98,9 +98,7 @@ def worst(found: dict[str, Tensor], exact: dict[str, Tensor], eager: dict[str, T
 
 def relative(actual: Tensor, exact: Tensor) -> dict:
     """The error over the norm of the result: of int8, which a budget of roundings does not fit."""
-    return {
-        "relative_error": round(((actual.double() - exact).norm() / exact.norm()).item(), 5)
-    }
+    return {"relative_error": round(((actual.double() - exact).norm() / exact.norm()).item(), 5)}
 
 
 def peak_bytes(fn: Callable[[], object]) -> int:
@@ -184,9 +182,7 @@ def measure(row: Row, rounds: int, most: float, busy: bool) -> dict[str, dict]:
                 raise machine.Busy(f"not measured: {why} (--busy measures all the same)")
     about = {"row": row.name, "op": row.op, "size": list(row.size), "bytes": row.moved}
     about |= {"dtype": str(row.dtype)[6:], "direction": row.direction}
-    measured: dict[str, dict] = {
-        k: {"row": row.name, "wrong": why} for k, why in row.wrong.items()
-    }
+    measured: dict[str, dict] = {k: {"row": row.name, "wrong": why} for k, why in row.wrong.items()}
     for provider, taken in found.items():
         call = row.calls[provider]
         median = statistics.median(taken)

@@ -1,4 +1,4 @@
-"""``python -m llmos_kernels env | verify | inspect | tune | demo``."""
+"""``python -m llmos_kernels env | verify | bench | inspect | tune | demo``."""
 
 import argparse
 import sys
@@ -91,6 +91,22 @@ def tune(args) -> int:
     return 0 if done else 130
 
 
+def report(args) -> int:
+    """Make a page of what bench --benchmark-json has written."""
+    from llmos_kernels import _report
+
+    _report.write(_report.read(args.files), args.output, args.plots)
+    print(args.output)
+    return 0
+
+
+def bench(args) -> int:
+    """Run the suites of the source tree with pinned threads; flags are theirs and pytest's."""
+    from llmos_kernels import _bench
+
+    return _bench.run(args.arguments)
+
+
 def demo(_) -> int:
     """A small model swapped in place: the report, the outputs, the time."""
     from torch import nn
@@ -131,7 +147,7 @@ def demo(_) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m llmos_kernels")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for command in (env, verify, inspect, tune, demo):
+    for command in (env, verify, bench, inspect, tune, demo):
         sub = commands.add_parser(command.__name__, help=command.__doc__)
         sub.set_defaults(run=command)
         if command is verify:
@@ -144,7 +160,21 @@ def main() -> int:
             sub.add_argument("--op", nargs="+", choices=ops, default=ops)
             sub.add_argument("--dtype", nargs="+", choices=(*dtypes, "float32"), default=dtypes)
             sub.add_argument("--output", type=Path, help="a JSON file; else tuned/ of the package")
-    args = parser.parse_args()
+        if command is bench:
+            flags = "--quick --op --providers --dtypes --directions --resume --busy, and pytest's"
+            sub.set_defaults(arguments=[])
+            made = sub.add_subparsers(metavar=f"report | {flags}").add_parser(
+                "report", help=report.__doc__
+            )
+            made.set_defaults(run=report)
+            made.add_argument("files", nargs="+", type=Path, help="JSON of pytest-benchmark")
+            made.add_argument("--output", type=Path, default=Path("page.html"))
+            made.add_argument("--plots", type=Path, help="a folder for PNGs")
+    given = sys.argv[1:]
+    if given[:1] == ["bench"] and given[1:2] not in (["report"], ["--help"], ["-h"]):
+        args = argparse.Namespace(run=bench, arguments=given[1:])
+    else:
+        args = parser.parse_args()
     try:
         return args.run(args)
     except ValueError as e:

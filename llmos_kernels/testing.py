@@ -145,7 +145,9 @@ def worst_error(case: Case, shape: tuple, dtype: torch.dtype, device: str) -> fl
 
 
 def samples(
-    fns: Sequence[Callable[[], object]], rounds: int = 30, seconds: float = 4e-3,
+    fns: Sequence[Callable[[], object]],
+    rounds: int = 30,
+    seconds: float = 4e-3,
     most: float = float("inf"),
 ) -> list[list[float]]:
     """The times of each function, in seconds, all measured in turn.

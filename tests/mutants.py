@@ -124,6 +124,25 @@ def caught_by(tree: Path, tests: tuple[str, ...]) -> str | None:
     return found[1] if found else None
 
 
+def catcher(tree: Path, mutant: Mutant) -> str | None:
+    """The test that fails with the fault and passes without it, or None."""
+    path = tree / mutant.path
+    original = path.read_text()
+    if original.count(mutant.old) != 1:
+        raise SystemExit(f"{mutant.name}: {original.count(mutant.old)} places in {mutant.path}")
+    of_cpp = mutant.path.startswith("csrc")
+    path.write_text(original.replace(mutant.old, mutant.new))
+    if of_cpp:
+        build(tree)
+    test = caught_by(tree, mutant.tests)
+    path.write_text(original)
+    if of_cpp:
+        build(tree)
+    if test is not None and caught_by(tree, (test,)) is not None:
+        raise SystemExit(f"{test} fails without the fault, too")
+    return test
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=[m.name for m in MUTANTS], metavar="NAME")
@@ -137,24 +156,11 @@ def main() -> int:
             shutil.copy(ROOT / name, tree / name)
         build(tree)
         for mutant in MUTANTS:
-            if args.only and mutant.name not in args.only:
-                continue
-            path, start = tree / mutant.path, time.perf_counter()
-            original = path.read_text()
-            if original.count(mutant.old) != 1:
-                raise SystemExit(
-                    f"{mutant.name}: its place is {original.count(mutant.old)} times in {path.name}"
-                )
-            path.write_text(original.replace(mutant.old, mutant.new))
-            if mutant.path.startswith("csrc"):
-                build(tree)
-            test = caught_by(tree, mutant.tests)
-            path.write_text(original)
-            rows.append((mutant, test))
-            taken = time.perf_counter() - start
-            print(f"{mutant.name:26} {test or 'SURVIVES'} ({taken:.0f} s)", flush=True)
-            if mutant.path.startswith("csrc"):
-                build(tree)
+            if not args.only or mutant.name in args.only:
+                start = time.perf_counter()
+                rows.append((mutant, catcher(tree, mutant)))
+                taken = time.perf_counter() - start
+                print(f"{mutant.name:26} {rows[-1][1] or 'SURVIVES'} ({taken:.0f} s)", flush=True)
     if not args.only:
         lines = [f"| {m.name} | `{m.path}` | `{test or 'none: it survives'}` |" for m, test in rows]
         TABLE.write_text(

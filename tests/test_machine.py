@@ -1,7 +1,9 @@
 """What benchmarks say of the machine and of the work: the rates themselves are not tested."""
 
+import os
 import subprocess
 import sys
+import time
 
 import machine
 import pytest
@@ -11,31 +13,38 @@ import torch.nn.functional as F
 
 
 def test_others_are_seen():
-    """A process that is no child of ours, as far as times go: it has not ended."""
+    """A process that is not among those that are measured; the same one, if it is."""
     spinner = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        assert machine.others(1.0) > 0.4
+        alone = machine.Watch([os.getpid(), spinner.pid])
+        watch = machine.Watch([os.getpid()])
+        time.sleep(1.0)
+        others, rest = watch.others(), alone.others()
     finally:
         spinner.kill()
         spinner.wait()
+    assert others > 0.4 and others - rest > 0.4
 
 
 def test_our_own_work_is_not_others(monkeypatch):
-    times = iter([(100.0, 10.0), (102.0, 11.5)])
-    monkeypatch.setattr(machine, "_cpu_seconds", lambda: next(times))
-    assert machine.others(0.01) == pytest.approx(0.5 / 0.01)
+    times = iter([100.0, 10.0, 102.0, 11.5])
+    monkeypatch.setattr(machine, "_all_seconds", lambda: next(times))
+    monkeypatch.setattr(machine, "_seconds_of", lambda pid: next(times))
+    watch = machine.Watch([1])
+    watch._start -= 10.0
+    assert watch.others() == pytest.approx(0.05, rel=0.01)
 
 
 def test_busy(monkeypatch):
     shares = [0.5, 0.5, 0.01]
-    monkeypatch.setattr(machine, "others", lambda: shares.pop(0))
-    assert machine.busy("cpu").startswith("other processes take 0.50 of")
+    monkeypatch.setattr(machine.Watch, "others", lambda _: shares.pop(0))
+    assert machine.busy("cpu", 0.0).startswith("other processes take 0.50 of")
     assert machine.wait_until_idle("cpu") is None and not shares
-    monkeypatch.setattr(machine, "others", lambda: 1.0)
+    monkeypatch.setattr(machine.Watch, "others", lambda _: 1.0)
     assert "1.00" in machine.wait_until_idle("cpu", seconds=0.0)
-    monkeypatch.setattr(machine, "others", lambda: 0.0)
+    monkeypatch.setattr(machine.Watch, "others", lambda _: 0.0)
     monkeypatch.setattr(machine, "_nvidia_smi", lambda *_: ["12345"])
-    assert machine.busy("cuda") == "other processes are on the GPU: [12345]"
+    assert machine.busy("cuda", 0.0) == "other processes are on the GPU: [12345]"
 
 
 def test_state(monkeypatch):
@@ -64,11 +73,19 @@ def test_share_of_limits(monkeypatch):
     monkeypatch.setattr(machine, "copy_rate", lambda device, size: sizes.append(size) or 10.0)
     monkeypatch.setattr(rates, "limits", lambda device: {"float32": 100.0})
     share = lambda *args: rates.share_of_limits("cpu", 1e-3, *args)
-    assert share(5_000_000, None, None) == {"GB/s": 5.0}
-    assert share(5_000_000, None, torch.float32) == {"GB/s": 5.0, "share": 0.5}
-    assert share(5_000_000, 80_000_000, torch.float32) == {
+    assert share(5_000_000, None, "float32") == {"GB/s": 5.0, "share": 0.5}
+    assert share(5_000_000, 80_000_000, "float32") == {
         "GB/s": 5.0, "FLOP": 80_000_000, "GFLOP/s": 80.0, "share": 0.8,
     }  # fmt: skip
-    assert share(5_000_000, 80_000_000, torch.float16)["share"] == 0.5
-    share(10, 0, torch.float32), share(1 << 40, 0, torch.float32)
+    assert share(5_000_000, 80_000_000, "float16")["share"] == 0.5
+    share(10, 0, "float32"), share(1 << 40, 0, "float32")
     assert sizes == [1 << 22] * 3 + [1 << 20, 1 << 29]
+
+
+def test_interval_of_a_median():
+    """Of many draws of 25 numbers, 95 % and few more have the true median between the two."""
+    torch.manual_seed(0)
+    drawn = [rates.interval(row) for row in torch.rand(4000, 25).tolist()]
+    inside = sum(low <= 0.5 <= high for low, high in drawn) / len(drawn)
+    assert 0.94 < inside < 0.99
+    assert rates.interval([3.0, 1.0, 2.0]) == [1.0, 3.0] and rates.interval([5.0]) == [5.0, 5.0]

@@ -144,7 +144,9 @@ _FEW = ((2, 2, 1, 65, 8), (2, 4, 64, 65, 40), (2, 2, 33, 130, 72))
 def _case(name, *, sizes=(), gpu_sizes=(), shapes=_FEW, make=None, heads=2, **options):
     dropout_p = options.get("dropout_p")
     packed = bool(make and make.get("packed"))
-    causal = options == {"is_causal": True} and not packed  # torch has kernels that skip what it hides.
+    causal = (
+        options == {"is_causal": True} and not packed
+    )  # torch has kernels that skip what it hides.
     batch = 1 if packed else 2
     return Case(
         f"attention{name}",
