@@ -47,8 +47,8 @@ MUTANTS = (
     ),
     Mutant(
         "bf16 statistics", "llmos_kernels/_triton/layer_norm.py",
-        "        mean = tl.sum(v, 1, keep_dims=True) / D\n        delta",
-        "        mean = (tl.sum(v, 1, keep_dims=True) / D).to(tl.bfloat16).to(tl.float32)\n        delta",
+        "        mean += shift\n        v -= mean\n",
+        "        mean = (mean + shift).to(tl.bfloat16).to(tl.float32)\n        v -= mean\n",
         NORMS,
     ),
     Mutant(
@@ -118,6 +118,9 @@ def caught_by(tree: Path, tests: tuple[str, ...]) -> str | None:
         sys.executable, "-m", "pytest", *options, *tests,
         cwd=tree, OMP_WAIT_POLICY="passive", PYTHONPATH=str(tree),
     )  # fmt: skip
+    if done.returncode < 0:  # It crashed: faulthandler says where.
+        found = re.search(r"/(tests/\S+)\", line \d+ in (test_\w+)", done.stdout + done.stderr)
+        return f"{found[1]}::{found[2]}" if found else f"signal {-done.returncode}"
     if done.returncode not in (0, 1):
         raise SystemExit(f"{tests} could not run:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
     found = re.search(r"^(?:FAILED|ERROR) (\S.*?)(?: - |$)", done.stdout, re.MULTILINE)
