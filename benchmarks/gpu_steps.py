@@ -162,8 +162,8 @@ def _tests(out: Path, rehearse: bool) -> list[Step]:
 
 
 _BENCHMARKS = {
-    "ops-forward": (["bench_ops.py", "bench_int8.py"], "forward"),
-    "ops-backward": (["bench_ops.py", "bench_int8.py"], "backward,forward+backward"),
+    "ops-forward": (["bench_ops.py", "bench_int8.py"], "forward,inference"),
+    "ops-backward": (["bench_ops.py", "bench_int8.py"], "backward,forward+backward,training"),
     "models": (["bench_models.py"], None),
 }
 
