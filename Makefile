@@ -6,6 +6,7 @@ PIP := $(PYTHON) -m pip --disable-pip-version-check
 CSRC := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 LINTED := llmos_kernels benchmarks tests examples setup.py .ci/wheel.py
 JOBS := $(shell nproc)
+RESULTS := $(wildcard benchmarks/results/*/ops*.json benchmarks/results/*/int8.json benchmarks/results/*/models.json)
 
 .PHONY: help demo test bench bench-gate page peers lint format build sanitize wheel test-wheels gpu mutants clean
 
@@ -41,7 +42,7 @@ bench-gate: build
 	$(PYTHON) benchmarks/gate.py
 
 page: build
-	$(PYTHON) -m llmos_kernels bench report benchmarks/results/*/{ops,int8,models}.json --output docs/results.html --plots docs/plots
+	$(PYTHON) -m llmos_kernels bench report $(RESULTS) --output docs/results.html --plots docs/plots
 
 lint: $(VENV)/.ready
 	$(PYTHON) -m ruff check $(LINTED)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peer_process import add_peer
+from rates import operations
 from rows import DEVICE, Call, Row, relative
 from torch import nn
 
@@ -31,7 +32,7 @@ GOALS = {
     ("int8_weight_only", (1, 4096, 4096), "bfloat16"): {"eager": 6.0},
 }
 #: One column in a hundred beyond the threshold, against none beyond it.
-OUTLIERS = {"plain": 0.8}
+OUTLIERS = {"kernel_plain": 0.8}
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 forward = pytest.mark.parametrize("direction", ("forward",))
@@ -99,12 +100,12 @@ def test_weight_only(op, size, dtype, direction, provider, side_by_side):
     side_by_side(build)
 
 
-@pytest.mark.parametrize("provider", ("kernel", "plain", "eager"))
+@pytest.mark.parametrize("provider", ("kernel", "kernel_plain", "eager"))
 @forward
 @each_dtype
 @of_sizes("int8_outliers", SIZES)
 def test_outliers(op, size, dtype, direction, provider, side_by_side):
-    """``plain`` is ours where no column is beyond the threshold."""
+    """``kernel_plain`` is ours where no column is beyond the threshold."""
 
     def build(wanted, stack):
         row, x, linear, layer = layer_row(op, size, dtype, threshold=6.0)
@@ -112,7 +113,7 @@ def test_outliers(op, size, dtype, direction, provider, side_by_side):
         plain = x.clone()
         x[:, ::100] *= 40
         for name in wanted:
-            fn, given = (layer, plain) if name == "plain" else (layer, x)
+            fn, given = (layer, plain) if name == "kernel_plain" else (layer, x)
             judge(row, name, linear if name == "eager" else fn, given, linear)
         return row
 
@@ -120,13 +121,13 @@ def test_outliers(op, size, dtype, direction, provider, side_by_side):
 
 
 @pytest.mark.parametrize(
-    "provider", ("kernel", "eager", "swapped", *peers.models(DEVICE, int8=True))
+    "provider", ("kernel", "eager", "kernel_float", *peers.models(DEVICE, int8=True))
 )
 @pytest.mark.parametrize("direction", ("inference",))
 @each_dtype
 @of_sizes("int8_bert_layers", [(768, 12, 3072, 8, 128)])
 def test_bert_layers(op, size, dtype, direction, provider, side_by_side):
-    """Two layers of BERT, attention and all: ``kernel`` int8, ``swapped`` ours in float."""
+    """Two layers of BERT, attention and all: ``kernel`` int8, ``kernel_float`` ours in float."""
 
     def build(wanted, stack):
         transformers = pytest.importorskip("transformers")
@@ -147,11 +148,12 @@ def test_bert_layers(op, size, dtype, direction, provider, side_by_side):
         row = Row(
             op, size, getattr(torch, dtype), direction,
             moved=sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
+            flop=operations(functools.partial(stock, ids)),
             goals=wants if DEVICE == "cpu" else {}, rate="int8",
         )  # fmt: skip
         with torch.no_grad():
             exact = copy.deepcopy(stock).double()(ids)[0]
-            models = {"kernel": model, "eager": stock, "swapped": swapped}
+            models = {"kernel": model, "eager": stock, "kernel_float": swapped}
             for name in wanted:
                 if name in models:
                     call = functools.partial(models[name], ids)

@@ -99,6 +99,7 @@ def inference_row(row, stock, given, wanted, stack):
         wide = [t.double() if t.is_floating_point() else t for t in given]
         with without_fastpath():
             exact = {"output": filled(stock, given, copy.deepcopy(stock).double()(*wide))}
+            row.flop = operations(functools.partial(stock, *given))
         theirs = {"output": filled(stock, given, stock(*given))}
         judged = lambda out: worst({"output": filled(stock, given, out)}, exact, theirs)
 
@@ -112,7 +113,6 @@ def inference_row(row, stock, given, wanted, stack):
             "compile": lambda: compiled(stock, freezing=False),
             "freezing": lambda: compiled(stock, freezing=True),
         }
-        row.flop = operations(functools.partial(stock, *given))
         for name in wanted:
             if name in made:
                 row.add(name, functools.partial(in_process, made[name]))

@@ -119,8 +119,11 @@ def moved(case, args, direction):
 
 
 def flop(case, args, direction):
-    """The operations of products: twice the forward's for the backward; of causal attention half."""
-    forward = operations(lambda: case.eager(*args)) // (2 if "causal" in case.name else 1)
+    """The operations of products: twice the forward's for the backward; of attention what is seen."""
+    seen = 0.5 if "causal" in case.name else 1.0
+    if case.name == "attention-padding":
+        seen = 1.0 - args[4].float().mean().item()
+    forward = round(operations(lambda: case.eager(*args)) * seen)
     return forward * {FORWARD: 1, BACKWARD: 2, BOTH: 3}[direction]
 
 

@@ -170,10 +170,13 @@ def side_by_side(request):
 
     def report(build):
         provider = request.node.callspec.params["provider"]
+        why = None
         try:
             found = request.config.bench.measured(request.node, build).get(provider)
         except machine.Busy as e:
-            pytest.fail(str(e), pytrace=False)
+            why = str(e)
+        if why is not None:
+            pytest.fail(why, pytrace=False)
         if found is None:
             pytest.skip("no way to give the same")
         if "wrong" in found:

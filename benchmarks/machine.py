@@ -14,8 +14,8 @@ import torch.nn.functional as F
 import llmos_kernels as lk
 from llmos_kernels.testing import interleaved
 
-#: The share of a core that others may take, and of a GPU.
-MOST_OTHERS = 0.15
+#: The share of a core that others may take, and the seconds that are nobody's: clocks tick every 10 ms.
+MOST_OTHERS, SLACK = 0.15, 0.05
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -53,7 +53,7 @@ class Watch:
     def others(self) -> float:
         """How many cores others have kept busy until now."""
         seconds = time.monotonic() - self._start
-        return max(0.0, self._others() - self._before) / seconds
+        return max(0.0, self._others() - self._before - SLACK) / seconds
 
     def disturbed(self, device: str) -> str | None:
         """Why what was measured since was not of the providers alone, or None."""

@@ -95,8 +95,9 @@ def report(args) -> int:
     """Make a page of what bench --benchmark-json has written."""
     from llmos_kernels import _report
 
-    _report.write(_report.read(args.files), args.output, args.plots)
-    print(args.output)
+    results = _report.read(args.files)
+    _report.write(results, args.output, args.plots)
+    print("\n\n".join([*map(_report.markdown, results.machines), str(args.output)]))
     return 0
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-#: The provider that is this package.
+#: The provider that is this package; with more behind it, another way of ours, which is no peer.
 OURS = "kernel"
 
 _DTYPE = re.compile(r"\b(bfloat16|float16|float32|float64|int8)\b")
@@ -132,8 +132,8 @@ class Row:
 
     @property
     def ahead(self) -> Iterator[tuple[float, str]]:
-        """Ratio and name of each provider that is faster than ours."""
-        for provider in self.entries:
+        """Ratio and name of each provider that is faster than ours, and not ours as well."""
+        for provider in (p for p in self.entries if not p.startswith(OURS)):
             ratio = self.ratio(provider)
             if ratio is not None and ratio < 1:
                 yield ratio, provider
@@ -220,6 +220,24 @@ def groups(machine: Machine) -> list[Group]:
         for row in rows:
             found.setdefault((row.op, row.dtype, row.direction), []).append(row)
     return [Group(*key, rows) for key, rows in found.items()]
+
+
+def markdown(machine: Machine) -> str:
+    """A table of how many times as long eager takes: the geometric mean over sizes, and the range."""
+
+    def cell(found: Group | None) -> str:
+        if found is None or found.mean is None:
+            return ""
+        low, high = (f"{r:.1f}" for r in (min(found.ratios), max(found.ratios)))
+        return f"{found.mean:.1f}" + (f" ({low}-{high})" if low != high else "")
+
+    listed = {(g.op, g.direction, g.dtype): g for g in groups(machine)}
+    dtypes = sorted({dtype for *_, dtype in listed}, reverse=True)
+    lines = [f"| {machine.name} | | {' | '.join(dtypes)} |", "|---|---|" + "---|" * len(dtypes)]
+    for op, direction in dict.fromkeys((op, direction) for op, direction, _ in listed):
+        cells = (cell(listed.get((op, direction, dtype))) for dtype in dtypes)
+        lines.append(f"| {op} | {direction} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _load(path: Path) -> dict:

@@ -27,7 +27,7 @@ def test_others_are_seen():
 
 
 def test_our_own_work_is_not_others(monkeypatch):
-    times = iter([100.0, 10.0, 102.0, 11.5])
+    times = iter([100.0, 10.0, 102.05, 11.5])
     monkeypatch.setattr(machine, "_all_seconds", lambda: next(times))
     monkeypatch.setattr(machine, "_seconds_of", lambda pid: next(times))
     watch = machine.Watch([1])
