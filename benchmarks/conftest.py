@@ -62,8 +62,8 @@ class Session:
 
     def __init__(self, config):
         self.config, self.wanted, self.found = config, {}, {}
-        self.kept = Kept(config.getoption("resume"), about())
         self.quick = config.getoption("quick")
+        self.kept = Kept(config.getoption("resume"), about() | {"quick": self.quick})
         self.checked, self.bar = False, progress.Silent()
 
     def chosen(self, item) -> bool:

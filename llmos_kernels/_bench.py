@@ -29,7 +29,7 @@ def run(arguments: Sequence[str]) -> int:
     is no source tree."""
     if not (SUITES / "conftest.py").exists():
         raise ValueError(f"there are no suites in {SUITES}: bench runs in the source tree")
-    named = [a for a in arguments if "bench_" in a and not a.startswith("-")]
+    named = [a for a in arguments if a.partition("::")[0].endswith(".py")]
     command = [sys.executable, "-m", "pytest", "-q", "--progress", "--benchmark-quiet"]
     command += [*([] if named else [str(SUITES)]), *arguments]
-    return subprocess.run(command, env=os.environ | pinned(), cwd=SUITES.parent).returncode
+    return subprocess.run(command, env=os.environ | pinned()).returncode
