@@ -22,7 +22,7 @@ help:
 	@echo 'make wheel     a wheel for this Python in dist/ (TORCH_CUDA_ARCH_LIST chooses GPUs)'
 	@echo 'make test-wheels  the wheel under other versions of torch and Python: gigabytes, 20 minutes'
 	@echo 'make gpu       on a CUDA machine, no network, in slices of 8 minutes (SLICE=tests ...); JSON in OUT'
-	@echo 'make mutants   planted faults, each of which tests must see: 20 minutes'
+	@echo 'make mutants   planted faults, each of which tests must see: 8 minutes'
 
 demo: build
 	$(PYTHON) examples/swap_sentence_encoder.py

@@ -9,7 +9,6 @@ import contextlib
 import fnmatch
 import os
 import platform
-import re
 
 import machine
 import peers
@@ -19,8 +18,6 @@ import rates
 import rows
 import torch
 from kept import Kept
-
-from llmos_kernels import _environment
 
 DEVICE = rows.DEVICE
 #: What ``--quick`` asks.
@@ -41,14 +38,6 @@ def pytest_addoption(parser):
         "--progress", action="store_true", help="a bar with the time left, on a terminal"
     )
     group.addoption("--busy", action="store_true", help="measure though other processes run")
-
-
-def machine_name() -> str:
-    """The GPU's name, or the CPU's, as a folder name."""
-    name = torch.cuda.get_device_name() if DEVICE == "cuda" else _environment._cpu_name()
-    if DEVICE == "cpu":
-        name += f" {torch.get_num_threads()} threads"
-    return re.sub(r"\W+", "-", name).lower()
 
 
 def row_key(item) -> str:
@@ -116,7 +105,7 @@ def about() -> dict:
     """What a time depends on besides the row."""
     flags = ("OMP_", "MALLOC_", "LLMOS_")
     return {
-        "machine": machine_name(),
+        "machine": machine.name(DEVICE),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
@@ -154,9 +143,9 @@ def replayed() -> float:
 
 def pytest_collection_modifyitems(config, items):
     session = config.bench
-    kept = [i for i in items if session.chosen(i)]
-    config.hook.pytest_deselected(items=[i for i in items if not session.chosen(i)])
-    items[:] = kept
+    chosen = [session.chosen(item) for item in items]
+    config.hook.pytest_deselected(items=[i for i, c in zip(items, chosen, strict=True) if not c])
+    items[:] = [i for i, c in zip(items, chosen, strict=True) if c]
     for item in items:
         if "side_by_side" in item.fixturenames:
             session.wanted.setdefault(row_key(item), []).append(item.callspec.params["provider"])
@@ -192,7 +181,7 @@ def side_by_side(request):
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info["node"] = machine_name()
+    machine_info["node"] = machine.name(DEVICE)
     machine_info["llmos"] = about() | {
         "limits": rates.limits(DEVICE),
         "state": machine.state(DEVICE),

@@ -14,6 +14,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import machine
+import torch
+
 from llmos_kernels import _bench
 
 HERE = Path(__file__).resolve().parent
@@ -53,9 +56,7 @@ def measured(folder: Path, name: str, *arguments: str) -> dict:
 
 def main() -> int:
     argparse.ArgumentParser(description=__doc__).parse_args()
-    from conftest import machine_name
-
-    folder = HERE / "results" / machine_name()
+    folder = HERE / "results" / machine.name("cuda" if torch.cuda.is_available() else "cpu")
     before = lowest([ratios(path) for path in sorted(folder.glob("quick*.json"))])
     if not before:
         raise SystemExit(f"no baseline: bench --quick --benchmark-json {folder}/quick.json")

@@ -40,17 +40,14 @@ class Step:
 
 
 ABOUT = """
-import json, re, sys, torch
-from llmos_kernels import _environment, _pack, testing
-about = {"env": list(_environment.describe()), "torch": torch.__version__}
-name = f"{_environment._cpu_name()} {torch.get_num_threads()} threads"
-if torch.cuda.is_available():
-    name = torch.cuda.get_device_name()
-    a = torch.empty(2**30, device="cuda")
-    b = torch.empty_like(a)
-    (seconds,) = testing.interleaved([lambda: b.copy_(a)], rounds=10, seconds=0.02)
-    about |= {"arch": _pack.arch_of(0), "copy GB/s": round(2 * a.nbytes / seconds / 1e9)}
-about["machine"] = re.sub(r"\\W+", "-", name).lower()
+import json, sys, torch
+sys.path.insert(0, "benchmarks")
+import machine
+from llmos_kernels import _environment, _pack
+device = "cuda" if torch.cuda.is_available() else "cpu"
+about = {"env": list(_environment.describe()), "torch": torch.__version__, "machine": machine.name(device)}
+if device == "cuda":
+    about |= {"arch": _pack.arch_of(0), "copy GB/s": machine.copy_rate(device, 2**31)}
 print("\\n".join(about["env"]))
 json.dump(about, open(sys.argv[1], "w"), indent=1)
 """

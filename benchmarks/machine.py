@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import llmos_kernels as lk
+from llmos_kernels import _environment
 from llmos_kernels.testing import interleaved
 
 #: The share of a core that others may take, and the seconds that are nobody's: clocks tick every 10 ms.
@@ -114,6 +116,14 @@ def state(device: str) -> dict:
 
 def _rate(operations: float, *calls) -> float:
     return operations / min(interleaved(calls, rounds=15, seconds=0.02)) / 1e9
+
+
+def name(device: str) -> str:
+    """The GPU's name, or the CPU's and its threads, as a folder's."""
+    found = f"{_environment._cpu_name()} {torch.get_num_threads()} threads"
+    if device == "cuda":
+        found = torch.cuda.get_device_name()
+    return re.sub(r"\W+", "-", found).lower()
 
 
 @functools.cache
