@@ -52,7 +52,7 @@ def verify(args) -> int:
 
 
 def inspect(args) -> int:
-    """Registers, spills and shared memory of every Triton kernel, compiled ahead of time."""
+    """What every Triton kernel takes and is made of, compiled ahead of time."""
     try:
         from llmos_kernels import _inspect
     except ImportError as e:
@@ -60,10 +60,20 @@ def inspect(args) -> int:
         return 2
     dtype = getattr(torch, args.dtype) if args.dtype else None
     rows = _inspect.table(args.arch, dtype)
-    print(f"{'regs':>4} {'spills':>6} {'shared':>7} {'wgmma':5}  kernel on {args.arch}")
+    print(
+        f"kernels on {args.arch}; matrix: the instruction of tensor cores, x 2 where half of the warps"
+    )
+    print(
+        "repeat the others' work; waits: tiles that loops load when they need them; loads; stores: bits a"
+    )
+    print("thread x instructions")
+    print(
+        f"{'regs':>4} {'spills':>6} {'shared':>7} {'matrix':8} {'waits':5}  kernel; loads; stores"
+    )
     for r in rows:
-        wgmma = "yes" if r.wgmma else "no"
-        print(f"{r.registers:4} {r.spills:6} {r.shared:7} {wgmma:5}  {r.launch}", flush=True)
+        matrix = r.matrix + f" x {r.repeated:g}" * (r.repeated > 1)
+        numbers = f"{r.registers:4} {r.spills:6} {r.shared:7} {matrix:8} {len(r.waited_for):5}"
+        print(f"{numbers}  {r.launch}; {r.vectors}", flush=True)
     return 0
 
 

@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmos_kernels import _pack
-from llmos_kernels._triton import persistent, tuned
+from llmos_kernels._triton import launch, tuned
 from llmos_kernels._triton.launch import OPTIONS, Kernel, parameters
 
 #: The modules of ``_triton`` whose ``variants`` are packed.
@@ -113,7 +113,7 @@ def planned_for(arch: str | None, gpu: tuple[str | None, str] | None = None) -> 
     if arch is None:
         yield
         return
-    engine = mock.patch.object(persistent, "_has_engine", lambda device: arch in persistent.ARCHS)
+    engine = mock.patch.object(launch, "has_engine", lambda device: arch in launch.ENGINES)
     with engine, mock.patch.object(tuned, "planned", gpu or (None, arch)):
         yield
 

@@ -6,12 +6,14 @@ The table shows the configurations that users get: see ``_compile``.
 import os
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from triton.backends.nvidia.compiler import get_ptxas
 
+from llmos_kernels import _machine_code
 from llmos_kernels._compile import Launch, recorded_launches
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -53,6 +55,24 @@ class Resources:
     shared: int  # Bytes.
     wgmma: bool
     overflows: list[str]
+    instructions: Counter[str]  # As ``_machine_code`` counts them.
+    repeated: float  # How often tensor cores do the same work.
+    waited_for: list[str]  # Dtypes of tiles that are not loaded ahead.
+
+    @property
+    def matrix(self) -> str:
+        """The widest instruction of tensor cores that it has, or none."""
+        return next((kind for kind in _machine_code.MATRIX if self.instructions[kind]), "-")
+
+    @property
+    def vectors(self) -> str:
+        """Widths in bits of loads from and stores to global memory: ``128 x 4, 32 x 1; 128 x 2``."""
+        kinds = ("LDG", "LDGSTS"), ("STG",)
+        widths = (_machine_code.widths(self.instructions, *kind) for kind in kinds)
+        return "; ".join(
+            ", ".join(f"{w} x {w_n}" for w, w_n in sorted(of.items(), reverse=True))
+            for of in widths
+        )
 
 
 def resources(launch: Launch, arch: str) -> Resources:
@@ -78,6 +98,9 @@ def resources(launch: Launch, arch: str) -> Resources:
         kernel.metadata.shared,
         "wgmma" in ptx,
         overflows(kernel.asm["ttir"]),
+        _machine_code.instructions(kernel.asm["cubin"]),
+        _machine_code.repeated(kernel.asm["ttgir"]),
+        _machine_code.waited_for(kernel.asm["ttgir"]),
     )
 
 

@@ -96,24 +96,22 @@ def _attention(empty: Callable, dtype: torch.dtype) -> Iterator[Work]:
         seed = torch.tensor([1, 2], device=empty(1).device)
         return d**-0.5, NOT_CAUSAL, dropout_p, seed
 
-    def forward(d, padded):
-        # Of what makes a kernel busy dropout takes the most registers.
-        return *tensors(d, padded), *options(d, 0.1 * padded)
+    def forward(d, load):
+        return *tensors(d, load != ""), *options(d, 0.1 * (load == " dropout"))
 
-    def backward(d, padded):
-        args = forward(d, padded)
+    def backward(d, load):
+        args = forward(d, load)
         return torch.randn_like(args[0]), *args[:7], *attention.forward(*args), *args[7:], False
 
     def decode(d):
         return *tensors(d, False, 8, 32, 1, 4096), *options(d)
 
     for d in (64, 128, 256):
-        for padded in (False, True):
-            busy = " busy" * padded
-            make = functools.partial(forward, d, padded)
-            yield Work(f"attention forward{busy}", dtype, (d,), attention.forward, make, TILES)
-            make = functools.partial(backward, d, padded)
-            for name in (f"attention dquery{busy}", f"attention dkey{busy}"):
+        for load in ("", " masked", " dropout"):
+            make = functools.partial(forward, d, load)
+            yield Work(f"attention forward{load}", dtype, (d,), attention.forward, make, TILES)
+            make = functools.partial(backward, d, load)
+            for name in (f"attention dquery{load}", f"attention dkey{load}"):
                 yield Work(name, dtype, (d,), attention_backward.backward, make, TILES)
         make = functools.partial(decode, d)
         yield Work("attention decode", dtype, (d,), attention.forward, make, DECODE)

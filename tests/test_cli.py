@@ -41,7 +41,7 @@ def test_inspect():
     pytest.importorskip("triton")
     done = call("inspect", "--arch", "sm_90", "--dtype", "bfloat16")
     rows = done.stdout.splitlines()
-    assert rows[0].endswith("kernel on sm_90") and len(rows) > 20, done.stderr
+    assert rows[0].startswith("kernels on sm_90") and len(rows) > 20, done.stderr
     # test_triton compiles the attention and the products that users get; here are rare variants, too.
     norms = [row for row in rows[1:] if "CENTER=" in row]
     assert len(norms) > 10 and all(row.split()[1] == "0" for row in norms), "a kernel spills"

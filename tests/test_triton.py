@@ -139,9 +139,9 @@ PERSISTENT = """
 import sys, torch
 from llmos_kernels import _inspect
 from llmos_kernels._registry import DEFINED
-from llmos_kernels._triton import persistent
+from llmos_kernels._triton import launch
 from llmos_kernels.ops.activations import GELU, RELU
-persistent._has_engine = lambda device: True
+launch.has_engine = lambda device: True
 forward, dinput = (DEFINED[f"llmos::linear_{name}"].launch for name in ("forward", "dinput"))
 with _inspect.recorded_launches() as launches:
     for rows, activation in ((2048, GELU), (8192, GELU), (8192, RELU)):
@@ -178,14 +178,14 @@ def test_persistent_products_compile(arch):
 
 def test_persistent_products(monkeypatch):
     """Tiles past the edges, two for a program; and what the other kernels answer."""
-    from llmos_kernels._triton import persistent
+    from llmos_kernels._triton import launch, persistent
     from llmos_kernels.ops import products
     from llmos_kernels.ops.activations import GELU
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not persistent._has_engine(torch.device(device)):
+    if device == "cuda" and not launch.has_engine(torch.device(device)):
         pytest.skip("this GPU has no tensor memory accelerator")
-    monkeypatch.setattr(persistent, "_has_engine", lambda device: True)
+    monkeypatch.setattr(launch, "has_engine", lambda device: True)
     monkeypatch.setattr(persistent, "_TILES", ((128, 128, 64, 8, 4, 2),))
     monkeypatch.setattr(persistent, "_processors", lambda device: 2)
     forward, dinput = (DEFINED[f"llmos::linear_{name}"].launch for name in ("forward", "dinput"))
@@ -205,12 +205,12 @@ def test_persistent_products(monkeypatch):
             (forward, products._forward_reference, (x, weight, None, GELU, 0.0, None, False)),
             (dinput, products._dinput_reference, (dout, weight, kept, *dropout)),
         )
-        for launch, reference, args in calls:
+        for launcher, reference, args in calls:
             exact = reference(
                 *(a.double() if torch.is_tensor(a) and a is not seed else a for a in args)
             )
-            for values in zip(launch(*args), exact, reference(*args), strict=True):
-                assert_accurate(*values, launch.__name__)
+            for values in zip(launcher(*args), exact, reference(*args), strict=True):
+                assert_accurate(*values, launcher.__name__)
     odd = x[:, :71]
     assert persistent.plan("linear", x.float(), weight.float(), True) is None
     assert persistent.plan("linear", odd.contiguous(), weight[:, :71].contiguous(), True) is None

@@ -20,6 +20,7 @@ from llmos_kernels._triton.attention_tiles import (
     exponential,
     key_span,
     keys_inside,
+    load_of,
     load_rows,
     logits,
     mask_arguments,
@@ -88,7 +89,8 @@ def _walk(query, k, v, mask, padding, padding_col, seed, drawn, last, begin, end
     for edge in tl.static_range(2 if padding is None else 3):
         low = first if edge == 0 else (whole if edge == 1 else holes)
         high = whole if edge == 0 else (holes if edge == 1 else stop)
-        for start in range(low, high, BLOCK_N):
+        for walked in range(0, high - low, BLOCK_N):
+            start = low + walked
             if mask is not None and not BIAS:
                 col = start + tl.arange(0, BLOCK_N)[None, :]
                 attended = attends(mask + col.to(tl.int64) * mask_col, col < k_stop)
@@ -118,9 +120,10 @@ def _forward_kernel(q, k, v, mask, padding, cu_q, cu_k, seed, out, stats, q_batc
                     CAUSAL: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                     BLOCK_DV: tl.constexpr):  # fmt: skip
-    b, h, i, q_start, q_count, k_start, k_count, offset = query_block(
+    b, h, first_row, q_start, q_count, k_start, k_count, offset = query_block(
         cu_q, cu_k, q_len, k_len, HEADS, BLOCKS, SEQUENCES, CAUSAL, BLOCK_M
     )
+    i = first_row + tl.arange(0, BLOCK_M)
     row = q_start + i
     q += b * q_batch + h * q_head
     k += b * k_batch + h // GROUP * k_head + k_start.to(tl.int64) * k_row
@@ -135,8 +138,8 @@ def _forward_kernel(q, k, v, mask, padding, cu_q, cu_k, seed, out, stats, q_batc
     at = (b * HEADS + h) * q_len + row
     m, total, acc = _walk(
         query, k, v, mask, padding, padding_col, seed, at[:, None], (i + offset)[:, None],
-        0 * k_count, tl.where(tl.min(i) < q_count, k_count, 0), tl.min(i) + offset,
-        tl.minimum(tl.max(i), q_count - 1) + offset, k_row, v_row, mask_col, scale, threshold,
+        0 * k_count, tl.where(first_row < q_count, k_count, 0), first_row + offset,
+        tl.minimum(first_row + BLOCK_M, q_count) - 1 + offset, k_row, v_row, mask_col, scale, threshold,
         factor, CAUSAL, BIAS, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     inverse = tl.where(total == 0, 0.0, 1 / tl.where(total == 0, 1.0, total))
@@ -228,8 +231,8 @@ def forward(q, k, v, attn_mask, padding, cu_q, cu_k, scale, causal, dropout_p, s
     if cu_q is None and heads // kv_heads * q_len <= _FEW_QUERIES and k_len > _MANY_KEYS:
         _split_forward(out, stats, shared)
         return out, stats
-    busy = any(t is not None for t in (attn_mask, padding, shared["seed"], cu_q))
-    blocks = tile("forward", q, dv, busy)
+    load = load_of(attn_mask, padding, shared["seed"], cu_q)
+    blocks = tile("forward", q, dv, load)
     blocks["BLOCK_M"] = min(blocks["BLOCK_M"], max(triton.next_power_of_2(q_len), 16))
     programs = slots(cu_q, q_len, blocks["BLOCK_M"])
     _forward_kernel[(programs * batch * heads,)](

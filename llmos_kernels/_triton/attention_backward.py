@@ -18,6 +18,7 @@ from llmos_kernels._triton.attention_tiles import (
     exponential,
     key_span,
     keys_inside,
+    load_of,
     load_rows,
     locate,
     logits,
@@ -77,9 +78,10 @@ def _dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, d
                    CAUSAL: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                    PRECISE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
-    b, h, i, q_start, q_count, k_start, k_count, offset = query_block(
+    b, h, first_row, q_start, q_count, k_start, k_count, offset = query_block(
         cu_q, cu_k, q_len, k_len, HEADS, BLOCKS, SEQUENCES, CAUSAL, BLOCK_M
     )
+    i = first_row + tl.arange(0, BLOCK_M)
     row = q_start + i
     real = i < q_count
     k += b * k_batch + h // GROUP * k_head + k_start.to(tl.int64) * k_row
@@ -102,8 +104,8 @@ def _dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, d
     total = tl.sum(tl.where(diagonal, total, 0.0), 1)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     k_first, k_stop, first, whole, holes, stop = key_span(
-        padding, padding_col, 0 * k_count, tl.where(tl.min(i) < q_count, k_count, 0),
-        tl.min(i) + offset, tl.minimum(tl.max(i), q_count - 1) + offset, CAUSAL, BLOCK_N,
+        padding, padding_col, 0 * k_count, tl.where(first_row < q_count, k_count, 0),
+        first_row + offset, tl.minimum(first_row + BLOCK_M, q_count) - 1 + offset, CAUSAL, BLOCK_N,
     )  # fmt: skip
     last = (i + offset)[:, None]
     if PRECISE:
@@ -128,7 +130,8 @@ def _dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, d
     for edge in tl.static_range(2 if padding is None else 3):
         low = first if edge == 0 else (whole if edge == 1 else holes)
         high = whole if edge == 0 else (holes if edge == 1 else stop)
-        for start in range(low, high, BLOCK_N):
+        for walked in range(0, high - low, BLOCK_N):
+            start = low + walked
             attended = None
             any_attended = True
             if mask is not None and not BIAS:
@@ -227,7 +230,9 @@ def _dkey_kernel(q, k, v, dout, mask, padding, cu_q, cu_k, seed, stats, delta, d
         if mask is not None:
             mask_h += b * mask_batch + h * mask_head + col.to(tl.int64)[:, None] * mask_col
         for seen in tl.static_range(0 if CAUSAL else 1, 2):
-            for start in range(whole if seen else first, stop if seen else whole, BLOCK_M):
+            low = whole if seen else first
+            for walked in range(0, (stop if seen else whole) - low, BLOCK_M):
+                start = low + walked
                 tile = mask_h
                 if mask_row is not None:
                     i = tl.minimum(start + tl.arange(0, BLOCK_M), q_count - 1)
@@ -363,16 +368,16 @@ def backward(
         **mask_arguments(attn_mask, padding),
     )  # fmt: skip
     packed = packed_arguments(cu_q, cu_k)
-    busy = any(t is not None for t in (attn_mask, padding, shared["seed"], cu_q))
+    load = load_of(attn_mask, padding, shared["seed"], cu_q)
     if dq.numel():
-        blocks = tile("dquery", q, dv, busy)
+        blocks = tile("dquery", q, dv, load)
         programs = slots(cu_q, q_len, blocks["BLOCK_M"])
         _dquery_kernel[(programs * batch * heads,)](
             **shared, **packed, out=out.contiguous(), dq=dq, HEADS=heads, BLOCKS=programs,
             PRECISE=q.dtype == torch.float32 or k_len <= blocks["BLOCK_N"], **blocks,
         )  # fmt: skip
     if dk.numel():
-        blocks = tile("dkey", q, dv, busy)
+        blocks = tile("dkey", q, dv, load)
         programs = slots(cu_k, k_len, blocks["BLOCK_N"])
         _dkey_kernel[(programs * batch * kv_heads,)](
             **shared, **packed, dk=dk, dv=d_v, KEY_HEADS=kv_heads, BLOCKS=programs, **blocks

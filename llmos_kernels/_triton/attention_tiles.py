@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from llmos_kernels._triton import tuned
+from llmos_kernels._triton import launch, tuned
 
 LOG2E = tl.constexpr(1.4426950408889634)
 #: The least normal float32: -inf times a scale of 0 would be NaN.
@@ -58,8 +58,8 @@ def locate(cu, SEQUENCES, length, slot, BLOCK: tl.constexpr):
 @triton.jit
 def query_block(cu_q, cu_k, q_len, k_len, HEADS, BLOCKS, SEQUENCES,
                 CAUSAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """The queries that a program owns: b, h, the positions i in their sequence, where that and its
-    keys start, how long both are, and ``offset``: query i may see keys up to i + offset."""
+    """The queries that a program owns: b, h, the first one's position in their sequence, where that and
+    its keys start, how long both are, and ``offset``: query i may see keys up to i + offset."""
     slot = tl.program_id(0) % BLOCKS
     if CAUSAL:
         # The blocks with the most keys first, that the last to finish are short.
@@ -68,9 +68,8 @@ def query_block(cu_q, cu_k, q_len, k_len, HEADS, BLOCKS, SEQUENCES,
     sequence, block = locate(cu_q, SEQUENCES, q_len, slot, BLOCK)
     q_start, q_count = sequence_span(cu_q, sequence, SEQUENCES, q_len)
     k_start, k_count = sequence_span(cu_k, sequence, SEQUENCES, k_len)
-    i = block * BLOCK + tl.arange(0, BLOCK)
     offset = 0 * k_count if CAUSAL == TOP_LEFT else k_count - q_count
-    return bh // HEADS, bh % HEADS, i, q_start, q_count, k_start, k_count, offset
+    return bh // HEADS, bh % HEADS, block * BLOCK, q_start, q_count, k_start, k_count, offset
 
 
 @triton.jit
@@ -255,36 +254,60 @@ def slots(cu, length: int, block: int) -> int:
     return length // block + cu.shape[0] - 1
 
 
-#: BLOCK_M, BLOCK_N, warps and stages for head dims to 64, to 128 and to 256: the largest that keep to
-#: registers and to 99 KB of shared memory. Masks, dropout and packing need registers: "busy".
-_TILES = {
-    "forward": ((128, 64, 8, 3), (128, 64, 8, 2), (64, 16, 8, 2)),
-    "forward busy": ((64, 32, 8, 2), (64, 32, 8, 2), (64, 16, 8, 2)),
+def load_of(attn_mask, padding, seed, cu) -> str:
+    """What takes registers beside the products: it chooses a tile."""
+    if seed is not None:
+        return " dropout"
+    return "" if attn_mask is None and padding is None and cu is None else " masked"
+
+
+#: BLOCK_M, BLOCK_N, warps, stages and registers for head dims to 64, to 128 and to 256: the largest that keep
+#: to registers and to 99 KB of shared memory. Each warp has 16 whole rows of a tile of logits, or
+#: several would do the same work. Registers are stated where ptxas would rather spill some, or where
+#: a second program then has room.
+_TILES: dict[str, tuple[tuple, ...]] = {
+    "forward": ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
+    "forward masked": ((128, 32, 8, 2, 255), (64, 32, 4, 2), (64, 16, 8, 2)),
+    "forward dropout": ((64, 32, 4, 2), (128, 32, 8, 2, 255), (64, 16, 8, 2)),
     "decode": ((16, 64, 4, 3), (16, 32, 4, 3), (16, 32, 4, 2)),
     "dquery": ((128, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
-    "dquery busy": ((64, 16, 4, 2), (64, 32, 8, 1), (32, 32, 8, 1)),
-    "dkey": ((32, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
-    "dkey busy": ((16, 64, 8, 2), (16, 64, 8, 2), (16, 16, 8, 1)),
-    "dmask": ((32, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
+    "dquery masked": ((128, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1)),
+    "dkey": ((32, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2, 255)),
+    "dkey masked": ((16, 128, 8, 2), (16, 64, 8, 2), (16, 16, 8, 1, 255)),
+    "dmask": ((64, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
     "weights": ((64, 64, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1)),
 }
+#: Where tensor cores read operands from shared memory, of which there are 227 KB: registers are left.
+_ENGINE_TILES: dict[str, tuple[tuple, ...]] = _TILES | {
+    "forward": ((128, 64, 8, 3, 128), (128, 64, 8, 3), (64, 32, 8, 2)),
+    "forward masked": ((128, 32, 8, 3, 128), (128, 64, 8, 2), (64, 32, 8, 2, 255)),
+    "forward dropout": ((64, 32, 4, 3, 168), (128, 32, 8, 2, 255), (64, 16, 8, 2)),
+    "dquery": ((128, 64, 8, 2), (128, 32, 8, 2, 255), (64, 32, 8, 2, 255)),
+    "dquery masked": ((128, 32, 8, 2, 255), (128, 32, 8, 2, 255), (32, 32, 8, 1)),
+    "dkey": ((64, 128, 8, 2), (32, 128, 8, 2, 255), (32, 32, 8, 2, 255)),
+    "dkey masked": ((32, 128, 8, 2, 255), (16, 128, 8, 2, 255), (16, 16, 8, 1, 255)),
+}
 #: float32 has no tensor cores at full precision: a thread holds whole rows of both operands.
-_FLOAT32_TILES = {
+_FLOAT32_TILES: dict[str, tuple[tuple, ...]] = {
     "forward": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
-    "forward busy": ((16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    "forward masked": ((16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     "any": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
 
 
-def tile(kernel: str, q: torch.Tensor, dv: int, busy: bool = False) -> dict:
-    """Tile and warps of a kernel, from the head dims, the dtype and what else it has to do; as tuned,
-    or by these tables."""
-    name = f"{kernel} busy" if busy else kernel
+def tile(kernel: str, q: torch.Tensor, dv: int, load: str = "") -> dict:
+    """Tile and warps of a kernel, from the head dims, the dtype and what else it has to do (``load_of``);
+    as tuned, or by these tables. Without one of its own, dropout has the tile of masks."""
     widest = max(block_dim(max(q.shape[-1], dv)), 64)
-    if found := tuned.settings(f"attention {name}", q, (widest,)):
+    if found := tuned.settings(f"attention {kernel}{load}", q, (widest,)):
         return dict(found)
-    tiles = _TILES[name]
+    tables = _ENGINE_TILES if launch.has_engine(q.device) else _TILES
     if q.dtype == torch.float32:
-        tiles = _FLOAT32_TILES.get(name, _FLOAT32_TILES["any"])
-    m, n, warps, stages = tiles[widest.bit_length() - 7]
-    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+        tables = _FLOAT32_TILES
+    masked = load and f"{kernel} masked"
+    tiles = tables.get(kernel + load) or tables.get(masked or kernel) or tables["any"]
+    m, n, warps, stages, *registers = tiles[widest.bit_length() - 7]
+    return {
+        "BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages,
+        "maxnreg": registers[0] if registers else None,
+    }  # fmt: skip

@@ -209,11 +209,12 @@ def _matmul(a, b, a_scale, b_scale, bias, activation, dtype, index, input):
     out = a.new_empty((m, n), dtype=dtype)
     if out.numel() == 0:
         return out
-    tile = (16, 32, 256, 4, 4) if m <= 16 else (128, 128, 64, 8, 4)
+    # Steps as deep as shared memory allows: a barrier for each.
+    tile = (16, 32, 256, 4, 4) if m <= 16 else (128, 128, 128, 8, 3)
     # Products of float32 outliers take more registers than a large tile leaves.
     in_fp32 = input is not None and input.dtype == torch.float32
     if m > 16 and (in_fp32 or triton.cdiv(m, 128) * triton.cdiv(n, 128) < 96):
-        tile = (64, 64, 64, 4, 4)
+        tile = (64, 64, 128, 4, 4)
     kind = "int8" if input is None else "int8 outliers"
     if found := tuned.settings(kind, out, (m, n, k)):
         tile = tuple(found[option] for option in TILE[:5])
@@ -256,11 +257,13 @@ def weight_only(input, weight_int8, weight_scale, bias, activation):
     out = input.new_empty(m, n)
     if out.numel() == 0:
         return out
-    block_k = 32 if input.dtype == torch.float32 else 128
+    # Two warps: tensor cores take 8 columns, a warp more would convert the same weights again. Deep
+    # steps, since there are few programs to have loads under way.
+    block_k = 32 if input.dtype == torch.float32 else 256
     _weight_only_kernel[(triton.cdiv(n, 16),)](
         input, weight, weight_scale.contiguous(), None if bias is None else bias.contiguous(), out,
         m, n, input.shape[1], *input.stride(), weight.stride(0), ACTIVATION=activation, BLOCK_M=16,
-        BLOCK_N=16, BLOCK_K=block_k, num_warps=4, num_stages=4,
+        BLOCK_N=16, BLOCK_K=block_k, num_warps=2, num_stages=4,
     )  # fmt: skip
     return out
 

@@ -12,6 +12,14 @@ from llmos_kernels._registry import CannotCompile
 
 #: The launch options that choose a variant.
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+#: The architectures with tensor memory accelerators, whose tensor cores read shared memory themselves.
+ENGINES = ("sm_90", "sm_100", "sm_103")
+
+
+@functools.cache
+def has_engine(device: torch.device) -> bool:
+    """Whether a device is a GPU of ``ENGINES``."""
+    return device.type == "cuda" and _pack.arch_of(device) in ENGINES
 
 
 class Kernel(JITFunction):

@@ -10,15 +10,15 @@ import torch
 import triton
 import triton.language as tl
 
-from llmos_kernels._triton import examples
+from llmos_kernels._triton import examples, launch
 from llmos_kernels._triton.launch import kernel
 from llmos_kernels._triton.rows import as_rows, dropout_arguments, dropout_factors, tile
 
 #: Rows of more bytes than this do not fit a program's registers together with their gradient sums.
 _WIDEST = 16384
 _WIDE_BLOCK, _WIDE_WARPS = 4096, 8
-#: Shares of the weight gradient: four programs for each multiprocessor of a large GPU.
-_PROGRAMS = 528
+#: Multiprocessors of a large GPU. Each has registers for three programs of 8 warps, two of 16.
+_PROCESSORS = 132
 
 
 @triton.jit
@@ -39,8 +39,9 @@ def _backward_kernel(dy, dh, h, weight, stats, seed, dresidual, dx, dweight, dbi
     lane = tl.arange(0, ROWS)[:, None].to(tl.int64)
     col = tl.arange(0, BLOCK)[None, :]
     rstds = stats + N.to(tl.int64) if CENTER else stats
-    dweight_sum = tl.zeros((1, BLOCK), tl.float32)
-    dbias_sum = tl.zeros((1, BLOCK), tl.float32)
+    # Of each row of the tile on its own: to add rows at each step would take all warps.
+    dweight_sum = tl.zeros((ROWS, BLOCK), tl.float32)
+    dbias_sum = tl.zeros((ROWS, BLOCK), tl.float32)
     if weight is not None:
         w = tl.load(weight + col, col < D, 0.0).to(tl.float32)
     for first in range(pid * ROWS, N, tl.num_programs(0).to(tl.int64) * ROWS):
@@ -53,9 +54,9 @@ def _backward_kernel(dy, dh, h, weight, stats, seed, dresidual, dx, dweight, dbi
         rstd = tl.load(rstds + row, row < N, 0.0)
         x_hat *= rstd
         if dweight is not None:
-            dweight_sum += tl.sum(g * x_hat, 0, keep_dims=True)
+            dweight_sum += g * x_hat
         if dbias is not None:
-            dbias_sum += tl.sum(g, 0, keep_dims=True)
+            dbias_sum += g
         if weight is not None:
             g *= w
         v = g - x_hat * (tl.sum(tl.where(inside, g * x_hat, 0.0), 1, keep_dims=True) / D)
@@ -67,9 +68,9 @@ def _backward_kernel(dy, dh, h, weight, stats, seed, dresidual, dx, dweight, dbi
         _store_gradients(v, seed, dresidual, dx, row * D + col, row, 0, threshold, scale, inside,
                          ROWS, BLOCK)  # fmt: skip
     if dweight is not None:
-        tl.store(dweight + pid * D + col, dweight_sum, col < D)
+        tl.store(dweight + pid * D + col, tl.sum(dweight_sum, 0, keep_dims=True), col < D)
     if dbias is not None:
-        tl.store(dbias + pid * D + col, dbias_sum, col < D)
+        tl.store(dbias + pid * D + col, tl.sum(dbias_sum, 0, keep_dims=True), col < D)
 
 
 @kernel(do_not_specialize=["N", "threshold"])
@@ -145,6 +146,16 @@ def _sum_kernel(partial, out, SHARES, D, ROWS: tl.constexpr, BLOCK: tl.constexpr
     tl.store(out + col, tl.sum(total, 0, keep_dims=True), col < D)
 
 
+def _registers(like, per_thread: int, warps: int) -> int | None:
+    """What a thread may have, where ptxas would take so many that a program less has room, and spills
+    none with this."""
+    if like.element_size() != 2 or per_thread > 8:
+        return None
+    if warps == 16:
+        return 64 if launch.has_engine(like.device) else None
+    return 80 if warps == 8 else None
+
+
 def backward(dy, dh, h, weight, stats, d, center, dropout_p, seed, weight_grad, bias_grad):
     n = h.numel() // d if d else 0
     dtype = stats.dtype if weight is None else weight.dtype
@@ -165,7 +176,8 @@ def backward(dy, dh, h, weight, stats, d, center, dropout_p, seed, weight_grad, 
     seed = seed if dropout_p else None
     wide = d * h.element_size() > _WIDEST
     rows, block, warps = tile("layer_norm backward", h, d, per_thread=8)
-    shares = min(triton.cdiv(n, rows), _PROGRAMS) if not wide else min(n, 32)
+    programs = _PROCESSORS * (3 if warps <= 8 else 2)
+    shares = min(triton.cdiv(n, rows), programs) if not wide else min(n, 32)
     partials = [
         h.new_empty((shares, d), dtype=torch.float32) if wanted else None
         for wanted in (weight_grad, bias_grad)
@@ -175,6 +187,7 @@ def backward(dy, dh, h, weight, stats, d, center, dropout_p, seed, weight_grad, 
         _backward_kernel[(shares,)](
             dy, dh, h, weight, stats, seed, dresidual, dx, *partials,
             dy_stride, dh_stride, h_stride, *tail, ROWS=rows, BLOCK=block, num_warps=warps,
+            maxnreg=_registers(h, rows * block // (32 * warps), warps),
         )  # fmt: skip
     else:
         _backward_wide_kernel[(n,)](

@@ -44,12 +44,12 @@ def _finish(acc, kept, seed, dinput, sums, row, first_row, first_col, M, N, kept
         col = first_col + tl.arange(0, BLOCK_N)
         inside = (row < M)[:, None] & (col < N)[None, :]
         if kept is not None:
-            z = tl.load(kept + row[:, None] * kept_row + col[None, :] * kept_col, inside, 0.0)
-            acc *= derivative(z.to(tl.float32), ACTIVATION)
             if seed is not None:
                 acc *= dropout_factors(
                     seed, row[:, None], first_col, threshold, scale, BLOCK_M, BLOCK_N
                 )
+            z = tl.load(kept + row[:, None] * kept_row + col[None, :] * kept_col, inside, 0.0)
+            acc *= derivative(z.to(tl.float32), ACTIVATION)
             total = tl.sum(tl.where(inside, acc, 0.0), 0)
             tl.store(sums + first_row // BLOCK_M * N + col, total, col < N)
         tl.store(dinput + row[:, None] * N + col[None, :], acc, inside)

@@ -13,14 +13,12 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from llmos_kernels._triton import tuned
+from llmos_kernels._triton import launch, tuned
 from llmos_kernels._triton.products import TILE, place_tile
 
 #: BLOCK_M, BLOCK_N, BLOCK_K, warps, stages, and the tiles from which on: what keeps to registers with
 #: any epilogue. Of the larger each multiprocessor should have two.
 _TILES = ((128, 256, 64, 8, 3, 264), (128, 128, 64, 8, 4, 132))
-#: The architectures with tensor memory accelerators that these kernels are for.
-ARCHS = ("sm_90", "sm_100", "sm_103")
 #: The multiprocessors where there is no GPU.
 _PROCESSORS = 132
 
@@ -47,13 +45,6 @@ def multiply(a, b, row, col, K, TURNED: tl.constexpr, BLOCK_M: tl.constexpr, BLO
 
 
 @functools.cache
-def _has_engine(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device)) in ARCHS
-
-
-@functools.cache
 def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return _PROCESSORS
@@ -71,7 +62,7 @@ def plan(
 ) -> tuple[tuple[int], dict] | None:
     """The programs of a b, or of a b^T if ``turned``, and their arguments; None where the other
     kernels answer: small, float32, not in rows of whole 16 bytes, another GPU, or tuned so."""
-    if a.dtype == torch.float32 or not _has_engine(a.device):
+    if a.dtype == torch.float32 or not launch.has_engine(a.device):
         return None
     if not _describable(a) or not _describable(b):
         return None

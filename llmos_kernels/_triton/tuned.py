@@ -26,9 +26,9 @@ _PRODUCT = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
 KINDS: dict[str, tuple[tuple[str, ...], int]] = {
     **dict.fromkeys(("layer_norm", "layer_norm backward", "int8_norm", "embedding"), (_ROWS, 1)),
     **{
-        f"attention {name}{busy}": (_TILE, 1)
+        f"attention {name}{load}": (_TILE, 1)
         for name in ("forward", "dquery", "dkey")
-        for busy in ("", " busy")
+        for load in ("", " masked", " dropout")
     },
     **{f"attention {name}": (_TILE, 1) for name in ("decode", "dmask", "weights")},
     **{f"linear{name}": (("persistent", *_PRODUCT), 3) for name in ("", " dinput", " dweight")},

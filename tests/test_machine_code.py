@@ -1,0 +1,167 @@
+"""Triton kernels as they are compiled for a GPU with warp group products: what the tensor cores, the loads
+and the loops have become. No GPU is needed."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("triton")
+
+BEGIN = """
+import itertools, torch
+from llmos_kernels import _inspect
+from llmos_kernels._compile import recorded_launches
+from llmos_kernels._registry import DEFINED
+from llmos_kernels._triton import tuned
+from llmos_kernels.ops.activations import GELU_TANH, NONE
+bf16 = torch.bfloat16
+op = lambda name: DEFINED[f"llmos::{name}"].launch
+def compiled(launches):
+    found = [_inspect.resources(launch, "sm_90") for launch in dict.fromkeys(launches)]
+    assert not any(r.spills or r.instructions["LDL.32"] for r in found), "spills"
+    return found
+"""
+
+ATTENTION = """
+def attend(d, mask=None, padding=None, packed=None, p=0.0, causal=0, queries=512):
+    q, k, v, dout = (torch.empty(2, n, 4, d, dtype=bf16).transpose(1, 2)
+                     for n in (queries, 512, 512, queries))
+    if packed is not None:
+        q, k, v, dout = (t[:1] for t in (q, k, v, dout))
+    options = d**-0.5, causal, p, torch.empty(2, dtype=torch.int64)
+    tensors = q, k, v, mask, padding, packed, packed
+    out, stats = op("attention_forward")(*tensors, *options)
+    op("attention_backward")(dout, *tensors, out, stats, *options, mask is not None)
+padding = torch.empty(2, 512, dtype=torch.bool)
+with recorded_launches("sm_90") as launches:
+    for d in (64, 128):
+        attend(d, causal=1)
+        attend(d, padding=padding)
+        attend(d, packed=torch.empty(5, dtype=torch.int32))
+        attend(d, torch.empty(1, 4, 512, 512))
+        attend(d, padding=padding, p=0.1)
+    attend(64, torch.empty(1, 1, 512, 512, dtype=bf16), p=0.1)
+found = compiled(launches)
+for r in found:
+    assert r.repeated == 1, f"{r.launch}: the same products {r.repeated} times"
+    if "dmask" not in r.launch.name:
+        assert r.matrix == "HGMMA", f"{r.launch}: {r.matrix}"
+        if dict(r.launch.signature).get("mask") != "*bf16":
+            assert "bf16" not in r.waited_for, f"{r.launch}: {r.waited_for} are not loaded ahead"
+# A warp group that has no rows of its own is seen.
+slow = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+with recorded_launches("sm_90") as launches, tuned.override("attention forward", slow):
+    attend(64)
+assert compiled(launches[:1])[0].repeated == 2
+print(len(found), "kernels")
+"""
+
+PRODUCTS = """
+seed = torch.empty(2, dtype=torch.int64)
+with recorded_launches("sm_90") as launches:
+    for rows, d, hidden in ((1024, 768, 3072), (8192, 1024, 4096), (64, 384, 1536), (8, 1024, 4096)):
+        x, h, weight1, bias, weight2 = (
+            torch.empty(shape, dtype=bf16)
+            for shape in ((rows, d), (rows, hidden), (hidden, d), (hidden,), (d, hidden))
+        )
+        op("linear_forward")(x, weight1, bias, GELU_TANH, 0.1, seed, True)
+        if rows > 16:
+            op("linear_dinput")(x, weight2, h, GELU_TANH, 0.1, seed)
+        weight, scale = torch.empty(hidden, d, dtype=torch.int8), torch.empty(hidden)
+        op("int8_linear")(x, weight, scale, None, bias, NONE, 0.0)
+    op("int8_weight_only")(x, weight, scale, bias, NONE)
+found = compiled(launches)
+for r in found:
+    if r.launch.name.rpartition("_")[0].endswith(("quantize", "parts", "_sum")):
+        continue
+    tall = dict(r.launch.constants)["BLOCK_M"] >= 64
+    integers = r.launch.signature[0][1] == "*i8"
+    assert r.repeated == 1, f"{r.launch}: the same products {r.repeated} times"
+    assert r.matrix == ("I" if integers else "H") + ("GMMA" if tall else "MMA"), f"{r.launch}: {r.matrix}"
+    if "persistent" not in r.launch.name:  # There the loop has what follows the sums, too.
+        assert not r.waited_for, f"{r.launch}: {r.waited_for} are not loaded ahead"
+    wide = r.instructions["LDGSTS.128"] + 4 * r.instructions["UTMALDG"]
+    assert wide >= 12, f"{r.launch}: {r.vectors}"
+print(len(found), "kernels")
+"""
+
+ROWS = """
+with recorded_launches("sm_90") as launches:
+    for d, p in itertools.product((384, 1024, 2048, 4096), (0.0, 0.1)):
+        x, weight, stats = torch.empty(64, d, dtype=bf16), torch.empty(d, dtype=bf16), torch.empty(2, 64)
+        seed = torch.empty(2, dtype=torch.int64)
+        op("add_layer_norm_forward")(x, x, weight, weight, d, 1e-5, True, p, seed)
+        op("layer_norm_backward")(x, x, x, weight, stats, d, True, p, seed, True, True)
+found = [r for r in compiled(launches) if "_sum" not in r.launch.name]
+for r in found:
+    # Of rows 16 bytes a thread; less is statistics and the seed, and weights of short rows.
+    counts, rows = r.instructions, 3
+    assert counts["LDG.128"] >= rows - ("forward" in r.launch.name), f"{r.launch}: {r.vectors}"
+    assert counts["STG.128"] >= 1 and not counts["STG.16"] + counts["LDG.8"], f"{r.launch}: {r.vectors}"
+    if "backward" in r.launch.name:  # Else a program less runs at a time.
+        warps = dict(r.launch.options)["num_warps"]
+        assert r.registers <= {8: 80, 16: 64}[warps], f"{r.launch}: {r.registers} registers"
+print(len(found), "kernels")
+"""
+
+
+@pytest.mark.parametrize("script, least", [("ATTENTION", 25), ("PRODUCTS", 10), ("ROWS", 15)])
+def test_sm_90(script, least):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", BEGIN + globals()[script]]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split()[0]) >= least
+
+
+def test_instructions():
+    """Their names and widths, from a listing."""
+    from llmos_kernels import _machine_code
+
+    listing = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;   /* 0x00000a00ff017b82 */
+                                                             /* 0x000fe20000000800 */
+        /*0010*/              @!P1 LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;  /* 0x00 */
+        /*0020*/              @UP0 LDG.E.U16 R4, desc[UR4][R2.64] ;  /* 0x00 */
+        /*0030*/                   LDG.E R4, desc[UR4][R2.64] ;  /* 0x00 */
+        /*12f0*/                   STL.64 [R1+0x8], R2 ;  /* 0x00 */
+        /*1300*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR12], RZ, !UPT ;  /* 0x00 */
+    """
+    counts = Counter(map(_machine_code._kind, _machine_code._INSTRUCTION.findall(listing)))
+    expected = {"LDC": 1, "LDG.128": 1, "LDG.16": 1, "LDG.32": 1, "STL.64": 1, "HGMMA": 1}
+    assert counts == expected
+    assert _machine_code.widths(counts, "LDG", "LDGSTS") == {128: 1, 16: 1, 32: 1}
+
+
+IR = """
+#mma = #ttg.nvidia_mma<{versionMajor = 3, versionMinor = 0, warpsPerCTA = [8, 1], instrShape = [16, 32, 16]}>
+#mma1 = #ttg.nvidia_mma<{versionMajor = 2, versionMinor = 0, warpsPerCTA = [2, 2], instrShape = [16, 8]}>
+    %0 = tt.load %a : tensor<64x64x!tt.ptr<bf16>, #blocked> loc(#loc)
+    %1 = scf.for %i = %c0 to %n step %c1 iter_args(%x = %y) -> (i32)  : i32 {
+      %2 = tt.load %b : tensor<32x64x!tt.ptr<bf16>, #blocked> loc(#loc)
+      %3 = scf.for %j = %c0 to %n step %c1 iter_args(%z = %y) -> (i32)  : i32 {
+        %4 = tt.load %c : tensor<64x!tt.ptr<f32>, #blocked> loc(#loc)
+        %5 = tt.load %d, %m, %o : tensor<32x64x!tt.ptr<i8>, #blocked> loc(#loc)
+        %6 = ttng.warp_group_dot %5, %5, %0 : !ttg.memdesc<> * !ttg.memdesc<> -> tensor<ROWSx32xf32, #mma> loc(#loc)
+        %7 = tt.dot %5, %5, %0 : tensor<> * tensor<> -> tensor<32x16xf32, #mma1> loc(#loc)
+      } loc(#loc)
+    } loc(#loc)
+"""
+
+
+@pytest.mark.parametrize("rows, times", [(64, 2), (128, 1), (256, 1), (16, 8)])
+def test_repeated(rows, times):
+    from llmos_kernels import _machine_code
+
+    assert _machine_code.repeated(IR.replace("ROWS", str(rows))) == times
+
+
+def test_waited_for():
+    """Tiles in the loop that multiplies: neither what is before it nor vectors."""
+    from llmos_kernels import _machine_code
+
+    assert _machine_code.waited_for(IR) == ["i8"]
+    assert _machine_code.waited_for(IR.replace("tt.dot", "dot").replace("group_dot", "g")) == []
