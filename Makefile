@@ -8,7 +8,7 @@ LINTED := llmos_kernels benchmarks tests examples setup.py .ci/wheel.py
 JOBS := $(shell nproc)
 RESULTS := $(wildcard benchmarks/results/*/ops*.json benchmarks/results/*/int8.json benchmarks/results/*/models.json)
 
-.PHONY: help demo test bench bench-gate page peers lint format build sanitize wheel test-wheels gpu mutants clean
+.PHONY: help demo test bench bench-gate page peers lint format build sanitize wheel test-wheels gpu gpu-carry mutants clean
 
 help:
 	@echo 'make demo      swap a trained sentence encoder: proofs, embeddings, time before and after'
@@ -21,7 +21,8 @@ help:
 	@echo 'make sanitize  the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make wheel     a wheel for this Python in dist/ (TORCH_CUDA_ARCH_LIST chooses GPUs)'
 	@echo 'make test-wheels  the wheel under other versions of torch and Python: gigabytes, 20 minutes'
-	@echo 'make gpu       on a CUDA machine, no network, in slices of 8 minutes (SLICE=tests ...); JSON in OUT'
+	@echo 'make gpu       on a CUDA machine, no network, in slices of 8 minutes (SLICE=tests ...); gpu.zip in OUT'
+	@echo 'make gpu-carry  compile ahead what make gpu needs there (PYTHON312=python3.12, CARRY=modules of the pack)'
 	@echo 'make mutants   planted faults, each of which tests must see: 8 minutes'
 
 demo: build
@@ -85,6 +86,11 @@ test-wheels: $(VENV)/.ready
 
 gpu:
 	python3 benchmarks/gpu.py $(SLICE)
+
+# For the Python of the GPU machine, against the torch of .ci/requirements.txt, in .gpu-carry.
+PYTHON312 := python3.12
+gpu-carry:
+	$(PYTHON312) benchmarks/gpu_carry.py make --modules $(CARRY)
 
 mutants: build
 	$(PYTHON) tests/mutants.py

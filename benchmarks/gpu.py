@@ -2,29 +2,37 @@
 
     python3 benchmarks/gpu.py [SLICE ...]     # make gpu SLICE=name; all slices without a name
     python3 benchmarks/gpu.py --list
-    python3 benchmarks/gpu.py --merge FOLDER  # what came back into benchmarks/results/<GPU>/
+    python3 benchmarks/gpu.py --merge gpu.zip ...  # what came back into benchmarks/results/<GPU>/
 
-A call takes 8 minutes at the most. Each step leaves its outcome in the folder that OUT names at once;
-the next call goes on with what has not passed with the same sources. Where OUT is empty at every call
-``--resume-from`` names a copy of what an earlier one has left. LLMOS_REHEARSE=1 is for machines without
-a GPU.
+A call takes 8 minutes, or ``--seconds``, at the most. Steps work in build/gpu; what they have left is
+always in gpu.zip, too, in the folder that OUT names. The next call goes on with what has not passed with
+the same sources. Where build/gpu is gone ``--resume-from`` names the gpu.zip of an earlier call.
+LLMOS_REHEARSE=1 is for machines without a GPU.
 """
 
 import argparse
 import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
+import gpu_archive
+import gpu_carry
 import gpu_merge
-from gpu_runner import Runner
+from gpu_carry import REHEARSE
+from gpu_runner import BUDGET, GRACE, Runner
 from gpu_steps import ROOT, Step, slices
 
-REHEARSE = os.environ.get("LLMOS_REHEARSE") == "1"
-_DEFAULT = ROOT / "build" / ("gpu-rehearsal" if REHEARSE else "gpu")
-OUT = Path(os.environ.get("OUT", _DEFAULT)).resolve()
+#: Where steps work.
+WORK = ROOT / "build" / ("gpu-rehearsal" if REHEARSE else "gpu")
+#: What comes back.
+OUT = Path(os.environ.get("OUT", f"{WORK}-out")).resolve()
 RESULTS = ROOT / "benchmarks" / "results"
+#: Seconds that a lent machine can be had, its starts included, and of one command there.
+LENT, COMMAND = 900, 600
 
 
 def pending(runner: Runner, steps: list[Step], again: bool = False) -> list[Step]:
@@ -39,30 +47,46 @@ def pending(runner: Runner, steps: list[Step], again: bool = False) -> list[Step
 
 def run(runner: Runner, steps: list[Step], again: bool = False) -> int:
     """Run what the budget allows, and say what is left. 1 if anything has failed."""
-    left, first = [], True
+    left: dict[str, Step] = {}
+    first = True
     for step in pending(runner, steps, again):
         if not runner.fits(step, first or step.always):
-            left.append(step.name)
+            left[step.name] = step
             continue
         if runner.run(step, again) == "partial":
-            left.append(step.name)
+            left[step.name] = step
         first &= step.always
     names = dict.fromkeys(step.name for step in steps)
     for name in (n for n in names if n in runner.rows):
         row = runner.rows[name]
         print(f"{name:14} {row['outcome']:8} rc {row.get('rc')}  {row.get('seconds')} s")
+    print(f"took {runner.budget - runner.left:.0f} of {runner.budget:.0f} s")
     if left:
+        always = sum(step.seconds for step in {s.name: s for s in steps if s.always}.values())
+        needed = sum(map(runner.needs, left.values()))
         print(f"left for the next call: {', '.join(left)}")
+        print(f"estimate of what is left: {needed:.0f} s, and {always} s in each call")
     return int(any(runner.rows.get(n, {}).get("outcome") == "failed" for n in names))
 
 
 def listing(runner: Runner, table: dict[str, list[Step]]) -> str:
-    """Slices, steps, estimates of seconds on an H200, and what is done."""
+    """Slices, steps, estimates of seconds, and what is done."""
     shown = []
     for name, steps in table.items():
         shown.append(f"{name:14} {sum(s.seconds for s in steps):4} s (estimate)")
         shown += [f"  {s.name:14} {s.seconds:4} s  {runner.outcome(s)}" for s in steps]
+    each = {step.name: step for steps in table.values() for step in steps}
+    total = sum(step.seconds for step in each.values())
+    shown.append(f"all            {total:4} s of {LENT}, starts included, {COMMAND} in a call")
     return "\n".join(shown)
+
+
+def seconds(text: str) -> float:
+    """What a call may take."""
+    given = float(text)
+    if not 2 * GRACE <= given <= COMMAND:
+        raise argparse.ArgumentTypeError(f"{2 * GRACE:.0f} to {COMMAND} seconds, got {text}")
+    return given
 
 
 def arguments(names: list[str], given: list[str] | None) -> argparse.Namespace:
@@ -71,8 +95,12 @@ def arguments(names: list[str], given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--slice", action="append", default=[], metavar="SLICE", help="the same")
     parser.add_argument("--again", action="store_true", help="also what has passed")
     parser.add_argument("--list", action="store_true", help="slices, steps, what is done")
-    parser.add_argument("--resume-from", type=Path, metavar="FOLDER", help="copied to OUT first")
-    parser.add_argument("--merge", type=Path, metavar="FOLDER", help="into benchmarks/results")
+    parser.add_argument("--seconds", type=seconds, default=BUDGET, help="of this call")
+    kept = {"type": Path, "metavar": gpu_archive.NAME}
+    parser.add_argument(
+        "--resume-from", **kept, help="what an earlier call has left, or its folder"
+    )
+    parser.add_argument("--merge", nargs="+", **kept, help="such files into benchmarks/results")
     args = parser.parse_args(given)
     args.slices += args.slice
     if unknown := {*args.slices} - {*names}:
@@ -80,15 +108,41 @@ def arguments(names: list[str], given: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def gpu_name() -> str | None:
+    """As about.json names this GPU; None where it cannot be told."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    name = subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
+    return re.sub(r"\W+", "-", name).lower() or None
+
+
+def resume(given: Path) -> None:
+    """What an earlier call has left, if on a GPU of this name, beside what is in WORK."""
+    here = gpu_name()
+    with gpu_archive.opened(given) as folder:
+        there = gpu_merge.read(folder / "about.json").get("machine")
+        if here and there and here != there:
+            print(f"{given} is not gone on with: of {there}, this is {here}")
+        else:
+            gpu_merge.into(WORK, folder)
+
+
 def main(given: list[str] | None = None) -> int:
-    table = slices(OUT, REHEARSE)
+    table = slices(WORK, REHEARSE, gpu_carry.refused() is None)
     args = arguments(list(table), given)
+    try:
+        for kept in args.merge or ():
+            with gpu_archive.opened(kept) as folder:
+                print(f"{kept}: merged into {gpu_merge.merge(folder, RESULTS)}")
+        if args.resume_from:
+            resume(args.resume_from)
+    except ValueError as e:
+        print(e, file=sys.stderr)
+        return 2
     if args.merge:
-        print(f"merged into {gpu_merge.merge(args.merge, RESULTS)}")
         return 0
-    if args.resume_from:
-        shutil.copytree(args.resume_from, OUT, dirs_exist_ok=True)
-    runner = Runner(OUT)
+    runner = Runner(WORK, args.seconds, kept=lambda: gpu_archive.pack(WORK, OUT / gpu_archive.NAME))
     if args.list:
         print(listing(runner, table))
         return 0
@@ -98,8 +152,10 @@ def main(given: list[str] | None = None) -> int:
     try:
         return run(runner, [step for name in chosen for step in table[name]], args.again)
     except KeyboardInterrupt:
-        print("interrupted")
+        print(f"interrupted after {runner.budget - runner.left:.0f} s")
         return 130
+    finally:
+        runner.kept()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Outcomes of several calls of ``gpu.py`` become one: JSON files that are written in one step."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -40,7 +41,31 @@ def newest(one: dict, other: dict) -> dict:
 
 def lines(one: str, other: str) -> str:
     """The lines of both, each once."""
-    return "".join(f"{line}\n" for line in dict.fromkeys((one + other).splitlines()))
+    return "".join(f"{line}\n" for line in dict.fromkeys(one.splitlines() + other.splitlines()))
+
+
+def latest(folder: Path) -> float:
+    """When the last step of those in ``folder`` has started."""
+    rows = read(folder / "summary.json").values()
+    return max((row.get("started", 0) for row in rows), default=0)
+
+
+def into(target: Path, folder: Path) -> None:
+    """What lies in ``folder`` beside what ``target`` has: of what both have, the newer."""
+    older = latest(folder) < latest(target)
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.glob("*.json*")):
+        own, found = target / path.name, read(path)
+        if path.suffix == ".jsonl":
+            there = own.read_text() if own.exists() else ""
+            own.write_text(lines(there, path.read_text()))
+        elif path.name in ("summary.json", "tests.json"):
+            write(own, newest(read(own), found))
+        elif "benchmarks" in found:
+            write(own, fold(read(own), found))
+        elif not (older and own.exists()):
+            with contextlib.suppress(ValueError):  # Taken while it was written.
+                write(own, json.loads(path.read_text()))
 
 
 def merge(folder: Path, results: Path) -> Path:
@@ -52,15 +77,5 @@ def merge(folder: Path, results: Path) -> Path:
     if "machine" not in about:
         raise ValueError(f"{folder / 'about.json'} names no machine")
     target = results / about["machine"]
-    write(target / "about.json", read(target / "about.json") | about)
-    for path in sorted(folder.glob("*.json*")):
-        own = target / path.name
-        if path.suffix == ".jsonl":
-            own.write_text(lines(own.read_text() if own.exists() else "", path.read_text()))
-        elif path.name in ("summary.json", "tests.json"):
-            write(own, newest(read(own), read(path)))
-        elif "benchmarks" in (found := read(path)):
-            write(own, fold(read(own), found))
-        elif path.name != "about.json":
-            write(own, json.loads(path.read_text()))
+    into(target, folder)
     return target

@@ -12,39 +12,53 @@ import subprocess
 import tempfile
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from gpu_merge import fold, read, write
 from gpu_steps import ROOT, Step
 
-#: Seconds in all: a call stays inside 8 minutes.
+#: Seconds in all where none are given: a call stays inside 8 minutes.
 BUDGET = 470.0
+#: Seconds after which what a step has measured so far is kept, too.
+EVERY = 30.0
 #: Seconds from the request to end until there is no choice.
 GRACE = 10.0
 #: Seconds that make a start worth it where a step goes on the next time.
 LEAST = 60.0
 MARK = "LLMOS_GPU_OUT"
 _SUFFIXES = {".py", ".pyi", ".cpp", ".h", ".cu", ".c", ".json"}
-_MADE = {"__pycache__", "results", "pack", "_build_info.json", "_source_info.json"}
+_MADE = {"__pycache__", "results", "_build_info.json", "_source_info.json"}
 
 
-def sources_sum(folders: Sequence[str], root: Path = ROOT) -> str:
-    """A sum of the sources in ``folders``, by their contents: there may be no git."""
+def sources_sum(names: Sequence[str], root: Path = ROOT) -> str:
+    """A sum of the sources in folders, and of files, by their contents: there may be no git."""
     total = hashlib.sha256()
-    files = (p for folder in folders for p in (root / folder).rglob("*"))
-    for path in sorted(p for p in files if p.suffix in _SUFFIXES and p.is_file()):
+    files = [root / name for name in names if (root / name).is_file()]
+    for found in (p for name in names for p in (root / name).rglob("*")):
+        if found.suffix in _SUFFIXES and found.is_file():
+            files.append(found)
+    for path in sorted(files):
         name = path.relative_to(root)
-        if not _MADE & {*name.parts}:
+        if not _MADE & {*name.parts} and name.parts[:2] != ("llmos_kernels", "pack"):
             total.update(f"{name}\0".encode() + path.read_bytes())
     return total.hexdigest()[:16]
 
 
 class Runner:
-    """The steps' outcomes in ``out``, and what this call may still take."""
+    """The steps' outcomes in ``out``, and what this call may still take.
 
-    def __init__(self, out: Path, budget: float = BUDGET, grace: float = GRACE):
-        self.out, self.grace = out, grace
+    ``kept`` is called whenever there is more in ``out`` that must not be lost.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        budget: float = BUDGET,
+        grace: float = GRACE,
+        kept: Callable[[], None] = lambda: None,
+    ):
+        self.out, self.budget, self.grace, self.kept = out, budget, grace, kept
         self.end = time.monotonic() + budget
         out.mkdir(parents=True, exist_ok=True)
         self.rows: dict[str, dict] = read(out / "summary.json")
@@ -69,6 +83,13 @@ class Runner:
             return "new"
         return row["outcome"]
 
+    def needs(self, step: Step) -> float:
+        """An estimate of the seconds until a step has passed."""
+        row = self.rows.get(step.name, {})
+        if self.outcome(step) == "partial":
+            return max(step.seconds - row["seconds"], LEAST)
+        return step.seconds
+
     def fits(self, step: Step, first: bool) -> bool:
         """Whether to start a step now; the first of a call starts in any case."""
         least = min(step.seconds, LEAST) if step.goes_on else step.seconds
@@ -87,7 +108,7 @@ class Runner:
         self._keep(step, row | {"outcome": "running"})
         print(f"== {step.name} (at most {limit:.0f} s)", flush=True)
         began = time.monotonic()
-        rc, output = call(step, self.out, limit, self.grace)
+        rc, output = call(step, self.out, limit, self.grace, self.kept)
         print(output[-3000:], flush=True)
         outcome = "passed" if rc == 0 else "failed"
         if rc == "time limit" and step.goes_on:
@@ -102,6 +123,7 @@ class Runner:
     def _keep(self, step: Step, row: dict) -> None:
         self.rows[step.name] = row
         write(self.out / "summary.json", self.rows)
+        self.kept()
 
     def _collect(self, step: Step) -> None:
         """What the step wrote, beside what is there of others and of its earlier runs."""
@@ -137,7 +159,22 @@ def from_junit(xml: Path) -> dict:
     return {**counts, "started": time.time(), "bad": bad}
 
 
-def call(step: Step, out: Path, limit: float, grace: float) -> tuple[int | str, str]:
+def wait(process: subprocess.Popen, limit: float, kept: Callable[[], None]) -> int:
+    """A process' exit status. Raises TimeoutExpired at the limit; until then ``kept`` is called."""
+    end = time.monotonic() + limit
+    while True:
+        left = end - time.monotonic()
+        try:
+            return process.wait(max(min(left, EVERY), 0.0))
+        except subprocess.TimeoutExpired:
+            if left <= EVERY:
+                raise
+            kept()
+
+
+def call(
+    step: Step, out: Path, limit: float, grace: float, kept: Callable[[], None]
+) -> tuple[int | str, str]:
     """A step's exit status, or "time limit", and its output. Nothing of it runs afterwards."""
     own = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", MARK: str(out)}
     env = {**os.environ, **own, **step.env}
@@ -149,7 +186,7 @@ def call(step: Step, out: Path, limit: float, grace: float) -> tuple[int | str, 
         )  # fmt: skip
         rc: int | str
         try:
-            rc = process.wait(max(limit, 1.0))
+            rc = wait(process, max(limit, 1.0), kept)
         except subprocess.TimeoutExpired:
             rc = "time limit"
             os.killpg(process.pid, signal.SIGINT)

@@ -1,6 +1,6 @@
 """What ``gpu.py`` runs: slices of steps, each with an estimate of its seconds.
 
-No H200 has run them yet: the seconds are estimates for one with 16 cores.
+No GPU has run them yet: the seconds are estimates for an H100 or H200 with 16 cores.
 """
 
 import importlib.util
@@ -14,8 +14,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 #: The one GPU that is built for.
 ARCH = os.environ.get("TORCH_CUDA_ARCH_LIST", "9.0")
-#: Compiled on the machine that measures, and not in its package.
+#: Of the machine that measures, and not in its package.
 PACK = ROOT / "build" / "gpu-pack"
+#: Other libraries that were carried there, see ``gpu_carry``.
+PEERS = ROOT / "build" / "gpu-peers"
 #: What a result depends on; benchmarks do not depend on tests.
 MEASURED = ("llmos_kernels", "csrc", "benchmarks")
 TESTED = (*MEASURED, "tests")
@@ -67,7 +69,7 @@ print(len(rows), "kernels,", sum(r["spills"] > 0 for r in rows), "spill")
 #: The extension is what the tree is tested with; the wheels are not this machine's.
 _NOT_HERE = (
     "test_cpu_levels.py", "test_sanitize.py", "test_wheels.py", "test_build.py", "test_stress.py",
-    "test_gpu_slices.py",
+    "test_gpu_slices.py", "test_gpu_carry.py",
 )  # fmt: skip
 _PACKED = ("test_kernels.py", "test_ops.py", "test_attention.py", "test_int8.py", "test_layers.py")
 #: Small shapes of every kernel, forward and backward.
@@ -75,17 +77,23 @@ _SMALL = "same_bits_on_every_repeat"
 _FEW = f"{_SMALL} and (layer_norm-plain or linear-gelu or attention-causal or embedding-two)"
 
 
-def slices(out: Path, rehearse: bool) -> dict[str, list[Step]]:
-    """The slices by their names, in order, which write to ``out``."""
-    return {
-        "tests": _tests(out, rehearse),
+#: What a machine must tell first, however short its time is.
+_FIRST = ("tests", "pack", "required", "memcheck")
+
+
+def slices(out: Path, rehearse: bool, carried: bool = False) -> dict[str, list[Step]]:
+    """The slices by their names, which write to ``out``, in the order of what they are worth.
+
+    ``carried``: the extension and the pack are there, compiled.
+    """
+    alone = {
         "ops-forward": _benchmark(out, "ops-forward", rehearse),
+        "tune": _tune(out, rehearse),
+        "tests": _tests(out, rehearse, carried),
+        "sanitizer": _sanitizer(rehearse),
         "ops-backward": _benchmark(out, "ops-backward", rehearse),
         "models": _benchmark(out, "models", rehearse),
-        "tune": _tune(out, rehearse),
-        "sanitizer": _sanitizer(out, rehearse),
         "stress": [
-            *_prepared(out, rehearse),
             _pytest(
                 out,
                 "stress",
@@ -94,19 +102,23 @@ def slices(out: Path, rehearse: bool) -> dict[str, list[Step]]:
             ),
         ],
     }
+    named = {step.name: step for steps in alone.values() for step in steps}
+    prepared = _prepared(out, carried)
+    ordered = {"first": [named[name] for name in _FIRST], **alone}
+    return {name: [*prepared, *steps] for name, steps in ordered.items()}
 
 
-def _prepared(out: Path, rehearse: bool) -> list[Step]:
+def _prepared(out: Path, carried: bool) -> list[Step]:
     """What every slice needs on a machine that is bare."""
     env = {"LLMOS_BUILD_EXT": "1", "LLMOS_BUILD_PACK": "0", "TORCH_CUDA_ARCH_LIST": ARCH}
-    build: list[str | Path] = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    if rehearse:  # Others use this tree's extension, which is there.
-        build, env = [sys.executable, "-c", "import llmos_kernels._C"], {}
     about: list[str | Path] = [sys.executable, "-c", ABOUT, out / "about.json"]
     return [
-        Step("build", 100, build, env, always=True),
+        Step("build", 10 if carried else 100, [*_CARRY, "build"], env, always=True),
         Step("about", 15, about, always=True),
     ]
+
+
+_CARRY = [sys.executable, "benchmarks/gpu_carry.py"]
 
 
 def _python(*arguments: str | Path) -> list[str | Path]:
@@ -131,17 +143,16 @@ def _workers(rehearse: bool) -> tuple[list[str], dict]:
     return ["-n", "8"], {"OMP_NUM_THREADS": "2"}
 
 
-def _tests(out: Path, rehearse: bool) -> list[Step]:
+def _tests(out: Path, rehearse: bool, carried: bool) -> list[Step]:
     several, env = _workers(rehearse)
     ignored = [f"--ignore=tests/{name}" for name in _NOT_HERE]
     suite = ["tests", *ignored, *several, "-k", "not compiles_within_limits"]
     again = [*(f"tests/{name}" for name in _PACKED), *several]
-    jobs = "16"
-    pack: list[str | Path] = [sys.executable, "-m", "llmos_kernels._compile", PACK, ARCH]
+    pack = [*_CARRY, "pack", "--jobs", "16"]
     if rehearse:
-        suite, jobs = ["tests/test_kernels.py", "-k", "layer_norm-2d"], "1"
+        suite = ["tests/test_kernels.py", "-k", "layer_norm-2d"]
         again = ["tests/test_kernels.py", "-k", "layer_norm-2d and guard"]
-        pack += ["--modules", "int8_norm"]
+        pack = [*_CARRY, "pack", "--jobs", "1", "--modules", "activation"]
     path = os.pathsep.join(str(ROOT / name) for name in (".", "benchmarks", "tests"))
     packed = {"LLMOS_PACK": "on", "LLMOS_GPU_PACK": str(PACK), "PYTHONPATH": path}
     index = PACK / f"sm_{ARCH.replace('.', '')}.json"
@@ -149,9 +160,8 @@ def _tests(out: Path, rehearse: bool) -> list[Step]:
     inspect: list[str | Path] = [sys.executable, "-c", INSPECT, out / "inspect.json"]
     inspect += ["none"] * rehearse
     return [
-        *_prepared(out, rehearse),
         _pytest(out, "tests", 170, suite, env=env),
-        Step("pack", 45, [*pack, "--jobs", jobs], {}, MEASURED, product=index),
+        Step("pack", 5 if carried else 45, pack, {}, MEASURED, product=index),
         _pytest(out, "packed", 75, ["-p", "gpu_pack", *again], env=env | packed),
         Step("required", 20, [sys.executable, "benchmarks/gpu_pack.py"], required),
         Step("inspect", 30, inspect, {}, MEASURED),
@@ -175,10 +185,10 @@ def _benchmark(out: Path, name: str, rehearse: bool) -> list[Step]:
         arguments += ["--providers", "kernel,eager", "--busy"]
     arguments += ["--resume", out / f"{name}.jsonl", "--benchmark-json", out / f"{name}.new.json"]
     step = Step(
-        name, 330, _python(*arguments), {}, MEASURED, goes_on=True,
-        keeps=(f"{name}.jsonl", f"{name}.json"), resume=f"{name}.jsonl",
+        name, 330, _python(*arguments), {"PYTHONPATH": f"{ROOT}{os.pathsep}{PEERS}"}, MEASURED,
+        goes_on=True, keeps=(f"{name}.jsonl", f"{name}.json"), resume=f"{name}.jsonl",
     )  # fmt: skip
-    return [*_prepared(out, rehearse), step]
+    return [step]
 
 
 #: Estimates of seconds for one dtype.
@@ -193,7 +203,7 @@ def _tune(out: Path, rehearse: bool) -> list[Step]:
         command += ["--help"] if rehearse else ["--output", str(out / "tuned.json")]
         name = f"tune-{op}-{dtype}"
         steps.append(Step(name, seconds, command, {}, MEASURED, goes_on=True))
-    return [*_prepared(out, rehearse), *steps]
+    return steps
 
 
 def _tool(name: str) -> list[str]:
@@ -209,7 +219,7 @@ def _tool(name: str) -> list[str]:
     return [str(found[0]), "--tool", name, *options]
 
 
-def _sanitizer(out: Path, rehearse: bool) -> list[Step]:
+def _sanitizer(rehearse: bool) -> list[Step]:
     """The first run, without a tool, compiles the kernels that the tools then find on the disk."""
     shown = "layer_norm-2d and same_bits" if rehearse else None
     tests = lambda chosen: _python("tests/test_kernels.py", "-k", shown or chosen)
@@ -221,4 +231,4 @@ def _sanitizer(out: Path, rehearse: bool) -> list[Step]:
         alone = name in ("memcheck", "initcheck")
         env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if alone else {}
         steps.append(Step(name, 70, command, env))
-    return [*_prepared(out, rehearse), *steps]
+    return steps

@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import gpu
+import gpu_archive
 import gpu_merge
 import gpu_runner
 import gpu_steps
@@ -25,10 +28,23 @@ def step(name, code="pass", seconds=5, **options):
 
 @pytest.fixture
 def out(tmp_path, monkeypatch):
-    """The folder of a call whose steps write their names to ``order``, and whose sources are few."""
+    """Where steps work; they write their names to ``order``, and their sources are few."""
+    monkeypatch.setattr(gpu, "WORK", tmp_path / "work")
     monkeypatch.setattr(gpu, "OUT", tmp_path / "out")
     monkeypatch.setattr(gpu_runner, "sources_sum", lambda folders: "these")
-    return tmp_path / "out"
+    monkeypatch.setattr(gpu, "gpu_name", lambda: None)
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def archive(out):
+    """What comes back of a call."""
+    return out.parent / "out" / gpu_archive.NAME
+
+
+def inside(archive, name):
+    with zipfile.ZipFile(archive) as opened:
+        return json.loads(opened.read(name))
 
 
 def written(out, name):
@@ -36,7 +52,7 @@ def written(out, name):
 
 
 def table(monkeypatch, **slices):
-    monkeypatch.setattr(gpu, "slices", lambda out, rehearse: slices)
+    monkeypatch.setattr(gpu, "slices", lambda out, rehearse, carried: slices)
 
 
 def ran(out):
@@ -143,7 +159,7 @@ def test_nothing_is_left_after_the_end(out):
 
 def test_budget(out, monkeypatch, capsys):
     """What does not fit is left, what goes on starts in what there is, and the first in any case."""
-    monkeypatch.setattr(gpu, "Runner", lambda out: Runner(out, budget=80.0, grace=1.0))
+    call = ["--seconds", "80"]
     steps = [
         step("build", written(out, "build"), always=True, seconds=100),
         step("a", written(out, "a"), seconds=100),
@@ -151,12 +167,30 @@ def test_budget(out, monkeypatch, capsys):
         step("c", written(out, "c"), seconds=100, goes_on=True),
     ]
     table(monkeypatch, one=steps)
-    assert gpu.main([]) == 0
+    assert gpu.main(call) == 0
     assert ran(out) == ["build", "a", "c"]
-    assert "left for the next call: b" in capsys.readouterr().out
-    assert gpu.main([]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^took \d of 80 s\nleft for the next call: b$", shown, re.MULTILINE)
+    assert "estimate of what is left: 100 s, and 100 s in each call" in shown
+    assert gpu.main(call) == 0
     assert ran(out) == ["build", "b"]
-    assert "left for" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "took " in shown and "left" not in shown
+
+
+@pytest.mark.parametrize("given", ["10", "601", "nan", "x"])
+def test_seconds_that_a_call_cannot_take(out, given, capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--seconds", given])
+    assert "--seconds" in capsys.readouterr().err
+
+
+def test_estimate_of_what_was_begun(out):
+    """What is left of it, but no less than makes a start worth it."""
+    runner, made = Runner(out), step("a", seconds=100, goes_on=True)
+    for spent, needed in ((30, 70), (90, gpu_runner.LEAST)):
+        runner.rows["a"] = {"sources": "these", "outcome": "partial", "seconds": spent}
+        assert runner.needs(made) == needed
 
 
 DRIVER = """
@@ -166,10 +200,10 @@ import gpu, gpu_runner, test_gpu_slices as t
 from pathlib import Path
 out = Path(sys.argv[3])
 gpu_runner.sources_sum = lambda folders: "these"
-gpu.OUT = out
+gpu.WORK, gpu.OUT = out, out.parent / "out"
 steps = [t.step(n, t.written(out, n) + (t.waits(out) if n == "b" else "")) for n in "abc"]
 gpu.slices = lambda *_: {"one": steps}
-sys.exit(gpu.main([]))
+sys.exit(gpu.main([f"--resume-from={name}" for name in sys.argv[4:]]))
 """
 
 
@@ -199,21 +233,82 @@ def test_goes_on_after_a_kill(tmp_path, number):
     assert outcomes(out) == {"a": "passed", "b": "running"}
     assert alive(pid) == (number == signal.SIGKILL)
     assert ran(out) == ["a", "b"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    archive = tmp_path / "out" / gpu_archive.NAME
+    kept = {k: row["outcome"] for k, row in inside(archive, "summary.json").items()}
+    assert kept == {"a": "passed", "b": "running"}
+    (out / "summary.json").unlink()
+    done = subprocess.run([*command, archive], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not alive(pid)
     assert ran(out) == ["b", "c"] and set(outcomes(out).values()) == {"passed"}
 
 
-def test_resume_from(out, monkeypatch, tmp_path):
-    """Where OUT is empty at every call."""
+def test_resume_from(out, archive, monkeypatch, tmp_path):
+    """Where what an earlier call has left is gone: from its archive, or the folder that has it."""
     table(monkeypatch, one=[step("a", written(out, "a")), step("b", written(out, "b"))])
     assert gpu.main([]) == 0 and ran(out) == ["a", "b"]
     summary = gpu_merge.read(out / "summary.json")
     earlier = tmp_path / "earlier"
     gpu_merge.write(earlier / "summary.json", {"a": summary["a"]})
-    (out / "summary.json").unlink()
-    assert gpu.main(["--resume-from", str(earlier)]) == 0 and ran(out) == ["b"]
+    kept = tmp_path / "kept" / gpu_archive.NAME
+    gpu_archive.pack(earlier, kept)
+    for given in (kept, kept.parent, earlier):
+        (out / "summary.json").unlink()
+        assert gpu.main(["--resume-from", str(given)]) == 0 and ran(out) == ["b"]
+        assert set(inside(archive, "summary.json")) == {"a", "b"}
+
+
+def test_resume_keeps_what_is_newer(out, tmp_path):
+    """On a machine that is warm."""
+    for i, folder in enumerate((tmp_path / "earlier", out)):
+        gpu_merge.write(folder / "summary.json", {"a": {"started": i}})
+        gpu_merge.write(folder / "tuned.json", {"format": i})
+        (folder / "a.jsonl").write_text(f'{i}\n{{"half')
+    gpu.resume(tmp_path / "earlier")
+    assert gpu_merge.read(out / "summary.json") == {"a": {"started": 1}}
+    assert gpu_merge.read(out / "tuned.json") == {"format": 1}
+    assert (out / "a.jsonl").read_text() == '1\n{"half\n0\n'
+
+
+def test_resume_on_another_gpu(out, tmp_path, monkeypatch, capsys):
+    """Two machines' results are not mixed."""
+    gpu_merge.write(tmp_path / "earlier" / "about.json", {"machine": "nvidia-h100-80gb-hbm3"})
+    gpu_merge.write(tmp_path / "earlier" / "tuned.json", {"format": 1})
+    monkeypatch.setattr(gpu, "gpu_name", lambda: "nvidia-h200")
+    gpu.resume(tmp_path / "earlier")
+    assert "of nvidia-h100-80gb-hbm3, this is nvidia-h200" in capsys.readouterr().out
+    assert not out.exists()
+    monkeypatch.setattr(gpu, "gpu_name", lambda: "nvidia-h100-80gb-hbm3")
+    gpu.resume(tmp_path / "earlier")
+    assert gpu_merge.read(out / "tuned.json") == {"format": 1}
+
+
+def test_archive_after_each_step(out, archive, monkeypatch):
+    """It is all that lies in OUT, whatever there is to keep."""
+    seen = []
+
+    def pack(folder, to, real=gpu_archive.pack):
+        real(folder, to)
+        rows = inside(to, "summary.json")
+        seen.append("".join(f"{name}:{row['outcome'][0]}" for name, row in rows.items()))
+
+    monkeypatch.setattr(gpu_archive, "pack", pack)
+    many = "; ".join(f"open({str(out / f'{i}.json')!r}, 'w').write('{i}')" for i in range(12))
+    table(monkeypatch, one=[step("a", many), step("b", "raise SystemExit(1)")])
+    assert gpu.main([]) == 1
+    assert seen == ["a:r", "a:p", "a:pb:r", "a:pb:f", "a:pb:f"]
+    assert [inside(archive, f"{i}.json") for i in range(12)] == [*range(12)]
+    assert [p.name for p in archive.parent.iterdir()] == [gpu_archive.NAME]
+
+
+def test_archive_while_a_step_runs(out, archive, monkeypatch):
+    """The rows that a step has measured come back though the call is killed."""
+    monkeypatch.setattr(gpu_runner, "EVERY", 0.05)
+    runner = Runner(out, 3.0, 1.0, lambda: gpu_archive.pack(out, archive))
+    code = f"open({str(out / 'a.jsonl')!r}, 'w').write('1'); import time, zipfile; time.sleep(0.6)"
+    code += f"; print(zipfile.ZipFile({str(archive)!r}).namelist())"
+    assert runner.run(step("a", code)) == "passed"
+    assert "a.jsonl" in runner.rows["a"]["tail"]
 
 
 def bench(when, **seconds):
@@ -252,16 +347,16 @@ def test_merge(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu, "RESULTS", results)
     calls = [tmp_path / "first", tmp_path / "second"]
     for i, folder in enumerate(calls):
-        gpu_merge.write(folder / "about.json", {"machine": "nvidia-h200"})
+        gpu_merge.write(folder / "about.json", {"machine": "nvidia-h100"})
         rows = {"both": {"started": i, "rc": i}, f"only {i}": {"started": i}}
         gpu_merge.write(folder / "summary.json", rows)
         gpu_merge.write(folder / "tests.json", {"tests": {"started": i}})
         gpu_merge.write(folder / "models.json", bench(str(i), both=i, **{f"only{i}": i}))
-        gpu_merge.write(folder / "tuned.json", {"format": 1})
+        gpu_merge.write(folder / "tuned.json", {"format": i})
         (folder / "models.jsonl").write_text(f'"both"\n"{i}"\n')
-    for folder in (calls[1], calls[0]):
-        assert gpu.main(["--merge", str(folder)]) == 0
-    target = results / "nvidia-h200"
+    gpu_archive.pack(calls[0], tmp_path / gpu_archive.NAME)
+    assert gpu.main(["--merge", str(calls[1]), str(tmp_path / gpu_archive.NAME)]) == 0
+    target = results / "nvidia-h100"
     assert str(target) in capsys.readouterr().out
     assert gpu_merge.read(target / "summary.json") == {
         "both": {"started": 1, "rc": 1}, "only 1": {"started": 1}, "only 0": {"started": 0},
@@ -270,8 +365,8 @@ def test_merge(monkeypatch, tmp_path, capsys):
     assert gpu_merge.read(target / "models.json") == bench("1", both=1, only0=0, only1=1)
     assert (target / "models.jsonl").read_text() == '"both"\n"1"\n"0"\n'
     assert gpu_merge.read(target / "tuned.json") == {"format": 1}
-    with pytest.raises(ValueError, match="names no machine"):
-        gpu_merge.merge(tmp_path, results)
+    assert gpu.main(["--merge", str(results)]) == 2
+    assert "names no machine" in capsys.readouterr().err
 
 
 def test_damaged_summary(out):
@@ -281,18 +376,21 @@ def test_damaged_summary(out):
 
 
 @pytest.mark.parametrize("rehearse", [False, True])
-def test_the_slices(out, rehearse):
-    """Each fits a call; what comes back is 8 files at the most."""
-    slices = gpu_steps.slices(out, rehearse)
+@pytest.mark.parametrize("carried", [False, True])
+def test_the_slices(out, rehearse, carried):
+    """Each fits a call, and the first one leaves time for more where the build is carried."""
+    slices = gpu_steps.slices(out, rehearse, carried)
     assert list(slices) == [
-        "tests", "ops-forward", "ops-backward", "models", "tune", "sanitizer", "stress",
+        "first", "ops-forward", "tune", "tests", "sanitizer", "ops-backward", "models", "stress",
     ]  # fmt: skip
     for name, steps in slices.items():
         assert sum(s.seconds for s in steps) <= BUDGET, name
+        assert [s.name for s in steps[:2]] == ["build", "about"]
+    first = slices["first"]
+    assert [s.name for s in first[2:]] == ["tests", "pack", "required", "memcheck"]
+    assert sum(s.seconds for s in first) <= (300 if carried else 430)
     each = {s.name: s for steps in slices.values() for s in steps}
-    kept = {file for s in each.values() for file in s.keeps if file != s.resume}
-    others = {"summary.json", "about.json", "tests.json", "inspect.json", "tuned.json"}
-    assert len(kept | others) <= 8
     assert json.dumps({n: [str(c) for c in s.command] for n, s in each.items()})
     assert all(type(v) is str for s in each.values() for v in s.env.values())
     assert os.path.isabs(each["pack"].product)
+    assert str(gpu_steps.PEERS) in each["models"].env["PYTHONPATH"].split(os.pathsep)

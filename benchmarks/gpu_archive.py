@@ -1,0 +1,60 @@
+"""All that the steps of ``gpu.py`` have left, as one file: few come back from a lent machine."""
+
+import contextlib
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+NAME = "gpu.zip"
+#: The largest file that comes back.
+MOST = 16 * 2**20
+
+
+def plain(name: str) -> bool:
+    """Whether a member is a file's name, or a path below where it is unpacked."""
+    return bool(name) and not {"", ".", ".."} & {*name.split("/")} and not {*"\\:\0"} & {*name}
+
+
+def members(archive: zipfile.ZipFile) -> list[str]:
+    """The files in an archive. Raises ValueError for one that would be written elsewhere."""
+    names = [info.filename for info in archive.infolist() if not info.is_dir()]
+    for name in names:
+        if not plain(name):
+            raise ValueError(f"{archive.filename}: a member named {name!r}")
+    return names
+
+
+def pack(folder: Path, archive: Path) -> None:
+    """The files in ``folder``, in one step: whoever is killed leaves the archive that there was."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    draft = archive.with_suffix(".draft")
+    with zipfile.ZipFile(draft, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as made:
+        for path in sorted(folder.iterdir()):
+            with contextlib.suppress(FileNotFoundError):  # A step that runs may rename its own.
+                if path.is_file() and path.suffix != ".draft":
+                    made.write(path, path.name)
+    draft.replace(archive)
+    if archive.stat().st_size > MOST:
+        print(f"{archive} has {archive.stat().st_size / 2**20:.0f} MiB: it may not come back")
+
+
+@contextlib.contextmanager
+def opened(given: Path) -> Iterator[Path]:
+    """A folder with what ``given`` holds: an archive, the folder it lies in, or a folder of its files.
+
+    Raises ValueError for what is none.
+    """
+    if (given / NAME).is_file():
+        given = given / NAME
+    if given.is_dir():
+        yield given
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with zipfile.ZipFile(given) as archive:
+                for name in members(archive):
+                    archive.extract(name, folder)
+        except (OSError, zipfile.BadZipFile) as e:
+            raise ValueError(f"{given}: {e}") from e
+        yield Path(folder)

