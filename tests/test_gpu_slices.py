@@ -179,7 +179,8 @@ def test_budget(out, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("given", ["10", "601", "nan", "x"])
-def test_seconds_that_a_call_cannot_take(out, given, capsys):
+def test_seconds_that_a_call_cannot_take(out, monkeypatch, given, capsys):
+    table(monkeypatch, one=[])
     with pytest.raises(SystemExit):
         gpu.main(["--seconds", given])
     assert "--seconds" in capsys.readouterr().err
