@@ -14,16 +14,16 @@ import gpu_merge
 import gpu_runner
 import pytest
 
-PYTHON = "cp{}{}".format(*sys.version_info)
+PYTHON, MACHINE = "cp{}{}".format(*sys.version_info), platform.machine()
 PARTS = {
     f"_C.cpython-{PYTHON[2:]}-x86_64-linux-gnu.so": "_C",
     "_ops_cpu.so": "cpu", "_ops_cuda.so": "cuda", "_build_info.json": "{}",
 }  # fmt: skip
 
 
-def wheel(folder, tag=PYTHON, **about):
+def wheel(folder, tag=PYTHON, machine=MACHINE, **about):
     """A carried wheel, and another library's."""
-    name = f"llmos_kernels-0.1.0-{tag}-{tag}-manylinux_2_34_{platform.machine()}.whl"
+    name = f"llmos_kernels-0.1.0-{tag}-{tag}-manylinux_2_34_{machine}.whl"
     others = {"__init__.py": "", "pack/sm_90.json": "index", "pack/sm_90.bin": "cubins"}
     folder.mkdir(exist_ok=True)
     with zipfile.ZipFile(folder / name, "w") as made:
@@ -72,8 +72,11 @@ BUILD = ["setup.py", "-q", "build_ext", "--inplace"]
 def test_carried_wheel(tree, commands, capsys):
     """Its compiled parts go into the tree, its pack and other libraries beside it; nothing else does."""
     wheel(tree / ".gpu-carry")
-    (tree / "llmos_kernels" / "_ops_cpu.so").write_text("of another build")
+    loaded = tree / "loaded"
+    loaded.write_text("of another build")
+    (tree / "llmos_kernels" / "_ops_cpu.so").hardlink_to(loaded)
     assert gpu_carry.main(["build"]) == 0
+    assert loaded.read_text() == "of another build"
     assert {p.name: p.read_text() for p in (tree / "llmos_kernels").iterdir()} == PARTS
     assert (tree / "peers" / "other" / "__init__.py").exists()
     assert gpu_carry.main(["pack"]) == 0
@@ -90,11 +93,12 @@ def test_carried_wheel(tree, commands, capsys):
     [
         ({"sources": "others"}, "of other sources"),
         ({"tag": "cp39"}, f"is not for {PYTHON} on"),
+        ({"machine": "vax"}, f"on {MACHINE}"),
         ({"arch": "8.6"}, "is for 8.6, not for 9.0"),
         ({"wheel": "lost.whl"}, "lost.whl is not in .gpu-carry"),
         (None, "nothing is in .gpu-carry"),
     ],
-    ids=["sources", "python", "arch", "lost", "nothing"],
+    ids=["sources", "python", "machine", "arch", "lost", "nothing"],
 )
 def test_carried_wheel_of_no_use(tree, commands, capsys, about, why):
     """It says why, and compiles."""

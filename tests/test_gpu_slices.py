@@ -87,6 +87,7 @@ def test_order_and_a_failing_step(out, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "one              15 s (estimate)"
     assert lines[2:4] == ["  a                 5 s  failed", "  b                 5 s  passed"]
+    assert lines[-1] == "all              20 s of 900, starts included, 600 in a call"
     with pytest.raises(SystemExit):
         gpu.main(["three"])
     assert "no slice three, only one, two" in capsys.readouterr().err
