@@ -1,6 +1,7 @@
 """``python -m llmos_kernels env | verify | bench | inspect | tune | demo``."""
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -59,20 +60,13 @@ def inspect(args) -> int:
         print(f"inspect needs Triton: {e}", file=sys.stderr)
         return 2
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    rows = _inspect.table(args.arch, dtype)
-    print(
-        f"kernels on {args.arch}; matrix: the instruction of tensor cores, x 2 where half of the warps"
-    )
-    print(
-        "repeat the others' work; waits: tiles that loops load when they need them; loads; stores: bits a"
-    )
-    print("thread x instructions")
-    print(
-        f"{'regs':>4} {'spills':>6} {'shared':>7} {'matrix':8} {'waits':5}  kernel; loads; stores"
-    )
+    rows = _inspect.table(args.arch, dtype, args.kernels)
+    print(f"kernels on {args.arch}; loads; stores in bits a thread x how many instructions")
+    print("matrix: of tensor cores, x 2: done twice; waits: tiles that loops do not load ahead")
+    print("regs spills  shared matrix    waits  kernel; loads; stores")
     for r in rows:
         matrix = r.matrix + f" x {r.repeated:g}" * (r.repeated > 1)
-        numbers = f"{r.registers:4} {r.spills:6} {r.shared:7} {matrix:8} {len(r.waited_for):5}"
+        numbers = f"{r.registers:4} {r.spills:6} {r.shared:7} {matrix:9} {len(r.waited_for):5}"
         print(f"{numbers}  {r.launch}; {r.vectors}", flush=True)
     return 0
 
@@ -85,7 +79,7 @@ def tune(args) -> int:
         import rich  # noqa: F401
         import triton
 
-        from llmos_kernels import _pack, _tune
+        from llmos_kernels import _pack, _tune, _tune_ahead
         from llmos_kernels._triton import tuned
     except ImportError as e:
         print(f"tune needs rich and Triton: {e}", file=sys.stderr)
@@ -96,6 +90,8 @@ def tune(args) -> int:
     }  # fmt: skip
     path = args.output or tuned.folders()[0] / f"{name.replace(' ', '_')}.json"
     dtypes = [getattr(torch, name) for name in args.dtype]
+    if args.jobs:
+        _tune_ahead.ahead(args.op, dtypes, about["arch"], args.jobs)
     done = _tune.run(args.op, dtypes, path, about)
     print(f"{'' if done else 'interrupted; what was measured is in '}{path}")
     return 0 if done else 130
@@ -166,11 +162,16 @@ def main() -> int:
         if command is inspect:
             sub.add_argument("--arch", default="sm_90", help="sm_80, 86, 89, 90, 100 or 120")
             sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+            sub.add_argument("--kernels", default="*", help="of these names: 'layer_norm*', ...")
         if command is tune:
             ops, dtypes = ("layer_norm", "attention", "linear", "int8"), ("bfloat16", "float16")
             sub.add_argument("--op", nargs="+", choices=ops, default=ops)
             sub.add_argument("--dtype", nargs="+", choices=(*dtypes, "float32"), default=dtypes)
             sub.add_argument("--output", type=Path, help="a JSON file; else tuned/ of the package")
+            cores = os.cpu_count() or 1
+            sub.add_argument(
+                "--jobs", type=int, default=cores, help="processes that compile first; 0: none"
+            )
         if command is bench:
             flags = "--quick --op --providers --dtypes --directions --resume --busy, and pytest's"
             sub.set_defaults(arguments=[])

@@ -67,7 +67,8 @@ class Launch:
         return triton.compile(source, target=target, options=dict(self.options))
 
 
-def _launch(fn: Kernel, args: tuple, kwargs: dict) -> Launch:
+def launch_of(fn: Kernel, args: tuple, kwargs: dict) -> Launch:
+    """What ``fn[grid](*args, **kwargs)`` launches."""
     options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
     values = dict(zip(fn.arg_names, args, strict=False)) | kwargs
     signature, constants, aligned, tokens = {}, {}, [], []
@@ -124,7 +125,7 @@ def recorded_launches(arch: str | None = None) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def record(self, grid, args, kwargs):
-        launches.append(_launch(self, args, dict(kwargs)))
+        launches.append(launch_of(self, args, dict(kwargs)))
 
     with mock.patch.object(Kernel, "launch", record), planned_for(arch):
         yield launches

@@ -3,6 +3,7 @@
 The table shows the configurations that users get: see ``_compile``.
 """
 
+import fnmatch
 import os
 import re
 import subprocess
@@ -142,8 +143,9 @@ def overflows(ttir: str) -> list[str]:
     return found
 
 
-def table(arch: str, dtype: torch.dtype | None = None) -> Iterator[Resources]:
-    """The resources of every launch on ``arch``, one after the other."""
+def table(arch: str, dtype: torch.dtype | None = None, kernels: str = "*") -> Iterator[Resources]:
+    """The resources of every launch on ``arch`` of the ``kernels``, as layer_norm:*, one after the other."""
     if arch not in ARCHS:
         raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {arch!r}")
-    return (resources(launch, arch) for launch in launches(dtype and (dtype,), arch=arch))
+    chosen = launches(dtype and (dtype,), arch=arch)
+    return (resources(k, arch) for k in chosen if fnmatch.fnmatch(k.name, kernels))

@@ -56,6 +56,10 @@ ROWS = _product("ROWS num_warps", (1, 2, 4, 8), (1, 2, 4, 8, 16))
 TILES = _product(
     "BLOCK_M BLOCK_N num_warps num_stages", (32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
 )
+#: Where each warp has 16 rows of its own: queries, or for dkey keys.
+BY_QUERIES, BY_KEYS = (
+    [c for c in TILES if c[rows] >= 16 * c["num_warps"]] for rows in ("BLOCK_M", "BLOCK_N")
+)
 DECODE = _product(
     "BLOCK_M BLOCK_N num_warps num_stages", (16,), (32, 64, 128), (2, 4, 8), (2, 3, 4)
 )
@@ -109,10 +113,11 @@ def _attention(empty: Callable, dtype: torch.dtype) -> Iterator[Work]:
     for d in (64, 128, 256):
         for load in ("", " masked", " dropout"):
             make = functools.partial(forward, d, load)
-            yield Work(f"attention forward{load}", dtype, (d,), attention.forward, make, TILES)
+            yield Work(f"attention forward{load}", dtype, (d,), attention.forward, make, BY_QUERIES)
             make = functools.partial(backward, d, load)
-            for name in (f"attention dquery{load}", f"attention dkey{load}"):
-                yield Work(name, dtype, (d,), attention_backward.backward, make, TILES)
+            for name, tiles in (("dquery", BY_QUERIES), ("dkey", BY_KEYS)):
+                kind = f"attention {name}{load}"
+                yield Work(kind, dtype, (d,), attention_backward.backward, make, tiles)
         make = functools.partial(decode, d)
         yield Work("attention decode", dtype, (d,), attention.forward, make, DECODE)
 

@@ -7,6 +7,7 @@ what it was told:
 """
 
 import ctypes
+import importlib
 import itertools
 import struct
 import sys
@@ -98,7 +99,7 @@ def launches(arch: str, library: str, folder: str) -> None:
     real = Kernel.launch
 
     def run(self, grid, args, kwargs):
-        launch = _compile._launch(self, args, dict(kwargs))
+        launch = _compile.launch_of(self, args, dict(kwargs))
         entry = entries.get((self.name, launch.key))
         if entry is None:
             return
@@ -168,7 +169,7 @@ def refused(arch: str, library: str, folder: str) -> None:
         (first, *_) = pack.index["kernels"][name]
         blocks = [int(t[1:]) for t in first["key"].partition(";")[0].split(",") if t[0] == "="]
         named.update(zip(("SHARES", "BLOCK_M", "BLOCK_N"), blocks, strict=True))
-        fn = sys.modules["llmos_kernels._triton.products"]._sum_kernel
+        fn = importlib.import_module("llmos_kernels._triton.products")._sum_kernel
         return pack.kernel(name, parameters(fn), OPTIONS)
 
     def launch(kernel, out=1 << 20, grid=(2,), **more):

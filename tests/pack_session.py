@@ -32,7 +32,7 @@ def keys(arch: str) -> None:
     checked = []
 
     def run(self, grid, args, kwargs):
-        launch = _compile._launch(self, args, dict(kwargs))
+        launch = _compile.launch_of(self, args, dict(kwargs))
         made = _C.Kernel(parameters(self), list(OPTIONS), _pack.DTYPES).key(args, kwargs)
         assert made == launch.key, f"{self.name}: {made} is not {launch.key}"
         bind = create_function_from_signature(self.signature, self.params, backend)

@@ -384,6 +384,7 @@ def test_the_slices(out, rehearse, carried):
     slices = gpu_steps.slices(out, rehearse, carried)
     assert list(slices) == [
         "first", "ops-forward", "tune", "tests", "sanitizer", "ops-backward", "models", "stress",
+        "tune-float16",
     ]  # fmt: skip
     for name, steps in slices.items():
         assert sum(s.seconds for s in steps) <= BUDGET, name

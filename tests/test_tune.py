@@ -1,6 +1,10 @@
 """Launch settings: measured, written, read, and looked up. What is timed here is made up."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from llmos_kernels import _compile, _tune
 from llmos_kernels._triton import attention_tiles, layer_norm, persistent, products, rows, tuned
 from llmos_kernels._tune import Work
 
+ROOT = Path(__file__).parent.parent
 ABOUT = {"gpu": "Test GPU", "arch": "sm_90", "torch": "2", "triton": "3"}
 BF16 = torch.bfloat16
 
@@ -217,3 +222,43 @@ def test_what_is_tuned(op):
         assert len(work.candidates) > 5
         for candidate in work.candidates:
             tuned._check(work.kind, entry(list(work.shape), **candidate))
+
+
+AHEAD = """
+import os, sys
+from pathlib import Path
+import torch
+sys.path.insert(0, "benchmarks")
+import launch_cost
+from llmos_kernels import _compile, _tune, _tune_ahead
+launch_cost.fake_driver()
+_tune.ROWS[:] = _tune.ROWS[::9]
+_tune.examples.WIDTHS = (256, 2048)
+made = lambda: {p.parent.name for p in Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin")}
+counts = []
+for part in range(3):
+    assert _tune_ahead.compile_part("layer_norm", torch.bfloat16, "sm_90", part, 3) == 0
+    counts.append(len(made()))
+with _compile.recorded_launches("sm_90") as launches:
+    for work in _tune.OPS["layer_norm"](lambda *s: torch.empty(s, dtype=torch.bfloat16), torch.bfloat16):
+        args = work.make()
+        for candidate in (None, *work.candidates):
+            with _tune.tuned.override(work.kind, candidate):
+                work.launcher(*args)
+assert 0 < counts[0] < counts[1] < counts[2] == len(set(launches)), (counts, len(set(launches)))
+assert _tune_ahead.compile_part("layer_norm", torch.bfloat16, "sm_90", 0, 1) == 0
+assert len(made()) == counts[2], "compiled again"
+def fails(self, *args, **kwargs):
+    raise RuntimeError("too large")
+_tune_ahead.Kernel.run = fails
+assert _tune_ahead.compile_part("layer_norm", torch.bfloat16, "sm_90", 0, 1) == counts[2]
+"""
+
+
+def test_compiled_ahead(tmp_path):
+    """Each launch by one of the processes, into Triton's own cache; one that fails stops no other."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", AHEAD]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
