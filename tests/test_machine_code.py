@@ -34,12 +34,14 @@ def attend(d, mask=None, padding=None, packed=None, p=0.0, causal=0, queries=512
     options = d**-0.5, causal, p, torch.empty(2, dtype=torch.int64)
     tensors = q, k, v, mask, padding, packed, packed
     out, stats = op("attention_forward")(*tensors, *options)
-    op("attention_backward")(dout, *tensors, out, stats, *options, mask is not None)
+    bias = mask is not None and mask.is_floating_point()
+    op("attention_backward")(dout, *tensors, out, stats, *options, bias)
 padding = torch.empty(2, 512, dtype=torch.bool)
 with recorded_launches("sm_90") as launches:
     for d in (64, 128):
         attend(d, causal=1)
         attend(d, padding=padding)
+        attend(d, torch.empty(2, 1, 1, 512, dtype=torch.bool))
         attend(d, packed=torch.empty(5, dtype=torch.int32))
         attend(d, torch.empty(1, 4, 512, 512))
         attend(d, padding=padding, p=0.1)
@@ -47,10 +49,9 @@ with recorded_launches("sm_90") as launches:
 found = compiled(launches)
 for r in found:
     assert r.repeated == 1, f"{r.launch}: the same products {r.repeated} times"
-    if "dmask" not in r.launch.name:
-        assert r.matrix == "HGMMA", f"{r.launch}: {r.matrix}"
-        if dict(r.launch.signature).get("mask") != "*bf16":
-            assert "bf16" not in r.waited_for, f"{r.launch}: {r.waited_for} are not loaded ahead"
+    assert r.matrix == "HGMMA", f"{r.launch}: {r.matrix}"
+    if dict(r.launch.signature).get("mask") != "*bf16":
+        assert "bf16" not in r.waited_for, f"{r.launch}: {r.waited_for} are not loaded ahead"
 # A warp group that has no rows of its own is seen.
 slow = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
 with recorded_launches("sm_90") as launches, tuned.override("attention forward", slow):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llmos_kernels._registry import DEFINED
-from llmos_kernels.testing import CASES, DTYPES, assert_accurate, cast, raw_calls, run
+from llmos_kernels.testing import DTYPES, assert_accurate, cast, raw_calls, run
 
 pytest.importorskip("triton")
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -365,25 +365,3 @@ def test_skipped_columns_are_not_read(rows, dtype):
     weight[:, (x == 0).all(0)] = float("nan")
     out, _ = forward(x, weight, *options)
     assert torch.equal(out, expected)
-
-
-@pytest.mark.parametrize("case", [c for c in CASES if c.name.startswith("attention")], ids=str)
-def test_attention_tiles_of_engines(case, monkeypatch):
-    """Of GPUs whose tensor cores read shared memory: two blocks of queries and of keys, neither whole."""
-    from llmos_kernels._triton import launch
-
-    monkeypatch.setattr(launch, "has_engine", lambda device: True)
-    batch, heads, q_len, k_len, d = case.shapes[-1]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    args = case.make(
-        (batch, heads, q_len + 128, k_len + 128, d),
-        dtype=torch.float16, device=device, requires_grad=True,
-    )  # fmt: skip
-    for op, given in raw_calls(case, args):
-        defined = DEFINED[op.name()]
-        exact = run(defined.reference, cast(given, torch.float64))
-        results = run(defined.launch, given), exact, run(defined.reference, given)
-        for i, values in enumerate(zip(*results, strict=True)):
-            if values[0] is not None and values[0].numel():
-                assert_accurate(*values, what=f"{op.name()}, output {i}")

@@ -73,6 +73,17 @@ def query_block(cu_q, cu_k, q_len, k_len, HEADS, BLOCKS, SEQUENCES,
 
 
 @triton.jit
+def keeps(padding, at, inside):
+    """Which of the keys ``at`` are ``inside``, and not ignored by a padding mask, which comes as int8, or let
+    through by a bool mask that is the same for all queries, which comes as uint8."""
+    if padding.dtype.element_ty == tl.uint8:
+        kept = tl.load(padding + at, inside, 0) != 0
+    else:
+        kept = tl.load(padding + at, inside, 1) == 0
+    return kept
+
+
+@triton.jit
 def kept_span(padding, stride, begin, end):
     """Of the keys [begin, end): the first that padding keeps, one past the last, and how many."""
     lane = tl.arange(0, SCAN)
@@ -81,7 +92,7 @@ def kept_span(padding, stride, begin, end):
     count = tl.zeros((SCAN,), tl.int32)
     for start in range(begin, end, SCAN):
         col = start + lane
-        kept = tl.load(padding + col.to(tl.int64) * stride, col < end, 1) == 0
+        kept = keeps(padding, col.to(tl.int64) * stride, col < end)
         first = tl.where(kept, tl.minimum(first, col), first)
         stop = tl.where(kept, col + 1, stop)
         count += kept.to(tl.int32)
@@ -122,7 +133,7 @@ def readable_keys(padding, padding_col, col, k_count):
     """Which of the keys ``col`` exist and are not ignored: what is ignored may hold NaN."""
     inside = col < k_count
     if padding is not None:
-        inside &= tl.load(padding + col.to(tl.int64) * padding_col, inside, 1) == 0
+        inside &= keeps(padding, col.to(tl.int64) * padding_col, inside)
     return inside
 
 
@@ -216,26 +227,30 @@ def stride_arguments(**tensors: torch.Tensor) -> dict:
 
 def mask_arguments(attn_mask, padding) -> dict:
     """The kernels' arguments for both masks. A stride is 0 along what is broadcast; for rows it is
-    None, so that a mask of keys alone is read as one row."""
-    no_mask = {"mask": None, "mask_batch": 0, "mask_head": 0, "mask_row": None, "mask_col": 0}
-    arguments = no_mask | {"BIAS": False}
+    None, so that a mask of keys alone is read as one row. A bool one, where it is the same for all heads
+    and alone, is a padding mask: whole tiles are passed over, and the others loaded ahead."""
+    arguments = {"mask": None, "mask_batch": 0, "mask_head": 0, "mask_row": None, "mask_col": 0}
+    is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
     if attn_mask is not None:
-        is_bool = attn_mask.dtype == torch.bool
         batch, head, row, col = (
             0 if n == 1 else step
             for n, step in zip(attn_mask.shape, attn_mask.stride(), strict=True)
         )
+        if is_bool and padding is None and head == row == 0:
+            kept = attn_mask.view(torch.uint8)
+            kept = {"padding": kept, "padding_batch": batch, "padding_col": col}
+            return arguments | kept | {"BIAS": False}
         arguments = {
             "mask": attn_mask.view(torch.int8) if is_bool else attn_mask,
             "mask_batch": batch,
             "mask_head": head,
-            "mask_row": None if attn_mask.shape[2] == 1 else row,
+            "mask_row": row or None,
             "mask_col": col,
-            "BIAS": not is_bool,
         }
     batch, col = (0, 0) if padding is None else padding.stride()
     padding = None if padding is None else padding.view(torch.int8)
-    return arguments | {"padding": padding, "padding_batch": batch, "padding_col": col}
+    ignored = {"padding": padding, "padding_batch": batch, "padding_col": col}
+    return arguments | ignored | {"BIAS": attn_mask is not None and not is_bool}
 
 
 def packed_arguments(cu_q, cu_k) -> dict:
@@ -286,6 +301,7 @@ _ENGINE_TILES: dict[str, tuple[tuple, ...]] = _TILES | {
     "dquery masked": ((128, 32, 8, 2, 255), (128, 32, 8, 2, 255), (32, 32, 8, 1)),
     "dkey": ((64, 128, 8, 2), (32, 128, 8, 2, 255), (32, 32, 8, 2, 255)),
     "dkey masked": ((32, 128, 8, 2, 255), (16, 128, 8, 2, 255), (16, 16, 8, 1, 255)),
+    "dmask": ((128, 32, 8, 2, 255), (128, 32, 8, 2, 255), (16, 32, 4, 1)),
 }
 #: float32 has no tensor cores at full precision: a thread holds whole rows of both operands.
 _FLOAT32_TILES: dict[str, tuple[tuple, ...]] = {
