@@ -32,7 +32,7 @@ def pack(folder: Path, archive: Path) -> None:
     with zipfile.ZipFile(draft, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as made:
         for path in sorted(folder.iterdir()):
             with contextlib.suppress(FileNotFoundError):  # A step that runs may rename its own.
-                if path.is_file() and path.suffix != ".draft":
+                if path.is_file() and path.suffix not in (".draft", archive.suffix):
                     made.write(path, path.name)
     draft.replace(archive)
     if archive.stat().st_size > MOST:

@@ -90,8 +90,9 @@ def tune(args) -> int:
     }  # fmt: skip
     path = args.output or tuned.folders()[0] / f"{name.replace(' ', '_')}.json"
     dtypes = [getattr(torch, name) for name in args.dtype]
-    if args.jobs:
-        _tune_ahead.ahead(args.op, dtypes, about["arch"], args.jobs)
+    if args.jobs and not _tune_ahead.ahead(args.op, dtypes, about["arch"], args.jobs):
+        print("interrupted before anything was measured")
+        return 130
     done = _tune.run(args.op, dtypes, path, about)
     print(f"{'' if done else 'interrupted; what was measured is in '}{path}")
     return 0 if done else 130

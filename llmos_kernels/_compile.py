@@ -69,7 +69,7 @@ class Launch:
 
 def launch_of(fn: Kernel, args: tuple, kwargs: dict) -> Launch:
     """What ``fn[grid](*args, **kwargs)`` launches."""
-    options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
+    options = {k: v for k in OPTIONS if (v := kwargs.pop(k, None)) is not None}
     values = dict(zip(fn.arg_names, args, strict=False)) | kwargs
     signature, constants, aligned, tokens = {}, {}, [], []
     for name, specialize in parameters(fn):
@@ -95,7 +95,7 @@ def launch_of(fn: Kernel, args: tuple, kwargs: dict) -> Launch:
         if divisible:
             aligned.append(name)
         tokens.append(kind + "!" * divisible)
-    chosen = "".join(f";{k}={options[k]}" for k in OPTIONS if options.get(k) is not None)
+    chosen = "".join(f";{k}={options[k]}" for k in OPTIONS if k in options)
     return Launch(
         fn,
         fn.name,

@@ -150,7 +150,7 @@ def covering(arch: str) -> str | None:
     return lower[-1] if lower and arch.startswith("sm_8") else None
 
 
-def arch_of(device: int) -> str:
+def arch_of(device: int | torch.device) -> str:
     """The architecture of a GPU, as sm_90."""
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 

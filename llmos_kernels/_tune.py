@@ -56,10 +56,6 @@ ROWS = _product("ROWS num_warps", (1, 2, 4, 8), (1, 2, 4, 8, 16))
 TILES = _product(
     "BLOCK_M BLOCK_N num_warps num_stages", (32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
 )
-#: Where each warp has 16 rows of its own: queries, or for dkey keys.
-BY_QUERIES, BY_KEYS = (
-    [c for c in TILES if c[rows] >= 16 * c["num_warps"]] for rows in ("BLOCK_M", "BLOCK_N")
-)
 DECODE = _product(
     "BLOCK_M BLOCK_N num_warps num_stages", (16,), (32, 64, 128), (2, 4, 8), (2, 3, 4)
 )
@@ -70,6 +66,12 @@ _BLOCKS = "persistent BLOCK_M BLOCK_N BLOCK_K num_warps num_stages"
 PRODUCTS = _product(_BLOCKS, (0,), (64, 128), (64, 128), (32, 64), (4, 8), (3, 4))
 PRODUCTS += _product(_BLOCKS, (1,), (128,), (128, 256), (64,), (8,), (3, 4))
 FEW_ROWS = _product(_BLOCKS, (0,), (16,), (16, 32, 64), (64, 128, 256), (2, 4), (3, 4, 5))
+
+
+def _own_rows(rows: str, dtype: torch.dtype, d: int) -> list[dict]:
+    """TILES where each warp has 16 rows of its own; all where tensor cores or registers do not allow it."""
+    free = dtype == torch.float32 or d > 128
+    return [c for c in TILES if free or c[rows] >= 16 * c["num_warps"]]
 
 
 def _norms(empty: Callable, dtype: torch.dtype) -> Iterator[Work]:
@@ -105,17 +107,18 @@ def _attention(empty: Callable, dtype: torch.dtype) -> Iterator[Work]:
 
     def backward(d, load):
         args = forward(d, load)
-        return torch.randn_like(args[0]), *args[:7], *attention.forward(*args), *args[7:], False
+        return args[0], *args[:7], *attention.forward(*args), *args[7:], False
 
     def decode(d):
         return *tensors(d, False, 8, 32, 1, 4096), *options(d)
 
     for d in (64, 128, 256):
+        by_queries, by_keys = (_own_rows(rows, dtype, d) for rows in ("BLOCK_M", "BLOCK_N"))
         for load in ("", " masked", " dropout"):
             make = functools.partial(forward, d, load)
-            yield Work(f"attention forward{load}", dtype, (d,), attention.forward, make, BY_QUERIES)
+            yield Work(f"attention forward{load}", dtype, (d,), attention.forward, make, by_queries)
             make = functools.partial(backward, d, load)
-            for name, tiles in (("dquery", BY_QUERIES), ("dkey", BY_KEYS)):
+            for name, tiles in (("dquery", by_queries), ("dkey", by_keys)):
                 kind = f"attention {name}{load}"
                 yield Work(kind, dtype, (d,), attention_backward.backward, make, tiles)
         make = functools.partial(decode, d)

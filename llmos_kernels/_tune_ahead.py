@@ -46,8 +46,8 @@ def compile_part(op: str, dtype: torch.dtype, arch: str, part: int, parts: int) 
     return len(failed)
 
 
-def ahead(ops: Sequence[str], dtypes: Sequence[torch.dtype], arch: str, jobs: int) -> None:
-    """Compile for ``tune`` with ``jobs`` processes, op by op."""
+def ahead(ops: Sequence[str], dtypes: Sequence[torch.dtype], arch: str, jobs: int) -> bool:
+    """Compile for ``tune`` with ``jobs`` processes, op by op; whether it came to its end."""
     for op in ops:
         for dtype in dtypes:
             name = str(dtype).removeprefix("torch.")
@@ -59,9 +59,13 @@ def ahead(ops: Sequence[str], dtypes: Sequence[torch.dtype], arch: str, jobs: in
             try:
                 for part in parts:
                     part.wait()
+            except KeyboardInterrupt:
+                return False
             finally:
                 for part in parts:
                     part.kill()
+                    part.wait()
+    return True
 
 
 if __name__ == "__main__":

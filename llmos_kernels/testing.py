@@ -119,7 +119,9 @@ def errors(case: Case, *draws: Sequence, gradients=None) -> dict[str, float]:
     for args in draws:
         actual = run_with_gradients(case.op, args, gradients)
         exact = run_with_gradients(case.reference, cast(args, torch.float64), wide)
-        eager = run_with_gradients(case.eager, args, gradients)
+        # Packed: past the end of a row torch's bfloat16 products on AMX read what is there, and NaN stays.
+        packed = None if gradients is None else [g.clone() for g in gradients]
+        eager = run_with_gradients(case.eager, map_tensors(torch.clone, args), packed)
         results.append({k: (v, exact[k], eager[k]) for k, v in actual.items()})
     return judged_together(results)
 

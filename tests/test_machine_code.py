@@ -46,6 +46,7 @@ with recorded_launches("sm_90") as launches:
         attend(d, torch.empty(1, 4, 512, 512))
         attend(d, padding=padding, p=0.1)
     attend(64, torch.empty(1, 1, 512, 512, dtype=bf16), p=0.1)
+    attend(64, padding=padding, queries=60)
 found = compiled(launches)
 for r in found:
     assert r.repeated == 1, f"{r.launch}: the same products {r.repeated} times"

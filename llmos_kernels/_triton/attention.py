@@ -176,7 +176,7 @@ def _part_kernel(q, k, v, mask, padding, seed, partial, partial_stats, q_batch, 
     if padding is not None:
         padding += b * padding_batch
     offset = 0 * k_len if CAUSAL == TOP_LEFT else k_len - q_len
-    first = part * PART
+    first = (part.to(tl.int64) * PART).to(tl.int32)
     at = bh * GROUP * q_len + r
     m, total, acc = _walk(
         query, k, v, mask, padding, padding_col, seed, at[:, None], (i + offset)[:, None], first,
@@ -233,7 +233,10 @@ def forward(q, k, v, attn_mask, padding, cu_q, cu_k, scale, causal, dropout_p, s
         return out, stats
     load = load_of(attn_mask, padding, shared["seed"], cu_q)
     blocks = tile("forward", q, dv, load)
-    blocks["BLOCK_M"] = min(blocks["BLOCK_M"], max(triton.next_power_of_2(q_len), 16))
+    if (rows := max(triton.next_power_of_2(q_len), 16)) < blocks["BLOCK_M"]:
+        blocks["BLOCK_M"] = rows
+        if q.dtype != torch.float32:  # Else warps repeat each other's rows, see _TILES.
+            blocks |= {"num_warps": min(blocks["num_warps"], max(rows // 16, 4)), "maxnreg": None}
     programs = slots(cu_q, q_len, blocks["BLOCK_M"])
     _forward_kernel[(programs * batch * heads,)](
         **shared, **packed_arguments(cu_q, cu_k), out=out, stats=stats, HEADS=heads,
@@ -266,6 +269,8 @@ def _split_forward(out, stats, shared):
 def variants():
     """See ``examples``."""
     for call in examples.attention(examples.PLAIN_AND_MASKED):
+        yield forward, call.forward()
+    for call in examples.attention(examples.SHORT, lengths=(64, 60, 32, 28)):
         yield forward, call.forward()
     for call in examples.attention(examples.DECODED, queries=1):
         yield forward, call.forward()

@@ -277,8 +277,8 @@ def load_of(attn_mask, padding, seed, cu) -> str:
 
 
 #: BLOCK_M, BLOCK_N, warps, stages and registers for head dims to 64, to 128 and to 256: the largest that keep
-#: to registers and to 99 KB of shared memory. Each warp has 16 whole rows of a tile of logits, or
-#: several would do the same work. Registers are stated where ptxas would rather spill some, or where
+#: to registers and to 99 KB of shared memory. Where that allows it each warp has 16 whole rows of a
+#: tile of logits: with less rows several do the same work. Registers are stated where ptxas would rather spill some, or where
 #: a second program then has room.
 _TILES: dict[str, tuple[tuple, ...]] = {
     "forward": ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
@@ -313,15 +313,15 @@ _FLOAT32_TILES: dict[str, tuple[tuple, ...]] = {
 
 def tile(kernel: str, q: torch.Tensor, dv: int, load: str = "") -> dict:
     """Tile and warps of a kernel, from the head dims, the dtype and what else it has to do (``load_of``);
-    as tuned, or by these tables. Without one of its own, dropout has the tile of masks."""
+    as tuned, or by these tables, where dropout has the tile of masks unless there is one of its own."""
     widest = max(block_dim(max(q.shape[-1], dv)), 64)
     if found := tuned.settings(f"attention {kernel}{load}", q, (widest,)):
         return dict(found)
     tables = _ENGINE_TILES if launch.has_engine(q.device) else _TILES
     if q.dtype == torch.float32:
         tables = _FLOAT32_TILES
-    masked = load and f"{kernel} masked"
-    tiles = tables.get(kernel + load) or tables.get(masked or kernel) or tables["any"]
+    names = (kernel + load, f"{kernel} masked" if load else kernel, "any")
+    tiles = next(tables[name] for name in names if name in tables)
     m, n, warps, stages, *registers = tiles[widest.bit_length() - 7]
     return {
         "BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages,

@@ -89,16 +89,20 @@ PLAIN_AND_MASKED = (
     (None, False, TOP_LEFT, 0.1),
     (None, True, NOT_CAUSAL, 0.1),
 )
+#: Of sentences: a tile of queries is as short as they are.
+SHORT = (*PADDED, ("keys", False, NOT_CAUSAL, 0.0))
 DECODED = (*PADDED, ("keys", False, NOT_CAUSAL, 0.0), (None, False, BOTTOM_RIGHT, 0.0))
 
 
-def attention(kinds: Sequence[tuple], queries: int = 0) -> Iterator[Attention]:
-    """Calls of these kinds: as many queries as keys, or ``queries``. A mask has rows of whole 16
-    elements, or not."""
+def attention(
+    kinds: Sequence[tuple], queries: int = 0, lengths: Sequence[int] = (1024, 1000)
+) -> Iterator[Attention]:
+    """Calls of these kinds: as many queries as keys, or ``queries``. Where there is a mask its rows are
+    whole 16 elements, or not: all of ``lengths``, else those that 16 divides."""
     for dtype in DTYPES:
         for d in _HEAD_DIMS[: 2 if dtype == torch.float32 else None]:
             for mask_kind, padded, causal, p in kinds:
-                for keys in (1024, 1000) if mask_kind or padded else (1024,):
+                for keys in (n for n in lengths if mask_kind or padded or n % 16 == 0):
                     rows = queries or keys
                     q, k = (
                         torch.empty(2, n, 12, d, dtype=dtype).transpose(1, 2) for n in (rows, keys)

@@ -17,7 +17,8 @@ from llmos_kernels._triton.rows import as_rows, dropout_arguments, dropout_facto
 #: Rows of more bytes than this do not fit a program's registers together with their gradient sums.
 _WIDEST = 16384
 _WIDE_BLOCK, _WIDE_WARPS = 4096, 8
-#: Multiprocessors of a large GPU. Each has registers for three programs of 8 warps, two of 16.
+#: Multiprocessors of a large GPU. Each has registers for three programs of 8 warps, two of 16; not for all
+#: in float32.
 _PROCESSORS = 132
 
 
