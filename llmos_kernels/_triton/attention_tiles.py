@@ -289,7 +289,7 @@ _TILES: dict[str, tuple[tuple, ...]] = {
     "dquery masked": ((128, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1)),
     "dkey": ((32, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2, 255)),
     "dkey masked": ((16, 128, 8, 2), (16, 64, 8, 2), (16, 16, 8, 1, 255)),
-    "dmask": ((64, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
+    "dmask": ((32, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
     "weights": ((64, 64, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1)),
 }
 #: Where tensor cores read operands from shared memory, of which there are 227 KB: registers are left.
