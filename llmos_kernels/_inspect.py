@@ -4,6 +4,7 @@ The table shows the configurations that users get: see ``_compile``.
 """
 
 import fnmatch
+import functools
 import os
 import re
 import subprocess
@@ -56,9 +57,14 @@ class Resources:
     shared: int  # Bytes.
     wgmma: bool
     overflows: list[str]
-    instructions: Counter[str]  # As ``_machine_code`` counts them.
+    cubin: bytes
     repeated: float  # How often tensor cores do the same work.
     waited_for: list[str]  # Dtypes of tiles that are not loaded ahead.
+
+    @functools.cached_property
+    def instructions(self) -> Counter[str]:
+        """As ``_machine_code`` counts them."""
+        return _machine_code.instructions(self.cubin)
 
     @property
     def matrix(self) -> str:
@@ -99,7 +105,7 @@ def resources(launch: Launch, arch: str) -> Resources:
         kernel.metadata.shared,
         "wgmma" in ptx,
         overflows(kernel.asm["ttir"]),
-        _machine_code.instructions(kernel.asm["cubin"]),
+        kernel.asm["cubin"],
         _machine_code.repeated(kernel.asm["ttgir"]),
         _machine_code.waited_for(kernel.asm["ttgir"]),
     )
