@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from llmos_kernels._triton import launch, tuned
+from llmos_kernels._triton.rows import dropout_factors
 
 LOG2E = tl.constexpr(1.4426950408889634)
 #: The least normal float32: -inf times a scale of 0 would be NaN.
@@ -209,6 +210,19 @@ def exponential(x, m, scale, BIAS: tl.constexpr):
     if not BIAS:
         x *= tl.maximum(scale, LEAST_SCALE)
     return tl.exp2((x - m) * LOG2E)
+
+
+@triton.jit
+def tile_weights(query, key, value, dout, m, inverse, mask, attended, inside, col, last, seed, drawn,
+                 start, scale, threshold, factor,
+                 BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """A tile of weights and their gradient, [queries, keys]."""
+    x = logits(query, key, mask, attended, inside, col, last, scale, BIAS)
+    p = exponential(x, m, scale, BIAS) * inverse
+    dp = tl.dot(dout, tl.trans(value), input_precision="ieee")
+    if seed is not None:
+        dp *= dropout_factors(seed, drawn, start, threshold, factor, BLOCK_M, BLOCK_N)
+    return p, dp
 
 
 def with_unit_columns(t: torch.Tensor) -> torch.Tensor:
