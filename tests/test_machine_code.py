@@ -100,8 +100,8 @@ with recorded_launches("sm_90") as launches:
 found = [r for r in compiled(launches) if "_sum" not in r.launch.name]
 for r in found:
     # Of rows 16 bytes a thread; less is statistics and the seed, and weights of short rows.
-    counts, rows = r.instructions, 3
-    assert counts["LDG.128"] >= rows - ("forward" in r.launch.name), f"{r.launch}: {r.vectors}"
+    counts, rows = r.instructions, 2 if "forward" in r.launch.name else 3
+    assert counts["LDG.128"] >= rows, f"{r.launch}: {r.vectors}"
     assert counts["STG.128"] >= 1 and not counts["STG.16"] + counts["LDG.8"], f"{r.launch}: {r.vectors}"
     if "backward" in r.launch.name:  # Else a program less runs at a time.
         warps = dict(r.launch.options)["num_warps"]
