@@ -1,5 +1,6 @@
 // A CUDA driver without a GPU, for tests and for the host's part of a launch: takes every cubin,
 // runs none, and keeps the last launch. Pointers below 1000 are on no GPU.
+#include <pthread.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -12,8 +13,11 @@ struct Launch {
   uint64_t stream;
   unsigned char bytes[kMost][128];
 };
+// Threads launch side by side: the last launch is written by one at a time, counts are atomic.
+static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER;
 struct Launch fake_last;
-int fake_loads, fake_launches, fake_shared, fake_broken_images;
+_Atomic int fake_loads, fake_launches;
+int fake_shared, fake_broken_images;
 // Whether what loads must be called with the relaxed capture mode (2), which threads start without.
 int fake_strict;
 __thread int fake_capture_mode;
@@ -86,8 +90,10 @@ CUresult cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* base,
 CUresult cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads,
                         unsigned ty, unsigned tz, unsigned shared, void* stream, void** parameters,
                         void** extra) {
+  pthread_mutex_lock(&turn);
   fake_last = (struct Launch){{x, y, z}, threads, shared, (uint64_t)stream};
   for (size_t i = 0; i < fake_count; ++i) memcpy(fake_last.bytes[i], parameters[i], fake_sizes[i]);
+  pthread_mutex_unlock(&turn);
   ++fake_launches;
   return kSuccess;
 }

@@ -53,7 +53,8 @@ def driver(tmp_path_factory):
     library = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
     name = "-Wl,-soname,libcuda.so.1"
     subprocess.run(
-        [compiler, "-shared", "-fPIC", name, "-o", library, HERE / "fake_cuda.c"], check=True
+        [compiler, "-shared", "-fPIC", "-pthread", name, "-o", library, HERE / "fake_cuda.c"],
+        check=True,
     )
     return library
 
