@@ -6,12 +6,34 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace llmos {
 
-enum CpuLevel { Baseline, Avx2, Avx512, Avx512Bf16, CpuLevels };
+enum CpuLevel { Baseline, Avx2, Avx512, Avx512Bf16, Amx, CpuLevels };
 
 inline constexpr const char* cpu_level_names[CpuLevels] = {"baseline", "avx2", "avx512",
-                                                           "avx512_bf16"};
+                                                           "avx512_bf16", "amx"};
+
+// Whether there are matrix tiles of bfloat16 and int8, and the kernel lets this process use them.
+inline bool has_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kWanted = 1 << 22 | 1 << 24 | 1 << 25;  // AMX-BF16, AMX-TILE, AMX-INT8.
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA.
+  static const bool has = [] {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kWanted) == kWanted &&
+           syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  }();
+  return has;
+#else
+  return false;
+#endif
+}
 
 // The best level this machine can run.
 inline CpuLevel cpu_level_supported() {
@@ -23,7 +45,8 @@ inline CpuLevel cpu_level_supported() {
                       __builtin_cpu_supports("avx512dq");
   const bool bf16 =
       avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
-  return bf16 ? Avx512Bf16 : avx512 ? Avx512 : avx2 ? Avx2 : Baseline;
+  const bool tiles = bf16 && has_tiles();
+  return tiles ? Amx : bf16 ? Avx512Bf16 : avx512 ? Avx512 : avx2 ? Avx2 : Baseline;
 #else
   return Baseline;
 #endif
@@ -46,6 +69,6 @@ inline CpuLevel cpu_level() {
 }
 
 // Whether it multiplies four int8 at a time (vpdpbusd).
-inline bool multiplies_quads() { return cpu_level() == Avx512Bf16; }
+inline bool multiplies_quads() { return cpu_level() >= Avx512Bf16; }
 
 }  // namespace llmos

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../linear.h"
-#include "tiles.h"
+#include "exp.h"
 
 namespace llmos {
 namespace {

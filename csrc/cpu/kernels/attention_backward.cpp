@@ -13,7 +13,7 @@ struct RowValues {
 template <class T>
 struct BlockOperands : RowValues {
   using U = UnitOf<T>;
-  U *query, *dout, *out;        // [unit][row]
+  U *query, *dout;              // [unit][row]
   U *query_inner, *dout_inner;  // [row unit][element]; null where not needed.
   U* line;
 
@@ -21,14 +21,13 @@ struct BlockOperands : RowValues {
       : RowValues{scratch.take(kBlock), scratch.take(kBlock), scratch.take(kBlock)},
         query(scratch.take<U>(kBlock * units<U>(a.dim))),
         dout(scratch.take<U>(kBlock * units<U>(a.v_dim))),
-        out(scratch.take<U>(kBlock * units<U>(a.v_dim))),
         query_inner(inner ? scratch.take<U>(kBlock * to_vectors(a.dim)) : nullptr),
         dout_inner(inner ? scratch.take<U>(kBlock * to_vectors(a.v_dim)) : nullptr),
         line(scratch.take<U>(kLanes * kMaxDim)) {}
 
   static int64_t scratch(const Attention<T>& a, bool inner) {
     return Scratch::size<U>(kBlock * units<U>(a.dim)) +
-           2 * Scratch::size<U>(kBlock * units<U>(a.v_dim)) +
+           Scratch::size<U>(kBlock * units<U>(a.v_dim)) +
            inner * (Scratch::size<U>(kBlock * to_vectors(a.dim)) +
                     Scratch::size<U>(kBlock * to_vectors(a.v_dim))) +
            3 * Scratch::size(kBlock) + Scratch::size<U>(kLanes * kMaxDim);
@@ -54,21 +53,18 @@ struct BlockOperands : RowValues {
       shift[r] = there ? exponent.shift(F32{} + a.m[at])[0] : kInfinity;
       inverse[r] = there ? a.inverse[at] : 0;
     }
-    pack_by_columns(block, a.v_dim, out, line, [&](int64_t r) {
-      return args.out.at(block.batch, block.head[r], block.index[r]);
-    });
-    // By the very steps that dout . value takes: where one key has all the weight, out is its value
-    // and the gradient of its logit is exactly 0.
-    for (int64_t v = 0; v < block.vectors * kLanes; v += kLanes) {
-      F32 total = {};
-      for (int64_t from = 0; from < units<U>(a.v_dim); from += kSumUnits) {
-        F32 sum = {};
-        for (int64_t i = from; i < std::min(from + kSumUnits, units<U>(a.v_dim)); ++i)
-          sum = multiply_add<U>(load_bits<U32>(out + i * kBlock + v),
-                                load_bits<U32>(dout + i * kBlock + v), sum);
-        total += sum;
+    // By the very products that dout . value takes, of which the diagonal is wanted: where one key
+    // has all the weight, out is its value and the gradient of its logit is exactly 0.
+    const int64_t n = units<U>(a.v_dim);
+    alignas(64) float square[kLanes * kLanes];
+    for (int64_t first = 0; first < block.vectors * kLanes; first += kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const int64_t r = std::min(first + i, block.rows - 1);
+        pack_row(args.out.at(block.batch, block.head[r], block.index[r]), a.v_dim, n * kPerUnit<U>,
+                 line + i * n);
       }
-      store(delta + v, total);
+      dots(kLanes, 1, n, line, dout + first, kBlock, square, kLanes);
+      for (int64_t i = 0; i < kLanes; ++i) delta[first + i] = square[i * kLanes + i];
     }
   }
 };

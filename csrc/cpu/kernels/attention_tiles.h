@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "../attention.h"
+#include "exp.h"
 #include "philox.h"
 #include "tasks.h"
 #include "tiles.h"

@@ -3,6 +3,7 @@
 
 #include "activations.h"
 #include "philox.h"
+#include "units.h"
 
 namespace llmos {
 namespace {

@@ -8,8 +8,8 @@ namespace llmos {
 namespace {
 
 using U = UnitOf<int8_t>;
-constexpr int64_t kStrip = 4 * kLanes;  // Columns of out.
-constexpr int64_t kGroup = 12;          // Rows that are finished while their sums are near.
+constexpr int64_t kStrip = 4 * kLanes;             // Columns of out.
+constexpr int64_t kGroup = kInTiles<U> ? 32 : 12;  // Rows that are finished while sums are near.
 
 struct Pack {
   static constexpr int64_t kBlock = kStrip;

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../tasks.h"
-#include "vec.h"
+#include "tiles_amx.h"
 
 namespace llmos {
 namespace {
@@ -24,6 +24,7 @@ struct Scratch {
 
 template <class Impl, class Args>
 void run_tasks(const Args& args, const typename Args::Task* tasks, int64_t count, float* scratch) {
+  const TilesInUse tiles;
   Impl impl(args, {scratch});
   for (int64_t i = 0; i < count; ++i) impl.run(tasks[i]);
 }

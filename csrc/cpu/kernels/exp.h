@@ -1,0 +1,63 @@
+// Powers, and what else softmax does with vectors.
+#pragma once
+
+#include "vec.h"
+
+namespace llmos {
+namespace {
+
+constexpr float kLog2E = 1.44269504088896341f;
+
+// b where a is not greater, so that NaN in b stays.
+inline F32 max(F32 a, F32 b) {
+#if defined(__AVX512F__)
+  return F32(_mm512_max_ps(__m512(a), __m512(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// 2^whole in each lane, times p; whole is an integer.
+[[gnu::always_inline]] inline F32 times_power_of_two(F32 p, F32 whole) {
+#if defined(__AVX512F__)
+  return F32(_mm512_scalef_ps(__m512(p), __m512(whole)));
+#else
+  const U32 scaled = std::bit_cast<U32>(p) + (std::bit_cast<U32>(whole + 0x1.8p23f) << 23);
+  return p != p ? p : whole < -126 ? F32{} : std::bit_cast<F32>(scaled);
+#endif
+}
+
+[[gnu::always_inline]] inline F32 round_to_whole(F32 t) {
+#if defined(__AVX512F__)
+  return F32(_mm512_roundscale_ps(__m512(t), _MM_FROUND_TO_NEAREST_INT));
+#else
+  return (t + 0x1.8p23f) - 0x1.8p23f;
+#endif
+}
+
+// e^t to float's last digit, and 2^t to 1e-7, for t up to 0 or just above: -infinity gives 0, NaN
+// stays NaN.
+[[gnu::always_inline]] inline F32 exp_negative(F32 t) {
+  t = max(F32{} - 200, t);
+  const F32 whole = round_to_whole(t * kLog2E);
+  F32 f = fma(whole, F32{} - 0x1.62e4p-1f, t);
+  f = fma(whole, F32{} - 0x1.7f7d1cp-20f, f);
+  F32 p = fma(f, F32{} + 1.381446674e-3f, F32{} + 8.368780429e-3f);
+  p = fma(p, f, F32{} + 4.166839422e-2f);
+  p = fma(p, f, F32{} + 1.666652011e-1f);
+  p = fma(p, f, F32{} + 4.999999341e-1f);
+  p = fma(p, f, F32{} + 1);
+  return times_power_of_two(fma(p, f, F32{} + 1), whole);
+}
+
+[[gnu::always_inline]] inline F32 exp2_negative(F32 t) {
+  t = max(F32{} - 200, t);
+  const F32 whole = round_to_whole(t), f = t - whole;
+  F32 p = fma(f, F32{} + 1.326472690e-3f, F32{} + 9.671512661e-3f);
+  p = fma(p, f, F32{} + 5.550733744e-2f);
+  p = fma(p, f, F32{} + 2.402224208e-1f);
+  p = fma(p, f, F32{} + 6.931469776e-1f);
+  return times_power_of_two(fma(p, f, F32{} + 1), whole);
+}
+}  // namespace
+}  // namespace llmos
