@@ -23,6 +23,7 @@ PYBIND11_MODULE(_C, m) {
         return std::vector<std::string>(names, names + llmos::cpu_level_supported() + 1);
       },
       "The CPU levels that this machine can run, lowest first.");
+  m.def("is_intel", &llmos::is_intel, "Whether the CPU is one of Intel's.");
   m.def("packs_int8", &llmos::multiplies_quads, "Whether int8 products read a packed weight.");
 
   py::register_exception<llmos::pack::Unusable>(m, "Unusable", PyExc_RuntimeError);

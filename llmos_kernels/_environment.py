@@ -14,7 +14,7 @@ import torch
 import llmos_kernels
 from llmos_kernels import _files, _pack
 from llmos_kernels._registry import _FORCED, DEFINED, HAS_TRITON
-from llmos_kernels.ops.products import has_onednn, onednn_from
+from llmos_kernels.ops.products import torch_from
 
 #: A dispatch key, and the devices that it stands for.
 KEYS = ("CPU", "CUDA")
@@ -142,9 +142,11 @@ def describe() -> Iterator[str]:
                 if why and (key == "CPU" or torch.cuda.is_available()):
                     slow.add(f"{key}: {why}")
             yield f"{op:32} {key:6} {file}{f' ({why})' if why else ''}"
-    large = "torch's oneDNN" if has_onednn() else "the same: torch has no oneDNN for it"
-    rows = f"bfloat16 linear, {onednn_from()[0]} rows or more"
-    yield f"{rows:32} {'CPU':6} {large}, if large"
+    for dtype, library in ((torch.bfloat16, "oneDNN"), (torch.float32, "MKL")):
+        rows, work = torch_from(dtype)
+        if work < 1 << 62:
+            what = f"{str(dtype)[6:]} linear, {rows} rows or more"
+            yield f"{what:32} {'CPU':6} torch's {library}, from 2^{work.bit_length() - 1} multiplications on"
     yield ""
     verdict = "every op has a kernel for every device of this machine"
     yield f"verdict: {'the reference answers on ' + '; '.join(sorted(slow)) if slow else verdict}"

@@ -1,4 +1,4 @@
-"""Products large enough for oneDNN: the same results, gradients and error budget."""
+"""Products that torch's libraries or ours answer: the same results, gradients and error budget."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llmos_kernels as lk
+from llmos_kernels import _environment
 from llmos_kernels.ops import products
 from llmos_kernels.ops.linear import project
 from llmos_kernels.testing import assert_accurate, cast, make_gradients
@@ -46,10 +47,19 @@ def arguments(dtype, columns=False, bias=True, requires_grad=False):
     return [a if a is None else a.requires_grad_(requires_grad) for a in args]
 
 
+def pretend(monkeypatch, level, tiles=False, mkl=False):
+    """Choose as on a CPU of that level, with tiles for oneDNN, of Intel's."""
+    for name, value in (("_LEVEL", level), ("_HAS_TILES", tiles), ("_HAS_MKL", mkl)):
+        monkeypatch.setattr(products, name, value)
+
+
 @onednn
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("level", ["amx", "avx512_bf16"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_forward(activation, dtype):
+def test_forward(activation, level, dtype, monkeypatch):
+    mkl = level == "amx"
+    pretend(monkeypatch, level, mkl, mkl)
     for columns, bias in ((False, True), (True, False)):
         x, w, b, *_ = arguments(dtype, columns, bias)
 
@@ -58,19 +68,22 @@ def test_forward(activation, dtype):
 
         with torch.no_grad(), Ops() as ops:
             actual = lk.linear(x, w, b, activation)
-        by_onednn = dtype == torch.bfloat16 and activation != "relu2"
+        by_onednn = dtype == torch.bfloat16 and activation != "relu2" and level != "amx"
+        by_mkl = dtype == torch.float32 and activation is None and mkl
         assert ("_linear_pointwise" in ops.seen) == by_onednn
+        assert ("linear_forward" in ops.seen) != (by_onednn or by_mkl)
         exact = eager(*cast((x, w, b), torch.float64))
         assert_accurate(actual, exact, eager(x, w, b), f"{activation} {columns}")
 
 
 @onednn
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("cpu", ["plain", "tiles", "amx"])
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
-def test_gradients(activation, tiles, dtype, monkeypatch):
-    """By oneDNN too where the CPU has matrix tiles."""
-    monkeypatch.setattr(products, "_HAS_TILES", tiles)
+def test_gradients(activation, cpu, dtype, monkeypatch):
+    """By oneDNN and MKL too, on a CPU with matrix tiles, which we use or not."""
+    pretend(monkeypatch, "amx" if cpu == "amx" else "avx512_bf16", cpu != "plain", cpu == "amx")
+    by_torch = cpu == "amx" or (cpu == "tiles" and dtype == torch.bfloat16)
 
     def eager(x, w1, b1, w2, b2):
         return F.linear(ACTIVATIONS[activation](F.linear(x, w1, b1)), w2, b2)
@@ -92,7 +105,7 @@ def test_gradients(activation, tiles, dtype, monkeypatch):
     for fn in (fused, single):
         with Ops() as ops:
             run(fn, args)
-        assert ("linear_dweight" in ops.seen) != (tiles and dtype == torch.bfloat16)
+        assert ("linear_dweight" in ops.seen) != by_torch
         for i, values in enumerate(zip(run(fn, args), exact, allowed, strict=True)):
             assert_accurate(*values, f"{fn.__name__} {i}")
 
@@ -128,17 +141,18 @@ def test_compiled():
         torch.testing.assert_close(compiled(x), block(x))
 
 
-@pytest.mark.parametrize("pairs", [False, True])
-def test_project(pairs, monkeypatch):
+@pytest.mark.parametrize("level", ["avx512", "avx512_bf16", "amx"])
+def test_project(level, monkeypatch):
     """A plain product goes to whoever is faster at its size and dtype on this CPU."""
-    monkeypatch.setattr(products, "_HAS_PAIRS", pairs)
-    monkeypatch.setattr(products, "_HAS_TILES", False)
+    tiles = level == "amx"
+    pretend(monkeypatch, level, tiles, tiles)
     small, large = torch.randn(6, 64), torch.randn(1024, 512)
     for x, dtype, own in (
         (small, torch.float32, False),
-        (large, torch.float32, True),
-        (small, torch.bfloat16, pairs),
-        (large, torch.bfloat16, False),
+        (large, torch.float32, not tiles),
+        (large[:64], torch.float32, True),
+        (small, torch.bfloat16, level != "avx512"),
+        (large, torch.bfloat16, tiles),
         (large, torch.float16, False),
     ):
         x = x.to(dtype)
@@ -147,3 +161,11 @@ def test_project(pairs, monkeypatch):
             y = project(x, w, None)
         assert ("linear_forward" in ops.seen) == own, (x.shape, dtype)
         torch.testing.assert_close(y, F.linear(x, w), rtol=0.1, atol=0.1)
+
+
+def test_what_env_says(monkeypatch):
+    pretend(monkeypatch, "amx", True, True)
+    said = "\n".join(_environment.describe())
+    assert "torch's MKL, from 2^26 multiplications on" in said
+    pretend(monkeypatch, "avx512_bf16")
+    assert "MKL" not in "\n".join(_environment.describe())

@@ -35,6 +35,14 @@ inline bool has_tiles() {
 #endif
 }
 
+inline bool is_intel() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 // The best level this machine can run.
 inline CpuLevel cpu_level_supported() {
 #if defined(__x86_64__)

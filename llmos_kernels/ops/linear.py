@@ -9,9 +9,6 @@ from llmos_kernels.ops import activations, products
 from llmos_kernels.ops.activations import NONE, RELU, keeps_input
 from llmos_kernels.ops.autocast import autocast
 
-#: Multiplications from which on, and below which, this library's product on a CPU beats torch's.
-_FASTER = {torch.float32: (1 << 18, 1 << 62), torch.bfloat16: (1 << 12, 1 << 26)}
-
 
 class _Linear(torch.autograd.Function):
     @staticmethod
@@ -107,9 +104,8 @@ def project(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     ``F.linear``."""
     plain = type(weight) in (Tensor, torch.nn.Parameter)  # And nothing quantized or sharded.
     if input.is_cpu and plain and not torch.is_autocast_enabled("cpu"):
-        least, stop = _FASTER.get(input.dtype, (1, 0))
-        own = least <= input.numel() * weight.shape[0] < stop
-        if own and products.multiplies_faster(input.dtype):
+        least, stop = products.faster_between(input.dtype)
+        if least <= input.numel() * weight.shape[0] < stop:
             return linear(input, weight, bias)
     return F.linear(input, weight, bias)
 

@@ -11,8 +11,9 @@ A chain of two (``ops/feed_forward.py``) multiplies by f activation' of the firs
 second leaves its product, and sums it up for the bias there. The mask of dropout is that of
 ``ops/dropout.py`` on the rows of y.
 
-On CPUs oneDNN, as torch brings it, answers for large bfloat16 products (``onednn_from``). On GPUs cuBLAS
-answers where there is nothing to fuse.
+On CPUs torch's own products answer where they were measured to be faster (``torch_from``): oneDNN's for
+large ones in bfloat16, MKL's on Intel's CPUs in float32. On GPUs cuBLAS answers where there is nothing to
+fuse.
 """
 
 import sys
@@ -143,10 +144,14 @@ _HAS_ONEDNN = (
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 )
-#: Whether this CPU multiplies matrix tiles (AMX), as oneDNN does and this library does not.
+#: Whether this CPU multiplies matrix tiles (AMX), as oneDNN does.
 _HAS_TILES = torch.cpu._is_amx_tile_supported()
 _EXTENSION = sys.modules.get("llmos_kernels._C")
-_HAS_PAIRS = _EXTENSION is not None and _EXTENSION.cpu_level() == "avx512_bf16"
+#: How this library does: "amx" has tiles too, "avx512_bf16" multiplies pairs.
+_LEVEL = _EXTENSION.cpu_level() if _EXTENSION is not None else "none"
+#: Whether torch's float32 products are those of MKL on a CPU that it was written for.
+_HAS_MKL = torch.backends.mkl.is_available() and _EXTENSION is not None and _EXTENSION.is_intel()
+_NEVER = 1, 1 << 62
 
 
 def has_onednn() -> bool:
@@ -154,25 +159,44 @@ def has_onednn() -> bool:
     return _HAS_ONEDNN and (torch.compiler.is_compiling() or bool(torch.backends.mkldnn.enabled))
 
 
-def onednn_from(gradient: bool = False) -> tuple[int, int]:
-    """Rows and multiplications from which on oneDNN answers for bfloat16: with tiles soon, without
-    them where it was measured to be as fast, which it is not for gradients."""
-    if _HAS_TILES:
-        return 64, 1 << 26
-    return 256, 1 << 62 if gradient else 1 << 28
+def torch_from(dtype: torch.dtype, product: str = "forward") -> tuple[int, int]:
+    """Rows and multiplications from which on torch's product answers on this CPU, as measured.
+
+    ``product`` is "forward", "dinput", "slope" (dinput times a derivative, which ours has in one pass)
+    or "dweight".
+    """
+    if dtype == torch.bfloat16 and has_onednn():
+        if _LEVEL == "amx":
+            return {"forward": (64, 1 << 33), "dinput": (64, 1 << 28), "dweight": (16, 1 << 22)}.get(
+                product, _NEVER
+            )
+        if _HAS_TILES:
+            return 64, 1 << 26
+        return (256, 1 << 28) if product == "forward" else _NEVER
+    if dtype == torch.float32 and _HAS_MKL:
+        return {"forward": (64, 1 << 26), "dinput": (16, 1 << 20), "dweight": (16, 1 << 20)}.get(
+            product, _NEVER
+        )
+    return _NEVER
 
 
-def _is_for_onednn(rows: Tensor, columns: int, gradient: bool = False) -> bool:
-    least, work = onednn_from(gradient)
-    large = rows.shape[0] >= least and rows.numel() * columns >= work
-    return large and rows.is_cpu and rows.dtype == torch.bfloat16 and has_onednn()
+def _is_for_torch(rows: Tensor, columns: int, product: str) -> bool:
+    if not rows.is_cpu:
+        return False
+    least, work = torch_from(rows.dtype, product)
+    return rows.shape[0] >= least and rows.numel() * columns >= work
 
 
-def multiplies_faster(dtype: torch.dtype) -> bool:
-    """Whether this library's product on this CPU is faster than torch's, at some sizes."""
-    if dtype == torch.bfloat16:
-        return _HAS_PAIRS and not _HAS_TILES
-    return _EXTENSION is not None and dtype == torch.float32
+def faster_between(dtype: torch.dtype) -> tuple[int, int]:
+    """Multiplications from which on, and below which, this library's product beats torch's on this
+    CPU where nothing is fused; (0, 0) if nowhere."""
+    if dtype == torch.float32 and _EXTENSION is not None:
+        return 1 << 18, torch_from(dtype)[1]
+    if dtype == torch.bfloat16 and _LEVEL == "amx":
+        return 1 << 12, torch_from(dtype)[1]
+    if dtype == torch.bfloat16 and _LEVEL == "avx512_bf16" and not _HAS_TILES:
+        return 1 << 12, 1 << 26
+    return 0, 0
 
 
 def forward(
@@ -182,10 +206,13 @@ def forward(
     plain = seed is None and not keep and activation in _ONEDNN_NAMES
     if plain and activation == NONE and rows.is_cuda:
         return F.linear(rows, weight, bias), None
-    if plain and _is_for_onednn(rows, weight.shape[0]):
-        name, algorithm = _ONEDNN_NAMES[activation]
-        y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, name, [], algorithm)
-        return y, None
+    if plain and _is_for_torch(rows, weight.shape[0], "forward"):
+        if rows.dtype == torch.bfloat16:
+            name, algorithm = _ONEDNN_NAMES[activation]
+            y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, name, [], algorithm)
+            return y, None
+        if activation == NONE:
+            return F.linear(rows, weight, bias), None
     y, z = linear_forward(rows, weight, bias, activation, p, seed, keep)
     return y, z if keep else None
 
@@ -196,7 +223,7 @@ def dinput(
     """dz weight, times the derivative at ``kept`` where it is given, and then its sum over rows."""
     if kept is None and dz.is_cuda:
         return dz @ weight, dz.new_empty(0)
-    if _is_for_onednn(dz, weight.shape[1], gradient=True):
+    if _is_for_torch(dz, weight.shape[1], "dinput" if kept is None else "slope"):
         product = dz @ weight
         if kept is None:
             return product, product.new_empty(0)
@@ -209,7 +236,7 @@ def parameter_gradients(dz: Tensor, input: Tensor, of_weight: bool, of_bias: boo
     """dweight and dbias where they are wanted, else None."""
     if not of_weight:
         return None, sum_of_rows(dz) if of_bias else None
-    if dz.is_cuda or _is_for_onednn(dz, input.shape[1], gradient=True):
+    if dz.is_cuda or _is_for_torch(dz, input.shape[1], "dweight"):
         return dz.mT @ input, sum_of_rows(dz) if of_bias else None
     dweight, dbias = linear_dweight(dz, input, of_bias)
     return dweight, dbias if of_bias else None

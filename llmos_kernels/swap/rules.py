@@ -19,7 +19,7 @@ from llmos_kernels.nn.residual import (
     takes_two_tensors,
 )
 from llmos_kernels.ops.attention_arguments import MAX_DIM
-from llmos_kernels.ops.products import multiplies_faster
+from llmos_kernels.ops.products import faster_between
 from llmos_kernels.swap.chains import find_steps
 from llmos_kernels.swap.norms import rms_norm_eps
 
@@ -83,7 +83,7 @@ def _gains_by_own_product(layer: nn.Module) -> bool:
     return (
         weight is not None
         and weight.is_cpu
-        and multiplies_faster(weight.dtype)
+        and any(faster_between(weight.dtype))
         and not isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
     )
 

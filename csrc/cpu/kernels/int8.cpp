@@ -70,7 +70,7 @@ struct Product {
   static constexpr bool kInUnits = std::is_same_v<Element<U>, int8_t>;
   const Int8Product<T>& a;
   const int64_t n;
-  const bool far;         // Whether out is too large for the second cache.
+  const bool far;         // Whether out is too large for the second cache, and few rows a group.
   U* left;                // [kBlockRows][unit]
   int32_t* sums;          // [kGroup][kStrip]
   float *weights, *more;  // Of outliers: [outlier][kStrip], and their products [kGroup][kStrip].
@@ -78,7 +78,7 @@ struct Product {
   Product(const Int8Product<T>& a, Scratch scratch)
       : a(a),
         n(units<U>(a.inner)),
-        far(a.rows * a.outer * int64_t(sizeof(T)) > int64_t(1) << 20),
+        far(!kInTiles<U> && a.rows * a.outer * int64_t(sizeof(T)) > int64_t(1) << 20),
         left(scratch.take<U>(kBlockRows * n)),
         sums(scratch.take<int32_t>(kGroup * kStrip)),
         weights(scratch.take(a.outliers.count * kStrip)),

@@ -24,11 +24,13 @@ class Panels {
   explicit Panels(Scratch& scratch)
       : packed_(scratch.take<U>(kDepth * kPanel)),
         block_(scratch.take<U>(kBlockRows * kBlockDepth)),
+        turned_(scratch.take<U>(kInTiles<U> * kBlockRows * kBlockDepth)),
         lines_(scratch.take<U>(kLanes * kDepth)),
         sums_(scratch.take(kChunkRows * kPanel)) {}
 
   static int64_t scratch() {
-    return Scratch::size<U>(kDepth * kPanel) + Scratch::size<U>(kBlockRows * kBlockDepth) +
+    return Scratch::size<U>(kDepth * kPanel) +
+           (1 + kInTiles<U>)*Scratch::size<U>(kBlockRows * kBlockDepth) +
            Scratch::size<U>(kLanes * kDepth) + Scratch::size(kChunkRows * kPanel);
   }
 
@@ -120,7 +122,10 @@ class Panels {
     const int64_t n = units<U>(k_end - k);
     if (left.column != 1) {
       pack_by_rows({left.data, left.column, left.row}, k, k_end, row, rows, block_, kBlockRows);
-      return multiply<true>(rows, columns, n, block_, kBlockRows, right, begins, c);
+      if (!kInTiles<U>)
+        return multiply<true>(rows, columns, n, block_, kBlockRows, right, begins, c);
+      turn_by_columns(rows, n, block_, kBlockRows, turned_, kBlockDepth);
+      return multiply<false>(rows, columns, n, turned_, kBlockDepth, right, begins, c);
     }
     // The last unit of an odd row is half another's.
     if (std::is_same_v<Element<U>, T> && ((k_end - k) | left.row) % kPerUnit<U> == 0)
@@ -141,7 +146,7 @@ class Panels {
           c + j * kChunkRows, kStrip, nullptr);
   }
 
-  U *packed_, *block_, *lines_;
+  U *packed_, *block_, *turned_, *lines_;
   float* sums_;
   const T* data_ = nullptr;  // What packed_ holds.
   int64_t k_ = 0, first_ = 0;

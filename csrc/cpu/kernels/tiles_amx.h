@@ -143,11 +143,7 @@ void tile_part(int64_t rows, int64_t vectors, int64_t k, const Unit* a, int64_t 
     const int64_t count = std::min(kMost, rows - row), first = std::min(kTileRows, count);
     const Unit* left = a + row * a_step;
     if constexpr (kByColumn) {
-      for (int64_t i = 0; i < k; i += kLanes) {
-        const Unit* lines[kLanes];
-        for (int64_t n = 0; n < kLanes; ++n) lines[n] = a + std::min(i + n, k - 1) * a_step + row;
-        transpose_rows(lines, to_vectors(count), turned + i, kTurned);
-      }
+      turn_by_columns(count, k, a + row, a_step, turned, kTurned);
       left = turned;
     }
     const TileShapes shapes{uint8_t(first), uint8_t(count - first),

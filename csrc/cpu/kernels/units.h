@@ -126,6 +126,18 @@ template <class Unit>
     for (int i = 0; i < kLanes; ++i) to[at * to_step + i] = rows[i][at];
 }
 
+// to[row][unit] from [unit][row], whose rows are read up to whole vectors; to_step has room for
+// whole vectors of units.
+template <class Unit>
+void turn_by_columns(int64_t rows, int64_t k, const Unit* from, int64_t step, Unit* to,
+                     int64_t to_step) {
+  for (int64_t i = 0; i < k; i += kLanes) {
+    const Unit* lines[kLanes];
+    for (int64_t n = 0; n < kLanes; ++n) lines[n] = from + std::min(i + n, k - 1) * step;
+    transpose_rows(lines, to_vectors(rows), to + i, to_step);
+  }
+}
+
 // Two rows a, b of `n` elements as units of an inner dimension that runs over the rows: with pairs
 // (a0 b0) (a1 b1) ..., else a, then b to_step further.
 template <class Unit, class T>
