@@ -167,7 +167,7 @@ def torch_from(dtype: torch.dtype, product: str = "forward") -> tuple[int, int]:
     """
     if dtype == torch.bfloat16 and has_onednn():
         if _LEVEL == "amx":
-            return {"forward": (64, 1 << 33), "dinput": (64, 1 << 28), "dweight": (16, 1 << 22)}.get(
+            return {"forward": (64, 1 << 33), "dinput": (64, 1 << 32), "dweight": (16, 1 << 22)}.get(
                 product, _NEVER
             )
         if _HAS_TILES:
