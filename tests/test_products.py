@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import llmos_kernels as lk
 from llmos_kernels import _environment
 from llmos_kernels.ops import products
+from llmos_kernels.ops.activations import NONE
 from llmos_kernels.ops.linear import project
 from llmos_kernels.testing import assert_accurate, cast, make_gradients
 
@@ -169,3 +170,23 @@ def test_what_env_says(monkeypatch):
     assert "torch's MKL, from 2^26 multiplications on" in said
     pretend(monkeypatch, "avx512_bf16")
     assert "MKL" not in "\n".join(_environment.describe())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("inner", [1, 2, 15, 31, 32, 33, 63, 96, 127, 130, 260])
+def test_whole_numbers(inner, dtype):
+    """Sums of whole numbers are exact, so results have one rounding: any lost or foreign element shows."""
+    generator = torch.Generator().manual_seed(inner)
+
+    def whole(*shape):
+        return torch.randint(-3, 4, shape, generator=generator).to(dtype)
+
+    for rows, outer in ((5, 17), (16, 64), (17, 1), (31, 33), (33, 128), (97, 130), (260, 40)):
+        x, w, dz = whole(rows, inner), whole(outer, inner), whole(rows, outer)
+        y, _ = products.linear_forward(x, w, None, NONE, 0.0, None, False)
+        dx, _ = products.linear_dinput(dz, w, None, NONE, 0.0, None)
+        dw, db = products.linear_dweight(dz, x, True)
+        x, w, dz = x.double(), w.double(), dz.double()
+        pairs = (y, x @ w.mT), (dx, dz @ w), (dw, dz.mT @ x), (db, dz.sum(0))
+        for name, (actual, exact) in zip(("y", "dx", "dw", "db"), pairs, strict=True):
+            assert torch.equal(actual, exact.to(dtype)), (name, rows, outer)

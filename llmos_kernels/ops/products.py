@@ -167,14 +167,14 @@ def torch_from(dtype: torch.dtype, product: str = "forward") -> tuple[int, int]:
     """
     if dtype == torch.bfloat16 and has_onednn():
         if _LEVEL == "amx":
-            return {"forward": (64, 1 << 33), "dinput": (64, 1 << 32), "dweight": (16, 1 << 22)}.get(
+            return {"forward": (64, 1 << 33), "dinput": (64, 1 << 32), "dweight": (1, 1 << 22)}.get(
                 product, _NEVER
             )
         if _HAS_TILES:
             return 64, 1 << 26
         return (256, 1 << 28) if product == "forward" else _NEVER
     if dtype == torch.float32 and _HAS_MKL:
-        return {"forward": (64, 1 << 26), "dinput": (16, 1 << 20), "dweight": (16, 1 << 20)}.get(
+        return {"forward": (64, 1 << 26), "dinput": (1, 1 << 20), "dweight": (1, 1 << 20)}.get(
             product, _NEVER
         )
     return _NEVER
