@@ -117,7 +117,8 @@ void multiply(Int8Product<T> args, const Right& right, const Tensor& out, int64_
     return;
   }
   const auto& kernel = *task_kernel<Int8Product<T>>.best();
-  run_tasks(kernel, args, tasks_of(args.outer, kernel.block, args.rows, kBlockRows), work);
+  run_tasks(kernel, args, tasks_of(args.outer, kernel.block, args.rows, kBlockRows, kernel.panel),
+            work);
 }
 
 Tensor int8_matmul(const Tensor& a_, const Tensor& b, const Tensor& a_scale_, const Tensor& b_scale,
@@ -203,7 +204,7 @@ std::tuple<Tensor, Tensor> int8_linear_rows(const Tensor& input_, const Tensor& 
       const auto y = std::make_unique_for_overwrite<T[]>(together * outer);
       Int8Product<T> args = all;
       args.out = y.get();
-      const std::vector<ProductTask> panels = tasks_of(outer, kernel.block, 1, 1);
+      const std::vector<ProductTask> panels = tasks_of(outer, kernel.block, 1, 1, kernel.panel);
       const AlignedFloats scratch(kernel.scratch(args));
       for (int64_t piece = begin; piece < end; ++piece) {
         const int64_t first = piece * together;

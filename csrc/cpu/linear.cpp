@@ -93,8 +93,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight_,
     const double work = double(rows) * inner * outer;
     if (few) return few_rows(a, work);
     const auto& kernel = *task_kernel<LinearForward<T>>.best();
-    const auto tasks = a.turned ? tasks_of(rows, kernel.block, outer, kBlockRows)
-                                : tasks_of(outer, kernel.block, rows, kBlockRows);
+    const int64_t most = columns_of(kernel, inner);
+    const auto tasks = a.turned ? tasks_of(rows, kernel.block, outer, kBlockRows, most)
+                                : tasks_of(outer, kernel.block, rows, kBlockRows, most);
     run_tasks(kernel, a, tasks, work);
   });
   return {out, kept};
@@ -123,7 +124,7 @@ std::tuple<Tensor, Tensor> dinput(const Tensor& dout_, const Tensor& weight_, co
                             outer,
                             epilogue(activation, dropout_p, seed)};
     const auto& kernel = *task_kernel<LinearDinput<T>>.best();
-    run_tasks(kernel, a, tasks_of(inner, kernel.block, rows, kChunkRows),
+    run_tasks(kernel, a, tasks_of(inner, kernel.block, rows, kChunkRows, columns_of(kernel, outer)),
               double(rows) * inner * outer);
     if (kept) sum_partials<T>.best()(sums.get(), chunks, inner, mutable_data<T>(dbias), 0, inner);
   });
@@ -146,7 +147,8 @@ std::tuple<Tensor, Tensor> dweight(const Tensor& dout_, const Tensor& input_, bo
                              inner,
                              outer};
     const auto& kernel = *task_kernel<LinearDweight<T>>.best();
-    run_tasks(kernel, a, tasks_of(inner, kernel.block, outer, kBlockRows),
+    run_tasks(kernel, a,
+              tasks_of(inner, kernel.block, outer, kBlockRows, columns_of(kernel, rows, 4)),
               double(rows) * inner * outer);
   });
   return {result, dbias};

@@ -11,6 +11,7 @@ namespace llmos {
 template <class Args>
 struct TaskKernel {
   int64_t block;  // Rows or columns in a task's block.
+  int64_t panel;  // Columns that a task may have at the most, where its blocks are columns.
   int64_t (*scratch)(const Args&);
   void (*run)(const Args&, const typename Args::Task*, int64_t tasks, float* scratch);
 };

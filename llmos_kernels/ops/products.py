@@ -167,9 +167,11 @@ def torch_from(dtype: torch.dtype, product: str = "forward") -> tuple[int, int]:
     """
     if dtype == torch.bfloat16 and has_onednn():
         if _LEVEL == "amx":
-            return {"forward": (64, 1 << 33), "dinput": (64, 1 << 32), "dweight": (1, 1 << 22)}.get(
-                product, _NEVER
-            )
+            return {
+                "forward": (6144, 1 << 30),
+                "dinput": (64, 1 << 32),
+                "dweight": (2048, 1 << 22),
+            }.get(product, _NEVER)
         if _HAS_TILES:
             return 64, 1 << 26
         return (256, 1 << 28) if product == "forward" else _NEVER
@@ -224,7 +226,7 @@ def dinput(
     if kept is None and dz.is_cuda:
         return dz @ weight, dz.new_empty(0)
     if _is_for_torch(dz, weight.shape[1], "dinput" if kept is None else "slope"):
-        product = dz @ weight
+        product = dz.contiguous() @ weight
         if kept is None:
             return product, product.new_empty(0)
         product = activation_backward(product, kept, activation, p, seed)
@@ -236,7 +238,11 @@ def parameter_gradients(dz: Tensor, input: Tensor, of_weight: bool, of_bias: boo
     """dweight and dbias where they are wanted, else None."""
     if not of_weight:
         return None, sum_of_rows(dz) if of_bias else None
-    if dz.is_cuda or _is_for_torch(dz, input.shape[1], "dweight"):
+    if _is_for_torch(dz, input.shape[1], "dweight"):
+        # Packed: the same bits in every layout.
+        dz, input = dz.contiguous(), input.contiguous()
+        return dz.mT @ input, sum_of_rows(dz) if of_bias else None
+    if dz.is_cuda:
         return dz.mT @ input, sum_of_rows(dz) if of_bias else None
     dweight, dbias = linear_dweight(dz, input, of_bias)
     return dweight, dbias if of_bias else None

@@ -7,7 +7,7 @@ namespace {
 
 template <class T>
 struct Forward {
-  static constexpr int64_t kBlock = kStrip;
+  static constexpr int64_t kBlock = kStrip, kPanel = Panels<T>::kPanel;
   const LinearForward<T>& a;
   Panels<T> panels;
   float* turned;  // [row of input][row of the weight]: sums of a block.

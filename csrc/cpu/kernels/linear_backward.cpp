@@ -33,7 +33,7 @@ template <class T, Activation kActivation>
 
 template <class T>
 struct Dinput {
-  static constexpr int64_t kBlock = kStrip;
+  static constexpr int64_t kBlock = kStrip, kPanel = Panels<T>::kPanel;
   const LinearDinput<T>& a;
   Panels<T> panels;
 
@@ -64,7 +64,7 @@ struct Dinput {
 
 template <class T>
 struct Dweight {
-  static constexpr int64_t kBlock = kStrip;
+  static constexpr int64_t kBlock = kStrip, kPanel = Panels<T>::kPanel;
   static constexpr int64_t kFold = 8;  // Rows that are added up in one piece.
   const LinearDweight<T>& a;
   Panels<T> panels;

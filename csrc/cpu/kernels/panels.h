@@ -12,14 +12,16 @@
 namespace llmos {
 namespace {
 
-constexpr int64_t kStrip = 4 * kLanes, kPanel = 2 * kStrip;  // Columns of c.
-constexpr int64_t kDepth = 768;  // Units of a packed panel: it stays in the second cache.
+constexpr int64_t kStrip = 4 * kLanes;  // Columns of c.
+constexpr int64_t kDepth = 768;         // Units of a packed panel: it stays in the second cache.
 constexpr int64_t kBlockDepth = 128;
 
 template <class T>
 class Panels {
  public:
   using U = UnitOf<T>;
+  // Tiles are so fast that reading the left operand for each narrow panel would hold them up.
+  static constexpr int64_t kPanel = (kInTiles<U> ? 6 : 2) * kStrip;
 
   explicit Panels(Scratch& scratch)
       : packed_(scratch.take<U>(kDepth * kPanel)),
@@ -39,6 +41,7 @@ class Panels {
   template <class Finish>
   void multiply(const Matrix<T>& left, const Matrix<T>& right, int64_t depth,
                 const ProductTask& task, Finish finish) {
+    const bool in_one_part = depth <= kDepth * kPerUnit<U>;
     for (int64_t chunk = task.begin; chunk < task.end; chunk += kChunkRows) {
       const int64_t stop = std::min(chunk + kChunkRows, task.end);
       if (depth == 0) std::memset(sums_, 0, kChunkRows * kPanel * sizeof(float));
@@ -48,7 +51,7 @@ class Panels {
         pack_right(right, part, part_end, task.first, task.columns);
         for (int64_t row = chunk; row < stop; row += kBlockRows) {
           const int64_t rows = std::min(kBlockRows, stop - row);
-          float* c = sums_ + (row - chunk) * kStrip;
+          float* c = sums_ + (in_one_part ? 0 : (row - chunk) * kStrip);
           constexpr int64_t kStep = kBlockDepth * kPerUnit<U>;
           for (int64_t k = part; k < part_end; k += kStep)
             block(left, row, rows, k, std::min(k + kStep, part_end), task.columns,

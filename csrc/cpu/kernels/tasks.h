@@ -32,7 +32,14 @@ void run_tasks(const Args& args, const typename Args::Task* tasks, int64_t count
 // Enters Impl, which has kBlock, scratch(args) and run(task), as the kernel of Args.
 template <class Impl, class Args>
 struct BuildOf {
-  static constexpr TaskKernel<Args> kKernel{Impl::kBlock, &Impl::scratch, &run_tasks<Impl, Args>};
+  static constexpr int64_t panel() {
+    if constexpr (requires { Impl::kPanel; })
+      return Impl::kPanel;
+    else
+      return 2 * Impl::kBlock;
+  }
+  static constexpr TaskKernel<Args> kKernel{Impl::kBlock, panel(), &Impl::scratch,
+                                            &run_tasks<Impl, Args>};
   Build<const TaskKernel<Args>*> build{LLMOS_CPU_LEVEL, task_kernel<Args>, &kKernel};
 };
 
