@@ -62,5 +62,6 @@ inline F32 max(F32 a, F32 b) {
   p = fma(p, f, F32{} + 6.931469776e-1f);
   return times_power_of_two(fma(p, f, F32{} + 1), whole);
 }
+
 }  // namespace
 }  // namespace llmos
