@@ -6,7 +6,7 @@ PIP := $(PYTHON) -m pip --disable-pip-version-check
 CSRC := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 LINTED := llmos_kernels benchmarks tests examples setup.py .ci/wheel.py
 JOBS := $(shell nproc)
-RESULTS := $(wildcard benchmarks/results/*/ops*.json benchmarks/results/*/int8.json benchmarks/results/*/models.json)
+RESULTS := $(wildcard benchmarks/results/*/ops*.json benchmarks/results/*/int8.json benchmarks/results/*/models*.json)
 
 .PHONY: help demo test bench bench-gate page peers lint format build sanitize wheel test-wheels gpu gpu-carry mutants clean
 
