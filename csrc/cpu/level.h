@@ -19,9 +19,10 @@ enum CpuLevel { Baseline, Avx2, Avx512, Avx512Bf16, Amx, CpuLevels };
 inline constexpr const char* cpu_level_names[CpuLevels] = {"baseline", "avx2", "avx512",
                                                            "avx512_bf16", "amx"};
 
-// Whether there are matrix tiles of bfloat16 and int8, and the kernel lets this process use them.
+// Whether there are matrix tiles of bfloat16 and int8, kernels for them in this build, and leave of
+// the operating system for this process to use them.
 inline bool has_tiles() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(LLMOS_TILES) && defined(__linux__)
   constexpr unsigned kWanted = 1 << 22 | 1 << 24 | 1 << 25;  // AMX-BF16, AMX-TILE, AMX-INT8.
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA.
   static const bool has = [] {

@@ -30,8 +30,7 @@ inline std::vector<ProductTask> tasks_of(int64_t columns, int64_t strip, int64_t
   for (int64_t n = panel / strip + 1; n * strip <= most; ++n)
     if (strips % n == 0 && strips / n * blocks >= wanted) panel = n * strip;
   const int64_t panels = std::max<int64_t>((columns + panel - 1) / panel, 1);
-  const int64_t pieces = std::clamp<int64_t>((wanted + panels - 1) / panels, 1,
-                                             std::max<int64_t>(rows / (2 * grain), 1));
+  const int64_t pieces = std::clamp<int64_t>((wanted + panels - 1) / panels, 1, blocks);
   const int64_t piece = ((rows + pieces - 1) / pieces + grain - 1) / grain * grain;
   for (int64_t p = 0; p < panels; ++p)
     for (int64_t begin = 0; begin < rows; begin += piece)

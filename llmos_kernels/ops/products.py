@@ -238,11 +238,10 @@ def parameter_gradients(dz: Tensor, input: Tensor, of_weight: bool, of_bias: boo
     """dweight and dbias where they are wanted, else None."""
     if not of_weight:
         return None, sum_of_rows(dz) if of_bias else None
-    if _is_for_torch(dz, input.shape[1], "dweight"):
-        # Packed: the same bits in every layout.
+    by_torch = _is_for_torch(dz, input.shape[1], "dweight")
+    if by_torch:  # Packed: the same bits in every layout.
         dz, input = dz.contiguous(), input.contiguous()
-        return dz.mT @ input, sum_of_rows(dz) if of_bias else None
-    if dz.is_cuda:
+    if by_torch or dz.is_cuda:
         return dz.mT @ input, sum_of_rows(dz) if of_bias else None
     dweight, dbias = linear_dweight(dz, input, of_bias)
     return dweight, dbias if of_bias else None
