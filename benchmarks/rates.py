@@ -2,10 +2,8 @@
 
 import contextlib
 import functools
-import math
 import time
-from collections.abc import Callable, Sequence
-from statistics import NormalDist
+from collections.abc import Callable
 
 import machine
 import torch
@@ -39,15 +37,6 @@ def share_of_limits(device: str, seconds: float, moved: int, flop: int | None, r
         found |= {"FLOP": flop, "GFLOP/s": round(flop / seconds / 1e9, 1)}
         shares += [flop / seconds / 1e9 / most] if most else []
     return found | {"share": round(max(shares), 3)}
-
-
-def interval(found: Sequence[float]) -> list[float]:
-    """Two of the samples between which their median is to be expected, with 95 % confidence or, of fewer
-    than six, all there is: order statistics, which ask nothing of how times are spread."""
-    listed, n = sorted(found), len(found)
-    reach = NormalDist().inv_cdf(0.975) * n**0.5 / 2
-    low, high = math.floor(n / 2 - reach), math.ceil(n / 2 + reach)
-    return [listed[max(low - 1, 0)], listed[min(high, n - 1)]]
 
 
 def host_seconds(fn: Callable[[], object]) -> float:

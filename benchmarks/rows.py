@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from llmos_kernels import _device_time as device_time
-from llmos_kernels.testing import error_over_budget, samples
+from llmos_kernels.testing import error_over_budget, interval, samples
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: What an error may be, by how it is given: ours over its budget; of the others, who may add in
@@ -190,14 +190,14 @@ def measure(row: Row, rounds: int, most: float, busy: bool) -> dict[str, dict]:
         extra |= rates.share_of_limits(
             DEVICE, median, row.moved, row.flop, row.rate or str(row.dtype)[6:]
         )
-        extra |= {"median_ci": rates.interval(taken)}
+        extra |= {"median_ci": interval(taken)}
         extra |= peaks.get(provider, {}) | more.get(provider, {})
         if row.tokens is not None:
             extra["tokens/s"] = round(row.tokens / median, 1)
         if "eager" in found:
             ratios = [a / b for a, b in zip(found["eager"], taken, strict=True)]
             extra["vs_eager"] = round(statistics.median(ratios), 3)
-            extra["vs_eager_ci"] = [round(r, 3) for r in rates.interval(ratios)]
+            extra["vs_eager_ci"] = [round(r, 3) for r in interval(ratios)]
         if provider == "kernel" and row.goals:
             extra["goal"] = {k: v for k, v in row.goals.items() if k in found}
         del extra["ours"]

@@ -1,8 +1,10 @@
 """How a ``Case`` is run, one way to judge error, and one way to time, for tests and benchmarks."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -12,6 +14,18 @@ from llmos_kernels.cases import CASES as CASES
 from llmos_kernels.cases import Case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Every fixed seed of tests and proofs is shifted by as many thousands: ``pytest --seed``.
+shift = 0
+
+
+def shifted(seed: int) -> int:
+    """A fixed seed, or the one that stands for it in this run."""
+    return seed + 1000 * shift
+
+
+def generator(seed: int) -> torch.Generator:
+    """A new generator on the CPU, seeded with ``shifted(seed)``."""
+    return torch.Generator().manual_seed(shifted(seed))
 
 
 def tensors(args: Sequence) -> Iterator[Tensor]:
@@ -43,9 +57,9 @@ def run(fn: Callable, args: Sequence) -> tuple[Tensor, ...]:
 
 def make_gradients(outputs: Sequence[Tensor], seed: int = 1) -> tuple[Tensor, ...]:
     """An incoming gradient for each output: the same numbers whatever their dtype."""
-    generator = torch.Generator().manual_seed(seed)
+    drawn_by = generator(seed)
     return tuple(
-        torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device, o.dtype)
+        torch.randn(o.shape, generator=drawn_by, dtype=torch.float64).to(o.device, o.dtype)
         for o in outputs
     )
 
@@ -151,12 +165,13 @@ def samples(
     rounds: int = 30,
     seconds: float = 4e-3,
     most: float = float("inf"),
+    least: int = 5,
 ) -> list[list[float]]:
     """The times of each function, in seconds, all measured in turn.
 
     Each round runs every function for about ``seconds``, so that what disturbs the machine
-    disturbs all of them alike; there are fewer rounds, at least 5, where all would take more than
-    ``most`` seconds. On a GPU the device's work is waited for. A function in another process
+    disturbs all of them alike; there are fewer rounds, at least ``least``, where all would take more
+    than ``most`` seconds. On a GPU the device's work is waited for. A function in another process
     measures itself: its ``timed(calls)`` is asked.
     """
     wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
@@ -171,11 +186,15 @@ def samples(
         wait()
         return (time.perf_counter() - start) / calls
 
-    warm = [min(timed(fn, 1) for _ in range(3)) for fn in fns]
+    def warmed(fn):
+        first = timed(fn, 1)
+        return first if first > 0.25 else min(first, timed(fn, 1), timed(fn, 1))
+
+    warm = [warmed(fn) for fn in fns]
     calls = [max(1, round(seconds / t)) for t in warm]
     within = most / sum(t * n for t, n in zip(warm, calls, strict=True))
     times: list[list[float]] = [[] for _ in fns]
-    for _ in range(rounds if within >= rounds else min(rounds, max(5, int(within)))):
+    for _ in range(rounds if within >= rounds else min(rounds, max(least, int(within)))):
         for fn, n, taken in zip(fns, calls, times, strict=True):
             taken.append(timed(fn, n))
     return times
@@ -186,6 +205,15 @@ def interleaved(
 ) -> list[float]:
     """The median time of each function, in seconds, by ``samples``."""
     return [statistics.median(t) for t in samples(fns, rounds, seconds)]
+
+
+def interval(found: Sequence[float]) -> list[float]:
+    """Two of the samples between which their median is to be expected, with 95 % confidence or, of fewer
+    than six, all there is: order statistics, which ask nothing of how times are spread."""
+    listed, n = sorted(found), len(found)
+    reach = NormalDist().inv_cdf(0.975) * n**0.5 / 2
+    low, high = math.floor(n / 2 - reach), math.ceil(n / 2 + reach)
+    return [listed[max(low - 1, 0)], listed[min(high, n - 1)]]
 
 
 class _Record(TorchDispatchMode):

@@ -5,11 +5,12 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llmos_kernels import scaled_dot_product_attention as attention
+from llmos_kernels import testing
 from llmos_kernels.testing import assert_accurate
 
 
 def make(q_len, k_len, dtype=torch.float32, batch=2, heads=4, kv_heads=4, dim=24, device="cpu"):
-    generator = torch.Generator().manual_seed(q_len * 1000 + k_len)
+    generator = testing.generator(q_len * 1000 + k_len)
     return [
         torch.randn(batch, length, n, dim, generator=generator).to(device, dtype).transpose(1, 2)
         for length, n in ((q_len, heads), (k_len, kv_heads), (k_len, kv_heads))
@@ -37,7 +38,7 @@ def outputs_and_gradients(fn, args, dtype=None, **options):
         for a in args
     ]
     out = fn(*args, **options)
-    generator = torch.Generator().manual_seed(7)
+    generator = testing.generator(7)
     dout = torch.randn(out.shape, generator=generator, dtype=torch.float64)
     leaves = [a for a in args if a is not None and a.requires_grad]
     return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.device, out.dtype))]

@@ -11,7 +11,25 @@ if not HAS_GPU:
 
 import pytest  # noqa: E402
 
+from llmos_kernels import testing  # noqa: E402
+
 DEVICES = ["cpu"] + ["cuda"] * HAS_GPU
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--seed", type=int, default=0, help="other random numbers in every test and proof"
+    )
+
+
+def pytest_configure(config):
+    testing.shift = config.getoption("seed")
+    if testing.shift:
+        import hypothesis
+
+        hypothesis.core.global_force_seed = testing.shift
+        original = torch.manual_seed
+        torch.manual_seed = lambda seed: original(testing.shifted(seed))
 
 
 @pytest.fixture(params=DEVICES)

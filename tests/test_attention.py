@@ -17,6 +17,7 @@ from attention_checks import (
 )
 
 from llmos_kernels import scaled_dot_product_attention as attention
+from llmos_kernels import testing
 from llmos_kernels.ops.dropout import draw_seed, keep_mask
 from llmos_kernels.testing import DTYPES, assert_accurate
 
@@ -195,7 +196,7 @@ def test_packed_sequences(bottom_right, dtype, device):
         one = [t[s].transpose(0, 1)[None] for t, s in zip(leaves, (rows, cols, cols), strict=True)]
         pieces.append(attention(*one, **options)[0].transpose(0, 1))
     out = torch.cat(pieces)
-    generator = torch.Generator().manual_seed(7)
+    generator = testing.generator(7)
     dout = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(device, dtype)
     expected = [out.detach(), *torch.autograd.grad(out, leaves, dout)]
     for a, e in zip(actual, expected, strict=True):

@@ -11,6 +11,8 @@ import rates
 import torch
 import torch.nn.functional as F
 
+from llmos_kernels.testing import interval
+
 
 def test_others_are_seen():
     """A process that is not among those that are measured; the same one, if it is."""
@@ -85,7 +87,7 @@ def test_share_of_limits(monkeypatch):
 def test_interval_of_a_median():
     """Of many draws of 25 numbers, 95 % and few more have the true median between the two."""
     torch.manual_seed(0)
-    drawn = [rates.interval(row) for row in torch.rand(4000, 25).tolist()]
+    drawn = [interval(row) for row in torch.rand(4000, 25).tolist()]
     inside = sum(low <= 0.5 <= high for low, high in drawn) / len(drawn)
     assert 0.94 < inside < 0.99
-    assert rates.interval([3.0, 1.0, 2.0]) == [1.0, 3.0] and rates.interval([5.0]) == [5.0, 5.0]
+    assert interval([3.0, 1.0, 2.0]) == [1.0, 3.0] and interval([5.0]) == [5.0, 5.0]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llmos_kernels as lk
-from llmos_kernels import _environment
+from llmos_kernels import _environment, testing
 from llmos_kernels.ops import products
 from llmos_kernels.ops.activations import NONE
 from llmos_kernels.ops.linear import project
@@ -176,7 +176,7 @@ def test_what_env_says(monkeypatch):
 @pytest.mark.parametrize("inner", [1, 2, 15, 31, 32, 33, 63, 96, 127, 130, 260])
 def test_whole_numbers(inner, dtype):
     """Sums of whole numbers are exact, so results have one rounding: any lost or foreign element shows."""
-    generator = torch.Generator().manual_seed(inner)
+    generator = testing.generator(inner)
 
     def whole(*shape):
         return torch.randint(-3, 4, shape, generator=generator).to(dtype)

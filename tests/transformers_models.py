@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import models as m
 
+from llmos_kernels import testing
 from llmos_kernels.testing import assert_accurate, make_gradients
 
 BATCH, LENGTH, VOCABULARY = 3, 20, 60
@@ -82,7 +83,7 @@ def build(make, attention="llmos", **options):
 
 def batch(model, padding="left"):
     """Tokens and a mask; encoder-decoder models get both sides, of different lengths."""
-    generator = torch.Generator().manual_seed(1)
+    generator = testing.generator(1)
     ids = torch.randint(3, VOCABULARY, (BATCH, LENGTH), generator=generator)
     mask = torch.ones_like(ids)
     mask[1, :7] = mask[2, :1] = 0
