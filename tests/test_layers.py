@@ -177,7 +177,7 @@ def test_whole_models(norm_first, inference):
             )  # fmt: skip
 
     before = run()
-    report = lk.optimize(model)
+    report = lk.optimize(model, always=True)
     kinds = {"TransformerEncoderLayer", "TransformerDecoderLayer"}
     assert not report.kept and kinds <= {e.cls for e in report.swapped}
     torch.testing.assert_close(run(), before)
@@ -290,7 +290,7 @@ def test_one_tensor_is_kept():
 @each_layer
 def test_swap_is_proved_in_every_dtype(plain, dtype):
     layer = nn.ModuleList([build(plain, dtype=dtype, norm_first=first) for first in (True, False)])
-    report = lk.optimize(layer)
+    report = lk.optimize(layer, always=True)
     assert not report.kept, report
     assert {type(m) for m in layer} == {LAYERS[plain]}
     lk.restore(layer)

@@ -150,7 +150,7 @@ def test_whole_model(optimized, speedups):
     x, padding = torch.randn(3, 9, 32), torch.arange(9) > torch.tensor([[8], [5], [2]])
     hooked = []
     if optimized:
-        lk.optimize(model)
+        lk.optimize(model, always=True)
     model.layers[0].linear1.register_forward_hook(lambda *a: hooked.append(1))
     with torch.no_grad():
         expected = model(x, src_key_padding_mask=padding)
@@ -208,7 +208,7 @@ def test_nested_tensors(speedups):
     for optimized in (False, True):
         model = copy.deepcopy(stock)
         if optimized:
-            lk.optimize(model)
+            lk.optimize(model, always=True)
         lk.quantize(model)
         with torch.no_grad():
             actual = model(x, src_key_padding_mask=padding)[~padding]
@@ -225,7 +225,7 @@ def test_fused_blocks(speedups):
         lk.nn.FeedForward(32, 64, "relu"),
     ):
         model = copy.deepcopy(stock)
-        lk.optimize(model)
+        lk.optimize(model, always=True)
         lk.quantize(model)
         first, second = (m for m in model.modules() if type(m) is Int8Linear)
         name = "relu" if isinstance(model, lk.nn.FeedForward) else "gelu"

@@ -11,7 +11,9 @@ from swap_models import Block, Model, OptionalSkip, TwiceNorm, classes
 from torch import nn
 
 import llmos_kernels as lk
-from llmos_kernels.swap import proof
+from llmos_kernels import testing
+from llmos_kernels.swap import calls
+from llmos_kernels.swap.replica import replica
 
 SWAPPED = {"embed", "first", "widen", "block", "block.project", "block.norm", "last"}
 
@@ -27,7 +29,7 @@ def test_swap_and_restore(x, inputs):
     model = Model().eval()
     before, old, ids = model(x), classes(model), {n: id(p) for n, p in model.named_parameters()}
     given = {"generated": None, "tuple": (x,), "dict": {"x": x}}[inputs]
-    report = lk.optimize(model, inputs=given)
+    report = lk.optimize(model, inputs=given, always=True)
     assert {e.module for e in report.swapped} == SWAPPED
     assert not report.kept
     assert all(0 <= e.error <= 1 and e.speedup > 0 for e in report.swapped)
@@ -44,7 +46,7 @@ def test_in_inference_mode(x):
     model = Model().eval()
     with torch.inference_mode():
         before = model(x)
-        report = lk.optimize(model, inputs=(x * 1,))
+        report = lk.optimize(model, inputs=(x * 1,), always=True)
         torch.testing.assert_close(model(x), before)
     assert len(report.swapped) == len(SWAPPED)
 
@@ -52,7 +54,7 @@ def test_in_inference_mode(x):
 def test_gradients_and_dropout_of_the_swapped_model(x):
     model = Model(p=0.0).train()
     stock = copy.deepcopy(model)
-    lk.optimize(model)
+    lk.optimize(model, always=True)
     for m in (model, stock):
         m(x).square().sum().backward()
     for (name, p), q in zip(model.named_parameters(), stock.parameters(), strict=True):
@@ -66,10 +68,12 @@ def test_gradients_and_dropout_of_the_swapped_model(x):
 
 
 def test_calls_that_no_fused_op_takes(x):
-    assert "block" not in {e.module for e in lk.optimize(Model(block=OptionalSkip)).entries}
+    assert "block" not in {
+        e.module for e in lk.optimize(Model(block=OptionalSkip), always=True).entries
+    }
     stock = Block(p=0.0)
     block = copy.deepcopy(stock)
-    assert lk.optimize(block).entries[0].swapped
+    assert lk.optimize(block, always=True).entries[0].swapped
     wide = x.repeat(1, 1, 2)
     torch.testing.assert_close(block(wide, x[:1]), stock(wide, x[:1]))
     torch.testing.assert_close(block(skip=x, states=wide), stock(wide, x))
@@ -91,13 +95,13 @@ def test_an_eval_with_effects_is_not_called(x):
 
     model = nn.Sequential(Merging(16, 16), nn.LayerNorm(16))
     weight = model[0].weight.clone()
-    assert lk.optimize(model, inputs=(x,)).swapped
+    assert lk.optimize(model, inputs=(x,), always=True).swapped
     assert torch.equal(model[0].weight, weight) and model[0].training
 
 
 def test_a_class_changed_after_the_swap_is_not_lost(x):
     model = nn.Sequential(nn.LayerNorm(16), nn.LayerNorm(16))
-    lk.optimize(model)
+    lk.optimize(model, always=True)
     nn.utils.parametrize.register_parametrization(model[1], "weight", nn.Identity())
     with pytest.raises(ValueError, match=r"1 became a ParametrizedLayerNorm"):
         lk.restore(model)
@@ -110,31 +114,31 @@ def test_a_class_changed_after_the_swap_is_not_lost(x):
 def test_only_the_models_generators_are_seeded(monkeypatch):
     seeded = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
-    lk.optimize(nn.LayerNorm(8))
+    lk.optimize(nn.LayerNorm(8), always=True)
     assert not seeded
 
 
 def test_second_optimize_is_a_no_op():
     model = Model()
-    lk.optimize(model)
+    lk.optimize(model, always=True)
     old = classes(model)
-    assert lk.optimize(model).entries == [] and classes(model) == old
+    assert lk.optimize(model, always=True).entries == [] and classes(model) == old
     lk.restore(model)
     assert type(model.first) is nn.LayerNorm
 
 
 def test_report():
-    report = lk.optimize(nn.Sequential(nn.LayerNorm(8), TwiceNorm(8)))
+    report = lk.optimize(nn.Sequential(nn.LayerNorm(8), TwiceNorm(8)), always=True)
     text = str(report)
     assert (
-        "swapped" in text
-        and "kept: TwiceNorm is a subclass" in text
+        "kept 1 TwiceNorm: TwiceNorm is a subclass" in text
         and "1 swapped, 1 kept" in text
+        and "kept: TwiceNorm is a subclass" in report.details()
     )
     entries = json.loads(json.dumps(report.to_dict()))["entries"]
     assert [e["swapped"] for e in entries] == [True, False]
-    assert str(lk.optimize(nn.Bilinear(1, 1, 1))).endswith("0 swapped, 0 kept")
-    assert "(the model)" in str(lk.optimize(nn.LayerNorm(8)))
+    assert str(lk.optimize(nn.Bilinear(1, 1, 1), always=True)).endswith("0 swapped, 0 kept")
+    assert "(the model)" in lk.optimize(nn.LayerNorm(8), always=True).details()
 
 
 @pytest.mark.parametrize("bad", [None, "bert", torch.ones(3)], ids=lambda v: type(v).__name__)
@@ -143,7 +147,7 @@ def test_no_module(bad):
         with pytest.raises(TypeError, match=type(bad).__name__):
             fn(bad)
     with pytest.raises(TypeError, match="list"):
-        lk.optimize(nn.LayerNorm(8), inputs=[torch.ones(8)])
+        lk.optimize(nn.LayerNorm(8), inputs=[torch.ones(8)], always=True)
 
 
 def test_nothing_but_classes_changes(x):
@@ -154,7 +158,7 @@ def test_nothing_but_classes_changes(x):
     model.first.register_forward_hook(lambda *a: calls.append("hook"))
     model.block.project.register_forward_hook(lambda *a: calls.append("inner"))
     modes, state = {n: m.training for n, m in model.named_modules()}, torch.get_rng_state()
-    lk.optimize(model)
+    lk.optimize(model, always=True)
     assert torch.equal(torch.get_rng_state(), state)
     assert {n: m.training for n, m in model.named_modules()} == modes
     assert all(p.grad is None for p in model.parameters()) and not calls
@@ -164,7 +168,7 @@ def test_nothing_but_classes_changes(x):
 
 def test_parts_replaced_after_the_swap(x):
     model = Model().eval()
-    lk.optimize(model)
+    lk.optimize(model, always=True)
     model.block.norm = TwiceNorm(16)
     expected = copy.deepcopy(model)
     lk.restore(expected)
@@ -174,7 +178,7 @@ def test_parts_replaced_after_the_swap(x):
 def test_shared_modules(x):
     norm = nn.LayerNorm(16)
     model = nn.Sequential(norm, nn.Identity(), norm)
-    report = lk.optimize(model)
+    report = lk.optimize(model, always=True)
     assert len(report.swapped) == 1 and model[0] is model[2] is norm
     lk.restore(model)
     assert type(norm) is nn.LayerNorm
@@ -183,7 +187,7 @@ def test_shared_modules(x):
 def test_deepcopy_and_pickle(x):
     model = Model().eval()
     before = model(x)
-    lk.optimize(model)
+    lk.optimize(model, always=True)
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
@@ -205,7 +209,7 @@ def test_deepcopy_and_pickle(x):
 def test_low_precision(x, dtype):
     model = Model().to(dtype).eval()
     expected = model(x.to(dtype))
-    report = lk.optimize(model, inputs=(x.to(dtype),))
+    report = lk.optimize(model, inputs=(x.to(dtype),), always=True)
     assert not report.kept, report
     torch.testing.assert_close(model(x.to(dtype)), expected, atol=0.05, rtol=0.02)
 
@@ -221,7 +225,7 @@ def process_group(tmp_path):
 def test_ddp(x, process_group):
     model = nn.parallel.DistributedDataParallel(Model(p=0.0))
     expected = torch.autograd.grad(model(x).sum(), model.module.embed.weight)[0]
-    report = lk.optimize(model)
+    report = lk.optimize(model, always=True)
     assert len(report.swapped) == len(SWAPPED)
     model(x).sum().backward()
     torch.testing.assert_close(model.module.embed.weight.grad, expected)
@@ -233,7 +237,7 @@ def test_fully_shard(x, process_group):
 
     model = Model().eval()
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    report = lk.optimize(model)
+    report = lk.optimize(model, always=True)
     assert not report.swapped and all("DTensor" in e.reason for e in report.kept)
 
 
@@ -243,20 +247,20 @@ def test_optimize_before_fully_shard(x, process_group):
 
     model = Model(p=0.0)
     stock = copy.deepcopy(model)
-    lk.optimize(model)
+    lk.optimize(model, always=True)
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     torch.testing.assert_close(model(x), stock(x))
 
 
 def test_replica_shares_nothing():
     model = Model()
-    copied = proof.replica(model)
+    copied = replica(model)
     with torch.no_grad():
         for p in copied.parameters():
             p.zero_()
     assert all(p.any() for p in model.parameters())
     attention = nn.MultiheadAttention(8, 2, dropout=0.5)
-    assert proof.replica(attention).dropout == 0 and attention.dropout == 0.5
+    assert replica(attention).dropout == 0 and attention.dropout == 0.5
 
 
 class Attends(nn.Module):
@@ -294,7 +298,7 @@ def attention_inputs():
 def test_attention(attention_inputs, options, given):
     model = Attends(**options).eval()
     before = model(**attention_inputs)
-    report = lk.optimize(model, inputs=attention_inputs if given else None)
+    report = lk.optimize(model, inputs=attention_inputs if given else None, always=True)
     assert {e.module for e in report.swapped} == {"own", "cross"} and not report.kept, report
     assert all(0 < e.error <= 1 and e.speedup > 0 for e in report.swapped)
     assert type(model.own) is type(model.cross) is lk.nn.MultiheadAttention
@@ -308,7 +312,7 @@ def test_attention(attention_inputs, options, given):
 def test_a_proof_makes_the_models_own_call(attention_inputs):
     model = Attends()
     call = lambda: model(**attention_inputs)
-    found = proof.captured_calls(model, [model.own, model.cross], call)
+    found = calls.captured_calls(model, [model.own, model.cross], call)
     own, cross = found[model.own], found[model.cross]
     assert own.args[0] is own.args[1] is own.args[2] and own.args[0] is not attention_inputs["x"]
     assert own.kwargs["need_weights"] is False and own.kwargs["attn_mask"].dtype == torch.bool
@@ -329,7 +333,7 @@ def test_queries_that_see_nothing(need_weights):
     inputs["key_padding_mask"][2] = True
     before = module(**inputs)[0]
     assert before[:, 2].isnan().all() == need_weights and before[:, :2].isfinite().all()
-    assert lk.optimize(module, inputs=inputs).swapped
+    assert lk.optimize(module, inputs=inputs, always=True).swapped
     after = module(**inputs)[0]
     assert after.isfinite().all()
     torch.testing.assert_close(after[:, :2], before[:, :2])
@@ -376,12 +380,12 @@ def hf_models():
 
 def test_residual_blocks_of_transformers():
     pytest.importorskip("transformers")
-    ids = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 50, (2, 7), generator=testing.generator(0))
     for model, blocks in hf_models():
         model.eval()
         with torch.no_grad():
             before = model(ids).last_hidden_state
-            report = lk.optimize(model, inputs={"input_ids": ids})
+            report = lk.optimize(model, inputs={"input_ids": ids}, always=True)
             assert sum("Output" in e.cls for e in report.swapped) == blocks, report
             assert not report.kept, report
             torch.testing.assert_close(model(ids).last_hidden_state, before, atol=1e-5, rtol=1e-4)

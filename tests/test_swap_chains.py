@@ -140,7 +140,7 @@ def spread(module):
 def test_chains(name, dtype):
     module = spread(CHAINS[name]()).to(dtype)
     old, x = copy.deepcopy(module).eval(), torch.randn(2, 3, 24, dtype=dtype)
-    report = lk.optimize(module)
+    report = lk.optimize(module, always=True)
     (entry,) = (e for e in report.entries if not e.module)
     assert entry.swapped and entry.error <= 1 and not report.kept, report
     assert isinstance(module, FusedChain) and isinstance(module, type(old))
@@ -164,7 +164,7 @@ def saved(module):
 def test_what_only_looks_like_one(make):
     module = make()
     assert not find_steps(module)
-    lk.optimize(module)
+    lk.optimize(module, always=True)
     assert not isinstance(module, FusedChain)
 
 
@@ -178,7 +178,7 @@ def test_what_is_fused():
 
 def test_dropout_between_and_after():
     block = spread(Block(p=0.5)).train()
-    lk.optimize(block)
+    lk.optimize(block, always=True)
     x = torch.randn(64, 24)
     torch.manual_seed(1)
     y = block(x)
@@ -194,7 +194,7 @@ def test_dropout_between_and_after():
 
 def test_children_that_change_after_the_swap():
     block = spread(Block()).eval()
-    lk.optimize(block)
+    lk.optimize(block, always=True)
     x = torch.randn(3, 24)
     before, seen = block(x), []
     handle = block.act.register_forward_hook(lambda m, args, out: seen.append(out))
@@ -254,7 +254,7 @@ def test_rms_norms(dtype):
     with torch.no_grad():
         norm.weight.normal_()
     before = norm(x)
-    assert lk.optimize(norm).entries[0].swapped and isinstance(norm, FusedRMSNorm)
+    assert lk.optimize(norm, always=True).entries[0].swapped and isinstance(norm, FusedRMSNorm)
     torch.testing.assert_close(norm(x), before)
     norm.eps = 0.5
     torch.testing.assert_close(norm(x), Root.forward(norm, x))
@@ -269,7 +269,7 @@ def test_rms_norms(dtype):
 def test_linear_layers():
     layer, x = spread(nn.Linear(24, 16)), torch.randn(2, 3, 24)
     before = layer(x)
-    assert lk.optimize(layer).entries[0].swapped and type(layer) is lk.nn.Linear
+    assert lk.optimize(layer, always=True).entries[0].swapped and type(layer) is lk.nn.Linear
     torch.testing.assert_close(layer(x), before)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
@@ -277,6 +277,6 @@ def test_linear_layers():
     lk.restore(layer)
     assert type(layer) is nn.Linear
     # In float16 torch's product is as fast; nn.MultiheadAttention never calls its out_proj.
-    assert not lk.optimize(nn.Linear(8, 8, dtype=torch.float16)).entries
-    report = lk.optimize(nn.MultiheadAttention(8, 2))
+    assert not lk.optimize(nn.Linear(8, 8, dtype=torch.float16), always=True).entries
+    report = lk.optimize(nn.MultiheadAttention(8, 2), always=True)
     assert [e.module for e in report.entries] == [""]

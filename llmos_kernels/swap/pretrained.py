@@ -4,23 +4,27 @@ transformers is not imported here: it is optional, and a model's classes tell wh
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmos_kernels._registry import KERNEL_DTYPES
-from llmos_kernels.swap.proof import Call
+from llmos_kernels.swap.calls import Call, tensors_in
 from llmos_kernels.swap.replica import replica
 from llmos_kernels.swap.rules import why_untouchable
-from llmos_kernels.testing import error_over_budget, interleaved
+from llmos_kernels.swap.timing import Timing, compare
+from llmos_kernels.testing import error_over_budget
 
 NAME = "llmos"
 _MARK = "_llmos_attention_before"
 #: What transformers chooses by itself. Any other name is its user's choice.
 _OURS_TO_CHANGE = ("eager", "sdpa", NAME)
 _TOKENS = 12
+#: How many sequences of which length a model is timed on whose inputs are not known.
+_SIZES = ((1, 8), (2, 128))
 
 
 def is_pretrained(module: nn.Module) -> bool:
@@ -58,18 +62,27 @@ def why_not(model: Any, ancestors: list[nn.Module]) -> str:
     return ""
 
 
-def select(model: Any) -> None:
-    """Choose our attention; ``restore`` puts back what was chosen before."""
-    before = _implementations(model)
-    earlier = model.__dict__.get(_MARK, before)
+def switch(model: Any) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Return what chooses our attention, and what undoes it; ``restore`` knows what was chosen before."""
+    configs, before, earlier = _configs(model), _implementations(model), model.__dict__.get(_MARK)
     _choose(model)
-    model.__dict__[_MARK] = [
-        e if name == NAME else name for name, e in zip(before, earlier, strict=True)
-    ]
+    ours = _implementations(model)
+    _put(model, before)
+    mark = [e if name == NAME else name for name, e in zip(before, earlier or before, strict=True)]
+
+    def put(names: list[str], mark: list[str] | None) -> None:
+        for config, name in zip(configs, names, strict=True):
+            config._attn_implementation = name
+        if mark is None:
+            model.__dict__.pop(_MARK, None)
+        else:
+            model.__dict__[_MARK] = mark
+
+    return partial(put, ours, mark), partial(put, before, earlier)
 
 
 def restore(model: nn.Module) -> None:
-    """Undo ``select`` in every model inside ``model``, but for what was chosen since."""
+    """Undo ``switch`` in every model inside ``model``, but for what was chosen since."""
     for module in model.modules():
         if _MARK in module.__dict__:
             before = module.__dict__.pop(_MARK)
@@ -77,14 +90,22 @@ def restore(model: nn.Module) -> None:
             _put(module, [b if n == NAME else n for n, b in zip(now, before, strict=True)])
 
 
-def prove(model: Any, call: Call | None) -> tuple[float, float]:
-    """The largest error of its outputs over budget, in eval mode, and old time over new.
+def prove(model: Any, call: Call | None) -> tuple[float, list[Timing]]:
+    """The largest error of its outputs over budget, in eval mode, and its times before and after."""
+    error = largest_error(model, [call] if call else example_calls(model))
+    if error > 1:
+        return error, []
+    sized = [call] if call else [example_calls(model, *size)[0] for size in _SIZES]
+    return error, _timings(model, sized)
+
+
+def largest_error(model: Any, calls: list[Call]) -> float:
+    """The largest error of its outputs over budget, in eval mode.
 
     Exact is a copy in float64 with transformers' eager attention. Padded positions are left out:
     causal attention of left padding sees nothing, and eager makes something of that.
     """
     before = _implementations(model)
-    calls = [call] if call else _example_calls(model)
     try:
         model.set_attn_implementation("eager")
         wide = _frozen(model, torch.float64)
@@ -99,17 +120,25 @@ def prove(model: Any, call: Call | None) -> tuple[float, float]:
             if not len(actual) == len(allowed) == len(wanted):
                 raise ValueError("it returns other things than with eager attention")
             worst = max(worst, *map(error_over_budget, actual, wanted, allowed))
-        ours = _implementations(model)
-
-        def run(names):
-            _put(model, names)
-            calls[0].on(copy)
-
-        with torch.no_grad():
-            old, new = interleaved([lambda: run(before), lambda: run(ours)], 5, 5e-4)
-        return worst, old / new
+        return worst
     finally:
         _put(model, before)
+
+
+def _timings(model: Any, calls: list[Call]) -> list[Timing]:
+    """How long a copy takes with the attention it has and with ours, in eval mode."""
+    copied = _frozen(model)
+    on, off = switch(copied)
+
+    def run(choose: Callable[[], None], call: Call) -> None:
+        choose()
+        call.on(copied)
+
+    try:
+        with torch.no_grad():
+            return [compare(partial(run, off, c), partial(run, on, c), c.rows) for c in calls]
+    finally:
+        off()  # The config is the model's own.
 
 
 def _choose(model: Any) -> None:
@@ -155,17 +184,17 @@ def _double(t: Tensor) -> Tensor:
     return t.double() if t.is_floating_point() else t
 
 
-def _example_calls(model: Any) -> list[Call]:
+def example_calls(model: Any, batch: int = 2, length: int = _TOKENS) -> list[Call]:
     """Random tokens, without a mask and with left padding."""
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     if model.main_input_name != "input_ids" or not isinstance(vocabulary, int):
         raise ValueError(f"the inputs of {type(model).__name__} are unknown: pass inputs=")
-    ids = torch.randint(vocabulary, (2, _TOKENS), device=model.device)
+    ids = torch.randint(vocabulary, (batch, length), device=model.device)
     given = {"input_ids": ids}
     if "decoder_input_ids" in inspect.signature(model.forward).parameters:
         given["decoder_input_ids"] = ids.flip(0)
     mask = torch.ones_like(ids)
-    mask[1, : _TOKENS // 3] = 0
+    mask[-1, : length // 3] = 0
     return [Call(kwargs=given), Call(kwargs=given | {"attention_mask": mask})]
 
 
@@ -175,17 +204,9 @@ def _outputs(model: nn.Module, call: Call) -> list[Tensor]:
     names = ("attention_mask", "decoder_attention_mask")
     masks = [bound[n].bool() for n in names if isinstance(bound.get(n), Tensor)]
     with torch.no_grad():
-        found = list(_tensors(call.on(model)))
+        found = list(tensors_in(call.on(model)))
     if not found:
         raise ValueError("it returns no floating point tensors to compare")
     for mask in masks:
         found = [t[mask] if t.shape[:2] == mask.shape else t for t in found]
     return found
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        yield value
-    elif isinstance(value, (tuple, list, dict)):
-        for v in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(v)

@@ -15,13 +15,15 @@ def replica(
     dtype: torch.dtype | None = None,
     device: str | None = None,
     made: dict[nn.Module, nn.Module] | None = None,
+    classes: dict[nn.Module, type] | None = None,
 ) -> nn.Module:
     """A copy of ``module`` without its hooks, as ``cls``, in ``dtype`` and on ``device`` where they
-    are given. ``made``: copies of modules that may come again in it."""
+    are given. ``classes``: what modules in it are to be instead; ``made``: copies of modules that may
+    come again in it."""
     made = {} if made is None else made
     if module in made:
         return made[module]
-    new: Any = cls or type(module)
+    new: Any = cls or (classes or {}).get(module, type(module))
 
     def copy(t):
         if t is None:
@@ -38,7 +40,7 @@ def replica(
     clone._parameters = {k: copy(p) for k, p in module._parameters.items()}
     clone._buffers = {k: copy(b) for k, b in module._buffers.items()}
     clone._modules = {
-        k: m if m is None else replica(m, None, dtype, device, made)
+        k: m if m is None else replica(m, None, dtype, device, made, classes)
         for k, m in module._modules.items()
     }
     if isinstance(clone, Int8Linear):  # Its scales are float32 in every dtype.

@@ -1,7 +1,9 @@
-"""What ``optimize`` did to each module, as data and as a table."""
+"""What ``optimize`` did to each module, as data, as a summary and as a table."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+
+from llmos_kernels.swap.timing import Timing, span
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:
@@ -16,21 +18,46 @@ def table(rows: Sequence[tuple[str, ...]]) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """One module. ``error`` is the largest error over its budget, ``speedup`` old time over new."""
+    """One module that ``optimize`` looked at.
+
+    Args:
+        module: its name in the model; empty for the model itself.
+        cls: its class before the swap.
+        swapped: whether it was swapped.
+        reason: why it was kept; or "not verified".
+        error: the largest error of the drop-in over its budget; 1 or less passes.
+        timings: the times of the original and of the drop-in, by number of rows.
+        slower: whether it was kept only because the drop-in, though right, is slower here.
+    """
 
     module: str
     cls: str
     swapped: bool
     reason: str = ""
     error: float | None = None
-    speedup: float | None = None
+    timings: tuple[Timing, ...] = ()
+    slower: bool = False
+
+    @property
+    def speedup(self) -> float | None:
+        """The original's time over the drop-in's, the smallest of all timings; None without any."""
+        return min((t.speedup for t in self.timings), default=None)
 
 
 @dataclass
 class Report:
-    """Every module that ``optimize`` looked at. ``print(report)`` shows it as a table."""
+    """Every module that ``optimize`` looked at. ``print(report)`` summarises them by class,
+    ``print(report.details())`` has a line for each.
+
+    Args:
+        entries: the modules.
+        model: the times of the whole model before and after, where ``inputs`` were given.
+        why_no_model: why it was not timed all the same.
+    """
 
     entries: list[Entry] = field(default_factory=list)
+    model: list[Timing] = field(default_factory=list)
+    why_no_model: str = ""
 
     @property
     def swapped(self) -> list[Entry]:
@@ -44,10 +71,11 @@ class Report:
 
     def to_dict(self) -> dict:
         """The same as plain data, for JSON."""
-        return {"entries": [asdict(e) for e in self.entries]}
+        return asdict(self)
 
-    def __str__(self) -> str:
-        rows = [("module", "class", "result", "error/budget", "speedup")]
+    def details(self) -> str:
+        """A table with a line for each module: what became of it and why, its error and its times."""
+        rows = [("module", "class", "result", "error/budget", "speedup", "rows: before -> after")]
         rows += [
             (
                 e.module or "(the model)",
@@ -55,7 +83,44 @@ class Report:
                 "swapped" if e.swapped else f"kept: {e.reason}",
                 "" if e.error is None else f"{e.error:.2f}",
                 "" if e.speedup is None else f"{e.speedup:.2f}x",
+                "; ".join(map(str, e.timings)),
             )
             for e in self.entries
         ]
-        return f"{table(rows)}\n{len(self.swapped)} swapped, {len(self.kept)} kept"
+        return "\n".join([table(rows), *self._last_lines()])
+
+    def __str__(self) -> str:
+        rows = [("class", "swapped", "kept", "error/budget", "speedup")]
+        whys: dict[tuple[str, str], int] = {}
+        for cls in dict.fromkeys(e.cls for e in self.entries):
+            same = [e for e in self.entries if e.cls == cls]
+            swapped = [e for e in same if e.swapped]
+            errors = [e.error for e in swapped if e.error is not None]
+            speedups = [e.speedup for e in swapped if e.speedup is not None]
+            rows.append(
+                (
+                    cls,
+                    str(len(swapped)),
+                    str(len(same) - len(swapped)),
+                    f"{max(errors):.2f}" if errors else "",
+                    _range(speedups) if speedups else "",
+                )
+            )
+            for e in same:
+                if not e.swapped:
+                    whys[cls, e.reason] = whys.get((cls, e.reason), 0) + 1
+        reasons = [f"kept {n} {cls}: {why}" for (cls, why), n in whys.items()]
+        return "\n".join([table(rows), *reasons, *self._last_lines()])
+
+    def _last_lines(self) -> Iterator[str]:
+        yield f"{len(self.swapped)} swapped, {len(self.kept)} kept"
+        for t in self.model:
+            what = "a step of the model, forward and backward" if t.backward else "the model"
+            yield f"{what}: {span(t.before, t.after)} ({t.speedup:.2f}x)"
+        if self.why_no_model:
+            yield f"the model could not be timed: {self.why_no_model}"
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = (f"{v:.2f}x" for v in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"

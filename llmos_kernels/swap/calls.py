@@ -1,0 +1,183 @@
+"""How modules are called: by the model they are in, or with random numbers of the right shapes."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmos_kernels.nn.linear import is_conv1d
+from llmos_kernels.nn.residual import residual_parts
+from llmos_kernels.swap.chains import find_steps, input_width
+from llmos_kernels.swap.norms import rms_norm_eps
+
+LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+#: What a captured call may have for arguments besides tensors.
+PLAIN = (type(None), bool, int, float, str)
+_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a module."""
+
+    args: tuple = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def values(self) -> list:
+        return [*self.args, *self.kwargs.values()]
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Call":
+        """The call with ``fn`` of each tensor; a tensor given twice stays one tensor."""
+        tensors = {id(v): v for v in self.values if isinstance(v, Tensor)}
+        new = {i: fn(t) for i, t in tensors.items()}
+        args = tuple(new.get(id(v), v) for v in self.args)
+        return Call(args, {k: new.get(id(v), v) for k, v in self.kwargs.items()})
+
+    @property
+    def rows(self) -> int:
+        """How many rows of features its first tensor has."""
+        first = next((v for v in self.values if isinstance(v, Tensor)), None)
+        if first is None or not first.is_floating_point():  # Tokens.
+            return 1 if first is None else first.numel()
+        return first.shape[:-1].numel()
+
+    def on(self, module: nn.Module) -> Any:
+        """What ``module`` returns."""
+        return module(*self.args, **self.kwargs)
+
+
+def example_calls(module: nn.Module, size: tuple[int, int] | None = None) -> list[Call]:
+    """Random calls of a module of ``rules``; raises ValueError where their shape is unknown.
+
+    ``size``: how many sequences of which length, or for what knows only rows as many of them.
+    """
+    rows = _ROWS if size is None else math.prod(size)
+    batch, length = size or (4, 2 * _ROWS + 1)
+    parameter = next(module.parameters(), torch.empty(0))
+    options: dict[str, Any] = {"device": parameter.device, "dtype": parameter.dtype}
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return [Call((torch.randn(rows, *module.normalized_shape, **options),))]
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention_calls(module, options, batch, length)
+    if isinstance(module, LAYERS):
+        return _layer_calls(module, options, batch, length)
+    if isinstance(module, nn.Linear):
+        return [Call((torch.randn(rows, module.in_features, **options),))]
+    if is_conv1d(module):
+        return [Call((torch.randn(1, rows, len(parameter), **options),))]
+    if rms_norm_eps(module):
+        return [Call((torch.randn(rows, len(parameter), **options),))]
+    if find_steps(module):
+        return [Call((torch.randn(batch, length, input_width(module), **options),))]
+    parts = residual_parts(module)
+    if parts is None:
+        raise ValueError(f"the inputs of {type(module).__name__} are unknown: pass inputs=")
+    dense, _, norm = parts
+    if not isinstance(getattr(dense, "in_features", None), int):
+        raise ValueError(f"the input width of {type(dense).__name__} is unknown: pass inputs=")
+    shapes = [(dense.in_features,), norm.normalized_shape]
+    return [Call(tuple(torch.randn(rows, *shape, **options) for shape in shapes))]
+
+
+def _attention_calls(
+    module: nn.MultiheadAttention, options: dict[str, Any], batch: int, q_len: int
+) -> list[Call]:
+    """Causal self-attention where the widths allow it, and cross-attention with padding."""
+    k_len = q_len + _ROWS - 2
+
+    def make(length, dim):
+        shape = (batch, length) if module.batch_first else (length, batch)
+        return torch.randn(*shape, dim, **options)
+
+    query, device = make(q_len, module.embed_dim), options["device"]
+    causal = torch.ones(q_len, q_len, dtype=torch.bool, device=device).triu(1)
+    ends = torch.randint(1, k_len + 1, (batch, 1), device=device)
+    padding = torch.arange(k_len, device=device) >= ends
+    cross = (query, make(k_len, module.kdim), make(k_len, module.vdim))
+    calls = [Call(cross, {"key_padding_mask": padding})]
+    if module.kdim == module.vdim == module.embed_dim:
+        calls.insert(0, Call((query,) * 3, {"attn_mask": causal, "need_weights": False}))
+    return calls
+
+
+def _layer_calls(module: nn.Module, options: dict[str, Any], batch: int, length: int) -> list[Call]:
+    """Causal with padding, and without masks; a decoder layer also gets a memory with padding."""
+    attention: Any = module.self_attn
+
+    def make(length):
+        shape = (batch, length) if attention.batch_first else (length, batch)
+        return torch.randn(*shape, attention.embed_dim, **options)
+
+    def padding(length):
+        ends = torch.randint(1, length + 1, (batch, 1), device=options["device"])
+        return torch.arange(length, device=options["device"]) >= ends
+
+    causal = torch.ones(length, length, dtype=torch.bool, device=options["device"]).triu(1)
+    if isinstance(module, nn.TransformerEncoderLayer):
+        masks = {"src_mask": causal, "src_key_padding_mask": padding(length)}
+        return [Call((make(length),), masks), Call((make(length),))]
+    args, masks = (make(length), make(length + 5)), {"tgt_mask": causal}
+    masks |= {"memory_key_padding_mask": padding(length + 5)}
+    return [Call(args, masks), Call(args)]
+
+
+def permuted(call: Call) -> Call:
+    """Return a call like ``call``: the features of every finite floating point tensor in another order."""
+
+    def shuffled(t: Tensor) -> Tensor:
+        if t.ndim == 0 or not t.is_floating_point() or not t.isfinite().all():
+            return t
+        return t[..., torch.randperm(t.shape[-1], device=t.device)]
+
+    return call.map(shuffled)
+
+
+def captured_calls(
+    model: nn.Module, modules: list[nn.Module], call: Callable
+) -> dict[nn.Module, Call]:
+    """How each of ``modules`` is called first while ``call()`` runs ``model``.
+
+    A call with other arguments than tensors, None, numbers and strings is not kept.
+    """
+    found: dict[nn.Module, Call] = {}
+
+    def remember(module, args, kwargs):
+        given = Call(args, kwargs)
+        if module not in found and all(isinstance(v, (Tensor, *PLAIN)) for v in given.values):
+            found[module] = given.map(lambda t: t.detach().clone())
+
+    handles = [m.register_forward_pre_hook(remember, with_kwargs=True) for m in modules]
+    try:
+        with evaluating(model), torch.no_grad():
+            call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """``model`` in eval mode, without a call of its ``eval``, which may have been given other effects."""
+    modes = {m: m.training for m in model.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The floating point tensors of what a model returns."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for v in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(v)

@@ -1,0 +1,218 @@
+"""How long a module and its drop-in take, and the whole model before and after, measured in turn."""
+
+import copy
+import statistics
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmos_kernels.swap.calls import PLAIN, Call, evaluating, tensors_in
+from llmos_kernels.swap.replica import replica
+from llmos_kernels.testing import interval, samples
+
+#: Numbers of rows at which a module is timed whose inputs are not known, as [batch, length].
+SIZES = ((1, 1), (8, 128))
+_ROUNDS, _SECONDS, _MOST = 15, 3e-4, 1.0
+_MODEL_ROUNDS, _MODEL_MOST = 9, 3.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median times of the original and of what replaces it, in seconds, at one number of ``rows``.
+
+    ``interval`` holds the original's time over the other with 95 % confidence. ``backward``: of forward
+    and backward together, for a module in train mode.
+    """
+
+    rows: int
+    backward: bool
+    before: float
+    after: float
+    interval: tuple[float, float]
+
+    @property
+    def speedup(self) -> float:
+        """The original's time over the other."""
+        return self.before / self.after
+
+    @property
+    def is_slower(self) -> bool:
+        """Whether the replacement was measured to be slower, by more than noise."""
+        return self.interval[1] < 1
+
+    def __str__(self) -> str:
+        rows = f"{self.rows} row{'s' * (self.rows != 1)}"
+        return f"{rows}{', with backward' * self.backward}: {span(self.before, self.after)}"
+
+
+def span(before: float, after: float) -> str:
+    """Two times in one unit."""
+    unit, scale = ("ms", 1e3) if max(before, after) >= 1e-3 else ("us", 1e6)
+    digits = 1 if max(before, after) * scale < 100 else 0
+    return f"{before * scale:.{digits}f} -> {after * scale:.{digits}f} {unit}"
+
+
+def compare(
+    before: Callable[[], object],
+    after: Callable[[], object],
+    rows: int,
+    backward: bool = False,
+) -> Timing:
+    """Time two calls of a module in turn."""
+    old, new = samples([before, after], _ROUNDS, _SECONDS, _MOST)
+    return timing(old, new, rows, backward)
+
+
+def timing(old: Sequence[float], new: Sequence[float], rows: int, backward: bool = False) -> Timing:
+    """What two lists of samples say that were taken in turn."""
+    low, high = interval([a / b for a, b in zip(old, new, strict=True)])
+    return Timing(rows, backward, statistics.median(old), statistics.median(new), (low, high))
+
+
+def of_module(
+    module: nn.Module, drop_in: type, classes: dict[nn.Module, type], calls: Sequence[Call]
+) -> list[Timing]:
+    """Time ``module`` against ``drop_in`` on each call: forward, and with its backward if it is training.
+
+    Both are copies whose inner modules have the ``classes`` that were decided for them.
+    """
+    old = replica(module, classes=classes)
+    new = replica(module, classes=classes | {module: drop_in})
+    found = []
+    for call in calls:
+        with torch.inference_mode(), evaluating(old), evaluating(new):
+            found.append(compare(partial(call.on, old), partial(call.on, new), call.rows))
+        if module.training:
+            before, after = (_step(copied.train(), module, call) for copied in (old, new))
+            if before and after:
+                found.append(compare(before, after, call.rows, backward=True))
+    return found
+
+
+def _step(copied: nn.Module, module: nn.Module, call: Call) -> Callable[[], object] | None:
+    """The forward and the backward of ``copied``, by what can be trained of ``module``; None if nothing."""
+    masks = [v for k, v in call.kwargs.items() if "mask" in k]
+
+    def leaf(t: Tensor) -> Tensor:
+        trained = t.is_floating_point() and not any(t is m for m in masks)
+        return t.detach().requires_grad_(trained)
+
+    leaves = call.map(leaf)
+    wanted = [v for v in leaves.values if isinstance(v, Tensor) and v.requires_grad]
+    for p, own in zip(copied.parameters(), module.parameters(), strict=True):
+        p.requires_grad_(own.requires_grad)
+        wanted += [p] * own.requires_grad
+    if not wanted:
+        return None
+
+    def step() -> object:
+        with torch.enable_grad():
+            out = leaves.on(copied)
+            first = out[0] if isinstance(out, tuple) else out
+            return torch.autograd.grad(first.sum(), wanted, allow_unused=True)
+
+    return step
+
+
+def kind(
+    module: nn.Module, drop_in: type, classes: dict[nn.Module, type], call: Call | None
+) -> Hashable:
+    """What a time depends on: two modules of one kind are timed once."""
+
+    def options(m: nn.Module) -> tuple:
+        plain = {k: v for k, v in vars(m).items() if isinstance(v, (bool, int, float, str, tuple))}
+        return tuple(sorted((k, repr(v)) for k, v in plain.items()))
+
+    def form(t: Any) -> tuple:
+        if isinstance(t, Tensor):
+            return t.shape, t.stride(), t.dtype, t.device, t.requires_grad
+        return (repr(t),)
+
+    parts = tuple((name, classes.get(m, type(m)), options(m)) for name, m in module.named_modules())
+    tensors = tuple((k, *form(t)) for k, t in [*module.named_parameters(), *module.named_buffers()])
+    given = () if call is None else tuple(form(v) for v in call.values)
+    return type(module), drop_in, parts, tensors, given
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A swap that can be turned ``on`` and ``off``, and the ``group`` of swaps that it is judged with."""
+
+    group: Hashable
+    on: Callable[[], object]
+    off: Callable[[], object]
+
+
+def of_model(
+    model: nn.Module, inputs: tuple | dict, switches: Sequence[Switch], search: bool
+) -> tuple[list[Timing], dict[Hashable, Timing]]:
+    """Time ``model`` on ``inputs`` with all swaps off and on: its forward and, where it is training, its
+    forward and backward, in eval mode.
+
+    With ``search``, and where the model is slower with them, the group without which it is fastest is
+    turned off until it is not; those groups are returned with the model's times with and without them.
+    """
+    groups = dict.fromkeys(s.group for s in switches)
+    without: dict[Hashable, Timing] = {}
+    rows = Call(*_arguments(inputs)).rows
+    directions = (False, True) if model.training else (False,)
+
+    def turn(off: Collection[Hashable]) -> None:
+        for switch in switches:
+            (switch.off if switch.group in off else switch.on)()
+
+    def runs(off: Collection[Hashable], backward: bool) -> Callable[[], object]:
+        def run() -> None:
+            turn(off)
+            _run_model(model, inputs, backward)
+
+        return run
+
+    def sampled(offs: Sequence[Collection[Hashable]], backward: bool) -> list[list[float]]:
+        calls = [runs(off, backward) for off in offs]
+        return samples(calls, _MODEL_ROUNDS, _SECONDS, _MODEL_MOST, least=3)
+
+    def compared(backward: bool) -> Timing:
+        old, new = sampled([groups, set(without)], backward)
+        return timing(old, new, rows, backward)
+
+    try:
+        with evaluating(model):
+            found = [compared(backward) for backward in directions]
+            while search and without.keys() != groups and any(t.is_slower for t in found):
+                backward = next(t.backward for t in found if t.is_slower)
+                left = [g for g in groups if g not in without]
+                offs = [set(without), *(set(without) | {g} for g in left)]
+                taken = sampled(offs, backward)
+                best = min(range(len(left)), key=lambda i: statistics.median(taken[i + 1]))
+                without[left[best]] = timing(taken[0], taken[best + 1], rows, backward)
+                found = [compared(backward) for backward in directions]
+    finally:
+        turn(set(without))
+    return found, without
+
+
+def _arguments(inputs: tuple | dict) -> tuple[tuple, dict]:
+    """``inputs`` as positional and keyword arguments; what is no tensor or plain value is a copy, since a
+    model may write to it (a cache of keys and values)."""
+    named = inputs if isinstance(inputs, dict) else dict(enumerate(inputs))
+    own = {k: v if isinstance(v, (Tensor, *PLAIN)) else copy.deepcopy(v) for k, v in named.items()}
+    # Autograd takes no tensor of inference mode.
+    own = {
+        k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in own.items()
+    }
+    return ((), own) if isinstance(inputs, dict) else (tuple(own.values()), {})
+
+
+def _run_model(model: nn.Module, inputs: tuple | dict, backward: bool) -> None:
+    args, kwargs = _arguments(inputs)
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    with torch.set_grad_enabled(backward):
+        outputs = [t for t in tensors_in(model(*args, **kwargs)) if t.requires_grad or not backward]
+        if backward and outputs and wanted:
+            total = torch.stack([t.sum() for t in outputs]).sum()
+            torch.autograd.grad(total, wanted, allow_unused=True)

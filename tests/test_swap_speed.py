@@ -1,0 +1,188 @@
+"""What ``optimize`` makes of times: a drop-in that is slower is no swap."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import llmos_kernels as lk
+from llmos_kernels.swap import timing
+
+
+class Clock:
+    """Stands for ``samples``: a call takes 1, and ``cost`` for each fused LayerNorm in it."""
+
+    def __init__(self):
+        self.cost, self.noise, self.now, self.asked = 0.0, 0.0, 0.0, []
+
+    def samples(self, fns, *args, **options):
+        self.asked.append(len(fns))
+        found = [[] for _ in fns]
+        for i in range(9):
+            for j, (fn, times) in enumerate(zip(fns, found, strict=True)):
+                self.now = 1.0
+                fn()
+                times.append(self.now + self.noise * ((i + j) % 2))
+        return found
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock, forward = Clock(), lk.nn.LayerNorm.forward
+
+    def timed(self, input):
+        clock.now += clock.cost
+        return forward(self, input)
+
+    monkeypatch.setattr(lk.nn.LayerNorm, "forward", timed)
+    monkeypatch.setattr(timing, "samples", clock.samples)
+    return clock
+
+
+def two_norms():
+    return nn.Sequential(nn.LayerNorm(16), nn.Tanh(), nn.LayerNorm(16)).eval()
+
+
+def test_what_is_slower_is_kept(clock):
+    clock.cost = 0.5
+    model, x = two_norms(), torch.randn(3, 16)
+    report = lk.optimize(model, inputs=(x,))
+    assert [e.slower for e in report.kept] == [True, True] and not report.swapped
+    assert type(model[0]) is nn.LayerNorm and "_llmos_swapped_from" not in model[0].__dict__
+    (time,) = report.kept[0].timings
+    assert (time.rows, time.before, time.after, time.backward) == (3, 1.0, 1.5, False)
+    assert report.kept[0].speedup == pytest.approx(1 / 1.5) and report.kept[0].error <= 1
+    assert report.kept[0].reason == "slower here, 3 rows: 1000 -> 1500 ms"
+    assert "kept 2 LayerNorm: slower here, 3 rows: 1000 -> 1500 ms" in str(report)
+    lk.optimize(model, strict=True)  # Raises for nothing that is only slower.
+
+
+def test_noise_is_not_slower(clock):
+    clock.cost, clock.noise = 0.01, 0.5
+    assert len(lk.optimize(two_norms()).swapped) == 2
+
+
+def test_always(clock):
+    clock.cost = 0.5
+    model = two_norms()
+    report = lk.optimize(model, inputs=(torch.randn(3, 16),), always=True)
+    assert not report.kept and type(model[0]) is lk.nn.LayerNorm
+    assert report.swapped[0].speedup < 1
+    (whole,) = report.model
+    assert (whole.before, whole.after) == (1.0, 2.0)
+    assert str(report).endswith("the model: 1000 -> 2000 ms (0.50x)")
+
+
+def test_unverified_swaps_are_not_timed(clock):
+    assert not lk.optimize(two_norms(), verify=False, inputs=(torch.randn(3, 16),)).kept
+    assert clock.asked == []
+
+
+def test_modules_of_one_kind_are_timed_once(clock):
+    model = nn.Sequential(*[nn.LayerNorm(16) for _ in range(5)], nn.LayerNorm(24)).eval()
+    report = lk.optimize(model)
+    assert len(clock.asked) == 2 * len(timing.SIZES)
+    assert all([t.rows for t in e.timings] == [1, 1024] for e in report.entries)
+
+
+def test_a_model_in_train_mode_is_timed_with_its_backward(clock):
+    model, x = two_norms().train(), torch.randn(2, 5, 16)
+    report = lk.optimize(model, inputs=(x,))
+    assert [(t.rows, t.backward) for t in report.entries[0].timings] == [(10, False), (10, True)]
+    assert [t.backward for t in report.model] == [False, True]
+    assert model.training and all(p.grad is None for p in model.parameters())
+    for p in model.parameters():
+        p.requires_grad_(False)
+    lk.restore(model)
+    report = lk.optimize(model, inputs=(x,))
+    assert len(report.entries[0].timings) == 2, "The gradient of its input remains."
+
+
+class Whole(nn.Module):
+    """Norms that cost nothing when they run alone, and ``cost`` in the model."""
+
+    def __init__(self, clock, cost):
+        super().__init__()
+        self.clock, self.cost = clock, cost
+        self.norms = nn.ModuleList([nn.LayerNorm(16), nn.LayerNorm(16)])
+        self.linear, self.last = nn.Linear(16, 16), nn.LayerNorm(16, elementwise_affine=False)
+
+    def forward(self, x):
+        for norm in self.norms:
+            x = norm(x)
+        x = self.linear(x)
+        self.clock.cost = self.cost
+        x = self.last(x)
+        self.clock.cost = 0.0
+        return x
+
+
+def test_the_part_to_blame_is_found(clock):
+    model, x = Whole(clock, 0.5).eval(), torch.randn(4, 16)
+    expected = model(x)
+    report = lk.optimize(model, inputs=(x,))
+    assert {e.module for e in report.swapped} == {"norms.0", "norms.1", "linear"}
+    (kept,) = report.kept
+    assert kept.module == "last" and kept.slower and type(model.last) is nn.LayerNorm
+    assert kept.reason == "the whole model is faster without it, 1500 -> 1000 ms"
+    assert str(report).endswith("the model: 1000 -> 1000 ms (1.00x)")
+    assert "_llmos_swapped_from" not in model.last.__dict__
+    torch.testing.assert_close(model(x), expected)
+    lk.restore(model)
+    assert type(model.norms[0]) is nn.LayerNorm and type(model.linear) is nn.Linear
+
+
+def test_inputs_that_fail(clock):
+    model = two_norms().train()
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        lk.optimize(model, inputs=(torch.randn(3, 7),))
+    assert type(model[0]) is nn.LayerNorm and model.training and model[2].training
+    assert not model[0]._forward_pre_hooks
+
+
+def test_a_model_that_runs_once_alone(clock):
+    """What a second run raises is told, and stops nothing."""
+
+    class Once(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.runs = nn.LayerNorm(16), 0
+
+        def forward(self, x):
+            self.runs += 1
+            if self.runs > 1:
+                raise RuntimeError("once is enough")
+            return self.norm(x)
+
+    model = Once().eval()
+    report = lk.optimize(model, inputs=(torch.randn(3, 16),))
+    assert report.swapped and not report.model and type(model.norm) is lk.nn.LayerNorm
+    assert str(report).endswith("the model could not be timed: RuntimeError: once is enough")
+
+
+def test_a_cache_among_the_inputs_is_not_written_to(clock):
+    class Grows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(16)
+
+        def forward(self, x, cache):
+            cache["seen"].append(len(cache["seen"]))
+            return self.norm(x)
+
+    cache = {"seen": []}
+    assert lk.optimize(Grows().eval(), inputs=(torch.randn(3, 16), cache)).model
+    assert cache["seen"] == [0], "The call that captures what modules get is the model's own."
+
+
+def test_inner_modules_are_decided_first(clock):
+    """A layer is timed with what was decided for those in it."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).eval()
+    stock = copy.deepcopy(layer)
+    x = torch.randn(2, 5, 16)
+    clock.cost = 0.5
+    report = lk.optimize(layer, inputs=(x,))
+    assert type(layer.norm1) is nn.LayerNorm and {e.cls for e in report.kept} >= {"LayerNorm"}
+    torch.testing.assert_close(layer(x), stock(x))
+    assert report.entries[0].cls == "TransformerEncoderLayer"
