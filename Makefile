@@ -8,11 +8,12 @@ LINTED := llmos_kernels benchmarks tests examples setup.py .ci/wheel.py
 JOBS := $(shell nproc)
 RESULTS := $(wildcard benchmarks/results/*/ops*.json benchmarks/results/*/int8.json benchmarks/results/*/models*.json)
 
-.PHONY: help demo test bench bench-gate page peers lint format build sanitize wheel test-wheels gpu gpu-carry mutants clean
+.PHONY: help demo test test-quick bench bench-gate page peers lint format build sanitize wheel test-wheels gpu gpu-carry mutants clean
 
 help:
 	@echo 'make demo      swap a trained sentence encoder: proofs, embeddings, time before and after'
-	@echo 'make test      all tests on this machine'
+	@echo 'make test      all tests on this machine; at the end what could not run, and the slowest'
+	@echo 'make test-quick  those that compare numbers in little time: 2 minutes'
 	@echo 'make bench     pytest-benchmark against all that is here, threads pinned (BENCH=--quick: 2 minutes)'
 	@echo 'make bench-gate  the quick rows against the committed ones of this kind of machine'
 	@echo 'make page      benchmarks/results as docs/results.html and the plots of the README'
@@ -25,11 +26,14 @@ help:
 	@echo 'make gpu-carry  compile ahead what make gpu needs there (PYTHON312=python3.12, CARRY=modules of the pack)'
 	@echo 'make mutants   planted faults, each of which tests must see: 8 minutes'
 
-demo: build
-	$(PYTHON) examples/swap_sentence_encoder.py
+demo: $(VENV)/.built
+	@$(PYTHON) examples/swap_sentence_encoder.py
 
 test: build
-	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(JOBS)
+	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(JOBS) --durations=20 --durations-min=1
+
+test-quick: build
+	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(JOBS) -m quick
 
 # Libraries that cannot share an environment with the rest; the benchmarks ask those that are there.
 peers:
@@ -57,16 +61,23 @@ format: $(VENV)/.ready
 	$(PYTHON) -m ruff format $(LINTED)
 	find csrc tests -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format -i
 
-build: $(VENV)/.built
+build: $(VENV)/.ready $(VENV)/.built
 
-$(VENV)/.ready: .ci/requirements.txt .ci/requirements-bench.txt
-	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PIP) install -q -r .ci/requirements.txt -r .ci/requirements-bench.txt
-	touch $@
+$(VENV)/.demo: .ci/requirements-demo.txt
+	@echo 'installing torch, transformers and a C++ build in $(VENV): about a minute'
+	@test -x $(PYTHON) || python3 -m venv $(VENV)
+	@$(PIP) install -q -r $<
+	@touch $@
 
-$(VENV)/.built: $(VENV)/.ready $(CSRC)
-	LLMOS_BUILD_EXT=1 $(PIP) install -q --no-build-isolation --no-deps -e .
-	touch $@
+$(VENV)/.ready: .ci/requirements.txt .ci/requirements-bench.txt $(VENV)/.demo
+	@echo 'installing what the tests take: about a minute'
+	@$(PIP) install -q -r .ci/requirements.txt -r .ci/requirements-bench.txt
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.demo $(CSRC)
+	@echo 'compiling the C++ kernels: one to three minutes on two cores'
+	@LLMOS_BUILD_EXT=1 $(PIP) install -q --no-build-isolation --no-deps -e .
+	@touch $@
 
 # The whole package, built anew with sanitizers, beside the tests that run on it.
 sanitize: $(VENV)/.ready

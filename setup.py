@@ -1,8 +1,10 @@
 """CMakeLists.txt says what to build; this file only calls it.
 
 LLMOS_BUILD_EXT=1 makes a missing torch, pybind11, CMake or compiler an error, 0 builds pure Python.
-LLMOS_BUILD_PACK=1 makes a missing Triton an error, 0 leaves the pack out, a list of modules of _triton
-packs only theirs; unset, a wheel has the pack where Triton is there to compile it. LLMOS_SANITIZE=1 builds under ASan and UBSan. MAX_JOBS: compilers at a time.
+LLMOS_BUILD_PACK=1 compiles the pack of Triton kernels, a list of modules of _triton only theirs; unset or
+0 leaves it out. TORCH_CUDA_ARCH_LIST names the GPUs of the CUDA part and of the pack; unset, the CUDA part
+is built for the GPUs of this machine, if any. LLMOS_SANITIZE=1 builds under ASan and UBSan. MAX_JOBS:
+compilers at a time.
 """
 
 import datetime
@@ -86,14 +88,16 @@ def missing() -> list[str]:
 def packed() -> str:
     """What of the pack CMake is to compile for a wheel."""
     wanted = os.environ.get("LLMOS_BUILD_PACK", "")
-    if wanted == "0" or SANITIZE:
+    if wanted in ("", "0") or SANITIZE:
         return ""
     if not importlib.util.find_spec("triton"):
-        if wanted:
-            raise SystemExit(f"llmos_kernels: LLMOS_BUILD_PACK={wanted} needs triton")
-        print("llmos_kernels: no kernels compiled ahead of time in the wheel (missing: triton)")
-        return ""
-    return "ALL" if wanted in ("", "1") else ";".join(wanted.replace(",", " ").split())
+        raise SystemExit(f"llmos_kernels: LLMOS_BUILD_PACK={wanted} needs triton")
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        raise SystemExit(
+            f"llmos_kernels: LLMOS_BUILD_PACK={wanted} needs TORCH_CUDA_ARCH_LIST, the GPUs to compile"
+            " for, such as '8.0;9.0'"
+        )
+    return "ALL" if wanted == "1" else ";".join(wanted.replace(",", " ").split())
 
 
 class CMakeBuild(build_ext):

@@ -2,6 +2,9 @@
 this tree, tagged by auditwheel, of 60 MB at the most.
 
     python .ci/wheel.py [FOLDER [SOURCE]]
+
+It has the CUDA part and the pack of compiled Triton kernels for all GPUs, unless TORCH_CUDA_ARCH_LIST names
+some and LLMOS_BUILD_PACK says otherwise.
 """
 
 import os
@@ -13,6 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST = 60e6
+#: What is built where the environment does not say.
+DEFAULTS = {"TORCH_CUDA_ARCH_LIST": "8.0;8.6;8.9;9.0;10.0;12.0", "LLMOS_BUILD_PACK": "1"}
 #: What comes with torch and with the driver.
 OTHERS = ("libtorch*.so", "libc10*.so", "libcuda.so.1")
 
@@ -30,14 +35,31 @@ def tagged(wheel: Path, folder: Path) -> Path:
         return Path(shutil.copy(made, folder))
 
 
+def build(folder: str, source: Path | str) -> None:
+    """Run pip, and show of what it says how far the pack is."""
+    settings = DEFAULTS | {k: v for k, v in os.environ.items() if k in DEFAULTS and v}
+    print("building", ", ".join(f"{k}={v}" for k, v in settings.items()), flush=True)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-v"]
+    command = [*pip, "--no-build-isolation", "--no-deps", "-w", folder, source]
+    said = []
+    with subprocess.Popen(
+        command, env=os.environ | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        for line in process.stdout:
+            said.append(line)
+            if line.strip().startswith(("pack:", "llmos_kernels:")):
+                print(line.strip(), flush=True)
+    if process.returncode:
+        raise SystemExit("".join(said[-100:]) + "the wheel could not be built")
+
+
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "dist")
     source = sys.argv[2] if len(sys.argv) > 2 else ROOT
     folder.mkdir(parents=True, exist_ok=True)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q"]
     with tempfile.TemporaryDirectory() as built:
-        options = ["--no-build-isolation", "--no-deps", "-w", built]
-        subprocess.run([*pip, *options, source], check=True)
+        build(built, source)
         (wheel,) = Path(built).glob("*.whl")
         made = tagged(wheel, folder)
     size = made.stat().st_size

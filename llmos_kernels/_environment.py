@@ -123,7 +123,7 @@ def describe() -> Iterator[str]:
         lowered = " (LLMOS_CPU_LEVEL)" if os.environ.get("LLMOS_CPU_LEVEL") else ""
         yield f"cpu level     {extension.cpu_level()}{lowered} of {', '.join(extension.cpu_levels())}"
         build = extension.build
-        archs = build["cuda_archs"] or "none: nvcc was not found"
+        archs = build["cuda_archs"] or "none: no nvcc, or no GPU to build for"
         yield f"build         {build['compiler']}, torch {build['torch']}, CUDA archs {archs}"
         yield f"              {_files.commit()}"
     else:

@@ -158,7 +158,8 @@ def test_whether_the_extension_loads(tmp_path, monkeypatch, capfd):
 def making(tree, monkeypatch):
     """``make`` with a wheel that is there."""
     (tree / ".ci").mkdir()
-    (tree / ".ci" / "requirements.txt").write_text("torch==2.13.0\nmypy==1\n")
+    (tree / ".ci" / "requirements-demo.txt").write_text("torch==2.13.0\n")
+    (tree / ".ci" / "requirements.txt").write_text("mypy==1\n")
     made, installed = {}, []
 
     def run(command, env=None, **_):

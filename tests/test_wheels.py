@@ -12,6 +12,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import gpu_carry
 import pytest
 import torch
 from one_tree import ROOT, turn
@@ -213,9 +214,7 @@ def test_other_python(tmp_path, version):
     python = interpreter(version)
     if python is None:
         pytest.skip(f"there is no Python {version}")
-    pinned = dict(
-        line.strip().split("==") for line in (ROOT / ".ci" / "requirements.txt").read_text().split()
-    )
+    pinned = dict(line.split("==") for line in gpu_carry.pinned())
     tools = [f"{name}=={pinned[name]}" for name in BUILT_WITH]
     environment = Environment(
         tmp_path / "venv",
