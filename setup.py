@@ -109,7 +109,9 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext):
         out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        tree = Path(self.build_temp).resolve() / ("sanitize" if SANITIZE else "release")
+        # One tree for wheels and editable installs: what was compiled for one is used for the other.
+        about = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        tree = ROOT.resolve() / "build" / about / ("sanitize" if SANITIZE else "release")
         # A former environment's compilers and paths must not decide this build; its objects may be used.
         (tree / "CMakeCache.txt").unlink(missing_ok=True)
         for found in (tree / "CMakeFiles").glob("[0-9]*"):

@@ -5,15 +5,12 @@ The table shows the configurations that users get: see ``_compile``.
 
 import fnmatch
 import functools
-import os
 import re
-import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from triton.backends.nvidia.compiler import get_ptxas
 
 from llmos_kernels import _machine_code
 from llmos_kernels._compile import Launch, recorded_launches
@@ -53,7 +50,7 @@ class Resources:
     launch: Launch
     arch: str
     registers: int
-    spills: int  # Bytes stored and loaded.
+    spills: int  # Bytes of a thread's stack, where registers that are too few leave values.
     shared: int  # Bytes.
     wgmma: bool
     overflows: list[str]
@@ -84,28 +81,31 @@ class Resources:
 
 def resources(launch: Launch, arch: str) -> Resources:
     """Compile ``launch`` for ``arch`` and read what ptxas made of it."""
-    kernel = launch.compile(arch)
-    ptx = kernel.asm["ptx"]
-    (target,) = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)
-    ptxas = get_ptxas(int(arch.removeprefix("sm_"))).path
-    log = subprocess.run(
-        [ptxas, "-v", f"--gpu-name={target}", "-o", os.devnull, "-"],
-        input=ptx,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stderr
-    (registers,) = re.findall(r"Used (\d+) registers", log)
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
+    return _read(launch, arch, launch.compile(arch))
+
+
+def resources_of_ampere(launch: Launch, archs: Sequence[str]) -> list[Resources]:
+    """What ``resources`` gives for each of ``archs``, sm_8x, with one compilation: Triton's PTX is the same
+    for all of them, and ptxas alone is asked again."""
+    kernel = launch.compile("sm_80")
+    return [
+        _read(launch, arch, kernel, _machine_code.assembled(kernel.asm["ptx"], arch))
+        for arch in archs
+    ]
+
+
+def _read(launch: Launch, arch: str, kernel, cubin: bytes | None = None) -> Resources:
+    cubin = kernel.asm["cubin"] if cubin is None else cubin
+    registers, spills = _machine_code.registers_and_spills(cubin)
     return Resources(
         launch,
         arch,
-        int(registers),
+        registers,
         spills,
         kernel.metadata.shared,
-        "wgmma" in ptx,
+        "wgmma" in kernel.asm["ptx"],
         overflows(kernel.asm["ttir"]),
-        kernel.asm["cubin"],
+        cubin,
         _machine_code.repeated(kernel.asm["ttgir"]),
         _machine_code.waited_for(kernel.asm["ttgir"]),
     )

@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 from triton import knobs
 
@@ -18,16 +19,35 @@ _WIDTHS = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
 MATRIX = ("HGMMA", "IGMMA", "HMMA", "IMMA", "UTCHMMA", "UTCIMMA")
 
 
-def instructions(cubin: bytes) -> Counter[str]:
-    """How many of each the code has: ``LDG.128`` (loads of 128 bits a thread), ``HGMMA``, ``BAR`` ..."""
+def _dump(cubin: bytes, option: str) -> str:
+    """What cuobjdump says of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "-sass", file.name],
-            check=True, capture_output=True, text=True,
-        ).stdout  # fmt: skip
-    return Counter(map(_kind, _INSTRUCTION.findall(text)))
+        command = [knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def assembled(ptx: str, arch: str) -> bytes:
+    """The cubin that ptxas makes of PTX for another architecture of the same family, as Triton asks it."""
+    ptx = re.sub(r"^\.target \w+", f".target {arch}", ptx, count=1, flags=re.MULTILINE)
+    with tempfile.TemporaryDirectory() as folder:
+        source, made = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        options = ["-lineinfo", "--regAllocOptLevel=2", f"--gpu-name={arch}", "-o", made]
+        subprocess.run([knobs.nvidia.ptxas.path, *options, source], check=True)
+        return made.read_bytes()
+
+
+def registers_and_spills(cubin: bytes) -> tuple[int, int]:
+    """The registers of a thread of the one kernel in ``cubin``, and the bytes of its stack."""
+    ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", _dump(cubin, "-res-usage"))
+    return int(registers), int(stack)
+
+
+def instructions(cubin: bytes) -> Counter[str]:
+    """How many of each the code has: ``LDG.128`` (loads of 128 bits a thread), ``HGMMA``, ``BAR`` ..."""
+    return Counter(map(_kind, _INSTRUCTION.findall(_dump(cubin, "-sass"))))
 
 
 def _kind(opcode: str) -> str:

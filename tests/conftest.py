@@ -1,4 +1,5 @@
 import os
+from collections import Counter
 
 import torch
 
@@ -30,6 +31,21 @@ def pytest_configure(config):
         hypothesis.core.global_force_seed = testing.shift
         original = torch.manual_seed
         torch.manual_seed = lambda seed: original(testing.shifted(seed))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter):
+    """What could not run here, and why: the last lines of a run."""
+    skipped = Counter(
+        str(report.longrepr[2]).removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", ())
+    )
+    terminalreporter.section("not run here")
+    if not HAS_GPU:
+        terminalreporter.line("every test on a GPU: there is none that torch can use; Triton kernels ran in its"
+                              " interpreter and were compiled")  # fmt: skip
+    for reason, count in skipped.most_common():
+        terminalreporter.line(f"{count} test{'s' * (count > 1)}: {reason}")
 
 
 @pytest.fixture(params=DEVICES)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "level.h"
 
@@ -27,6 +28,18 @@ struct Dispatch {
     return builds[level];
   }
 };
+
+// Whether a level has instructions for elements of T that the level below lacks. From Avx512Bf16 on
+// there are such for bfloat16 alone (and for int8): the other types use the build of Avx512, which
+// is the same code.
+template <class T>
+constexpr bool gains(CpuLevel level) {
+#ifdef LLMOS_EVERY_BUILD
+  return true;
+#else
+  return level < Avx512Bf16 || std::is_same_v<T, bf16>;
+#endif
+}
 
 template <class Fn>
 struct Build {

@@ -50,11 +50,13 @@ template <class T>
   }
 }
 
-template <class T>
+template <class T, bool kBuilt = kGains<T>>
 struct Builds {
   Build<SumEmbeddings<T>> sum_{LLMOS_CPU_LEVEL, sum_embeddings<T>, &sum<T>};
   Build<DropRows<T>> drop_{LLMOS_CPU_LEVEL, drop_rows<T>, &drop<T>};
 };
+template <class T>
+struct Builds<T, false> {};
 
 const Builds<float> builds_f32;
 const Builds<bf16> builds_bf16;

@@ -202,8 +202,8 @@ struct Weight {
 };
 
 const BuildOf<Pack, Int8Pack> pack_build;
-const KernelBuilds<Product, Int8Product> product_builds;
-const KernelBuilds<Few, Int8Few> few_builds;
+const KernelBuilds<Product, Int8Product, true> product_builds;
+const KernelBuilds<Few, Int8Few, true> few_builds;
 const KernelBuilds<Weight, Int8Weight> weight_builds;
 
 }  // namespace

@@ -148,7 +148,7 @@ struct Rows {
 };
 
 const BuildOf<Offsets, Int8Offsets> offset_build;
-const KernelBuilds<Rows, Int8Rows> row_builds;
+const KernelBuilds<Rows, Int8Rows, true> row_builds;
 
 }  // namespace
 }  // namespace llmos

@@ -208,13 +208,15 @@ void convert(const T* from, float* to, int64_t n) {
         [&](auto part, int64_t i) { store(to + i, load<typename decltype(part)::V>(from + i)); });
 }
 
-template <class T>
+template <class T, bool kBuilt = kGains<T>>
 struct Builds {
   Build<NormForwardRows<T>> forward_{LLMOS_CPU_LEVEL, norm_forward<T>, &forward<T>};
   Build<NormBackwardRows<T>> backward_{LLMOS_CPU_LEVEL, norm_backward<T>, &backward<T>};
   Build<SumPartials<T>> sum_{LLMOS_CPU_LEVEL, sum_partials<T>, &sum_rows<T>};
   Build<ToFloat<T>> convert_{LLMOS_CPU_LEVEL, to_float<T>, &convert<T>};
 };
+template <class T>
+struct Builds<T, false> {};
 
 const Builds<float> builds_f32;
 const Builds<bf16> builds_bf16;

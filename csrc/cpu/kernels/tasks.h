@@ -30,7 +30,7 @@ void run_tasks(const Args& args, const typename Args::Task* tasks, int64_t count
 }
 
 // Enters Impl, which has kBlock, scratch(args) and run(task), as the kernel of Args.
-template <class Impl, class Args>
+template <class Impl, class Args, bool kBuilt = true>
 struct BuildOf {
   static constexpr int64_t panel() {
     if constexpr (requires { Impl::kPanel; })
@@ -42,13 +42,15 @@ struct BuildOf {
                                             &run_tasks<Impl, Args>};
   Build<const TaskKernel<Args>*> build{LLMOS_CPU_LEVEL, task_kernel<Args>, &kKernel};
 };
+template <class Impl, class Args>
+struct BuildOf<Impl, Args, false> {};
 
-// The same for every type of element.
-template <template <class> class Impl, template <class> class Args>
+// The same for every type of element that the level has instructions for; kAll: for every one.
+template <template <class> class Impl, template <class> class Args, bool kAll = false>
 struct KernelBuilds {
-  BuildOf<Impl<float>, Args<float>> f32;
-  BuildOf<Impl<bf16>, Args<bf16>> b16;
-  BuildOf<Impl<f16>, Args<f16>> f16_;
+  BuildOf<Impl<float>, Args<float>, kAll || kGains<float>> f32;
+  BuildOf<Impl<bf16>, Args<bf16>, kAll || kGains<bf16>> b16;
+  BuildOf<Impl<f16>, Args<f16>, kAll || kGains<f16>> f16_;
 };
 
 }  // namespace

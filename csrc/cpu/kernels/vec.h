@@ -19,6 +19,9 @@
 namespace llmos {
 namespace {
 
+template <class T>
+constexpr bool kGains = gains<T>(LLMOS_CPU_LEVEL);
+
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)
