@@ -8,12 +8,13 @@ LINTED := llmos_kernels benchmarks tests examples setup.py .ci/wheel.py
 JOBS := $(shell nproc)
 RESULTS := $(wildcard benchmarks/results/*/ops*.json benchmarks/results/*/int8.json benchmarks/results/*/models*.json)
 
-.PHONY: help demo test test-quick bench bench-gate page peers lint format build sanitize wheel test-wheels gpu gpu-carry mutants clean
+.PHONY: help demo test test-quick test-avx2 bench bench-gate page peers lint format build sanitize wheel test-wheels gpu gpu-carry mutants clean
 
 help:
 	@echo 'make demo      swap a trained sentence encoder: proofs, embeddings, time before and after'
 	@echo 'make test      all tests on this machine; at the end what could not run, and the slowest'
 	@echo 'make test-quick  those that compare numbers in little time: 2 minutes'
+	@echo 'make test-avx2  the same as on a CPU without AVX-512'
 	@echo 'make bench     pytest-benchmark against all that is here, threads pinned (BENCH=--quick: 2 minutes)'
 	@echo 'make bench-gate  the quick rows against the committed ones of this kind of machine'
 	@echo 'make page      benchmarks/results as docs/results.html and the plots of the README'
@@ -34,6 +35,13 @@ test: build
 
 test-quick: build
 	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(JOBS) -m quick
+
+# Kernels and torch as on a CPU without AVX-512, which most people have.
+test-avx2: export LLMOS_CPU_LEVEL = avx2
+test-avx2: export ATEN_CPU_CAPABILITY = avx2
+test-avx2: export MKL_ENABLE_INSTRUCTIONS = AVX2
+test-avx2: export ONEDNN_MAX_CPU_ISA = AVX2
+test-avx2: test-quick
 
 # Libraries that cannot share an environment with the rest; the benchmarks ask those that are there.
 peers:

@@ -114,7 +114,6 @@ def about() -> dict:
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "quick: a row that --quick measures")
     config.bench = Session(config)
 
 

@@ -24,6 +24,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if (
+        os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2"
+    ):  # Of bfloat16, there is no oneDNN on such a CPU.
+        torch.backends.mkldnn.set_flags(False)
     testing.shift = config.getoption("seed")
     if testing.shift:
         import hypothesis
@@ -31,6 +35,21 @@ def pytest_configure(config):
         hypothesis.core.global_force_seed = testing.shift
         original = torch.manual_seed
         torch.manual_seed = lambda seed: original(testing.shifted(seed))
+
+
+#: What ``make test-quick`` runs: the tests of these files that compare numbers in little time.
+QUICK = {
+    f"test_{name}"
+    for name in ("attention", "attention_masks", "dropout", "embedding", "int8", "int8_linear", "layers", "mha",
+                 "nn", "ops", "products", "properties", "quantize", "swap", "swap_chains", "swap_kept", "swap_speed")
+}  # fmt: skip
+NOT_QUICK = ("triton", "compiles_whole", "exports", "gpu")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in QUICK and not any(name in item.name for name in NOT_QUICK):
+            item.add_marker(pytest.mark.quick)
 
 
 @pytest.hookimpl(trylast=True)

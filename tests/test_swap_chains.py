@@ -276,7 +276,10 @@ def test_linear_layers():
     assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
     lk.restore(layer)
     assert type(layer) is nn.Linear
-    # In float16 torch's product is as fast; nn.MultiheadAttention never calls its out_proj.
-    assert not lk.optimize(nn.Linear(8, 8, dtype=torch.float16), always=True).entries
+    for dtype in (torch.bfloat16, torch.float16):
+        half = spread(nn.Linear(24, 16)).to(dtype)
+        assert lk.optimize(half, always=True).entries[0].swapped, "a candidate on every CPU"
+        assert lk.nn.Linear.forward(half, x.to(dtype)).dtype == dtype
+    # nn.MultiheadAttention never calls its out_proj.
     report = lk.optimize(nn.MultiheadAttention(8, 2), always=True)
     assert [e.module for e in report.entries] == [""]

@@ -12,8 +12,8 @@ from llmos_kernels.ops.linear import project
 
 
 class Linear(torch.nn.Linear):
-    """``torch.nn.Linear`` through ``llmos_kernels.linear`` where that is faster than torch: on
-    CPUs in float32, and for small products of bfloat16 if the CPU multiplies its pairs.
+    """``torch.nn.Linear`` through ``llmos_kernels.linear`` on CPUs, where that is faster at the size and
+    dtype of the call, else through torch's product.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -151,6 +151,9 @@ _EXTENSION = sys.modules.get("llmos_kernels._C")
 _LEVEL = _EXTENSION.cpu_level() if _EXTENSION is not None else "none"
 #: Whether torch's float32 products are those of MKL on a CPU that it was written for.
 _HAS_MKL = torch.backends.mkl.is_available() and _EXTENSION is not None and _EXTENSION.is_intel()
+#: Levels whose CPUs multiply no pairs of bfloat16, nor does torch there but by a loop, or widened by oneDNN.
+_WITHOUT_PAIRS = "baseline", "avx2", "avx512"
+_HAS_FLOAT16 = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 _NEVER = 1, 1 << 62
 
 
@@ -174,6 +177,8 @@ def torch_from(dtype: torch.dtype, product: str = "forward") -> tuple[int, int]:
             }.get(product, _NEVER)
         if _HAS_TILES:
             return 64, 1 << 26
+        if _LEVEL in _WITHOUT_PAIRS:  # oneDNN widens them there, slower than ours.
+            return _NEVER
         return (256, 1 << 28) if product == "forward" else _NEVER
     if dtype == torch.float32 and _HAS_MKL:
         return {"forward": (64, 1 << 26), "dinput": (1, 1 << 20), "dweight": (1, 1 << 20)}.get(
@@ -192,11 +197,15 @@ def _is_for_torch(rows: Tensor, columns: int, product: str) -> bool:
 def faster_between(dtype: torch.dtype) -> tuple[int, int]:
     """Multiplications from which on, and below which, ``forward`` beats torch's product on this CPU
     where nothing is fused; (0, 0) if nowhere."""
-    if dtype == torch.float32 and _EXTENSION is not None:
+    if _EXTENSION is None:
+        return 0, 0
+    if dtype == torch.float32:
         return 1 << 18, 1 << 62
-    if dtype == torch.bfloat16 and _LEVEL == "amx":
+    if dtype == torch.float16 and not _HAS_FLOAT16:
         return 1 << 12, 1 << 62
-    if dtype == torch.bfloat16 and _LEVEL == "avx512_bf16" and not _HAS_TILES:
+    if dtype == torch.bfloat16 and (_LEVEL in ("amx", *_WITHOUT_PAIRS) or not has_onednn()):
+        return 1 << 12, 1 << 62
+    if dtype == torch.bfloat16 and not _HAS_TILES:
         return 1 << 12, 1 << 26
     return 0, 0
 
