@@ -31,10 +31,10 @@ demo: $(VENV)/.built
 	@$(PYTHON) examples/swap_sentence_encoder.py
 
 test: build
-	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(JOBS) --durations=20 --durations-min=1
+	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(JOBS) --dist worksteal --durations=20 --durations-min=1
 
 test-quick: build
-	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(JOBS) -m quick
+	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(JOBS) --dist worksteal -m quick
 
 # Kernels and torch as on a CPU without AVX-512, which most people have.
 test-avx2: export LLMOS_CPU_LEVEL = avx2
@@ -94,7 +94,7 @@ sanitize: $(VENV)/.ready
 	LLMOS_SANITIZED=$(CURDIR)/build/sanitized PYTHONPATH=$(CURDIR)/build/sanitized \
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	OMP_WAIT_POLICY=passive LLMOS_SKIP_TRITON=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-	$(PYTHON) -P -m pytest -n $(JOBS) tests/test_sanitize.py tests/test_kernels.py tests/test_ops.py tests/test_int8.py tests/test_int8_linear.py \
+	$(PYTHON) -P -m pytest -n $(JOBS) --dist worksteal tests/test_sanitize.py tests/test_kernels.py tests/test_ops.py tests/test_int8.py tests/test_int8_linear.py \
 	  -k "sanitize or guard or matches_reference or layouts or strided or integers or extreme or few or outliers or rows_of or test_pack"
 
 wheel: $(VENV)/.ready

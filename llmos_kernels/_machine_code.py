@@ -34,8 +34,9 @@ def assembled(ptx: str, arch: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         source, made = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx)
-        options = ["-lineinfo", "--regAllocOptLevel=2", f"--gpu-name={arch}", "-o", made]
-        subprocess.run([knobs.nvidia.ptxas.path, *options, source], check=True)
+        options = ["-lineinfo", "--regAllocOptLevel=2", f"--gpu-name={arch}"]
+        command = [knobs.nvidia.ptxas.path, *options, "-o", str(made), str(source)]
+        subprocess.run(command, check=True)
         return made.read_bytes()
 
 

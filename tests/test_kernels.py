@@ -32,6 +32,11 @@ def kernels(op):
         yield "triton", "cuda" if GPU else "cpu", DEFINED[op.name()].launch
 
 
+def is_interpreted(name):
+    """Whether a kernel takes its time."""
+    return name.endswith("triton") and not GPU
+
+
 def draws_of_calls(case, shape, dtype, count=None):
     """(name, kernel, reference, its arguments in each draw) for every kernel of every op of ``case``."""
     recorded = {
@@ -44,7 +49,7 @@ def draws_of_calls(case, shape, dtype, count=None):
     for i, (op, _) in enumerate(recorded["cpu"][0]):
         for name, device, kernel in kernels(op):
             arguments = [called[i][1] for called in recorded[device]]
-            if name == "triton" and not GPU:  # Interpreted, it takes its time.
+            if is_interpreted(name):
                 if dtype != torch.float32 and shape[-1] > 1 << 16:
                     continue  # The loop over a wide row is the same in every dtype.
                 arguments = arguments[:2]
@@ -137,6 +142,8 @@ def test_matches_reference(case, shape, dtype):
             exact, eager = outputs(reference, cast(args, torch.float64)), outputs(reference, args)
             compared = enumerate(zip(made, exact, eager, strict=True))
             results.append({f"output {k}": values for k, values in compared})
+            if is_interpreted(name) and max(judged_together(results).values(), default=0) <= 1:
+                break  # The other draw is for what misses by luck.
         over = {k: ratio for k, ratio in judged_together(results).items() if ratio > 1}
         assert not over, f"{name}: error over budget: {over}"
 

@@ -43,7 +43,7 @@ def test_optimize_and_restore(make, given):
         names = {
             part.config._attn_implementation for part in model.modules() if hasattr(part, "config")
         }
-        assert names == {"llmos"} and "(the model)" in str(report)
+        assert names == {"llmos"} and "(the model)" in report.details()
         assert not lk.optimize(model, always=True).entries
         torch.testing.assert_close(
             seen(model(**inputs).logits, inputs), before, atol=1e-4, rtol=1e-4

@@ -1,0 +1,97 @@
+"""The tests that compare numbers, at every CPU level and with other random numbers: hours.
+
+    python tests/seeds.py [--seeds 0 1 2] [--levels NAME ...] [--out FILE]
+
+At each level torch is lowered to what a CPU of that level would run. What has run is kept in FILE, and is not
+run again. Triton's interpreter does not know levels: its tests run at the first and at the last.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from llmos_kernels import _C
+
+TESTS = Path(__file__).parent
+FILES = (
+    "attention", "attention_masks", "attention_tiles", "dropout", "embedding", "int8", "int8_linear", "kernels",
+    "layers", "mha", "nn", "ops", "products", "properties", "quantize", "swap", "swap_chains", "swap_kept",
+    "swap_speed", "transformers", "transformers_int8", "transformers_models", "transformers_swap",
+)  # fmt: skip
+#: What torch runs on a CPU of each level.
+TORCH = {
+    "baseline": ("default", "SSE4_2", "SSE41"),
+    "avx2": ("avx2", "AVX2", "AVX2"),
+    "avx512": ("avx512", "AVX512", "AVX512_CORE"),
+    "avx512_bf16": ("avx512", "AVX512", "AVX512_CORE_BF16"),
+    "amx": ("avx512", "AVX512", "DEFAULT"),
+}
+
+
+def run(level: str, seed: int, triton: bool) -> dict:
+    """What became of the tests: the last line, and those that failed."""
+    names = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
+    env = os.environ | {"LLMOS_CPU_LEVEL": level, "OMP_WAIT_POLICY": "passive"}
+    env |= dict(zip(names, TORCH[level], strict=True))
+    if not triton:
+        env["LLMOS_SKIP_TRITON"] = "1"
+    files = [str(TESTS / f"test_{name}.py") for name in FILES]
+    chosen = "not compiles and not every_backend" + " and not triton and not tiles" * (not triton)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        str(os.cpu_count()),
+        "-p",
+        "no:cacheprovider",
+    ]
+    start = time.perf_counter()
+    done = subprocess.run(
+        [*command, f"--seed={seed}", "-k", chosen, *files],
+        cwd=TESTS.parent, env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return {
+        "level": level, "seed": seed, "triton": triton, "result": lines[-1] if lines else done.stderr[-500:],
+        "failed": failed, "seconds": round(time.perf_counter() - start),
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    levels = _C.cpu_levels()
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--levels", nargs="+", choices=levels, default=levels, metavar="NAME")
+    parser.add_argument("--out", type=Path, default=Path("build/seeds.jsonl"))
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    found = [json.loads(s) for s in args.out.read_text().splitlines()] if args.out.exists() else []
+    known = {(r["level"], r["seed"]): r for r in found}
+    failures = 0
+    for seed in args.seeds:
+        for level in args.levels:
+            if (level, seed) not in known:
+                triton = level in (args.levels[0], args.levels[-1])
+                known[level, seed] = run(level, seed, triton)
+                with args.out.open("a") as out:
+                    print(json.dumps(known[level, seed]), file=out)
+            r = known[level, seed]
+            print(
+                f"{level:12} seed {seed}: {r['result'].strip('= ')}",
+                *r["failed"],
+                sep="\n  ",
+                flush=True,
+            )
+            failures += len(r["failed"])
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
