@@ -55,7 +55,7 @@ def largest_error(module: nn.Module, cls: type, call: Call) -> float:
 
 def _has_nan(exact: nn.Module, call: Call) -> bool:
     """Return whether a query of ``call`` sees no key, of which torch makes NaN."""
-    outputs, _ = _outputs_and_gradients(exact, call, False, dtype=torch.float64)
+    outputs, _ = _outputs_and_gradients(exact, call, False, torch.ones_like, torch.float64)
     return any(o.isnan().any() for o in outputs)
 
 
@@ -100,12 +100,19 @@ def _results(replicas: _Replicas, call: Call, what: str, draw: int) -> dict[str,
     incoming gradients.
     """
     found: dict[str, Compared] = {}
+    drawn: dict[torch.Size, Tensor] = {}  # Incoming gradients: the same for all three, in both modes.
+
+    def incoming(out: Tensor) -> Tensor:
+        if out.shape not in drawn:
+            (drawn[out.shape],) = make_gradients([out.detach().double()], draw)
+        return drawn[out.shape].to(out.dtype)
+
     for training in (False, True):
         exact, exact_gradients = _outputs_and_gradients(
-            replicas.exact, call, training, draw, torch.float64
+            replicas.exact, call, training, incoming, torch.float64
         )
-        eager, eager_gradients = _outputs_and_gradients(replicas.stock, call, training, draw)
-        actual, actual_gradients = _outputs_and_gradients(replicas.ours, call, training, draw)
+        eager, eager_gradients = _outputs_and_gradients(replicas.stock, call, training, incoming)
+        actual, actual_gradients = _outputs_and_gradients(replicas.ours, call, training, incoming)
         if what == "outputs that are no NaN":
             actual = [
                 a.where(a.isnan() | ~e.isnan(), e) for a, e in zip(actual, eager, strict=True)
@@ -122,9 +129,13 @@ def _results(replicas: _Replicas, call: Call, what: str, draw: int) -> dict[str,
 
 
 def _outputs_and_gradients(
-    module: nn.Module, call: Call, training: bool, draw: int = 1, dtype: torch.dtype | None = None
+    module: nn.Module,
+    call: Call,
+    training: bool,
+    incoming: Callable[[Tensor], Tensor],
+    dtype: torch.dtype | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """All outputs, and the gradients of the first one."""
+    """All outputs, and the gradients of the first one for the gradient ``incoming`` of it."""
 
     def leaf(t):
         if not t.is_floating_point():
@@ -140,7 +151,7 @@ def _outputs_and_gradients(
         gradients = torch.autograd.grad(
             outputs[0],
             [*wanted, *module.parameters()],
-            make_gradients(outputs[:1], draw),
+            incoming(outputs[0]),
             allow_unused=True,
         )
     return [o.detach() for o in outputs], [g for g in gradients if g is not None]
