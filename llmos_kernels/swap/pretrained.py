@@ -15,7 +15,7 @@ from llmos_kernels._registry import KERNEL_DTYPES
 from llmos_kernels.swap.calls import Call, tensors_in
 from llmos_kernels.swap.replica import replica
 from llmos_kernels.swap.rules import why_untouchable
-from llmos_kernels.swap.timing import Timing, compare
+from llmos_kernels.swap.timing import MODEL_MOST, Timing, compare
 from llmos_kernels.testing import error_over_budget
 
 NAME = "llmos"
@@ -136,7 +136,10 @@ def _timings(model: Any, calls: list[Call]) -> list[Timing]:
 
     try:
         with torch.no_grad():
-            return [compare(partial(run, off, c), partial(run, on, c), c.rows) for c in calls]
+            return [
+                compare(partial(run, off, c), partial(run, on, c), c.rows, most=MODEL_MOST)
+                for c in calls
+            ]
     finally:
         off()  # The config is the model's own.
 

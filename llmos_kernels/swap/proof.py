@@ -100,7 +100,9 @@ def _results(replicas: _Replicas, call: Call, what: str, draw: int) -> dict[str,
     incoming gradients.
     """
     found: dict[str, Compared] = {}
-    drawn: dict[torch.Size, Tensor] = {}  # Incoming gradients: the same for all three, in both modes.
+    drawn: dict[
+        torch.Size, Tensor
+    ] = {}  # Incoming gradients: the same for all three, in both modes.
 
     def incoming(out: Tensor) -> Tensor:
         if out.shape not in drawn:
