@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,17 +42,22 @@ def build(folder: str, source: Path | str) -> None:
     print("building", ", ".join(f"{k}={v}" for k, v in settings.items()), flush=True)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-v"]
     command = [*pip, "--no-build-isolation", "--no-deps", "-w", folder, source]
-    said = []
+    said: list[str] = []
     with subprocess.Popen(
         command, env=os.environ | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:  # fmt: skip
         assert process.stdout is not None
-        for line in process.stdout:
-            said.append(line)
-            if line.strip().startswith(("pack:", "llmos_kernels:")):
-                print(line.strip(), flush=True)
+        show(process.stdout, said)
     if process.returncode:
         raise SystemExit("".join(said[-100:]) + "the wheel could not be built")
+
+
+def show(lines: Iterable[str], said: list[str]) -> None:
+    """Print of what a build says how far the pack is, and what is left out; add all of it to ``said``."""
+    for line in lines:
+        said.append(line)
+        if line.strip().startswith(("pack:", "llmos_kernels:")):
+            print(line.strip(), flush=True)
 
 
 def main() -> None:

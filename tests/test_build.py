@@ -1,5 +1,6 @@
 """What setup.py does where something is missing."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -135,6 +136,36 @@ def test_jobs():
     assert 1 <= int(evaluated("jobs()", MAX_JOBS="").stdout.split()[-1]) <= (os.cpu_count() or 1)
     done = evaluated("jobs()", MAX_JOBS="many")
     assert done.returncode and "'many'" in done.stderr
+
+
+def test_the_pack_is_built_where_it_is_asked_for():
+    def packed(**env):
+        return evaluated("repr(packed())", **{"TORCH_CUDA_ARCH_LIST": "9.0", **env})
+
+    for wanted, found in (
+        ("", "''"),
+        ("0", "''"),
+        ("1", "'ALL'"),
+        ("linear,int8", "'linear;int8'"),
+    ):
+        assert packed(LLMOS_BUILD_PACK=wanted).stdout.split()[-1] == found
+    done = packed(LLMOS_BUILD_PACK="1", TORCH_CUDA_ARCH_LIST="")
+    assert done.returncode and "needs TORCH_CUDA_ARCH_LIST" in done.stderr
+
+
+def test_a_wheel_says_how_far_it_is(capsys):
+    """Of all that pip and CMake say, the lines of the pack, and ours."""
+    spec = importlib.util.spec_from_file_location("wheel_script", ROOT / ".ci" / "wheel.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    said = [
+        "  pack: 9 of 90 kernels for sm_90, 1.0 minutes to go",
+        "noise",
+        "llmos_kernels: no CUDA",
+    ]
+    script.show(said_lines := [f"{line}\n" for line in said], kept := [])
+    assert capsys.readouterr().out.splitlines() == [said[0].strip(), said[2]]
+    assert kept == said_lines
 
 
 def test_bill_of_materials():

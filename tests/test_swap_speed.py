@@ -99,6 +99,20 @@ def test_a_model_in_train_mode_is_timed_with_its_backward(clock):
     assert len(report.entries[0].timings) == 2, "The gradient of its input remains."
 
 
+def test_dropout_is_timed(monkeypatch):
+    """A step of a model in train mode drops what the model would; proofs drop nothing."""
+    seen, forward = [], nn.Dropout.forward
+
+    def watched(self, input):
+        seen.append(self.p)
+        return forward(self, input)
+
+    monkeypatch.setattr(nn.Dropout, "forward", watched)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.25, batch_first=True)
+    lk.optimize(layer, inputs=(torch.randn(2, 5, 16),))
+    assert {0.0, 0.25} <= set(seen) and layer.dropout1.p == 0.25
+
+
 class Whole(nn.Module):
     """Norms that cost nothing when they run alone, and ``cost`` in the model."""
 

@@ -16,10 +16,11 @@ def replica(
     device: str | None = None,
     made: dict[nn.Module, nn.Module] | None = None,
     classes: dict[nn.Module, type] | None = None,
+    dropout: bool = False,
 ) -> nn.Module:
     """A copy of ``module`` without its hooks, as ``cls``, in ``dtype`` and on ``device`` where they
     are given. ``classes``: what modules in it are to be instead; ``made``: copies of modules that may
-    come again in it."""
+    come again in it. Without ``dropout`` nothing in it drops."""
     made = {} if made is None else made
     if module in made:
         return made[module]
@@ -40,15 +41,16 @@ def replica(
     clone._parameters = {k: copy(p) for k, p in module._parameters.items()}
     clone._buffers = {k: copy(b) for k, b in module._buffers.items()}
     clone._modules = {
-        k: m if m is None else replica(m, None, dtype, device, made, classes)
+        k: m if m is None else replica(m, None, dtype, device, made, classes, dropout)
         for k, m in module._modules.items()
     }
     if isinstance(clone, Int8Linear):  # Its scales are float32 in every dtype.
         scale: Any = module.weight_scale
         clone._buffers["weight_scale"] = scale.to(device or scale.device, copy=True)
         clone.__dict__["_packed_of"] = None
-    if isinstance(clone, nn.Dropout):
-        clone.p = 0.0  # Another generator draws other masks; the op's own tests compare those.
-    if isinstance(clone, nn.MultiheadAttention):
+    # Another generator draws other masks; the op's own tests compare those.
+    if isinstance(clone, nn.Dropout) and not dropout:
+        clone.p = 0.0
+    if isinstance(clone, nn.MultiheadAttention) and not dropout:
         clone.dropout = 0.0
     return clone

@@ -91,8 +91,8 @@ def of_module(
 
     Both are copies whose inner modules have the ``classes`` that were decided for them.
     """
-    old = replica(module, classes=classes)
-    new = replica(module, classes=classes | {module: drop_in})
+    old = replica(module, classes=classes, dropout=True)
+    new = replica(module, classes=classes | {module: drop_in}, dropout=True)
     found = []
     for call in calls:
         with torch.inference_mode(), evaluating(old), evaluating(new):
