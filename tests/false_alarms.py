@@ -102,7 +102,7 @@ def main() -> int:
                         known[seed] = error_of(kind, getattr(torch, dtype), seed)
                         print(json.dumps([level, kind, dtype, seed, known[seed]]), file=out)
                 out.flush()
-                alarms = sum(known[s] > 1 for s in range(args.seeds))
+                alarms = sum(not known[s] <= 1 for s in range(args.seeds))
                 worst = max(worst, alarms / args.seeds)
                 taken = time.perf_counter() - start
                 print(f"{level:12} {kind:25} {dtype:9} {alarms:4} of {args.seeds} refused,"

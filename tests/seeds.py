@@ -32,6 +32,12 @@ TORCH = {
 }
 
 
+def commit() -> str:
+    """What the tests are of: a change starts them anew."""
+    command = ["git", "-C", TESTS.parent, "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def run(level: str, seed: int, triton: bool) -> dict:
     """What became of the tests: the last line, and those that failed."""
     names = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
@@ -58,8 +64,12 @@ def run(level: str, seed: int, triton: bool) -> dict:
     )  # fmt: skip
     lines = done.stdout.splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    if done.returncode not in (0, 1):  # It did not run to its end.
+        raise SystemExit(
+            f"{level}, seed {seed}: pytest gave {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
     return {
-        "level": level, "seed": seed, "triton": triton, "result": lines[-1] if lines else done.stderr[-500:],
+        "commit": commit(), "level": level, "seed": seed, "triton": triton, "result": lines[-1],
         "failed": failed, "seconds": round(time.perf_counter() - start),
     }  # fmt: skip
 
@@ -73,7 +83,7 @@ def main() -> int:
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     found = [json.loads(s) for s in args.out.read_text().splitlines()] if args.out.exists() else []
-    known = {(r["level"], r["seed"]): r for r in found}
+    known = {(r["level"], r["seed"]): r for r in found if r["commit"] == commit()}
     failures = 0
     for seed in args.seeds:
         for level in args.levels:

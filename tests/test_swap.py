@@ -313,7 +313,7 @@ def test_a_proof_makes_the_models_own_call(attention_inputs):
     model = Attends()
     call = lambda: model(**attention_inputs)
     found = calls.captured_calls(model, [model.own, model.cross], call)
-    own, cross = found[model.own], found[model.cross]
+    (own,), (cross,) = found[model.own], found[model.cross]
     assert own.args[0] is own.args[1] is own.args[2] and own.args[0] is not attention_inputs["x"]
     assert own.kwargs["need_weights"] is False and own.kwargs["attn_mask"].dtype == torch.bool
     assert torch.equal(own.kwargs["key_padding_mask"], attention_inputs["padding"])

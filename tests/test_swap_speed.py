@@ -75,7 +75,9 @@ def test_always(clock):
 
 
 def test_unverified_swaps_are_not_timed(clock):
-    assert not lk.optimize(two_norms(), verify=False, inputs=(torch.randn(3, 16),)).kept
+    report = lk.optimize(two_norms(), verify=False, inputs=(torch.randn(3, 16),))
+    assert not report.kept and "nothing was proved or timed" in str(report)
+    assert "swapped, not verified" in report.details()
     assert clock.asked == []
 
 
@@ -161,11 +163,11 @@ def test_a_model_that_runs_once_alone(clock):
     class Once(nn.Module):
         def __init__(self):
             super().__init__()
-            self.norm, self.runs = nn.LayerNorm(16), 0
+            self.norm, self.runs = nn.LayerNorm(16), []
 
         def forward(self, x):
-            self.runs += 1
-            if self.runs > 1:
+            self.runs.append(x)
+            if len(self.runs) > 1:
                 raise RuntimeError("once is enough")
             return self.norm(x)
 
@@ -187,7 +189,79 @@ def test_a_cache_among_the_inputs_is_not_written_to(clock):
 
     cache = {"seen": []}
     assert lk.optimize(Grows().eval(), inputs=(torch.randn(3, 16), cache)).model
-    assert cache["seen"] == [0], "The call that captures what modules get is the model's own."
+    assert cache["seen"] == []
+
+
+def test_what_a_model_writes_is_put_back(clock):
+    """Its own buffers and counters, and its inputs; however often it runs."""
+
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.position = nn.LayerNorm(16), 0
+            self.register_buffer("cache", torch.zeros(8, 16))
+
+        def forward(self, x):
+            self.cache[self.position] = x.mul_(2)[0]
+            self.position += 1
+            return self.norm(x)
+
+    model, x = Writes().eval(), torch.ones(3, 16)
+    assert lk.optimize(model, inputs=(x,)).model
+    assert model.position == 0 and not model.cache.any() and (x == 1).all()
+
+
+def test_tied_parameters_are_timed_in_train_mode(clock):
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).train()
+    model[2].weight = model[0].weight
+    report = lk.optimize(model, strict=True)
+    assert not [e for e in report.kept if not e.slower], report.details()
+
+
+def test_no_step_is_timed_where_nothing_is_trained(clock):
+    model = two_norms().train().requires_grad_(False)
+    assert [t.backward for t in lk.optimize(model, inputs=(torch.randn(3, 16),)).model] == [False]
+
+
+def test_an_interrupt_leaves_the_model_as_it_was(clock):
+    model, calls = two_norms(), []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+
+    model.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        lk.optimize(model, inputs=(torch.randn(3, 16),))
+    assert type(model[0]) is type(model[2]) is nn.LayerNorm
+    assert "_llmos_swapped_from" not in model[0].__dict__
+
+
+def test_a_module_is_timed_at_the_fewest_and_the_most_rows_it_gets(clock):
+    class Thrice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(16)
+
+        def forward(self, x):
+            return self.norm(x), self.norm(x[:1]), self.norm(x[:2]), self.norm(torch.cat([x, x]))
+
+    (entry,) = lk.optimize(Thrice().eval(), inputs=(torch.randn(3, 16),)).entries
+    assert [t.rows for t in entry.timings] == [3, 1, 6]
+
+
+@pytest.mark.filterwarnings("ignore:(enable_nested|The PyTorch API of nested)")
+def test_layers_that_get_nested_tensors(clock):
+    """Which torch's encoder makes of padded batches in eval mode: their proof draws its own inputs."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model, padding = nn.TransformerEncoder(layer, 2).eval(), torch.zeros(3, 5, dtype=torch.bool)
+    padding[1:, 3:] = True
+    inputs = {"src": torch.randn(3, 5, 16), "src_key_padding_mask": padding}
+    with torch.inference_mode():
+        expected = model(**inputs)
+        assert not lk.optimize(model, inputs=inputs).kept
+        torch.testing.assert_close(model(**inputs), expected)
 
 
 def test_inner_modules_are_decided_first(clock):

@@ -1,6 +1,8 @@
 """How modules are called: by the model they are in, or with random numbers of the right shapes."""
 
 import contextlib
+import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +28,11 @@ class Call:
 
     args: tuple = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, inputs: tuple | dict) -> "Call":
+        """The call that ``inputs``, a tuple or a dict by name, stand for."""
+        return cls(kwargs=inputs) if isinstance(inputs, dict) else cls(inputs)
 
     @property
     def values(self) -> list:
@@ -139,17 +146,26 @@ def permuted(call: Call) -> Call:
 
 def captured_calls(
     model: nn.Module, modules: list[nn.Module], call: Callable
-) -> dict[nn.Module, Call]:
-    """How each of ``modules`` is called first while ``call()`` runs ``model``.
+) -> dict[nn.Module, list[Call]]:
+    """How each of ``modules`` is called while ``call()`` runs ``model``: first, and where others differ in
+    their number of rows, with the fewest and with the most.
 
-    A call with other arguments than tensors, None, numbers and strings is not kept.
+    A call with other arguments than tensors, None, numbers and strings is not kept, nor one of nested
+    tensors, which autograd takes in few places.
     """
-    found: dict[nn.Module, Call] = {}
+    found: dict[nn.Module, list[Call]] = {}
 
     def remember(module, args, kwargs):
         given = Call(args, kwargs)
-        if module not in found and all(isinstance(v, (Tensor, *PLAIN)) for v in given.values):
-            found[module] = given.map(lambda t: t.detach().clone())
+        plain = all(isinstance(v, (Tensor, *PLAIN)) for v in given.values)
+        if not plain or any(isinstance(v, Tensor) and v.is_nested for v in given.values):
+            return
+        calls = found.setdefault(module, [])
+        rows = [c.rows for c in calls]
+        if not calls or given.rows < min(rows) or given.rows > max(rows):
+            calls.append(given.map(lambda t: t.detach().clone()))
+            others = sorted(calls[1:], key=lambda c: c.rows)
+            calls[1:] = others[:1] + others[1:][-1:]
 
     handles = [m.register_forward_pre_hook(remember, with_kwargs=True) for m in modules]
     try:
@@ -159,6 +175,84 @@ def captured_calls(
         for handle in handles:
             handle.remove()
     return found
+
+
+class ModelRun:
+    """A call of ``model``, as often as it is wanted: its arguments are copies, and what the model
+    writes to its buffers and to numbers and strings that it holds is put back.
+    """
+
+    def __init__(self, model: nn.Module, call: Call):
+        self.model, self.call = model, call
+        modules = list(model.modules())
+        self._buffers = [
+            (m._buffers, name, b, b.detach().clone())
+            for m in modules
+            for name, b in m._buffers.items()
+            if b is not None and not b.is_inference()
+        ]
+        self._versions = [b._version for _, _, b, _ in self._buffers]
+        self._plain = [
+            (vars(m), name, value)
+            for m in modules
+            for name, value in vars(m).items()
+            if isinstance(value, PLAIN) and name != "training"
+        ]
+        self._seen = False
+
+    def __call__(self, backward: bool = False) -> bool:
+        """Run it, with the gradients of its parameters if ``backward``; whether there were any."""
+        given = self.arguments()
+        wanted = [p for p in self.model.parameters() if p.requires_grad]
+        found: tuple = ()
+        try:
+            with torch.set_grad_enabled(backward):
+                outputs = list(tensors_in(given.on(self.model)))
+                outputs = [t.sum() for t in outputs if t.requires_grad]
+                if backward and outputs and wanted:
+                    total = torch.stack(outputs).sum()
+                    found = torch.autograd.grad(total, wanted, allow_unused=True)
+        finally:
+            self._put_back()
+        return any(g is not None for g in found)
+
+    def arguments(self) -> Call:
+        """A copy of the call; what is given twice stays one."""
+        memo: dict[int, Any] = {}
+
+        def copied(v: Any) -> Any:
+            if isinstance(v, PLAIN):
+                return v
+            if id(v) not in memo:
+                memo[id(v)] = _copy(v)
+            return memo[id(v)]
+
+        args = tuple(copied(v) for v in self.call.args)
+        return Call(args, {k: copied(v) for k, v in self.call.kwargs.items()})
+
+    def _put_back(self) -> None:
+        with torch.no_grad():
+            for i, (buffers, name, buffer, before) in enumerate(self._buffers):
+                buffers[name] = buffer
+                if buffer._version != self._versions[i]:
+                    buffer.copy_(before)
+                    self._versions[i] = buffer._version
+        changed = [p for p in self._plain if p[0].get(p[1]) is not p[2]]
+        for values, name, value in changed:
+            values[name] = value
+        if not self._seen:  # What one call leaves as it is, others do, too.
+            self._plain, self._seen = changed, True
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # What cannot be copied has to do.
+        return value
 
 
 @contextlib.contextmanager
@@ -181,3 +275,5 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list, dict)):
         for v in value.values() if isinstance(value, dict) else value:
             yield from tensors_in(v)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from tensors_in(vars(value))

@@ -3,6 +3,7 @@
 Parameters, names, hooks, devices, optimizers and every reference to the module stay as they are.
 """
 
+import math
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from llmos_kernels.swap import pretrained, proof, rules, timing
-from llmos_kernels.swap.calls import captured_calls, example_calls
+from llmos_kernels.swap.calls import Call, ModelRun, captured_calls, example_calls
 from llmos_kernels.swap.report import Entry, Report
 from llmos_kernels.testing import shifted
 
@@ -74,8 +75,9 @@ def optimize(
             *(torch.cuda.default_generators[i] for i in gpus),
         ):
             generator.manual_seed(shifted(0))
+        run = None if inputs is None else ModelRun(model, Call.of(inputs))
         judges = _Judges(
-            verify, always, capture(model, [m for _, m, why in plan + models if not why], inputs)
+            verify, always, capture(model, [m for _, m, why in plan + models if not why], run)
         )
         chosen = [judges.of_attention(*named) for named in models]
         # Innermost first: a module is timed with what was decided for those in it.
@@ -89,10 +91,15 @@ def optimize(
         ):
             if entry.swapped:
                 switches[i] = _switch(module, pretrained_model=i < len(models), judges=judges)
-        for switch in switches.values():
-            switch.on()
-        if verify and inputs is not None and switches:
-            _time_model(report, model, inputs, switches, search=not always)
+        try:
+            for switch in switches.values():
+                switch.on()
+            if verify and run is not None and switches:
+                _time_model(report, model, run, switches, search=not always)
+        except BaseException:  # Ctrl-C: the model as it was.
+            for switch in switches.values():
+                switch.off()
+            raise
     return report
 
 
@@ -114,10 +121,16 @@ def _switch(module: Any, pretrained_model: bool, judges: "_Judges") -> timing.Sw
     return timing.Switch(group, on, off)
 
 
-def _time_model(report: Report, model, inputs, switches: dict[int, timing.Switch], search) -> None:
+def _time_model(
+    report: Report,
+    model: nn.Module,
+    run: ModelRun,
+    switches: dict[int, timing.Switch],
+    search: bool,
+) -> None:
     """Add the whole model's times to ``report``, and what was turned off for their sake."""
     try:
-        report.model, without = timing.of_model(model, inputs, list(switches.values()), search)
+        report.model, without = timing.of_model(model, run, list(switches.values()), search)
     except Exception as e:  # It ran once. What it raises now is no reason to fail.
         report.why_no_model = f"{type(e).__name__}: {_first_line(e)}"
         return
@@ -142,7 +155,7 @@ class _Judges:
     def of_attention(self, name: str, model: Any, why: str) -> Entry:
         """Of the attention of a Hugging Face model."""
         self.groups[model] = "attention", name
-        prove = partial(pretrained.prove, model, self.captured.get(model))
+        prove = partial(pretrained.prove, model, self.captured.get(model, []))
         return self._judge(name, f"attention of {type(model).__name__}", why, prove)
 
     def of_module(self, name: str, module: nn.Module, why: str) -> Entry:
@@ -158,13 +171,15 @@ class _Judges:
         return entry
 
     def _prove(self, module: nn.Module, drop_in: type) -> tuple[float, list[timing.Timing]]:
-        call = self.captured.get(module)
-        calls = [call] if call else example_calls(module)
-        error = max(proof.largest_error(module, drop_in, c) for c in calls)
-        kind = timing.kind(module, drop_in, self.classes, call)
+        captured = self.captured.get(module, [])
+        errors = [
+            proof.largest_error(module, drop_in, c) for c in captured[:1] or example_calls(module)
+        ]
+        error = max(errors, key=lambda e: math.inf if math.isnan(e) else e)
+        kind = timing.kind(module, drop_in, self.classes, captured)
         self.groups[module] = kind
         if error <= 1 and kind not in self.timed:
-            sized = [call] if call else [example_calls(module, s)[-1] for s in timing.SIZES]
+            sized = captured or [example_calls(module, s)[-1] for s in timing.SIZES]
             self.timed[kind] = timing.of_module(module, drop_in, self.classes, sized)
         return error, self.timed.get(kind, [])
 
@@ -181,7 +196,7 @@ class _Judges:
         except Exception as e:  # Whatever a user's module raises is a reason to keep it.
             why = f"could not be verified: {type(e).__name__}: {_first_line(e)}"
             return Entry(name, shown, False, why)
-        if error > 1:
+        if not error <= 1:
             return Entry(name, shown, False, "it misses the error budget", error)
         slow = next((t for t in timings if t.is_slower), None)
         if slow is None or self.always:
@@ -232,10 +247,8 @@ def around(model: nn.Module, name: str) -> list[nn.Module]:
     return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
 
 
-def capture(model: nn.Module, modules: list[nn.Module], inputs: tuple | dict | None) -> dict:
-    """How each of ``modules`` is called when ``model`` runs ``inputs``; empty without them."""
-    if inputs is None:
-        return {}
-    if isinstance(inputs, dict):
-        return captured_calls(model, modules, lambda: model(**inputs))
-    return captured_calls(model, modules, lambda: model(*inputs))
+def capture(
+    model: nn.Module, modules: list[nn.Module], run: ModelRun | None
+) -> dict[nn.Module, list[Call]]:
+    """How each of ``modules`` is called when ``model`` runs its inputs; empty without them."""
+    return {} if run is None else captured_calls(model, modules, run)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmos_kernels._registry import KERNEL_DTYPES
-from llmos_kernels.swap.calls import Call, tensors_in
+from llmos_kernels.swap.calls import Call, ModelRun, tensors_in
 from llmos_kernels.swap.replica import replica
 from llmos_kernels.swap.rules import why_untouchable
 from llmos_kernels.swap.timing import MODEL_MOST, Timing, compare
@@ -90,13 +90,12 @@ def restore(model: nn.Module) -> None:
             _put(module, [b if n == NAME else n for n, b in zip(now, before, strict=True)])
 
 
-def prove(model: Any, call: Call | None) -> tuple[float, list[Timing]]:
+def prove(model: Any, captured: list[Call]) -> tuple[float, list[Timing]]:
     """The largest error of its outputs over budget, in eval mode, and its times before and after."""
-    error = largest_error(model, [call] if call else example_calls(model))
-    if error > 1:
+    error = largest_error(model, captured[:1] or example_calls(model))
+    if not error <= 1:
         return error, []
-    sized = [call] if call else [example_calls(model, *size)[0] for size in _SIZES]
-    return error, _timings(model, sized)
+    return error, _timings(model, captured or [example_calls(model, *s)[0] for s in _SIZES])
 
 
 def largest_error(model: Any, calls: list[Call]) -> float:
@@ -126,22 +125,25 @@ def largest_error(model: Any, calls: list[Call]) -> float:
 
 
 def _timings(model: Any, calls: list[Call]) -> list[Timing]:
-    """How long a copy takes with the attention it has and with ours, in eval mode."""
+    """How long a copy takes with the attention it has and with ours, in eval mode; of a model that is
+    training with the gradients of its parameters, too."""
     copied = _frozen(model)
     on, off = switch(copied)
 
-    def run(choose: Callable[[], None], call: Call) -> None:
+    def chosen(choose: Callable[[], None], run: ModelRun, backward: bool) -> None:
         choose()
-        call.on(copied)
+        run(backward)
 
+    found = []
     try:
-        with torch.no_grad():
-            return [
-                compare(partial(run, off, c), partial(run, on, c), c.rows, most=MODEL_MOST)
-                for c in calls
-            ]
+        for call in calls:
+            run = ModelRun(copied, call)
+            for backward in (False, True)[: 1 + model.training]:
+                before, after = (partial(chosen, side, run, backward) for side in (off, on))
+                found.append(compare(before, after, call.rows, backward, MODEL_MOST))
     finally:
         off()  # The config is the model's own.
+    return found
 
 
 def _choose(model: Any) -> None:

@@ -21,6 +21,7 @@ from llmos_kernels.nn.linear import FusedConv1D, Linear, is_conv1d
 from llmos_kernels.nn.transformer import TransformerEncoderLayer
 from llmos_kernels.ops.int8_linear import MODES, check_threshold, int8_linear, int8_pack
 from llmos_kernels.ops.linear import project
+from llmos_kernels.swap.calls import Call, ModelRun
 from llmos_kernels.swap.optimize import MARK, around, capture, check_model
 from llmos_kernels.swap.report import table
 from llmos_kernels.swap.rules import why_untouchable
@@ -123,14 +124,15 @@ def quantize(
     plan = [(name, m, _why_not(model, name, m, skip)) for name, m in _candidates(model)]
     with torch.inference_mode(False), torch.no_grad():
         weights = {m: _quantized(name, m) for name, m, why in plan if not why}
-        seen = capture(model, [m for _, m, why in plan if not why], inputs)
+        run = None if inputs is None else ModelRun(model, Call.of(inputs))
+        seen = capture(model, [m for _, m, why in plan if not why], run)
         timed: dict[tuple, dict[int, float]] = {}
         entries = []
         for name, module, why in plan:
             entry = Int8Entry(name, type(module).__name__, False, why)
             if not why:
                 entry = _judged(name, module, weights[module], mode, threshold, always, rows,
-                                seen.get(module), timed)  # fmt: skip
+                                seen.get(module, []), timed)  # fmt: skip
             entries.append(entry)
         for entry, (_, module, _) in zip(entries, plan, strict=True):
             if entry.quantized:
@@ -218,10 +220,10 @@ def _quantized(name: str, module: nn.Module) -> list[tuple[Tensor, Tensor]]:
         raise ValueError(f"{name or 'the model'} has {e}: name it in skip to keep it") from None
 
 
-def _judged(name, module, weights, mode, threshold, always, rows, call, timed) -> Int8Entry:
+def _judged(name, module, weights, mode, threshold, always, rows, calls, timed) -> Int8Entry:
     """What to do with one module, by its speed and its error."""
     # The input of an attention is that of its first layer.
-    given = None if call is None or not call.args else call.args[0]
+    given = calls[0].args[0] if calls and calls[0].args else None
     error, before, after = 0.0, 0, 0
     speedups = dict.fromkeys(rows, math.inf)
     for (weight, bias), (q, scale) in zip(layers(module), weights, strict=True):

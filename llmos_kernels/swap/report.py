@@ -80,7 +80,7 @@ class Report:
             (
                 e.module or "(the model)",
                 e.cls,
-                "swapped" if e.swapped else f"kept: {e.reason}",
+                f"swapped{', ' * bool(e.reason)}{e.reason}" if e.swapped else f"kept: {e.reason}",
                 "" if e.error is None else f"{e.error:.2f}",
                 "" if e.speedup is None else f"{e.speedup:.2f}x",
                 "; ".join(map(str, e.timings)),
@@ -110,6 +110,8 @@ class Report:
                 if not e.swapped:
                     whys[cls, e.reason] = whys.get((cls, e.reason), 0) + 1
         reasons = [f"kept {n} {cls}: {why}" for (cls, why), n in whys.items()]
+        if any(e.swapped and e.error is None for e in self.entries):
+            reasons.append("nothing was proved or timed (verify=False)")
         return "\n".join([table(rows), *reasons, *self._last_lines()])
 
     def _last_lines(self) -> Iterator[str]:
