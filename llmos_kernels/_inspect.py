@@ -50,7 +50,7 @@ class Resources:
     launch: Launch
     arch: str
     registers: int
-    spills: int  # Bytes of a thread's stack, where registers that are too few leave values.
+    spills: int  # Bytes stored and loaded.
     shared: int  # Bytes.
     wgmma: bool
     overflows: list[str]
@@ -89,14 +89,14 @@ def resources_of_ampere(launch: Launch, archs: Sequence[str]) -> list[Resources]
     for all of them, and ptxas alone is asked again."""
     kernel = launch.compile("sm_80")
     return [
-        _read(launch, arch, kernel, _machine_code.assembled(kernel.asm["ptx"], arch))
+        _read(launch, arch, kernel, _machine_code.assembled(kernel.asm["ptx"], arch)[0])
         for arch in archs
     ]
 
 
 def _read(launch: Launch, arch: str, kernel, cubin: bytes | None = None) -> Resources:
     cubin = kernel.asm["cubin"] if cubin is None else cubin
-    registers, spills = _machine_code.registers_and_spills(cubin)
+    registers, spills = _machine_code.registers_and_spills(cubin, kernel.asm["ptx"])
     return Resources(
         launch,
         arch,
