@@ -44,8 +44,8 @@ def optimize(
         model: any ``torch.nn.Module``.
         verify: False proves and times nothing.
         strict: raise where a module would be kept for another reason than its speed, the model unchanged.
-        inputs: a tuple of arguments of ``model``, or a dict of keyword arguments. The model runs them a few
-            times, in eval mode, so that each module is proved and timed on what it really gets. Without,
+        inputs: a tuple of arguments of ``model``, or a dict of keyword arguments. The model runs them up to
+            some hundred times, in eval mode, so that each module is proved and timed on what it really gets. Without,
             random numbers are used, 16 rows of them for proofs, 1 and 1024 rows for times, and the whole
             model is not timed.
         always: swap all that is right, also where it is slower.
