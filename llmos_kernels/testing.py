@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import NormalDist
 
 import torch
@@ -123,9 +123,18 @@ def assert_accurate(actual: Tensor, exact: Tensor, eager: Tensor, what: str) -> 
     assert ratio <= 1, f"{what}: error is {ratio:.3g} times its budget"
 
 
-def judged_together(draws: Sequence[dict[str, tuple[Tensor, Tensor, Tensor]]]) -> dict[str, float]:
-    """``error_over_budget`` of each named (actual, exact, eager), in the mean of the draws."""
-    return {name: _over_budget([_errors_in_ulp(*d[name]) for d in draws]) for name in draws[0]}
+def judged_together(
+    draws: Iterable[dict[str, tuple[Tensor, Tensor, Tensor]]],
+) -> dict[str, float]:
+    """``error_over_budget`` of each named (actual, exact, eager), in the mean of the draws; infinity for
+    what is not in all of them."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    count = 0
+    for draw in draws:
+        count += 1
+        for name, compared in draw.items():
+            found.setdefault(name, []).append(_errors_in_ulp(*compared))
+    return {k: _over_budget(v) if len(v) == count else math.inf for k, v in found.items()}
 
 
 def errors(case: Case, *draws: Sequence, gradients=None) -> dict[str, float]:

@@ -82,6 +82,8 @@ def main() -> int:
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes)
     parser.add_argument("--out", type=Path, default=Path("build/false_alarms.jsonl"))
     args = parser.parse_args()
+    if args.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {args.seeds}")
     level = _C.cpu_level()
     torch.set_num_threads(1)
     # An AVX2 machine's torch multiplies bfloat16 without oneDNN.

@@ -148,6 +148,8 @@ def test_no_module(bad):
             fn(bad)
     with pytest.raises(TypeError, match="list"):
         lk.optimize(nn.LayerNorm(8), inputs=[torch.ones(8)], always=True)
+    with pytest.raises(TypeError, match="always must be a bool, got 'no'"):
+        lk.optimize(nn.LayerNorm(8), always="no")
 
 
 def test_nothing_but_classes_changes(x):

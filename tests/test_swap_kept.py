@@ -16,6 +16,7 @@ from swap_models import (
 from torch import nn
 
 import llmos_kernels as lk
+from llmos_kernels.swap import proof
 
 
 @pytest.fixture
@@ -80,6 +81,21 @@ def test_a_wrong_attention_is_kept(monkeypatch, dropped, hidden):
     assert lk.optimize(module, inputs=inputs, always=True).kept[0].error > 1
 
 
+def test_a_draw_that_misses_is_judged_with_others():
+    def draw(error, name="output"):
+        exact = torch.ones(4, dtype=torch.float64)
+        eager = torch.ones(4)
+        return {name: (eager + error * torch.finfo(torch.float32).eps, exact, eager)}
+
+    assert proof.largest_of(draw(0), iter(())) == 0
+    assert proof.largest_of(draw(3), []) == 3
+    assert proof.largest_of(draw(3), [draw(0), draw(1), draw(0)]) == 1
+    for wrong in (None, {}, draw(0, "gradient"), draw(0) | draw(0, "gradient")):
+        assert proof.largest_of(draw(3), [draw(0), wrong]) == float("inf")
+    assert proof.largest_of(None, [draw(0)]) == float("inf")
+    assert proof.largest_of(draw(float("inf")), [draw(0)] * 9) == float("inf")
+
+
 def test_strict_raises_and_changes_nothing():
     model = nn.Sequential(nn.LayerNorm(8), TwiceNorm(8))
     with pytest.raises(ValueError, match="TwiceNorm"):
@@ -135,6 +151,7 @@ def test_odd_modules_are_kept():
     nn.utils.parametrize.register_parametrization(parametrized, "weight", nn.Identity())
     assert "subclass" in reason(parametrized)
     assert "meta" in reason(nn.LayerNorm(8, device="meta"))
+    assert "run the model once" in reason(nn.LazyLinear(4))
     assert "float64" in reason(nn.LayerNorm(8, dtype=torch.float64))
     attention = nn.MultiheadAttention
     assert "above 256" in reason(attention(257, 1))

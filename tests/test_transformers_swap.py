@@ -10,6 +10,7 @@ import llmos_kernels as lk
 from llmos_kernels import testing
 
 transformers = pytest.importorskip("transformers")
+from transformers import AttentionInterface  # noqa: E402
 from transformers import models as m  # noqa: E402
 from transformers_models import (  # noqa: E402
     MODELS,
@@ -53,6 +54,16 @@ def test_optimize_and_restore(make, given):
             names = {p.config._attn_implementation for p in again.modules() if hasattr(p, "config")}
             assert names == {"sdpa"}
             assert torch.equal(seen(again(**inputs).logits, inputs), before)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_one_attention_of_a_kind_is_timed(training):
+    """On what it gets in the model, keys and values of earlier calls included."""
+    model = build(gpt2, "sdpa").train(training)
+    (entry,) = [e for e in lk.optimize(model, always=True).entries if "attention" in e.cls]
+    assert [t.rows for t in entry.timings] == [r for r in (8, 256) for _ in range(1 + training)]
+    assert [t.backward for t in entry.timings] == [False, True][: 1 + training] * 2
+    assert AttentionInterface()["llmos"] is integration.attention
 
 
 def test_optimize_a_part():

@@ -45,6 +45,19 @@ class Call:
         args = tuple(new.get(id(v), v) for v in self.args)
         return Call(args, {k: new.get(id(v), v) for k, v in self.kwargs.items()})
 
+    def copied(self) -> "Call":
+        """A copy of it and of all that it holds; what is given twice stays one."""
+        memo: dict[int, Any] = {}
+
+        def copied(v: Any) -> Any:
+            if isinstance(v, PLAIN):
+                return v
+            if id(v) not in memo:
+                memo[id(v)] = _copy(v)
+            return memo[id(v)]
+
+        return Call(tuple(map(copied, self.args)), {k: copied(v) for k, v in self.kwargs.items()})
+
     @property
     def rows(self) -> int:
         """How many rows of features its first tensor has."""
@@ -202,7 +215,7 @@ class ModelRun:
 
     def __call__(self, backward: bool = False) -> bool:
         """Run it, with the gradients of its parameters if ``backward``; whether there were any."""
-        given = self.arguments()
+        given = self.call.copied()
         wanted = [p for p in self.model.parameters() if p.requires_grad]
         found: tuple = ()
         try:
@@ -215,20 +228,6 @@ class ModelRun:
         finally:
             self._put_back()
         return any(g is not None for g in found)
-
-    def arguments(self) -> Call:
-        """A copy of the call; what is given twice stays one."""
-        memo: dict[int, Any] = {}
-
-        def copied(v: Any) -> Any:
-            if isinstance(v, PLAIN):
-                return v
-            if id(v) not in memo:
-                memo[id(v)] = _copy(v)
-            return memo[id(v)]
-
-        args = tuple(copied(v) for v in self.call.args)
-        return Call(args, {k: copied(v) for k, v in self.call.kwargs.items()})
 
     def _put_back(self) -> None:
         with torch.no_grad():

@@ -54,7 +54,7 @@ def optimize(
         A ``Report``: ``print(report)`` summarises it, ``print(report.details())`` lists every module.
 
     Raises:
-        TypeError: ``model`` is no module, or ``inputs`` neither a tuple nor a dict.
+        TypeError: ``model`` is no module, ``inputs`` neither a tuple nor a dict, or a switch no bool.
         ValueError: ``strict``, and a module would be kept.
         Exception: whatever ``model`` itself raises on ``inputs``. It is unchanged then.
 
@@ -63,6 +63,9 @@ def optimize(
         >>> report = optimize(model, inputs=(torch.randn(8, 128, 64),))
     """
     check_model(model, inputs)
+    for option, given in {"verify": verify, "strict": strict, "always": always}.items():
+        if not isinstance(given, bool):
+            raise TypeError(f"{option} must be a bool, got {given!r}")
     plan = [(name, m, rules.why_not(m, around)) for name, m, around in _candidates(model)]
     models = [
         (name, m, pretrained.why_not(m, around(model, name)))

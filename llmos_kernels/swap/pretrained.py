@@ -4,7 +4,7 @@ transformers is not imported here: it is optional, and a model's classes tell wh
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from llmos_kernels._registry import KERNEL_DTYPES
 from llmos_kernels.swap.calls import Call, ModelRun, tensors_in
+from llmos_kernels.swap.proof import DRAWS, Results, largest_of
 from llmos_kernels.swap.replica import replica
 from llmos_kernels.swap.rules import why_untouchable
-from llmos_kernels.swap.timing import MODEL_MOST, Timing, compare
-from llmos_kernels.testing import error_over_budget
+from llmos_kernels.swap.timing import Timing, compare, kind
 
 NAME = "llmos"
 _MARK = "_llmos_attention_before"
@@ -102,47 +102,114 @@ def largest_error(model: Any, calls: list[Call]) -> float:
     """The largest error of its outputs over budget, in eval mode.
 
     Exact is a copy in float64 with transformers' eager attention. Padded positions are left out:
-    causal attention of left padding sees nothing, and eager makes something of that.
+    causal attention of left padding sees nothing, and eager makes something of that. A call that misses is
+    judged with others, its positions in another order (see ``proof.largest_of``).
     """
     before = _implementations(model)
-    try:
-        model.set_attn_implementation("eager")
-        wide = _frozen(model, torch.float64)
-        exact = [_outputs(wide, c.map(_double)) for c in calls]
-        del wide  # The largest thing here.
-        copy = _frozen(model)
-        eager = [_outputs(copy, c) for c in calls]
+    exact, stock = _frozen(model, torch.float64), _frozen(model)
+
+    def results(call: Call) -> Results:
+        model.set_attn_implementation("eager")  # The config is that of all.
+        wanted, allowed = _outputs(exact, call.map(_double)), _outputs(stock, call)
         _choose(model)
-        worst = 0.0
-        for c, wanted, allowed in zip(calls, exact, eager, strict=True):
-            actual = _outputs(copy, c)
-            if not len(actual) == len(allowed) == len(wanted):
-                raise ValueError("it returns other things than with eager attention")
-            worst = max(worst, *map(error_over_budget, actual, wanted, allowed))
-        return worst
+        actual = _outputs(stock, call)
+        if not len(actual) == len(allowed) == len(wanted):
+            raise ValueError("it returns other things than with eager attention")
+        compared = zip(actual, wanted, allowed, strict=True)
+        return {f"output {i}": c for i, c in enumerate(compared)}
+
+    try:
+        return max(
+            largest_of(results(c), (results(_reordered(c)) for _ in range(DRAWS))) for c in calls
+        )
     finally:
         _put(model, before)
 
 
+def _reordered(call: Call) -> Call:
+    """``call`` with the positions of its tensors, [batch, length, ...], in another order, alike in all."""
+    orders: dict[torch.Size, Tensor] = {}
+
+    def reordered(t: Tensor) -> Tensor:
+        if t.ndim < 2:
+            return t
+        order = orders.setdefault(t.shape[:2], torch.randperm(t.shape[1], device=t.device))
+        return t[:, order]
+
+    return call.map(reordered)
+
+
 def _timings(model: Any, calls: list[Call]) -> list[Timing]:
-    """How long a copy takes with the attention it has and with ours, in eval mode; of a model that is
-    training with the gradients of its parameters, too."""
+    """How long its attention modules take with the attention it has and with ours, one of each kind: copies
+    in eval mode, on what they get when the model runs ``calls``; of a model that is training with the
+    gradients of their parameters, too."""
     copied = _frozen(model)
     on, off = switch(copied)
-
-    def chosen(choose: Callable[[], None], run: ModelRun, backward: bool) -> None:
-        choose()
-        run(backward)
-
     found = []
     try:
         for call in calls:
             run = ModelRun(copied, call)
-            for backward in (False, True)[: 1 + model.training]:
-                before, after = (partial(chosen, side, run, backward) for side in (off, on))
-                found.append(compare(before, after, call.rows, backward, MODEL_MOST))
+            on()
+            modules = _attending(run)
+            given = []
+            for choose in (off, on):  # Their masks may differ.
+                choose()
+                given.append(_first_calls(modules, run))
+            kinds: dict[Hashable, nn.Module] = {}
+            for m in modules:
+                kinds.setdefault(kind(m, type(m), {}, [g[m] for g in given]), m)
+            for m in kinds.values():
+                runs = [ModelRun(m, g[m]) for g in given]
+                for backward in (False, True)[: 1 + model.training]:
+                    before, after = (
+                        partial(_chosen, *side, backward)
+                        for side in zip((off, on), runs, strict=True)
+                    )
+                    found.append(compare(before, after, runs[0].call.rows, backward))
     finally:
         off()  # The config is the model's own.
+    return found
+
+
+def _chosen(choose: Callable[[], None], run: ModelRun, backward: bool) -> None:
+    choose()
+    run(backward)
+
+
+def _attending(run: ModelRun) -> list[nn.Module]:
+    """The modules that call our attention in ``run``."""
+    from transformers import AttentionInterface
+
+    from llmos_kernels.integrations.transformers import attention
+
+    found: dict[nn.Module, None] = {}
+
+    def seen(module, *args, **kwargs):
+        found[module] = None
+        return attention(module, *args, **kwargs)
+
+    AttentionInterface.register(NAME, seen)
+    try:
+        run()
+    finally:
+        AttentionInterface.register(NAME, attention)
+    return list(found)
+
+
+def _first_calls(modules: list[nn.Module], run: ModelRun) -> dict[nn.Module, Call]:
+    """How each of ``modules`` is called first in ``run``, as it was before the call."""
+    found: dict[nn.Module, Call] = {}
+
+    def remember(module, args, kwargs):
+        if module not in found:
+            found[module] = Call(args, kwargs).copied()
+
+    handles = [m.register_forward_pre_hook(remember, with_kwargs=True) for m in modules]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
     return found
 
 

@@ -4,8 +4,9 @@ Both run as replicas: parameters are copies, hooks are left out, random state is
 model itself is not touched.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +19,10 @@ from llmos_kernels.swap.norms import rms_norm_eps
 from llmos_kernels.swap.replica import replica
 from llmos_kernels.testing import judged_together, make_gradients
 
-Compared = tuple[Tensor, Tensor, Tensor]
+#: What is compared, by name: ours, the exact, and stock.
+Results = dict[str, tuple[Tensor, Tensor, Tensor]]
 #: How many more calls are looked at where the first misses its budget, and how many are tried for one of them.
-_DRAWS, _TRIES = 16, 20
+DRAWS, _TRIES = 16, 20
 
 
 def largest_error(module: nn.Module, cls: type, call: Call) -> float:
@@ -78,28 +80,32 @@ class _Replicas:
 def _judged(
     replicas: _Replicas, call: Call, another: Callable[[Call], Call], what: str = "all"
 ) -> float:
-    """Return the largest error over budget on ``call``; where that misses, on ``call`` and ``_DRAWS``
-    calls like it, judged together: for each output and gradient the sum of its errors over the sum of
-    what they may be. ``what``: "all", "outputs", or "outputs that are no NaN".
+    """Return ``largest_of`` the results on ``call`` and, for more, on calls like it. ``what``: "all",
+    "outputs", or "outputs that are no NaN".
     """
-    found = _results(replicas, call, what, draw=1)
-    if found is None:
+    more = (_results(replicas, another(call), what, draw=i + 2) for i in range(DRAWS))
+    return largest_of(_results(replicas, call, what, draw=1), more)
+
+
+def largest_of(first: Results | None, more: Iterable[Results | None]) -> float:
+    """Return the largest error over budget of ``first``; where that misses, of all draws judged together:
+    for each output and gradient the sum of its errors over the sum of what they may be.
+
+    None, or other names than ``first`` has, is infinite.
+    """
+    if first is None:
         return math.inf
-    error = max(judged_together([found]).values(), default=0.0)
+    error = max(judged_together([first]).values(), default=0.0)
     if error <= 1 or math.isinf(error):
         return error
-    draws = [_results(replicas, another(call), what, draw=i + 2) for i in range(_DRAWS)]
-    same = [d for d in draws if d is not None and d.keys() == found.keys()]
-    if len(same) < _DRAWS:
-        return error
-    return max(judged_together([found, *same]).values())
+    return max(judged_together(r or {} for r in itertools.chain([first], more)).values())
 
 
-def _results(replicas: _Replicas, call: Call, what: str, draw: int) -> dict[str, Compared] | None:
+def _results(replicas: _Replicas, call: Call, what: str, draw: int) -> Results | None:
     """Return what is compared on one call, by name; None where they differ in number. ``draw`` seeds the
     incoming gradients.
     """
-    found: dict[str, Compared] = {}
+    found: Results = {}
     drawn: dict[
         torch.Size, Tensor
     ] = {}  # Incoming gradients: the same for all three, in both modes.

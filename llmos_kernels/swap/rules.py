@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 import llmos_kernels.nn as fused
 from llmos_kernels._registry import KERNEL_DTYPES
@@ -104,6 +105,8 @@ def _is_residual(module: nn.Module) -> bool:
 def why_not(module: nn.Module, ancestors: list[nn.Module]) -> str:
     """Why ``module`` has to stay, or an empty string."""
     cls = type(module)
+    if isinstance(module, LazyModuleMixin):
+        return "it has no shape before it has run: run the model once, then optimize"
     plain = next((p for p in EXACT if isinstance(module, p)), None)
     if plain and cls is not plain:
         return f"{cls.__name__} is a subclass of {plain.__name__} with a forward of its own"

@@ -1,6 +1,7 @@
 """How long a module and its drop-in take, and the whole model before and after, measured in turn."""
 
 import statistics
+import time
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmos_kernels.swap.calls import Call, ModelRun, evaluating
+from llmos_kernels.swap.calls import PLAIN, Call, ModelRun, evaluating
 from llmos_kernels.swap.replica import replica
 from llmos_kernels.testing import interval, samples
 
 #: Numbers of rows at which a module is timed whose inputs are not known, as [batch, length].
 SIZES = ((1, 1), (8, 128))
-_ROUNDS, _SECONDS, _MOST, _REPEATS = 15, 3e-4, 1.0, 6
-#: A whole model's calls are few: what its parts gain or lose is a small share of them.
-MODEL_MOST = 3.0
+_ROUNDS, _SECONDS, _MOST, _REPEATS, _SURE = 15, 3e-4, 0.5, 6, 6
+#: A whole model's calls are long, and few.
+_MODEL_MOST = 3.0
+#: What modules call their place in a model.
+_PLACES = ("layer_idx", "layer_id")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Timing:
 
 def span(before: float, after: float) -> str:
     """Two times in one unit."""
-    unit, scale = ("ms", 1e3) if max(before, after) >= 1e-3 else ("us", 1e6)
+    unit, scale = ("ms", 1e3) if min(before, after) >= 1e-3 else ("us", 1e6)
     digits = 1 if max(before, after) * scale < 100 else 0
     return f"{before * scale:.{digits}f} -> {after * scale:.{digits}f} {unit}"
 
@@ -62,19 +65,24 @@ def compare(
     rows: int,
     backward: bool = False,
     most: float = _MOST,
+    least: int = 3,
 ) -> Timing:
-    """Time two calls in turn, for about ``most`` seconds at the most, and again, up to ``_REPEATS`` times in
-    all, as long as the replacement seems to be slower but may not be."""
+    """Time two calls in turn, ``least`` times at least and for about ``most`` seconds, and again, up to
+    ``_REPEATS`` times in all, where the replacement seems to be slower but may not be."""
     old: list[float] = []
     new: list[float] = []
+    end = time.perf_counter() + _REPEATS * most
     for _ in range(_REPEATS):
-        taken = samples([before, after], _ROUNDS, _SECONDS, most, least=3)
+        taken = samples([before, after], _ROUNDS, _SECONDS, most, least)
         old += taken[0]
         new += taken[1]
         found = timing(old, new, rows, backward)
-        # Of fewer than six samples the interval is not one of 95 %.
-        if found.speedup >= 1 or (found.is_slower and len(old) >= 6):
+        if found.speedup >= 1:
             break
+        # Of fewer than six samples the interval is not one of 95 %.
+        if len(old) >= _SURE and (found.is_slower or time.perf_counter() >= end):
+            break
+        least = _SURE
     return found
 
 
@@ -138,12 +146,12 @@ def kind(
 
     def options(m: nn.Module) -> tuple:
         plain = {k: v for k, v in vars(m).items() if isinstance(v, (bool, int, float, str, tuple))}
-        return tuple(sorted((k, repr(v)) for k, v in plain.items()))
+        return tuple(sorted((k, repr(v)) for k, v in plain.items() if k not in _PLACES))
 
     def form(t: Any) -> tuple:
         if isinstance(t, Tensor):
             return t.shape, t.stride(), t.dtype, t.device, t.requires_grad
-        return (repr(t),)
+        return (repr(t) if isinstance(t, PLAIN) else type(t),)
 
     parts = tuple((name, classes.get(m, type(m)), options(m)) for name, m in module.named_modules())
     tensors = tuple((k, *form(t)) for k, t in [*module.named_parameters(), *module.named_buffers()])
@@ -187,7 +195,7 @@ def of_model(
 
     def compared(backward: bool) -> Timing:
         calls = runs(groups, backward), runs(set(without), backward)
-        return compare(*calls, rows, backward, MODEL_MOST)
+        return compare(*calls, rows, backward, _MODEL_MOST, least=1)
 
     try:
         with evaluating(model):
@@ -198,7 +206,7 @@ def of_model(
                 left = [g for g in groups if g not in without]
                 offs = [set(without), *(set(without) | {g} for g in left)]
                 calls = [runs(off, backward) for off in offs]
-                taken = samples(calls, _ROUNDS, _SECONDS, 2 * MODEL_MOST, least=3)
+                taken = samples(calls, _ROUNDS, _SECONDS, 2 * _MODEL_MOST, least=3)
                 best = min(range(len(left)), key=lambda i: statistics.median(taken[i + 1]))
                 without[left[best]] = timing(taken[0], taken[best + 1], rows, backward)
                 found = [compared(backward) for backward in directions]
