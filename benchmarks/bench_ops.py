@@ -9,7 +9,7 @@ from rates import operations
 from rows import DEVICE, Call, Row, worst
 
 import llmos_kernels as lk
-from llmos_kernels import _device_time as device_time
+from llmos_kernels._tools import device_time
 from llmos_kernels.testing import CASES, cast, make_gradients, run, run_with_gradients, tensors
 
 BY_NAME = {case.name: case for case in CASES}

@@ -1,8 +1,8 @@
 """The extension and the pack, built ahead for a GPU machine whose time is short.
 
-    python3.12 benchmarks/gpu_carry.py make [--modules activation ...]    # make gpu-carry
+    python3.12 benchmarks/gpu_carry.py make [--modules gemm.activation ...]    # make gpu-carry
     python3 benchmarks/gpu_carry.py build                                 # a step of gpu.py
-    python3 benchmarks/gpu_carry.py pack [--modules activation ...]       # another
+    python3 benchmarks/gpu_carry.py pack [--modules gemm.activation ...]       # another
 
 ``make`` leaves in .gpu-carry a wheel for the Python that runs it, of this tree's sources, and the wheels
 of other libraries. The steps unpack what they can use of it and compile the rest.
@@ -127,7 +127,15 @@ def pack(modules: Sequence[str], jobs: int) -> bool:
         print(f"unpacked {', '.join(unpack(FOLDER / wheel, PACK, place))} of {wheel}")
         return True
     print(f"compiling the pack: {why}", flush=True)
-    command = [sys.executable, "-m", "llmos_kernels._compile", PACK, ARCH, "--jobs", str(jobs)]
+    command = [
+        sys.executable,
+        "-m",
+        "llmos_kernels._tools.build_pack",
+        PACK,
+        ARCH,
+        "--jobs",
+        str(jobs),
+    ]
     command += ["--modules", *modules] if modules else []
     return subprocess.run(command, cwd=ROOT).returncode == 0
 

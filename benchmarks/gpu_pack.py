@@ -12,9 +12,9 @@ import torch
 
 
 def use() -> None:
-    from llmos_kernels import _pack
+    from llmos_kernels._triton.runtime import kernel_pack
 
-    _pack.FOLDER = Path(os.environ["LLMOS_GPU_PACK"])
+    kernel_pack.FOLDER = Path(os.environ["LLMOS_GPU_PACK"])
 
 
 def pytest_configure(config):
@@ -30,7 +30,7 @@ def filled(a):
 
 
 def call(op: str, args: tuple) -> None:
-    from llmos_kernels._registry import DEFINED
+    from llmos_kernels._core.registry import DEFINED
 
     given = [filled(a) for a in args]
     pairs = []

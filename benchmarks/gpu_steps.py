@@ -44,21 +44,22 @@ ABOUT = """
 import json, sys, torch
 sys.path.insert(0, "benchmarks")
 import machine
-from llmos_kernels import _environment, _pack
+from llmos_kernels._tools import environment
+from llmos_kernels._triton.runtime import kernel_pack
 device = "cuda" if torch.cuda.is_available() else "cpu"
-about = {"env": list(_environment.describe()), "torch": torch.__version__, "machine": machine.name(device)}
+about = {"env": list(environment.describe()), "torch": torch.__version__, "machine": machine.name(device)}
 if device == "cuda":
-    about |= {"arch": _pack.arch_of(0), "copy GB/s": machine.copy_rate(device, 2**31)}
+    about |= {"arch": kernel_pack.arch_of(0), "copy GB/s": machine.copy_rate(device, 2**31)}
 print("\\n".join(about["env"]))
 json.dump(about, open(sys.argv[1], "w"), indent=1)
 """
 
 INSPECT = """
 import json, sys, torch
-from llmos_kernels import _inspect
+from llmos_kernels._tools import inspect
 arch = "sm_%d%d" % torch.cuda.get_device_capability() if torch.cuda.is_available() else "sm_90"
 dtype = torch.bfloat16
-rows = _inspect.table(arch, dtype) if len(sys.argv) == 2 else []
+rows = inspect.table(arch, dtype) if len(sys.argv) == 2 else []
 rows = [{"kernel": str(r.launch), "arch": arch, "registers": r.registers, "spills": r.spills,
          "shared": r.shared, "wgmma": r.wgmma} for r in rows]
 json.dump(rows, open(sys.argv[1], "w"), indent=1)
@@ -160,7 +161,7 @@ def _tests(out: Path, rehearse: bool, carried: bool) -> list[Step]:
     if rehearse:
         suite = ["tests/test_kernels.py", "-k", "layer_norm-2d and not every_backend"]
         again = ["tests/test_kernels.py", "-k", "layer_norm-2d and guard"]
-        pack = [*_CARRY, "pack", "--jobs", "1", "--modules", "activation"]
+        pack = [*_CARRY, "pack", "--jobs", "1", "--modules", "gemm.activation"]
     path = os.pathsep.join(str(ROOT / name) for name in (".", "benchmarks", "tests"))
     packed = {"LLMOS_PACK": "on", "LLMOS_GPU_PACK": str(PACK), "PYTHONPATH": path}
     index = PACK / f"sm_{ARCH.replace('.', '')}.json"

@@ -18,10 +18,13 @@ from unittest import mock
 import torch
 import triton
 
-from llmos_kernels import _compile, _pack
-from llmos_kernels._triton import attention, examples, layer_norm, linear
-from llmos_kernels._triton import launch as launching
-from llmos_kernels._triton.launch import OPTIONS, Kernel, parameters
+from llmos_kernels._tools import build_pack
+from llmos_kernels._triton.attention import forward as attention
+from llmos_kernels._triton.gemm import linear
+from llmos_kernels._triton.norm import layer_norm
+from llmos_kernels._triton.runtime import kernel_pack, pack_shapes
+from llmos_kernels._triton.runtime import launch as launching
+from llmos_kernels._triton.runtime.launch import OPTIONS, Kernel, parameters
 from llmos_kernels.ops.activations import GELU
 from llmos_kernels.ops.attention_arguments import NOT_CAUSAL
 from llmos_kernels.testing import interleaved
@@ -62,7 +65,7 @@ def calls(device: str):
     yield "layer_norm", layer_norm.forward, (empty(1024, 768), row, row, 768, 1e-5, True)
     yield "linear, gelu", linear.forward, (empty(64, 768), weight, bias, *finish)
     yield "linear by tensor descriptors", linear.forward, (empty(8192, 768), weight, bias, *finish)
-    call = next(examples.attention(((None, True, NOT_CAUSAL, 0.1),))).forward()
+    call = next(pack_shapes.attention(((None, True, NOT_CAUSAL, 0.1),))).forward()
     call = tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in call)
     yield "attention, padding, dropout", attention.forward, call
 
@@ -76,11 +79,11 @@ def measured(launcher, args, arch: str, library) -> tuple[int, float, float]:
 
     with mock.patch.object(Kernel, "launch", keep):
         launcher(*args)
-    with _compile.recorded_launches(arch) as wanted:
+    with build_pack.recorded_launches(arch) as wanted:
         launcher(*args)
     ((kernel, grid, given, named),) = launches
-    _compile.build(Path(FOLDER.name) / "pack", {arch: wanted})
-    pack = _pack.Pack(Path(FOLDER.name) / "pack" / f"{arch}.json")
+    build_pack.build(Path(FOLDER.name) / "pack", {arch: wanted})
+    pack = kernel_pack.Pack(Path(FOLDER.name) / "pack" / f"{arch}.json")
     ((entry,),) = pack.index["kernels"].values()
     if library is not None:
         sizes = entry["parameters"]
@@ -101,10 +104,10 @@ def measured(launcher, args, arch: str, library) -> tuple[int, float, float]:
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     library = None if device == "cuda" else fake_driver()
-    arch = _pack.arch_of(0) if device == "cuda" else "sm_90"
+    arch = kernel_pack.arch_of(0) if device == "cuda" else "sm_90"
     rows = {}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_compile.planned_for(arch))
+        stack.enter_context(build_pack.planned_for(arch))
         if device == "cpu":
             stack.enter_context(mock.patch.object(launching, "current", lambda: (0, 0)))
         for name, launcher, args in calls(device):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import llmos_kernels as lk
-from llmos_kernels import _environment
+from llmos_kernels._tools import environment
 from llmos_kernels.testing import interleaved
 
 #: The share of a core that others may take, and the seconds that are nobody's: clocks tick every 10 ms.
@@ -120,7 +120,7 @@ def _rate(operations: float, *calls) -> float:
 
 def name(device: str) -> str:
     """The GPU's name, or the CPU's and its threads, as a folder's."""
-    found = f"{_environment._cpu_name()} {torch.get_num_threads()} threads"
+    found = f"{environment._cpu_name()} {torch.get_num_threads()} threads"
     if device == "cuda":
         found = torch.cuda.get_device_name()
     return re.sub(r"\W+", "-", found).lower()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from llmos_kernels import _device_time as device_time
+from llmos_kernels._tools import device_time
 from llmos_kernels.testing import error_over_budget, interval, samples
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,7 +4,7 @@ from importlib.machinery import PathFinder
 
 # Built from csrc/. Without it ops run their reference; a broken one must raise.
 if PathFinder.find_spec("llmos_kernels._C", __path__):
-    from llmos_kernels import _extension  # noqa: F401
+    from llmos_kernels._core import extension  # noqa: F401
 
 from llmos_kernels import nn
 from llmos_kernels.ops import device  # noqa: F401  defines its op

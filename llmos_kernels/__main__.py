@@ -9,23 +9,23 @@ from pathlib import Path
 import torch
 
 import llmos_kernels
-from llmos_kernels import _environment, _files
+from llmos_kernels._tools import checksums, environment
 
 
 def env(_) -> int:
     """Versions, devices, build, and which file answers for each op on each device."""
-    print("\n".join(_environment.describe()))
+    print("\n".join(environment.describe()))
     return 0
 
 
 def verify(args) -> int:
     """Every op, dtype and device against the float64 reference; or installed files against their sums."""
     if args.files:
-        found = list(_files.altered())
+        found = list(checksums.altered())
         print("\n".join([*found, f"{len(found)} files altered: FAIL" if found else "PASS"]))
         return 1 if found else 0
-    from llmos_kernels.cases import int8
     from llmos_kernels.testing import CASES, DTYPES, worst_error
+    from llmos_kernels.testing.cases import int8
 
     def judge(case):
         shapes = [s for s in case.shapes if torch.Size(s).numel() > 0]
@@ -55,12 +55,12 @@ def verify(args) -> int:
 def inspect(args) -> int:
     """What every Triton kernel takes and is made of, compiled ahead of time."""
     try:
-        from llmos_kernels import _inspect
+        from llmos_kernels._tools import inspect
     except ImportError as e:
         print(f"inspect needs Triton: {e}", file=sys.stderr)
         return 2
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    rows = _inspect.table(args.arch, dtype, args.kernels)
+    rows = inspect.table(args.arch, dtype, args.kernels)
     print(f"kernels on {args.arch}; loads; stores in bits a thread x how many instructions")
     print("matrix: of tensor cores, x 2: done twice; waits: tiles that loops do not load ahead")
     print("regs spills  shared matrix    waits  kernel; loads; stores")
@@ -79,21 +79,21 @@ def tune(args) -> int:
         import rich  # noqa: F401
         import triton
 
-        from llmos_kernels import _pack, _tune, _tune_ahead
-        from llmos_kernels._triton import tuned
+        from llmos_kernels._tools import tune, tune_precompile
+        from llmos_kernels._triton.runtime import kernel_pack, settings
     except ImportError as e:
         print(f"tune needs rich and Triton: {e}", file=sys.stderr)
         return 2
     name = torch.cuda.get_device_name()
     about = {
-        "gpu": name, "arch": _pack.arch_of(0), "torch": torch.__version__, "triton": triton.__version__,
+        "gpu": name, "arch": kernel_pack.arch_of(0), "torch": torch.__version__, "triton": triton.__version__,
     }  # fmt: skip
-    path = args.output or tuned.folders()[0] / f"{name.replace(' ', '_')}.json"
+    path = args.output or settings.folders()[0] / f"{name.replace(' ', '_')}.json"
     dtypes = [getattr(torch, name) for name in args.dtype]
-    if args.jobs and not _tune_ahead.ahead(args.op, dtypes, about["arch"], args.jobs):
+    if args.jobs and not tune_precompile.ahead(args.op, dtypes, about["arch"], args.jobs):
         print("interrupted before anything was measured")
         return 130
-    done = _tune.run(args.op, dtypes, path, about)
+    done = tune.run(args.op, dtypes, path, about)
     print(f"{'' if done else 'interrupted; what was measured is in '}{path}")
     return 0 if done else 130
 

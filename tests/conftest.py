@@ -12,7 +12,7 @@ if not HAS_GPU:
 
 import pytest  # noqa: E402
 
-from llmos_kernels import testing  # noqa: E402
+from llmos_kernels._core import numerics  # noqa: E402
 
 DEVICES = ["cpu"] + ["cuda"] * HAS_GPU
 
@@ -28,13 +28,13 @@ def pytest_configure(config):
         os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2"
     ):  # Of bfloat16, there is no oneDNN on such a CPU.
         torch.backends.mkldnn.set_flags(False)
-    testing.shift = config.getoption("seed")
-    if testing.shift:
+    numerics.shift = config.getoption("seed")
+    if numerics.shift:
         import hypothesis
 
-        hypothesis.core.global_force_seed = testing.shift
+        hypothesis.core.global_force_seed = numerics.shift
         original = torch.manual_seed
-        torch.manual_seed = lambda seed: original(testing.shifted(seed))
+        torch.manual_seed = lambda seed: original(numerics.shifted(seed))
 
 
 #: What ``make test-quick`` runs: the tests of these files that compare numbers in little time.

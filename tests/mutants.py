@@ -36,7 +36,7 @@ KERNELS = ("tests/test_kernels.py", "tests/test_ops.py")
 NORMS = ("tests/test_kernels.py", "-k", "norm")
 MUTANTS = (
     Mutant(
-        "drop the mask", "llmos_kernels/_triton/attention_tiles.py",
+        "drop the mask", "llmos_kernels/_triton/attention/scores.py",
         "    return tl.load(mask, inside, 0) != 0\n", "    return tl.load(mask, inside, 0) >= 0\n",
         ("tests/test_kernels.py", "tests/test_attention_masks.py", "-k", "attention or mask"),
     ),
@@ -46,18 +46,18 @@ MUTANTS = (
         NORMS,
     ),
     Mutant(
-        "bf16 statistics", "llmos_kernels/_triton/layer_norm.py",
+        "bf16 statistics", "llmos_kernels/_triton/norm/layer_norm.py",
         "        mean += shift\n        v -= mean\n",
         "        mean = (mean + shift).to(tl.bfloat16).to(tl.float32)\n        v -= mean\n",
         NORMS,
     ),
     Mutant(
-        "skip the last tile", "llmos_kernels/_triton/products.py",
+        "skip the last tile", "llmos_kernels/_triton/gemm/gemm.py",
         "    for start in range(0, length, BLOCK_K):", "    for start in range(0, length - BLOCK_K + 1, BLOCK_K):",
         ("tests/test_kernels.py", "-k", "linear or feed_forward"),
     ),
     Mutant(
-        "int32 offset", "llmos_kernels/_triton/layer_norm.py",
+        "int32 offset", "llmos_kernels/_triton/norm/layer_norm.py",
         "    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]",
         "    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]",
         ("tests/test_triton.py", "-k", "offsets_past_two"),
@@ -67,7 +67,7 @@ MUTANTS = (
         "return {dresidual, dx, dweight, dbias};", "return {dresidual, dx, dbias, dweight};", NORMS,
     ),
     Mutant(
-        "eps outside the root", "llmos_kernels/_triton/layer_norm.py",
+        "eps outside the root", "llmos_kernels/_triton/norm/layer_norm.py",
         "    rstd = 1 / tl.sqrt(variance + eps)\n    tl.store(stats + row, rstd, row < N)",
         "    rstd = 1 / (tl.sqrt(variance) + eps)\n    tl.store(stats + row, rstd, row < N)", NORMS,
     ),
@@ -77,12 +77,12 @@ MUTANTS = (
         ("tests/test_int8_linear.py", "tests/test_quantize.py"),
     ),
     Mutant(
-        "dropout mask not replayed", "llmos_kernels/_triton/layer_norm_backward.py",
+        "dropout mask not replayed", "llmos_kernels/_triton/norm/layer_norm_backward.py",
         "dropout_factors(seed, row, first_col, threshold", "dropout_factors(seed, row + 1, first_col, threshold",
         NORMS,
     ),
     Mutant(
-        "outlier column missed", "llmos_kernels/_triton/int8.py",
+        "outlier column missed", "llmos_kernels/_triton/int8/linear.py",
         "            inside = at_place < tl.load(index) - start\n",
         "            inside = at_place < tl.load(index) - start - 1\n", ("tests/test_int8.py", "tests/test_int8_linear.py"),
     ),

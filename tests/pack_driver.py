@@ -18,10 +18,11 @@ from unittest import mock
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from llmos_kernels import _compile, _pack
-from llmos_kernels._registry import DEFINED
-from llmos_kernels._triton import launch as launching
-from llmos_kernels._triton.launch import OPTIONS, Kernel, parameters
+from llmos_kernels._core.registry import DEFINED
+from llmos_kernels._tools import build_pack
+from llmos_kernels._triton.runtime import kernel_pack
+from llmos_kernels._triton.runtime import launch as launching
+from llmos_kernels._triton.runtime.launch import OPTIONS, Kernel, parameters
 from llmos_kernels.ops.activations import RELU
 
 STREAM = 0x5EED
@@ -39,7 +40,7 @@ class Launch(ctypes.Structure):
     )
 
 
-def passed(launch: _compile.Launch, values: dict, entry: dict) -> list:
+def passed(launch: build_pack.Launch, values: dict, entry: dict) -> list:
     """The bytes of each parameter, from the arguments; None where the driver made them."""
     found: list = []
     boxes = [block for *_, block in entry["descriptors"]]
@@ -85,13 +86,13 @@ def launches(arch: str, library: str, folder: str) -> None:
     sizes = (ctypes.c_size_t * 96).in_dll(fake, "fake_sizes")
     count = ctypes.c_size_t.in_dll(fake, "fake_count")
 
-    chosen: dict[str, list[_compile.Launch]] = {}
-    for variant in _compile.variants(arch):
+    chosen: dict[str, list[build_pack.Launch]] = {}
+    for variant in build_pack.variants(arch):
         some = chosen.setdefault(variant.name, [])
         if len(some) < 2:
             some.append(variant)
-    _compile.build(Path(folder), {arch: list(itertools.chain(*chosen.values()))}, jobs=2)
-    pack = _pack.Pack(Path(folder) / f"{arch}.json")
+    build_pack.build(Path(folder), {arch: list(itertools.chain(*chosen.values()))}, jobs=2)
+    pack = kernel_pack.Pack(Path(folder) / f"{arch}.json")
     entries = {
         (name, v["key"]): v for name, listed in pack.index["kernels"].items() for v in listed
     }
@@ -99,7 +100,7 @@ def launches(arch: str, library: str, folder: str) -> None:
     real = Kernel.launch
 
     def run(self, grid, args, kwargs):
-        launch = _compile.launch_of(self, args, dict(kwargs))
+        launch = build_pack.launch_of(self, args, dict(kwargs))
         entry = entries.get((self.name, launch.key))
         if entry is None:
             return
@@ -133,10 +134,10 @@ def launches(arch: str, library: str, folder: str) -> None:
     with (
         mock.patch.object(Kernel, "launch", run),
         mock.patch.object(launching, "current", lambda: (0, STREAM)),
-        mock.patch.object(_pack, "for_device", lambda device: pack),
-        _compile.planned_for(arch),
+        mock.patch.object(kernel_pack, "for_device", lambda device: pack),
+        build_pack.planned_for(arch),
     ):
-        for launcher, args in _compile.calls():
+        for launcher, args in build_pack.calls():
             launcher(*args)
     assert seen == entries.keys()
     assert integer("fake_loads").value == len(seen)  # Each is loaded once.
@@ -164,12 +165,12 @@ def refused(arch: str, library: str, folder: str) -> None:
     named = {"num_warps": 4}
 
     def kernel():
-        pack = _pack.Pack(Path(folder) / f"{arch}.json")
-        name = "products:_sum_kernel"
+        pack = kernel_pack.Pack(Path(folder) / f"{arch}.json")
+        name = "gemm.gemm:_sum_kernel"
         (first, *_) = pack.index["kernels"][name]
         blocks = [int(t[1:]) for t in first["key"].partition(";")[0].split(",") if t[0] == "="]
         named.update(zip(("SHARES", "BLOCK_M", "BLOCK_N"), blocks, strict=True))
-        fn = importlib.import_module("llmos_kernels._triton.products")._sum_kernel
+        fn = importlib.import_module("llmos_kernels._triton.gemm.gemm")._sum_kernel
         return pack.kernel(name, parameters(fn), OPTIONS)
 
     def launch(kernel, out=1 << 20, grid=(2,), **more):
@@ -220,10 +221,10 @@ def refused(arch: str, library: str, folder: str) -> None:
 def undriven(arch: str, folder: str) -> None:
     """A launch where there is no driver."""
     z = torch.empty(4, 1536, dtype=torch.bfloat16)
-    pack = _pack.Pack(Path(folder) / f"{arch}.json")
+    pack = kernel_pack.Pack(Path(folder) / f"{arch}.json")
     with (
         mock.patch.object(launching, "current", lambda: (0, STREAM)),
-        mock.patch.object(_pack, "for_device", lambda device: pack),
+        mock.patch.object(kernel_pack, "for_device", lambda device: pack),
     ):
         try:
             DEFINED["llmos::activation_forward"].launch(z, RELU, 0.0, None)

@@ -19,10 +19,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from llmos_kernels import _C, _compile, _pack
-from llmos_kernels._registry import DEFINED, CannotCompile
-from llmos_kernels._triton import launch as launching
-from llmos_kernels._triton.launch import OPTIONS, Kernel, parameters
+from llmos_kernels import _C
+from llmos_kernels._core.registry import DEFINED, CannotCompile
+from llmos_kernels._tools import build_pack
+from llmos_kernels._triton.runtime import kernel_pack
+from llmos_kernels._triton.runtime import launch as launching
+from llmos_kernels._triton.runtime.launch import OPTIONS, Kernel, parameters
 from llmos_kernels.ops.activations import GELU, GELU_TANH, RELU
 
 
@@ -32,8 +34,8 @@ def keys(arch: str) -> None:
     checked = []
 
     def run(self, grid, args, kwargs):
-        launch = _compile.launch_of(self, args, dict(kwargs))
-        made = _C.Kernel(parameters(self), list(OPTIONS), _pack.DTYPES).key(args, kwargs)
+        launch = build_pack.launch_of(self, args, dict(kwargs))
+        made = _C.Kernel(parameters(self), list(OPTIONS), kernel_pack.DTYPES).key(args, kwargs)
         assert made == launch.key, f"{self.name}: {made} is not {launch.key}"
         bind = create_function_from_signature(self.signature, self.params, backend)
         _, specialization, _ = bind(*args, **kwargs)
@@ -45,8 +47,8 @@ def keys(arch: str) -> None:
                 assert ("D" in (attribute or "")) == (name in launch.aligned), (self.name, name)
         checked.append(launch.key)
 
-    with mock.patch.object(Kernel, "launch", run), _compile.planned_for(arch):
-        for launcher, args in _compile.calls():
+    with mock.patch.object(Kernel, "launch", run), build_pack.planned_for(arch):
+        for launcher, args in build_pack.calls():
             launcher(*args)
     print(len(checked), "launches,", len(set(checked)), "keys")
 
@@ -120,14 +122,14 @@ def model_calls(d, heads, activation, dtype, batch, length):
 
 def covered(arch: str) -> None:
     """Every launch that common models make by default is one of the variants."""
-    having = {(v.name, v.key) for v in _compile.variants(arch)}
+    having = {(v.name, v.key) for v in build_pack.variants(arch)}
     ops, found, missing = set(), set(), {}
     for model, dtype, (batch, length) in itertools.product(
         MODELS, (torch.bfloat16, torch.float16, torch.float32), ((8, 128), (16, 512), (3, 100))
     ):
         for op, args in model_calls(*model, dtype, batch, length):
             ops.add(f"llmos::{op}")
-            with _compile.recorded_launches(arch) as launches:
+            with build_pack.recorded_launches(arch) as launches:
                 DEFINED[f"llmos::{op}"].launch(*args)
             found.update((k.name, k.key) for k in launches)
             missing |= {
@@ -144,7 +146,7 @@ def covered(arch: str) -> None:
 
 def bits(folder: str) -> None:
     """On a GPU: two calls of every kernel, from the pack and by Triton, with the same bits."""
-    arch, counts, checked = _pack.arch_of(0), {}, 0
+    arch, counts, checked = kernel_pack.arch_of(0), {}, 0
 
     def filled(a):
         if not isinstance(a, torch.Tensor):
@@ -152,18 +154,22 @@ def bits(folder: str) -> None:
         made = torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="cuda")
         return made.normal_() if a.is_floating_point() else made.zero_()
 
-    for launcher, args in _compile.calls():
-        with _compile.recorded_launches(arch) as launches:
+    for launcher, args in build_pack.calls():
+        with build_pack.recorded_launches(arch) as launches:
             launcher(*args)
         if not launches or all(counts.get(k.name, 0) == 2 for k in launches):
             continue
         counts |= {k.name: counts.get(k.name, 0) + 1 for k in launches}
-        _compile.build(Path(folder), {arch: list(dict.fromkeys(launches))})
-        pack, given, results = _pack.Pack(Path(folder) / f"{arch}.json"), [*map(filled, args)], []
+        build_pack.build(Path(folder), {arch: list(dict.fromkeys(launches))})
+        pack, given, results = (
+            kernel_pack.Pack(Path(folder) / f"{arch}.json"),
+            [*map(filled, args)],
+            [],
+        )
         for found in (pack, None):
             for fn in {k.fn for k in launches}:
                 fn.packed[0] = found and found.kernel(fn.name, parameters(fn), OPTIONS)
-            with mock.patch.object(_pack, "MODE", "require" if found else "off"):
+            with mock.patch.object(kernel_pack, "MODE", "require" if found else "off"):
                 results.append(launcher(*given))
         own, tritons = (r if isinstance(r, tuple) else (r,) for r in results)
         for a, b in zip(own, tritons, strict=True):
@@ -174,7 +180,7 @@ def bits(folder: str) -> None:
 
 def tuned(*archs: str) -> None:
     """How many variants of one module there are for each architecture."""
-    print(json.dumps({arch: len(_compile.variants(arch, ["int8_norm"])) for arch in archs}))
+    print(json.dumps({arch: len(build_pack.variants(arch, ["int8.layer_norm"])) for arch in archs}))
 
 
 def unready() -> None:
@@ -195,7 +201,7 @@ def unready() -> None:
     with (
         mock.patch.object(Kernel, "run", run),
         mock.patch.object(launching, "current", lambda: (0, 0)),
-        mock.patch.object(_pack, "for_device", lambda device: None),
+        mock.patch.object(kernel_pack, "for_device", lambda device: None),
     ):
         for error in (
             OSError(28, "No space left"), RuntimeError("ours"),
@@ -210,7 +216,7 @@ def gpus(*lists: str) -> None:
     found: list = []
     for listed in lists:
         try:
-            found.append(_compile.pack_archs(listed.split()))
+            found.append(build_pack.pack_archs(listed.split()))
         except ValueError as e:
             found.append(str(e))
     print(json.dumps(found))

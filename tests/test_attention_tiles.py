@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmos_kernels._registry import DEFINED
+from llmos_kernels._core.registry import DEFINED
 from llmos_kernels.testing import CASES, assert_accurate, cast, raw_calls, run
 
 pytest.importorskip("triton")
@@ -22,7 +22,7 @@ def assert_attention_accurate(op, given):
 @pytest.mark.parametrize("case", [c for c in CASES if c.name.startswith("attention")], ids=str)
 def test_attention_tiles_of_engines(case, monkeypatch):
     """Of GPUs whose tensor cores read shared memory: two blocks of queries and of keys, neither whole."""
-    from llmos_kernels._triton import launch
+    from llmos_kernels._triton.runtime import launch
 
     monkeypatch.setattr(launch, "has_engine", lambda device: True)
     batch, heads, q_len, k_len, d = case.shapes[-1]
@@ -40,7 +40,7 @@ def test_attention_tiles_of_engines(case, monkeypatch):
 @pytest.mark.parametrize("kind", ["keys", "expanded", "heads", "one", "holes", "none"])
 def test_bool_masks_of_keys(kind, padded):
     """A bool mask that is the same for all queries is read as padding, if it is alone and of all heads."""
-    from llmos_kernels._triton.attention_tiles import mask_arguments
+    from llmos_kernels._triton.attention.scores import mask_arguments
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)

@@ -56,7 +56,7 @@ def test_pure_python_wheel(missing, named, tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "llmos_kernels/py.typed" in names and "llmos_kernels/_triton/layer_norm.py" in names
+    assert "llmos_kernels/py.typed" in names and "llmos_kernels/_triton/norm/layer_norm.py" in names
     assert not any(name.endswith(".so") for name in names)
     read = lambda name: json.loads(zipfile.ZipFile(wheel).read(name))
     assert read("llmos_kernels/_build_info.json").keys() == {"commit", "dirty", "python"}
@@ -112,7 +112,7 @@ def test_installed_files(sdist, tmp_path):
     done = verify()
     assert done.returncode == 0 and done.stdout == "PASS\n", done.stderr
     (target / "llmos_kernels" / "py.typed").write_text("changed")
-    (target / "llmos_kernels" / "_files.py").touch()
+    (target / "llmos_kernels" / "_tools/checksums.py").touch()
     done = verify()
     assert done.returncode == 1 and "py.typed: its sha256 is another" in done.stdout
     assert "1 files altered: FAIL" in done.stdout

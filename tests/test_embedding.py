@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import llmos_kernels as lk
-from llmos_kernels._registry import DEFINED, HAS_TRITON
+from llmos_kernels._core.registry import DEFINED, HAS_TRITON
 from llmos_kernels.testing import DTYPES
 
 HAS_GPU = torch.cuda.is_available()

@@ -105,7 +105,7 @@ def test_carried_wheel_of_no_use(tree, commands, capsys, about, why):
     if about is not None:
         wheel(tree / ".gpu-carry", **about)
     assert gpu_carry.main(["build"]) == gpu_carry.main(["pack", "--jobs", "3"]) == 0
-    compiler = ["-m", "llmos_kernels._compile", str(tree / "pack"), "9.0", "--jobs", "3"]
+    compiler = ["-m", "llmos_kernels._tools.build_pack", str(tree / "pack"), "9.0", "--jobs", "3"]
     assert commands == [BUILD, compiler]
     shown = capsys.readouterr().out
     assert shown.count(why) == 2 and "compiling the extension" in shown

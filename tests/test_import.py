@@ -39,12 +39,12 @@ from importlib.machinery import PathFinder
 real = PathFinder.find_spec
 PathFinder.find_spec = lambda name, *a, **k: None if name == "llmos_kernels._C" else real(name, *a, **k)
 import torch, llmos_kernels as lk
-from llmos_kernels import _environment
+from llmos_kernels._tools import environment
 x = torch.randn(5, 33, requires_grad=True)
 y, h = lk.add_layer_norm(x, x, (33,), dropout_p=0.5, training=True)
 (y.sum() + h.sum()).backward()
-assert _environment.owner("llmos::layer_norm_forward", "CPU") == "reference"
-assert "not built" in list(_environment.describe())[-1]
+assert environment.owner("llmos::layer_norm_forward", "CPU") == "reference"
+assert "not built" in list(environment.describe())[-1]
 """
 
 BROKEN = """

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from int8_checks import SHAPES, arguments, exact
 
 import llmos_kernels as lk
-from llmos_kernels._registry import DEFINED
+from llmos_kernels._core.registry import DEFINED
 from llmos_kernels.ops.int8 import MAX_INNER, MAX_UNSIGNED, quantize_reference
 from llmos_kernels.testing import DTYPES
 

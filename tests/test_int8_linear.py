@@ -7,7 +7,7 @@ from int8_checks import SHAPES, arguments, judged, with_outliers
 from torch.autograd import forward_ad
 
 import llmos_kernels as lk
-from llmos_kernels._registry import DEFINED
+from llmos_kernels._core.registry import DEFINED
 from llmos_kernels.ops import activations
 from llmos_kernels.ops.int8_linear import WEIGHT_ONLY_ROWS, int8_linear_reference
 from llmos_kernels.testing import DTYPES, assert_accurate, cast

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmos_kernels._registry import DEFINED, HAS_TRITON
+from llmos_kernels._core.registry import DEFINED, HAS_TRITON
 from llmos_kernels.testing import (
     CASES,
     DTYPES,

@@ -12,15 +12,15 @@ pytest.importorskip("triton")
 
 BEGIN = """
 import itertools, torch
-from llmos_kernels import _inspect
-from llmos_kernels._compile import recorded_launches
-from llmos_kernels._registry import DEFINED
-from llmos_kernels._triton import tuned
+from llmos_kernels._tools import inspect
+from llmos_kernels._tools.build_pack import recorded_launches
+from llmos_kernels._core.registry import DEFINED
+from llmos_kernels._triton.runtime import settings
 from llmos_kernels.ops.activations import GELU_TANH, NONE
 bf16 = torch.bfloat16
 op = lambda name: DEFINED[f"llmos::{name}"].launch
 def compiled(launches):
-    found = [_inspect.resources(launch, "sm_90") for launch in dict.fromkeys(launches)]
+    found = [inspect.resources(launch, "sm_90") for launch in dict.fromkeys(launches)]
     assert not any(r.spills or r.instructions["LDL.32"] for r in found), "spills"
     return found
 """
@@ -55,7 +55,7 @@ for r in found:
         assert "bf16" not in r.waited_for, f"{r.launch}: {r.waited_for} are not loaded ahead"
 # A warp group that has no rows of its own is seen.
 slow = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
-with recorded_launches("sm_90") as launches, tuned.override("attention forward", slow):
+with recorded_launches("sm_90") as launches, settings.override("attention forward", slow):
     attend(64)
 assert compiled(launches[:1])[0].repeated == 2
 print(len(found), "kernels")
@@ -121,7 +121,7 @@ def test_sm_90(script, least):
 
 def test_instructions():
     """Their names and widths, from a listing."""
-    from llmos_kernels import _machine_code
+    from llmos_kernels._tools import machine_code
 
     listing = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;   /* 0x00000a00ff017b82 */
@@ -132,10 +132,10 @@ def test_instructions():
         /*12f0*/                   STL.64 [R1+0x8], R2 ;  /* 0x00 */
         /*1300*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR12], RZ, !UPT ;  /* 0x00 */
     """
-    counts = Counter(map(_machine_code._kind, _machine_code._INSTRUCTION.findall(listing)))
+    counts = Counter(map(machine_code._kind, machine_code._INSTRUCTION.findall(listing)))
     expected = {"LDC": 1, "LDG.128": 1, "LDG.16": 1, "LDG.32": 1, "STL.64": 1, "HGMMA": 1}
     assert counts == expected
-    assert _machine_code.widths(counts, "LDG", "LDGSTS") == {128: 1, 16: 1, 32: 1}
+    assert machine_code.widths(counts, "LDG", "LDGSTS") == {128: 1, 16: 1, 32: 1}
 
 
 IR = """
@@ -156,14 +156,14 @@ IR = """
 
 @pytest.mark.parametrize("rows, times", [(64, 2), (128, 1), (256, 1), (16, 8)])
 def test_repeated(rows, times):
-    from llmos_kernels import _machine_code
+    from llmos_kernels._tools import machine_code
 
-    assert _machine_code.repeated(IR.replace("ROWS", str(rows))) == times
+    assert machine_code.repeated(IR.replace("ROWS", str(rows))) == times
 
 
 def test_waited_for():
     """Tiles in the loop that multiplies: neither what is before it nor vectors."""
-    from llmos_kernels import _machine_code
+    from llmos_kernels._tools import machine_code
 
-    assert _machine_code.waited_for(IR) == ["i8"]
-    assert _machine_code.waited_for(IR.replace("tt.dot", "dot").replace("group_dot", "g")) == []
+    assert machine_code.waited_for(IR) == ["i8"]
+    assert machine_code.waited_for(IR.replace("tt.dot", "dot").replace("group_dot", "g")) == []

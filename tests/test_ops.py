@@ -7,7 +7,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 
 from llmos_kernels import layer_norm
-from llmos_kernels._registry import use_reference
+from llmos_kernels._core.registry import use_reference
 from llmos_kernels.testing import (
     CASES,
     DTYPES,

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmos_kernels import _environment, _pack, _registry
+from llmos_kernels._core import registry
+from llmos_kernels._tools import environment
+from llmos_kernels._triton.runtime import kernel_pack
 
 HERE = Path(__file__).parent
 
@@ -74,12 +76,12 @@ def folder(driver, tmp_path_factory):
 
 
 def test_launches(folder):
-    index = _pack.read_index(folder / "sm_90.json")
+    index = kernel_pack.read_index(folder / "sm_90.json")
     assert index["triton"] == importlib.metadata.version("triton")
     listed = [v for variants in index["kernels"].values() for v in variants]
     assert any(v["descriptors"] for v in listed) and any(v["shared"] > 48 << 10 for v in listed)
     # No path of this machine is in the cubins.
-    pack = _pack.Pack(folder / "sm_90.json")
+    pack = kernel_pack.Pack(folder / "sm_90.json")
     assert not any(b".py" in pack.cubin(v) for v in listed)
 
 
@@ -129,20 +131,20 @@ def test_tuned_kernels_are_packed(tmp_path):
 def copied(folder, tmp_path, monkeypatch):
     """A copy of the pack, in the place of this build's."""
     shutil.copytree(folder, tmp_path / "pack")
-    monkeypatch.setattr(_pack, "FOLDER", tmp_path / "pack")
-    monkeypatch.setattr(_pack, "arch_of", lambda device: "sm_90")
-    _pack.opened.cache_clear()
-    _pack.opened_or_warned.cache_clear()
-    _pack._warned.clear()
+    monkeypatch.setattr(kernel_pack, "FOLDER", tmp_path / "pack")
+    monkeypatch.setattr(kernel_pack, "arch_of", lambda device: "sm_90")
+    kernel_pack.opened.cache_clear()
+    kernel_pack.opened_or_warned.cache_clear()
+    kernel_pack._warned.clear()
     yield tmp_path / "pack" / "sm_90.json"
-    _pack.opened.cache_clear()
-    _pack.opened_or_warned.cache_clear()
+    kernel_pack.opened.cache_clear()
+    kernel_pack.opened_or_warned.cache_clear()
 
 
 def edited(path, stated=True, **changes):
     index = json.loads(path.read_text()) | changes
     if stated:
-        index["sha256"] = _pack.index_sum(index)
+        index["sha256"] = kernel_pack.index_sum(index)
     path.write_text(json.dumps(index))
 
 
@@ -164,64 +166,64 @@ def test_a_bad_pack(copied, kind, monkeypatch):
     """An error that names the file where the pack is required, else one warning."""
     spoil, words = BAD[kind]
     spoil(copied)
-    monkeypatch.setattr(_pack, "MODE", "require")
-    with pytest.raises(_pack.PackError, match=words):
-        _pack.for_device(0)
-    monkeypatch.setattr(_pack, "MODE", "auto")
-    monkeypatch.setattr(_pack, "PROVED", frozenset({"sm_90"}))
+    monkeypatch.setattr(kernel_pack, "MODE", "require")
+    with pytest.raises(kernel_pack.PackError, match=words):
+        kernel_pack.for_device(0)
+    monkeypatch.setattr(kernel_pack, "MODE", "auto")
+    monkeypatch.setattr(kernel_pack, "PROVED", frozenset({"sm_90"}))
     with pytest.warns(RuntimeWarning, match=f"{words}.*Triton compiles kernels instead"):
-        assert _pack.for_device(0) is None
+        assert kernel_pack.for_device(0) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _pack.for_device(0) is None
-    assert "cannot be used: " in _pack.state()
+        assert kernel_pack.for_device(0) is None
+    assert "cannot be used: " in kernel_pack.state()
 
 
 def test_damaged_cubins(copied):
-    pack = _pack.Pack(copied)
+    pack = kernel_pack.Pack(copied)
     ((first, *_), *_) = pack.index["kernels"].values()
     blob = bytearray(copied.with_suffix(".bin").read_bytes())
     for at in (first["offset"] + 20, first["offset"] + first["length"] - 1):
         spoiled = blob[:]
         spoiled[at] ^= 1
         copied.with_suffix(".bin").write_bytes(spoiled)
-        with pytest.raises(_pack.PackError, match=r"sm_90\.bin"):
+        with pytest.raises(kernel_pack.PackError, match=r"sm_90\.bin"):
             pack.cubin(first)
 
 
 def test_modes(copied, monkeypatch):
     """auto uses the pack where it is proved, require everywhere, off nowhere."""
-    monkeypatch.setattr(_pack, "PROVED", frozenset())
-    monkeypatch.setattr(_pack, "MODE", "auto")
-    assert _pack.for_device(0) is None
-    assert _pack.state().endswith("LLMOS_PACK=auto: not used")
-    monkeypatch.setattr(_pack, "MODE", "on")
-    assert _pack.for_device(0).path == copied
-    monkeypatch.setattr(_pack, "MODE", "auto")
-    monkeypatch.setattr(_pack, "PROVED", frozenset({"sm_90"}))
-    assert _pack.for_device(0).path == copied
-    assert _pack.state().endswith("LLMOS_PACK=auto: used on sm_90")
-    monkeypatch.setattr(_pack, "MODE", "off")
-    assert _pack.for_device(0) is None
-    monkeypatch.setattr(_pack, "MODE", "require")
-    assert "sm_90.json has no a:b for key" in _pack.missing(0, "a:b", "key")
-    monkeypatch.setattr(_pack, "arch_of", lambda device: "sm_75")
-    with pytest.raises(_pack.PackError, match="no kernels for sm_75, only for sm_90"):
-        _pack.for_device(0)
+    monkeypatch.setattr(kernel_pack, "PROVED", frozenset())
+    monkeypatch.setattr(kernel_pack, "MODE", "auto")
+    assert kernel_pack.for_device(0) is None
+    assert kernel_pack.state().endswith("LLMOS_PACK=auto: not used")
+    monkeypatch.setattr(kernel_pack, "MODE", "on")
+    assert kernel_pack.for_device(0).path == copied
+    monkeypatch.setattr(kernel_pack, "MODE", "auto")
+    monkeypatch.setattr(kernel_pack, "PROVED", frozenset({"sm_90"}))
+    assert kernel_pack.for_device(0).path == copied
+    assert kernel_pack.state().endswith("LLMOS_PACK=auto: used on sm_90")
+    monkeypatch.setattr(kernel_pack, "MODE", "off")
+    assert kernel_pack.for_device(0) is None
+    monkeypatch.setattr(kernel_pack, "MODE", "require")
+    assert "sm_90.json has no a:b for key" in kernel_pack.missing(0, "a:b", "key")
+    monkeypatch.setattr(kernel_pack, "arch_of", lambda device: "sm_75")
+    with pytest.raises(kernel_pack.PackError, match="no kernels for sm_75, only for sm_90"):
+        kernel_pack.for_device(0)
     with pytest.raises(ValueError, match="LLMOS_PACK must be off, auto, on or require, got 'yes'"):
-        _pack.check_mode("yes")
+        kernel_pack.check_mode("yes")
 
 
 def test_which_gpu_runs_which_code(tmp_path, monkeypatch):
     """Only the code of 8.x serves others than its own GPU."""
-    monkeypatch.setattr(_pack, "FOLDER", tmp_path)
-    assert _pack.covering("sm_90") is None and _pack.state() == "none in this build"
+    monkeypatch.setattr(kernel_pack, "FOLDER", tmp_path)
+    assert kernel_pack.covering("sm_90") is None and kernel_pack.state() == "none in this build"
     for name in ("sm_80", "sm_90", "sm_100", "sm_120"):
         (tmp_path / f"{name}.json").touch()
-    assert _pack.archs() == ["sm_80", "sm_90", "sm_100", "sm_120"]
+    assert kernel_pack.archs() == ["sm_80", "sm_90", "sm_100", "sm_120"]
     own = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100"}
-    assert {arch: _pack.covering(arch) for arch in own} == own
-    assert not any(map(_pack.covering, ("sm_75", "sm_103", "sm_110", "sm_121")))
+    assert {arch: kernel_pack.covering(arch) for arch in own} == own
+    assert not any(map(kernel_pack.covering, ("sm_75", "sm_103", "sm_110", "sm_121")))
 
 
 def test_gpus_to_compile_for():
@@ -238,42 +240,40 @@ def test_the_reference_answers_where_nothing_compiles(monkeypatch):
     """On a GPU without a C compiler: right results, and one warning."""
 
     def launch(*args):
-        raise _registry.CannotCompile("Triton cannot compile: no C compiler")
+        raise registry.CannotCompile("Triton cannot compile: no C compiler")
 
-    op = _registry.Op(lambda x: x + 1, "layer_norm:forward")
+    op = registry.Op(lambda x: x + 1, "norm.layer_norm:forward")
     monkeypatch.setitem(op.__dict__, "launch", launch)
     monkeypatch.setattr(torch.cuda, "device_of", contextlib.nullcontext)
-    _registry._warn_of_reference.cache_clear()
-    on_device = _registry._on_device(op)
+    registry._warn_of_reference.cache_clear()
+    on_device = registry._on_device(op)
     with pytest.warns(RuntimeWarning, match="no C compiler; the slow reference answers on CUDA"):
         assert on_device(torch.ones(1)).item() == 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert on_device(torch.ones(1)).item() == 2
-    monkeypatch.setattr(_registry, "HAS_TRITON", False)
+    monkeypatch.setattr(registry, "HAS_TRITON", False)
     with pytest.warns(RuntimeWarning, match="Triton is not installed"):
         assert on_device(torch.ones(1)).item() == 2
-    _registry._warn_of_reference.cache_clear()
+    registry._warn_of_reference.cache_clear()
 
 
 def test_env_tells_of_the_pack(copied, monkeypatch):
-    monkeypatch.setattr(_pack, "MODE", "auto")
-    assert any(line.startswith("pack          sm_90, ") for line in _environment.describe())
+    monkeypatch.setattr(kernel_pack, "MODE", "auto")
+    assert any(line.startswith("pack          sm_90, ") for line in environment.describe())
     monkeypatch.setenv("CC", "/some/gcc")
-    assert _environment.triton_kernels("sm_90") == (
+    assert environment.triton_kernels("sm_90") == (
         "Triton kernels: not from the pack, compiled when first used, with gcc"
     )
-    assert "the pack has none for sm_75, compiled" in _environment.triton_kernels("sm_75")
+    assert "the pack has none for sm_75, compiled" in environment.triton_kernels("sm_75")
     monkeypatch.delenv("CC")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     answer = "and there is no C compiler; the slow reference answers"
-    assert _environment.triton_kernels("sm_75").endswith(answer)
-    monkeypatch.setattr(_pack, "MODE", "require")
-    assert _environment.triton_kernels("sm_90").endswith(
-        "those for sm_90 of the pack, others raise"
-    )
-    assert "none, LLMOS_PACK=require and" in _environment.triton_kernels("sm_75")
-    monkeypatch.setattr(_pack, "MODE", "on")
-    assert "others compiled when first used" in _environment.triton_kernels("sm_90")
-    monkeypatch.setattr(_environment, "HAS_TRITON", False)
-    assert "Triton is not installed" in _environment.triton_kernels("sm_90")
+    assert environment.triton_kernels("sm_75").endswith(answer)
+    monkeypatch.setattr(kernel_pack, "MODE", "require")
+    assert environment.triton_kernels("sm_90").endswith("those for sm_90 of the pack, others raise")
+    assert "none, LLMOS_PACK=require and" in environment.triton_kernels("sm_75")
+    monkeypatch.setattr(kernel_pack, "MODE", "on")
+    assert "others compiled when first used" in environment.triton_kernels("sm_90")
+    monkeypatch.setattr(environment, "HAS_TRITON", False)
+    assert "Triton is not installed" in environment.triton_kernels("sm_90")

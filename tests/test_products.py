@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llmos_kernels as lk
-from llmos_kernels import _environment, testing
+from llmos_kernels import testing
+from llmos_kernels._tools import environment
 from llmos_kernels.ops import products
 from llmos_kernels.ops.activations import NONE
 from llmos_kernels.ops.linear import project
@@ -167,10 +168,10 @@ def test_project(level, monkeypatch):
 
 def test_what_env_says(monkeypatch):
     pretend(monkeypatch, "amx", True, True)
-    said = "\n".join(_environment.describe())
+    said = "\n".join(environment.describe())
     assert "torch's MKL, from 2^26 multiplications on" in said
     pretend(monkeypatch, "avx512_bf16")
-    assert "MKL" not in "\n".join(_environment.describe())
+    assert "MKL" not in "\n".join(environment.describe())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

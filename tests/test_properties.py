@@ -3,13 +3,12 @@
 import pytest
 import torch
 
-from llmos_kernels import testing
 from llmos_kernels.testing import CASES, DTYPES, errors, map_tensors
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 settings = hypothesis.settings(
-    max_examples=40, deadline=None, derandomize=not testing.shift, database=None
+    max_examples=40, deadline=None, derandomize=not numerics.shift, database=None
 )
 CHOSEN = [
     c for c in CASES if c.name in ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm")

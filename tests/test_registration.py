@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from llmos_kernels import _environment
-from llmos_kernels._registry import DEFINED, define
+from llmos_kernels._core.registry import DEFINED, define
+from llmos_kernels._tools import environment
 from llmos_kernels.testing import CASES, raw_calls
 
 #: One reports on the build; the others make or take integers, which test_int8.py asks to be equal.
@@ -28,9 +28,9 @@ def test_every_op_has_a_case():
 
 
 def test_owners():
-    table = {(op, key): _environment.owner(op, key) for op in DEFINED for key in _environment.KEYS}
+    table = {(op, key): environment.owner(op, key) for op in DEFINED for key in environment.KEYS}
     assert table["llmos::layer_norm_forward", "CPU"] == "csrc/cpu/layer_norm.cpp"
-    assert table["llmos::layer_norm_backward", "CUDA"] == "_triton/layer_norm_backward.py"
+    assert table["llmos::layer_norm_backward", "CUDA"] == "_triton/norm/layer_norm_backward.py"
 
 
 def test_a_new_device_gets_the_reference():

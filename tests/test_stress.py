@@ -122,17 +122,17 @@ REPLAYS = 100
 
 def make_pack(folder: str, arch: str) -> None:
     """A pack of all that ``captured`` launches."""
-    from llmos_kernels import _compile
-    from llmos_kernels._registry import DEFINED
+    from llmos_kernels._core.registry import DEFINED
+    from llmos_kernels._tools import build_pack
 
-    with _compile.recorded_launches(arch) as launches:
+    with build_pack.recorded_launches(arch) as launches:
         for name, backward in CAPTURED.items():
             with _Record() as record:
                 _step(CASE[name], *_arguments(CASE[name], backward, "cpu"))
             for op, given in record.calls:
                 if DEFINED[op.name()].triton:
                     DEFINED[op.name()].launch(*given)
-    _compile.build(Path(folder), {arch: list(dict.fromkeys(launches))}, jobs=os.cpu_count() or 1)
+    build_pack.build(Path(folder), {arch: list(dict.fromkeys(launches))}, jobs=os.cpu_count() or 1)
 
 
 def _arguments(case, backward, device):
@@ -162,10 +162,10 @@ def _capture(case, backward, mode):
 
 def captured(mode: str, pack: str = "") -> None:
     """Each step's very first call is captured; its replays are what eager calls give."""
-    from llmos_kernels import _pack
+    from llmos_kernels._triton.runtime import kernel_pack
 
     if pack:
-        _pack.FOLDER = Path(pack)
+        kernel_pack.FOLDER = Path(pack)
     for name, backward in CAPTURED.items():
         case = CASE[name]
         args, gradient, graph, made = _capture(case, backward, mode)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from llmos_kernels._registry import DEFINED
+from llmos_kernels._core.registry import DEFINED
 from llmos_kernels.testing import DTYPES, assert_accurate, cast, raw_calls, run
 
 pytest.importorskip("triton")
@@ -17,15 +17,15 @@ AMPERE = ARCHS[:3]
 # The interpreter replaces the compiler for a whole process, so the compiler gets its own.
 NORMS = """
 import sys, torch
-from llmos_kernels import _inspect
+from llmos_kernels._tools import inspect
 names = ("layer_norm", "add_layer_norm-dropout", "rms_norm", "embedding", "embedding-dropout")
-launches = _inspect.launches((torch.float32, torch.bfloat16), (64, 768, 8192, 32768), names)
+launches = inspect.launches((torch.float32, torch.bfloat16), (64, 768, 8192, 32768), names)
 """
 
 ATTENTION = """
 import sys, torch
-from llmos_kernels import _inspect
-from llmos_kernels._registry import DEFINED
+from llmos_kernels._tools import inspect
+from llmos_kernels._core.registry import DEFINED
 forward, weights, backward = (
     DEFINED[f"llmos::attention_{name}"].launch for name in ("forward", "weights", "backward")
 )
@@ -44,7 +44,7 @@ def attend(d, dtype, mask=None, padding=None, packed=None, causal=1, dropout_p=0
 bf16 = torch.bfloat16
 mask = torch.empty(1, 4, 512, 512)
 padding = torch.empty(2, 512, dtype=torch.bool)
-with _inspect.recorded_launches(sys.argv[1]) as launches:
+with inspect.recorded_launches(sys.argv[1]) as launches:
     for d in (64, 128, 256):
         attend(d, bf16)
         attend(d, bf16, mask > 0, causal=0)
@@ -59,8 +59,8 @@ launches = list(dict.fromkeys(launches))
 
 LINEAR = """
 import sys, torch
-from llmos_kernels import _inspect
-from llmos_kernels._registry import DEFINED
+from llmos_kernels._tools import inspect
+from llmos_kernels._core.registry import DEFINED
 from llmos_kernels.ops.activations import GELU, NONE, RELU
 forward, dinput, dweight = (
     DEFINED[f"llmos::linear_{name}"].launch for name in ("forward", "dinput", "dweight")
@@ -87,7 +87,7 @@ def feed_forward(rows, d, hidden, dtype, activation, dropout_p=0.0):
 def decode(rows, k, n, dtype, by_columns=False):
     weight = torch.empty(k, n, dtype=dtype).mT if by_columns else torch.empty(n, k, dtype=dtype)
     forward(torch.empty(rows, k, dtype=dtype), weight, None, *plain, False)
-with _inspect.recorded_launches() as launches:
+with inspect.recorded_launches() as launches:
     feed_forward(1024, 768, 3072, bf16, GELU, 0.1)
     feed_forward(1024, 768, 3072, torch.float32, RELU)
     feed_forward(64, 384, 1536, bf16, RELU, 0.1)
@@ -99,19 +99,19 @@ launches = list(dict.fromkeys(launches))
 
 INT8 = """
 import sys, torch
-from llmos_kernels import _inspect
-launches = _inspect.launches((torch.float32, torch.bfloat16), names=("int8",))
+from llmos_kernels._tools import inspect
+launches = inspect.launches((torch.float32, torch.bfloat16), names=("int8",))
 """
 
 # What the scripts above have launched, within the limits; on sm_90 tensor cores of its own kind.
 CHECK = """
-from llmos_kernels._triton.launch import ENGINES
+from llmos_kernels._triton.runtime.launch import ENGINES
 print(len(launches), "kernels")
 for launch in launches:
     if len(sys.argv) > 2:
-        compiled = _inspect.resources_of_ampere(launch, sys.argv[1:])
+        compiled = inspect.resources_of_ampere(launch, sys.argv[1:])
     else:
-        compiled = [_inspect.resources(launch, sys.argv[1])]
+        compiled = [inspect.resources(launch, sys.argv[1])]
     of = dict(launch.constants)
     given = {name for name, kind in launch.signature if kind != "constexpr"}
     # docs/performance.md: with all of these few bytes are left over.
@@ -167,13 +167,13 @@ for launch in launches[::25]:
 
 PERSISTENT = """
 import sys, torch
-from llmos_kernels import _inspect
-from llmos_kernels._registry import DEFINED
-from llmos_kernels._triton import launch
+from llmos_kernels._tools import inspect
+from llmos_kernels._core.registry import DEFINED
+from llmos_kernels._triton.runtime import launch
 from llmos_kernels.ops.activations import GELU, RELU
 launch.has_engine = lambda device: True
 forward, dinput = (DEFINED[f"llmos::linear_{name}"].launch for name in ("forward", "dinput"))
-with _inspect.recorded_launches() as launches:
+with inspect.recorded_launches() as launches:
     for rows, activation in ((2048, GELU), (8192, GELU), (8192, RELU)):
         x, h, weight1, bias, weight2 = (
             torch.empty(shape, dtype=torch.bfloat16)
@@ -186,7 +186,7 @@ launches = [k for k in dict.fromkeys(launches) if "persistent" in k.name]
 assert len({dict(k.constants)["BLOCK_N"] for k in launches}) == 2
 print(len(launches), "kernels")
 for launch in launches:
-    r, ptx = _inspect.resources(launch, sys.argv[1]), launch.compile(sys.argv[1]).asm["ptx"]
+    r, ptx = inspect.resources(launch, sys.argv[1]), launch.compile(sys.argv[1]).asm["ptx"]
     assert r.spills == 0, f"{launch}: {r.spills} bytes spilled"
     assert r.shared <= 227 * 1024, f"{launch}: {r.shared} bytes of shared memory"
     assert not r.overflows, f"{launch}: 32-bit offsets {r.overflows}"
@@ -203,7 +203,8 @@ def test_persistent_products_compile(arch):
 
 def test_persistent_products(monkeypatch):
     """Tiles past the edges, two for a program; and what the other kernels answer."""
-    from llmos_kernels._triton import launch, persistent
+    from llmos_kernels._triton.gemm import persistent
+    from llmos_kernels._triton.runtime import launch
     from llmos_kernels.ops import products
     from llmos_kernels.ops.activations import GELU
 
@@ -244,7 +245,7 @@ def test_persistent_products(monkeypatch):
 
 
 def test_offset_lint_finds_a_product():
-    from llmos_kernels._inspect import overflows
+    from llmos_kernels._tools.inspect import overflows
 
     ttir = """
       %c64 = arith.constant 64 : i32 loc(#loc)

@@ -11,9 +11,13 @@ import torch
 
 pytest.importorskip("triton")
 pytest.importorskip("rich")
-from llmos_kernels import _compile, _tune
-from llmos_kernels._triton import attention_tiles, layer_norm, persistent, products, rows, tuned
-from llmos_kernels._tune import Work
+from llmos_kernels._tools import build_pack, tune
+from llmos_kernels._tools.tune import Work
+from llmos_kernels._triton import rows
+from llmos_kernels._triton.attention import scores
+from llmos_kernels._triton.gemm import gemm, persistent
+from llmos_kernels._triton.norm import layer_norm
+from llmos_kernels._triton.runtime import settings
 
 ROOT = Path(__file__).parent.parent
 ABOUT = {"gpu": "Test GPU", "arch": "sm_90", "torch": "2", "triton": "3"}
@@ -24,14 +28,14 @@ BF16 = torch.bfloat16
 def folder(tmp_path, monkeypatch):
     """An own folder of settings, and none of the package."""
     monkeypatch.setenv("LLMOS_TUNED", str(tmp_path))
-    monkeypatch.setattr(tuned, "FOLDER", tmp_path / "package")
+    monkeypatch.setattr(settings, "FOLDER", tmp_path / "package")
     forget()
     yield tmp_path
     forget()
 
 
 def forget():
-    for cached in (tuned.tables, tuned._nearest):
+    for cached in (settings.tables, settings._nearest):
         cached.cache_clear()
 
 
@@ -52,8 +56,8 @@ def put(path, **settings):
 
 
 def found(kind, shape, dtype=BF16, arch="sm_90"):
-    with _compile.planned_for(arch):
-        return tuned.settings(kind, torch.empty(1, dtype=dtype), shape)
+    with build_pack.planned_for(arch):
+        return settings.settings(kind, torch.empty(1, dtype=dtype), shape)
 
 
 def test_nearest(folder):
@@ -76,7 +80,7 @@ def test_nearest(folder):
     assert found("linear", (1024, 1024, 1024), torch.float32) is None
     assert found("int8", (1024, 1024, 1024)) is None
     assert found("linear", (1024, 1024, 1024), arch="sm_80") is None
-    assert tuned.settings("linear", torch.empty(1, dtype=BF16), (1024, 1024, 1024)) is None
+    assert settings.settings("linear", torch.empty(1, dtype=BF16), (1024, 1024, 1024)) is None
 
 
 def test_name_before_architecture(folder):
@@ -86,7 +90,7 @@ def test_name_before_architecture(folder):
     table = json.loads((folder / "package" / "b.json").read_text())
     (folder / "package" / "b.json").write_text(json.dumps(table | {"gpu": "Other GPU"}))
     forget()
-    of = lambda name, kind="layer_norm": tuned._nearest(name, "sm_90", kind, "bfloat16", (64,))
+    of = lambda name, kind="layer_norm": settings._nearest(name, "sm_90", kind, "bfloat16", (64,))
     assert of("Test GPU")["num_warps"] == 1 and of("Other GPU")["num_warps"] == 2
     assert of("Unknown GPU")["num_warps"] == of(None)["num_warps"] == 1, "the user's own first"
     assert of("Test GPU", "int8_norm")["num_warps"] == 4, "what the first has not"
@@ -123,7 +127,7 @@ def test_bad_files(folder, kind):
 
 
 def test_launchers_ask(folder):
-    """Every rule gives way to what is tuned, in what is launched."""
+    """Every rule gives way to what is settings, in what is launched."""
     row = {"ROWS": 1, "num_warps": 2}
     tile = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
     blocks = tile | {"BLOCK_K": 32}
@@ -137,19 +141,19 @@ def test_launchers_ask(folder):
         ],
     )
     empty = lambda *shape: torch.empty(shape, dtype=BF16)
-    with _compile.planned_for("sm_90"):
+    with build_pack.planned_for("sm_90"):
         assert rows.tile("layer_norm", empty(1), 700) == (1, 1024, 2)
         assert rows.tile("layer_norm backward", empty(1), 700) != (1, 1024, 2)
-        assert attention_tiles.tile("forward", empty(1, 1, 1, 40), 64) == tile
+        assert scores.tile("forward", empty(1, 1, 1, 40), 64) == tile
         small, weight = empty(256, 512), empty(512, 512)
         assert persistent.plan("linear", small, weight, True) is None
-        grid, blocks = products.plan("linear", small, 256, 512, 512, False)
+        grid, blocks = gemm.plan("linear", small, 256, 512, 512, False)
         assert grid == (4 * 16,) and blocks["BLOCK_K"] == 32 and blocks["maxnreg"] is None
         large, weight = empty(4096, 1024), empty(1024, 1024)
         _, blocks = persistent.plan("linear", large, weight, True)
         assert blocks["BLOCK_K"] == 32 and blocks["num_warps"] == 4
         # Where it cannot be persistent, the rule's tile: that one may not fit.
-        assert products.plan("linear", large, 4096, 1024, 1024, False)[1]["BLOCK_K"] == 64
+        assert gemm.plan("linear", large, 4096, 1024, 1024, False)[1]["BLOCK_K"] == 64
 
 
 def tiny(empty, dtype):
@@ -158,12 +162,12 @@ def tiny(empty, dtype):
     def make():
         return empty(6, 64), None, None, 64, 1e-5, True
 
-    yield Work("layer_norm", dtype, (64,), layer_norm.forward, make, _tune.ROWS[:4])
+    yield Work("layer_norm", dtype, (64,), layer_norm.forward, make, tune.ROWS[:4])
 
 
 def test_tune(folder, monkeypatch):
     """The fastest setting whose result is right, where it beats the rule; what was measured stays."""
-    monkeypatch.setitem(_tune.OPS, "tiny", tiny)
+    monkeypatch.setitem(tune.OPS, "tiny", tiny)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path, asked = folder / "Test_GPU.json", []
 
@@ -178,18 +182,18 @@ def test_tune(folder, monkeypatch):
             asked.append(taken)
             return taken
 
-        done = _tune.run(["tiny"], dtypes, path, ABOUT, device, seconds)
-        return done, tuned.read(path)["settings"]["layer_norm"]
+        done = tune.run(["tiny"], dtypes, path, ABOUT, device, seconds)
+        return done, settings.read(path)["settings"]["layer_norm"]
 
     done, (best,) = run(10e-6, 9e-6, 7e-6, 8e-6, 11e-6)
     assert done and len(asked) == 5
     assert best == {
-        "dtype": "bfloat16", "shape": [64], "settings": _tune.ROWS[1], "us": 7.0, "rule_us": 10.0,
+        "dtype": "bfloat16", "shape": [64], "settings": tune.ROWS[1], "us": 7.0, "rule_us": 10.0,
     }  # fmt: skip
     forget()
-    assert found("layer_norm", (64,)) == _tune.ROWS[1]
+    assert found("layer_norm", (64,)) == tune.ROWS[1]
     # The rule is timed as such, though its successor is known.
-    assert tuned.settings("layer_norm", torch.empty(1, dtype=BF16), (64,)) is None
+    assert settings.settings("layer_norm", torch.empty(1, dtype=BF16), (64,)) is None
     # Within noise of the rule: the rule stays, and is known to; so does the entry of another dtype.
     done, kept = run(10e-6, 9.9e-6, 9.8e-6, 10e-6, 10e-6, dtypes=(torch.float32,))
     assert done and kept[0] == best
@@ -199,7 +203,7 @@ def test_tune(folder, monkeypatch):
     done, again = run(*[1e-6] * 5)
     assert [e["settings"] for e in again] == [None, None], "measured again"
     # A setting with a wrong result is not even timed.
-    monkeypatch.setattr(_tune, "_agree", lambda *_: False)
+    monkeypatch.setattr(tune, "_agree", lambda *_: False)
     asked.clear()
     run(1e-6)
     assert len(asked) == 1
@@ -207,21 +211,21 @@ def test_tune(folder, monkeypatch):
 
 def test_agree():
     one = torch.ones(8)
-    assert _tune._agree([one + 1e-7], [one], torch.float32)
-    assert not _tune._agree([one + 1e-5], [one], torch.float32)
-    assert not _tune._agree([one / 0], [one], torch.float32)
-    assert _tune._agree([one / 0], [one / 0], torch.float32)
+    assert tune._agree([one + 1e-7], [one], torch.float32)
+    assert not tune._agree([one + 1e-5], [one], torch.float32)
+    assert not tune._agree([one / 0], [one], torch.float32)
+    assert tune._agree([one / 0], [one / 0], torch.float32)
 
 
-@pytest.mark.parametrize("op", _tune.OPS)
+@pytest.mark.parametrize("op", tune.OPS)
 def test_what_is_tuned(op):
     """Kinds that launchers ask for, each with candidates that it takes."""
-    listed = list(_tune.OPS[op](lambda *shape: torch.empty(shape, dtype=BF16), BF16))
+    listed = list(tune.OPS[op](lambda *shape: torch.empty(shape, dtype=BF16), BF16))
     assert len(listed) >= 10
     for work in listed:
         assert len(work.candidates) > 5
         for candidate in work.candidates:
-            tuned._check(work.kind, entry(list(work.shape), **candidate))
+            settings._check(work.kind, entry(list(work.shape), **candidate))
 
 
 AHEAD = """
@@ -230,28 +234,28 @@ from pathlib import Path
 import torch
 sys.path.insert(0, "benchmarks")
 import launch_cost
-from llmos_kernels import _compile, _tune, _tune_ahead
+from llmos_kernels._tools import build_pack, tune, tune_precompile
 launch_cost.fake_driver()
-_tune.ROWS[:] = _tune.ROWS[::9]
-_tune.examples.WIDTHS = (256, 2048)
+tune.ROWS[:] = tune.ROWS[::9]
+tune.pack_shapes.WIDTHS = (256, 2048)
 made = lambda: {p.parent.name for p in Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin")}
 counts = []
 for part in range(3):
-    assert _tune_ahead.compile_part("layer_norm", torch.bfloat16, "sm_90", part, 3) == 0
+    assert tune_precompile.compile_part("layer_norm", torch.bfloat16, "sm_90", part, 3) == 0
     counts.append(len(made()))
-with _compile.recorded_launches("sm_90") as launches:
-    for work in _tune.OPS["layer_norm"](lambda *s: torch.empty(s, dtype=torch.bfloat16), torch.bfloat16):
+with build_pack.recorded_launches("sm_90") as launches:
+    for work in tune.OPS["layer_norm"](lambda *s: torch.empty(s, dtype=torch.bfloat16), torch.bfloat16):
         args = work.make()
         for candidate in (None, *work.candidates):
-            with _tune.tuned.override(work.kind, candidate):
+            with tune.tuned.override(work.kind, candidate):
                 work.launcher(*args)
 assert 0 < counts[0] < counts[1] < counts[2] == len(set(launches)), (counts, len(set(launches)))
-assert _tune_ahead.compile_part("layer_norm", torch.bfloat16, "sm_90", 0, 1) == 0
+assert tune_precompile.compile_part("layer_norm", torch.bfloat16, "sm_90", 0, 1) == 0
 assert len(made()) == counts[2], "compiled again"
 def fails(self, *args, **kwargs):
     raise RuntimeError("too large")
-_tune_ahead.Kernel.run = fails
-assert _tune_ahead.compile_part("layer_norm", torch.bfloat16, "sm_90", 0, 1) == counts[2]
+tune_precompile.Kernel.run = fails
+assert tune_precompile.compile_part("layer_norm", torch.bfloat16, "sm_90", 0, 1) == counts[2]
 """
 
 

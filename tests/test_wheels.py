@@ -69,7 +69,7 @@ class Environment:
 def build(python, folder, source=ROOT, **env):
     """The wheel that ``python`` makes of a tree, with few kernels ahead of time."""
     options = {
-        "LLMOS_BUILD_EXT": "1", "LLMOS_BUILD_PACK": "activation", "TORCH_CUDA_ARCH_LIST": "9.0",
+        "LLMOS_BUILD_EXT": "1", "LLMOS_BUILD_PACK": "gemm.activation", "TORCH_CUDA_ARCH_LIST": "9.0",
     }  # fmt: skip
     run(python, ROOT / ".ci" / "wheel.py", folder, source, **options, **env)
     (wheel,) = folder.glob("*.whl")

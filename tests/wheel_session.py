@@ -18,7 +18,7 @@ y = lk.layer_norm(x, (768,))
 first_call = time.perf_counter() - start
 torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (768,)))
 
-from llmos_kernels import _environment  # noqa: E402
+from llmos_kernels._tools import environment  # noqa: E402
 from llmos_kernels.testing import CASES, raw_calls  # noqa: E402
 
 checked = set()
@@ -29,7 +29,7 @@ if "opcheck" in sys.argv:
             if op not in checked:
                 torch.library.opcheck(op, given)
                 checked.add(op)
-owners = {_environment.owner(op, "CPU") for op in _environment.DEFINED}
+owners = {environment.owner(op, "CPU") for op in environment.DEFINED}
 print(json.dumps({
     "torch": torch.__version__, "import torch": torch_seconds, "import": own_seconds,
     "first call": first_call, "checked": len(checked), "reference": owners == {"reference"},

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from llmos_kernels._triton import tuned
+from llmos_kernels._triton.runtime import settings
 
 
 def row_stride(t: torch.Tensor, d: int) -> int | None:
@@ -41,7 +41,7 @@ def tile(kind: str, like: torch.Tensor, d: int, per_thread: int = 16) -> tuple[i
     sees ``d`` alone, so that the order of a row's sums does not depend on its batch.
     """
     block = max(triton.next_power_of_2(d), 16)
-    if found := tuned.settings(kind, like, (d,)):
+    if found := settings.settings(kind, like, (d,)):
         return found["ROWS"], block, found["num_warps"]
     rows = max(2048 // block, 1)
     return rows, block, min(max(rows * block // (32 * per_thread), 1), 16)

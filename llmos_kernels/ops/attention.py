@@ -27,7 +27,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from llmos_kernels._registry import define, needs_grad, use_reference
+from llmos_kernels._core.registry import define, needs_grad, use_reference
 from llmos_kernels.ops.attention_arguments import NOT_CAUSAL, TOP_LEFT, check_attention
 from llmos_kernels.ops.dropout import draw_seed, keep_mask
 
@@ -197,21 +197,21 @@ _forward = define(
     f"attention_forward({_TENSORS}, {_OPTIONS}) -> (Tensor out, Tensor stats)",
     reference=_forward_reference,
     fake=_forward_fake,
-    triton="attention:forward",
+    triton="attention.forward:forward",
 )
 _weights = define(
     "attention_weights(Tensor query, Tensor key, Tensor? attn_mask, Tensor? key_padding_mask,"
     f" Tensor stats, {_OPTIONS}, bool mean) -> Tensor",
     reference=_weights_reference,
     fake=_weights_fake,
-    triton="attention_weights:weights",
+    triton="attention.weights:weights",
 )
 _backward = define(
     f"attention_backward(Tensor dout, {_TENSORS}, Tensor out, Tensor stats, {_OPTIONS},"
     " bool mask_grad) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dattn_mask)",
     reference=_backward_reference,
     fake=_backward_fake,
-    triton="attention_backward:backward",
+    triton="attention.backward:backward",
 )
 
 

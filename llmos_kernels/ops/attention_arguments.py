@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llmos_kernels._registry import KERNEL_DTYPES
+from llmos_kernels._core.registry import KERNEL_DTYPES
 from llmos_kernels.ops.autocast import autocast, autocast_dtype
 from llmos_kernels.ops.dropout import check_dropout
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from llmos_kernels._registry import define
+from llmos_kernels._core.registry import define
 
 
 def _reference(like: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmos_kernels._registry import define, needs_grad, use_reference
+from llmos_kernels._core.registry import define, needs_grad, use_reference
 from llmos_kernels.ops.dropout import check_dropout, draw_seed, dropout_reference
 from llmos_kernels.ops.layer_norm import (
     autocasts,
@@ -104,7 +104,7 @@ _forward = define(
     " float dropout_p, Tensor? seed) -> (Tensor y, Tensor stats)",
     reference=_forward_reference,
     fake=_forward_fake,
-    triton="embedding:forward",
+    triton="norm.embedding:forward",
 )
 _backward = define(
     f"embedding_layer_norm_backward(Tensor dy, {_SOURCES}, Tensor? weight, Tensor stats,"
@@ -112,7 +112,7 @@ _backward = define(
     " -> (Tensor dh, Tensor dweight, Tensor dbias)",
     reference=_backward_reference,
     fake=_backward_fake,
-    triton="embedding:backward",
+    triton="norm.embedding:backward",
 )
 
 

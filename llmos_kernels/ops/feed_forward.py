@@ -14,7 +14,7 @@ dropout factors:
 import torch
 from torch import Tensor
 
-from llmos_kernels._registry import needs_grad, use_reference
+from llmos_kernels._core.registry import needs_grad, use_reference
 from llmos_kernels.ops import products
 from llmos_kernels.ops.activations import NONE, code_of, keeps_input
 from llmos_kernels.ops.autocast import autocast

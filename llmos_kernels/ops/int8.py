@@ -11,7 +11,7 @@ dtype of the result before the activation. A row whose largest magnitude is belo
 import torch
 from torch import Tensor
 
-from llmos_kernels._registry import KERNEL_DTYPES, define, use_reference
+from llmos_kernels._core.registry import KERNEL_DTYPES, define, use_reference
 from llmos_kernels.ops import activations, products
 from llmos_kernels.ops.linear import as_rows
 
@@ -56,7 +56,7 @@ _quantize = define(
         input.new_empty(input.shape, dtype=torch.int8),
         input.new_empty(input.shape[0], dtype=torch.float32),
     ),
-    triton="int8:quantize",
+    triton="int8.linear:quantize",
 )
 _matmul = define(
     "int8_matmul(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? packed, Tensor? bias,"
@@ -65,7 +65,7 @@ _matmul = define(
     fake=lambda a, b, a_scale, b_scale, packed, bias, activation, dtype: a.new_empty(
         a.shape[0], b.shape[0], dtype=dtype
     ),
-    triton="int8:matmul",
+    triton="int8.linear:matmul",
 )
 
 

@@ -18,7 +18,7 @@ import sys
 import torch
 from torch import Tensor
 
-from llmos_kernels._registry import KERNEL_DTYPES, define, needs_grad, use_reference
+from llmos_kernels._core.registry import KERNEL_DTYPES, define, needs_grad, use_reference
 from llmos_kernels.ops import activations, products
 from llmos_kernels.ops.activations import NONE, RELU, RELU2
 from llmos_kernels.ops.autocast import autocast
@@ -100,21 +100,21 @@ _dynamic = define(
     " int activation, float outlier_threshold) -> Tensor",
     reference=_linear_reference,
     fake=_out,
-    triton="int8:linear",
+    triton="int8.linear:linear",
 )
 _linear_rows = define(
     "int8_linear_rows(Tensor input, Tensor weight_int8, Tensor weight_scale, Tensor? packed,"
     " Tensor? bias, int activation) -> (Tensor rows, Tensor scale)",
     reference=_linear_rows_reference,
     fake=_linear_rows_fake,
-    triton="int8:linear_rows",
+    triton="int8.linear:linear_rows",
 )
 _weight_only = define(
     "int8_weight_only(Tensor input, Tensor weight_int8, Tensor weight_scale, Tensor? bias,"
     " int activation) -> Tensor",
     reference=_weight_only_reference,
     fake=_out,
-    triton="int8:weight_only",
+    triton="int8.linear:weight_only",
 )
 _pack = define(
     "int8_pack(Tensor weight_int8) -> Tensor",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmos_kernels._registry import KERNEL_DTYPES, define, use_reference
+from llmos_kernels._core.registry import KERNEL_DTYPES, define, use_reference
 from llmos_kernels.ops.int8 import quantize_reference
 from llmos_kernels.ops.layer_norm import check_norm, check_residual, normalize, rows_of
 
@@ -31,7 +31,7 @@ _norm = define(
     " bool center) -> (Tensor rows, Tensor scale, Tensor h)",
     reference=_reference,
     fake=_fake,
-    triton="int8_norm:norm",
+    triton="int8.layer_norm:norm",
 )
 
 

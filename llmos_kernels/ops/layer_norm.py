@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmos_kernels._registry import define, needs_grad, use_reference
+from llmos_kernels._core.registry import define, needs_grad, use_reference
 from llmos_kernels.ops.dropout import check_dropout, draw_seed, dropout_reference
 
 
@@ -167,7 +167,7 @@ _forward = define(
         x.new_empty(x.shape),
         _empty_stats(x, d, center),
     ),
-    triton="layer_norm:forward",
+    triton="norm.layer_norm:forward",
 )
 _add_forward = define(
     "add_layer_norm_forward(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, SymInt d,"
@@ -178,7 +178,7 @@ _add_forward = define(
         x.new_empty(x.shape),
         _empty_stats(x, d, center),
     ),
-    triton="layer_norm:add_forward",
+    triton="norm.layer_norm:add_forward",
 )
 _backward = define(
     "layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor stats, SymInt d,"
@@ -186,7 +186,7 @@ _backward = define(
     " -> (Tensor dresidual, Tensor dx, Tensor dweight, Tensor dbias)",
     reference=norm_backward_reference,
     fake=_backward_fake,
-    triton="layer_norm_backward:backward",
+    triton="norm.layer_norm_backward:backward",
 )
 
 

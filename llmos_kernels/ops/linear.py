@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmos_kernels._registry import KERNEL_DTYPES, needs_grad, use_reference
+from llmos_kernels._core.registry import KERNEL_DTYPES, needs_grad, use_reference
 from llmos_kernels.ops import activations, products
 from llmos_kernels.ops.activations import NONE, RELU, keeps_input
 from llmos_kernels.ops.autocast import autocast

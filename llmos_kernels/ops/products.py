@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmos_kernels._registry import define
+from llmos_kernels._core.registry import define
 from llmos_kernels.ops import activations
 from llmos_kernels.ops.activations import NONE
 from llmos_kernels.ops.dropout import dropout_reference, keep_mask
@@ -98,7 +98,7 @@ linear_forward = define(
         input.new_empty(input.shape[0], weight.shape[0]),
         input.new_empty((input.shape[0], weight.shape[0]) if keep else 0),
     ),
-    triton="linear:forward",
+    triton="gemm.linear:forward",
 )
 linear_dinput = define(
     f"linear_dinput(Tensor dout, Tensor weight, Tensor? kept, {_DROPOUT})"
@@ -108,7 +108,7 @@ linear_dinput = define(
         dout.new_empty(dout.shape[0], weight.shape[1]),
         dout.new_empty(0 if kept is None else weight.shape[1]),
     ),
-    triton="linear_backward:dinput",
+    triton="gemm.linear_backward:dinput",
 )
 linear_dweight = define(
     "linear_dweight(Tensor dout, Tensor input, bool bias) -> (Tensor dweight, Tensor dbias)",
@@ -117,19 +117,19 @@ linear_dweight = define(
         dout.new_empty(dout.shape[1], input.shape[1]),
         dout.new_empty(dout.shape[1] if bias else 0),
     ),
-    triton="linear_backward:dweight",
+    triton="gemm.linear_backward:dweight",
 )
 activation_forward = define(
     f"activation_forward(Tensor kept, {_DROPOUT}) -> Tensor",
     reference=_activation_forward_reference,
     fake=lambda kept, activation, dropout_p, seed: kept.new_empty(kept.shape),
-    triton="activation:forward",
+    triton="gemm.activation:forward",
 )
 activation_backward = define(
     f"activation_backward(Tensor dout, Tensor kept, {_DROPOUT}) -> Tensor",
     reference=_activation_backward_reference,
     fake=lambda dout, kept, activation, dropout_p, seed: dout.new_empty(dout.shape),
-    triton="activation:backward",
+    triton="gemm.activation:backward",
 )
 
 _ONEDNN_NAMES = {

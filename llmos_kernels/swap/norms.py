@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from llmos_kernels import testing
+from llmos_kernels._core import numerics
 from llmos_kernels.ops.rms_norm import rms_norm_reference
 from llmos_kernels.swap.replica import replica
 
@@ -27,7 +27,7 @@ def _agrees(module: nn.Module, eps: str, scale: float) -> bool:
     copy.__dict__[eps] = 1e-6
     (weight,) = copy.parameters()
     width = len(weight)
-    generator = testing.generator(0)
+    generator = numerics.generator(0)
     with torch.no_grad():
         weight.copy_(torch.randn(width, generator=generator))
         x = torch.randn(2, 3, width, generator=generator) * scale

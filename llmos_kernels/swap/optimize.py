@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmos_kernels._core.numerics import shifted
 from llmos_kernels.swap import pretrained, proof, rules, timing
 from llmos_kernels.swap.calls import Call, ModelRun, captured_calls, example_calls
 from llmos_kernels.swap.report import Entry, Report
-from llmos_kernels.testing import shifted
 
 MARK = "_llmos_swapped_from"
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmos_kernels._registry import KERNEL_DTYPES
+from llmos_kernels._core.registry import KERNEL_DTYPES
 from llmos_kernels.swap.calls import Call, ModelRun, tensors_in
 from llmos_kernels.swap.proof import DRAWS, Results, largest_of
 from llmos_kernels.swap.replica import replica

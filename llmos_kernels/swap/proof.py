@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from llmos_kernels._core.numerics import judged_together, make_gradients
 from llmos_kernels.nn.linear import linear_parameters
 from llmos_kernels.swap.calls import LAYERS, Call, example_calls, permuted
 from llmos_kernels.swap.chains import find_steps
 from llmos_kernels.swap.norms import rms_norm_eps
 from llmos_kernels.swap.replica import replica
-from llmos_kernels.testing import judged_together, make_gradients
 
 #: What is compared, by name: ours, the exact, and stock.
 Results = dict[str, tuple[Tensor, Tensor, Tensor]]

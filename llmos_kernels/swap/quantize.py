@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from llmos_kernels._registry import KERNEL_DTYPES
+from llmos_kernels._core.registry import KERNEL_DTYPES
+from llmos_kernels._core.timing import interleaved
 from llmos_kernels.nn.attention import MultiheadAttention
 from llmos_kernels.nn.int8 import (
     Int8Linear,
@@ -25,7 +26,6 @@ from llmos_kernels.swap.calls import Call, ModelRun
 from llmos_kernels.swap.optimize import MARK, around, capture, check_model
 from llmos_kernels.swap.report import table
 from llmos_kernels.swap.rules import why_untouchable
-from llmos_kernels.testing import interleaved
 
 _MOST_ROWS = 1024  # On which an error is measured, in float64.
 #: Rows of input at which a layer must be faster, if its user gives none.

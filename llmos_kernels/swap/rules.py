@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 import llmos_kernels.nn as fused
-from llmos_kernels._registry import KERNEL_DTYPES
+from llmos_kernels._core.registry import KERNEL_DTYPES
 from llmos_kernels.nn.chain import fused_chain
 from llmos_kernels.nn.derived import Derived
 from llmos_kernels.nn.hooks import has_hooks

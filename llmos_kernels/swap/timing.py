@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmos_kernels._core.timing import interval, samples
 from llmos_kernels.swap.calls import PLAIN, Call, ModelRun, evaluating
 from llmos_kernels.swap.replica import replica
-from llmos_kernels.testing import interval, samples
 
 #: Numbers of rows at which a module is timed whose inputs are not known, as [batch, length].
 SIZES = ((1, 1), (8, 128))

@@ -1,0 +1,1 @@
+"""What every op stands on: its registration, the compiled extension, the error budget, timing."""

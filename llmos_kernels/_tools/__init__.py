@@ -1,0 +1,1 @@
+"""What ``python -m llmos_kernels`` runs. The library never imports it."""

@@ -1,0 +1,157 @@
+"""What of the package works on this machine, and why not more: ``python -m llmos_kernels env``."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import llmos_kernels
+from llmos_kernels._core.registry import _FORCED, DEFINED, HAS_TRITON
+from llmos_kernels._tools import checksums
+from llmos_kernels._triton.runtime import kernel_pack
+from llmos_kernels.ops.products import torch_from
+
+#: A dispatch key, and the devices that it stands for.
+KEYS = ("CPU", "CUDA")
+
+
+def owner(op: str, key: str) -> str:
+    """The file whose kernel answers for ``op`` on ``key``, or ``reference``."""
+    if _FORCED == "reference":
+        return "reference"
+    for line in torch._C._dispatch_dump(op).splitlines():
+        found, _, where = line.partition(": registered at ")
+        if found == key and "(inactive)" not in line:
+            triton = DEFINED[op].triton
+            if triton and not HAS_TRITON:
+                break
+            if triton and "_core/registry.py" in where:
+                return f"_triton/{triton.partition(':')[0].replace('.', '/')}.py"
+            return re.sub(r"^.*?csrc/", "csrc/", where.partition(" ::")[0].partition(":")[0])
+    return "reference"
+
+
+def why_reference(op: str, key: str) -> str:
+    """Why no kernel answers for ``op`` on ``key``."""
+    if _FORCED == "reference":
+        return "LLMOS_BACKEND=reference"
+    if key == "CPU":
+        return "" if _extension() else "the C++ extension is not built"
+    if not torch.backends.cuda.is_built():
+        return "this torch has no CUDA"
+    if DEFINED[op].triton:
+        return "Triton is not installed"
+    return "the CUDA part is not built"
+
+
+def _extension():
+    return sys.modules.get("llmos_kernels._C")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _cuda_part(device: int, arch: str) -> str:
+    """What the C++ part for GPUs has for a device."""
+    try:
+        code = torch.ops.llmos.built_for(torch.empty(0, device=f"cuda:{device}")).item()
+    except RuntimeError:  # No kernel image is available for execution on the device.
+        return f"CUDA part: nothing in it is for {arch}; its ops raise"
+    return f"CUDA part runs its sm_{code} code" if code else "CUDA part: not built"
+
+
+def triton_kernels(arch: str) -> str:
+    """Where a GPU of ``arch`` gets its Triton kernels from."""
+    packed = kernel_pack.covering(arch)
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if not HAS_TRITON:
+        return "Triton kernels: none, Triton is not installed; the slow reference answers"
+    if kernel_pack.MODE == "require" or kernel_pack.used_on(arch):
+        try:
+            kernel_pack.opened(arch)
+        except kernel_pack.PackError as e:
+            if kernel_pack.MODE == "require":
+                return f"Triton kernels: none, LLMOS_PACK=require and {e}"
+        else:
+            others = (
+                "others raise"
+                if kernel_pack.MODE == "require"
+                else "others compiled when first used"
+            )
+            return f"Triton kernels: those for {packed} of the pack, {others}"
+    why = (
+        f"the pack has none for {arch}"
+        if kernel_pack.archs() and packed is None
+        else "not from the pack"
+    )
+    if compiler is None:
+        return f"Triton kernels: {why}, and there is no C compiler; the slow reference answers"
+    return f"Triton kernels: {why}, compiled when first used, with {Path(compiler).name}"
+
+
+def _gpus() -> Iterator[str]:
+    if not torch.cuda.is_available():
+        yield "none" if torch.backends.cuda.is_built() else "none that this CPU-only torch can use"
+        return
+    for i in range(torch.cuda.device_count()):
+        p, arch = torch.cuda.get_device_properties(i), kernel_pack.arch_of(i)
+        yield f"{p.name}, {arch}, {p.total_memory / 2**30:.0f} GiB"
+        yield _cuda_part(i, arch)
+        yield triton_kernels(arch)
+
+
+def describe() -> Iterator[str]:
+    """The lines that ``env`` prints; the last one is the verdict."""
+    yield f"llmos_kernels {llmos_kernels.__version__}"
+    yield f"python        {platform.python_version()}, {platform.system()} {platform.machine()}"
+    yield f"torch         {torch.__version__}"
+    yield f"triton        {_version('triton')}"
+    extension = _extension()
+    yield f"cpu           {_cpu_name()}, {torch.get_num_threads()} threads"
+    if extension:
+        lowered = " (LLMOS_CPU_LEVEL)" if os.environ.get("LLMOS_CPU_LEVEL") else ""
+        yield f"cpu level     {extension.cpu_level()}{lowered} of {', '.join(extension.cpu_levels())}"
+        build = extension.build
+        archs = build["cuda_archs"] or "none: no nvcc, or no GPU to build for"
+        yield f"build         {build['compiler']}, torch {build['torch']}, CUDA archs {archs}"
+        yield f"              {checksums.commit()}"
+    else:
+        yield "build         pure Python: no C++ compiler or no torch at build time"
+    yield f"pack          {kernel_pack.state()}"
+    for line in _gpus():
+        yield f"gpu           {line}"
+    yield ""
+    yield f"{'op':32} {'device':6} answered by"
+    slow = set()
+    for op in sorted(DEFINED):
+        for key in KEYS:
+            file, why = owner(op, key), ""
+            if file == "reference":
+                why = why_reference(op, key)
+                if why and (key == "CPU" or torch.cuda.is_available()):
+                    slow.add(f"{key}: {why}")
+            yield f"{op:32} {key:6} {file}{f' ({why})' if why else ''}"
+    for dtype, library in ((torch.bfloat16, "oneDNN"), (torch.float32, "MKL")):
+        rows, work = torch_from(dtype)
+        if work < 1 << 62:
+            what = f"{str(dtype)[6:]} linear, {rows} rows or more"
+            yield f"{what:32} {'CPU':6} torch's {library}, from 2^{work.bit_length() - 1} multiplications on"
+    yield ""
+    verdict = "every op has a kernel for every device of this machine"
+    yield f"verdict: {'the reference answers on ' + '; '.join(sorted(slow)) if slow else verdict}"

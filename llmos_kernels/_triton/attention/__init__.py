@@ -1,0 +1,1 @@
+"""Triton kernels: attention, forward and backward."""

@@ -1,0 +1,1 @@
+"""Triton kernels: matrix products and what is fused to them."""

@@ -1,0 +1,1 @@
+"""Triton kernels: int8 products."""

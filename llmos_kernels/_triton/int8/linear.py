@@ -1,0 +1,287 @@
+"""Triton kernels of int8 rows and their products; formulas in ``ops/int8.py``.
+
+A product's program owns a tile of out: int32 sums over the inner dimension, then scales, bias and
+activation in registers. Outliers are found, listed and multiplied on the device, in three launches: one
+marks columns (all write the same value, in whatever order), one quantises rows, and by one more program
+lists the columns, and the product adds theirs to its scaled sums.
+Bytes: rows once for each pass of quantising and once more to find outliers; out once, a once for each
+block of columns, b once for each block of rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from llmos_kernels._triton.gemm.activation import activate
+from llmos_kernels._triton.gemm.gemm import TILE, halves, place
+from llmos_kernels._triton.runtime import pack_shapes, settings
+from llmos_kernels._triton.runtime.launch import kernel
+from llmos_kernels.ops.activations import GELU, GELU_TANH, NONE, RELU, RELU2
+from llmos_kernels.ops.int8 import SMALLEST
+from llmos_kernels.ops.int8_linear import WEIGHT_ONLY_ROWS
+
+_SMALLEST: tl.constexpr = tl.constexpr(SMALLEST)
+_TO_WHOLE: tl.constexpr = tl.constexpr(1.5 * 2**23)  # Added and taken off: rounds, ties to even.
+
+
+@kernel(do_not_specialize=["M"])
+def _mark_kernel(input, marks, threshold, M, K, input_row, input_col, BLOCK_M: tl.constexpr,
+                 BLOCK_K: tl.constexpr):  # fmt: skip
+    """marks[k] = 1 if column k has an outlier in this program's rows."""
+    blocks = tl.cdiv(K, BLOCK_K)
+    k = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+    row = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = input + row.to(tl.int64)[:, None] * input_row + k.to(tl.int64)[None, :] * input_col
+    x = tl.abs(tl.load(at, (row < M)[:, None] & (k < K)[None, :], 0.0).to(tl.float32))
+    found = tl.max((x >= threshold).to(tl.int32), 0) > 0
+    tl.store(marks + k, tl.full((BLOCK_K,), 1, tl.int32), found & (k < K))
+
+
+@triton.jit
+def _list_outliers(marks, index, K, BLOCK: tl.constexpr):
+    """index[0] is their count, their columns follow in order."""
+    k = tl.arange(0, BLOCK)
+    count = tl.full((), 0, tl.int32)
+    for start in range(0, K, BLOCK):
+        marked = tl.load(marks + start + k, k < K - start, 0)
+        tl.store(index + count + tl.cumsum(marked, 0), start + k, marked > 0)
+        count += tl.sum(marked, 0)
+    tl.store(index, count)
+
+
+@triton.jit
+def scale_of(largest, finite, LEVELS: tl.constexpr):
+    """The scale of rows with these largest magnitudes, and its inverse: 0 where rows are 0."""
+    some = finite & (largest >= _SMALLEST)
+    of = tl.where(some, largest, LEVELS * 1.0)
+    levels = tl.full(of.shape, LEVELS, tl.float32)
+    scale = tl.where(some, tl.div_rn(of, levels), tl.where(finite, 0.0, float("nan")))
+    return scale, tl.where(some, tl.div_rn(levels, of), 0.0)
+
+
+@triton.jit
+def whole(x):
+    """Rounded to the nearest whole number, ties to even."""
+    return (x + _TO_WHOLE) - _TO_WHOLE
+
+
+@kernel(do_not_specialize=["M"])
+def _quantize_kernel(input, rows, scale, marks, index, M, K, input_row, input_col,
+                     LEVELS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """A row for each program; with marks one more lists outliers, which are 0 in rows."""
+    if marks is not None:  # noqa: SIM102  known when it is compiled, the other is not
+        if tl.program_id(0) == M:
+            _list_outliers(marks, index, K, BLOCK)
+            return
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    input += row * input_row + k.to(tl.int64) * input_col
+    rows += row * K + k
+    step = tl.full((), BLOCK, tl.int64)
+    most = tl.zeros((BLOCK,), tl.float32)
+    bad = tl.zeros((BLOCK,), tl.int32)
+    at = input
+    for start in range(0, K, BLOCK):
+        x = tl.abs(tl.load(at, k < K - start, 0.0).to(tl.float32))
+        if marks is not None:
+            x = tl.where(tl.load(marks + start + k, k < K - start, 0) > 0, 0.0, x)
+        bad |= (~(x < float("inf"))).to(tl.int32)
+        most = tl.maximum(most, x)
+        at += step * input_col
+    finite = tl.max(bad, 0) == 0
+    largest = tl.max(most, 0)
+    stored, inverse = scale_of(largest, finite, LEVELS)
+    tl.store(scale + row, stored)
+    for start in range(0, K, BLOCK):
+        x = tl.load(input, k < K - start, 0.0).to(tl.float32)
+        if marks is not None:
+            x = tl.where(tl.load(marks + start + k, k < K - start, 0) > 0, 0.0, x)
+        x = tl.where(inverse > 0, x, 0.0) * inverse
+        tl.store(rows, whole(x).to(rows.dtype.element_ty), k < K - start)
+        input += step * input_col
+        rows += BLOCK
+
+
+@triton.jit
+def _finish(z, b_scale, bias, out, row, first_col, M, N, ACTIVATION: tl.constexpr,
+            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """out of the rows ``row`` and BLOCK_N columns from ``first_col`` on, by 32 columns."""
+    if BLOCK_N > 32:
+        left, right = halves(z, BLOCK_M, BLOCK_N)
+        _finish(left, b_scale, bias, out, row, first_col, M, N, ACTIVATION, BLOCK_M,
+                BLOCK_N // 2)  # fmt: skip
+        _finish(right, b_scale, bias, out, row, first_col + BLOCK_N // 2, M, N, ACTIVATION,
+                BLOCK_M, BLOCK_N // 2)  # fmt: skip
+    else:
+        col = first_col + tl.arange(0, BLOCK_N)
+        z *= tl.load(b_scale + col, col < N, 0.0)[None, :]
+        if bias is not None:
+            z += tl.load(bias + col, col < N, 0.0).to(tl.float32)[None, :]
+        y = activate(z.to(out.dtype.element_ty).to(tl.float32), ACTIVATION)
+        inside = (row < M)[:, None] & (col < N)[None, :]
+        tl.store(out + row[:, None] * N + col[None, :], y, inside)
+
+
+@kernel(do_not_specialize=["M"])
+def _product_kernel(a, b, a_scale, b_scale, bias, out, zeros, index, input, M, N, K, a_row,
+                    b_row, input_row, input_col, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
+                    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    _, first_row, first_col = place(M, N, 1, BLOCK_M, BLOCK_N)
+    row = first_row + tl.arange(0, BLOCK_M)
+    col = first_col + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    a += row[:, None] * a_row + k[None, :]
+    weight = b + col[None, :] * b_row
+    b = weight + k[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for start in range(0, K, BLOCK_K):
+        inside = k < K - start
+        x = tl.load(a, (row < M)[:, None] & inside[None, :], 0)
+        y = tl.load(b, inside[:, None] & (col < N)[None, :], 0)
+        acc = tl.dot(x, y, acc, out_dtype=tl.int32)
+        a += BLOCK_K
+        b += BLOCK_K
+    if zeros is not None:
+        acc += tl.load(zeros + col, col < N, 0)[None, :]
+    z = acc.to(tl.float32) * tl.load(a_scale + row, row < M, 0.0)[:, None]
+    if index is not None:
+        input += row.to(tl.int64)[:, None] * input_row
+        at_place = tl.arange(0, 16)
+        for start in range(0, tl.load(index), 16):
+            inside = at_place < tl.load(index) - start
+            which = tl.load(index + 1 + start + at_place, inside, 0).to(tl.int64)
+            x = tl.load(
+                input + which[None, :] * input_col, (row < M)[:, None] & inside[None, :], 0.0
+            )
+            y = tl.load(weight + which[:, None], inside[:, None] & (col < N)[None, :], 0)
+            z = tl.dot(x, y.to(x.dtype), z, input_precision="ieee")
+    _finish(z, b_scale, bias, out, row, first_col, M, N, ACTIVATION, BLOCK_M, BLOCK_N)
+
+
+@kernel(do_not_specialize=["M"])
+def _weight_only_kernel(input, weight, scale, bias, out, M, N, K, input_row, input_col, weight_row,
+                        ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                        BLOCK_K: tl.constexpr):  # fmt: skip
+    row = tl.arange(0, BLOCK_M)
+    first_col = tl.program_id(0).to(tl.int64) * BLOCK_N
+    col = first_col + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    input += row[:, None].to(tl.int64) * input_row + k[None, :].to(tl.int64) * input_col
+    weight += col[None, :] * weight_row + k[:, None]
+    z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        inside = k < K - start
+        x = tl.load(input, (row < M)[:, None] & inside[None, :], 0.0)
+        y = tl.load(weight, inside[:, None] & (col < N)[None, :], 0)
+        z = tl.dot(x, y.to(x.dtype), z, input_precision="ieee")
+        input += tl.full((), BLOCK_K, tl.int64) * input_col
+        weight += BLOCK_K
+    _finish(z, scale, bias, out, row, first_col, M, N, ACTIVATION, BLOCK_M, BLOCK_N)
+
+
+def quantize(input):
+    return _quantize(input, None, None, 127)
+
+
+def _quantize(input, marks, index, levels):
+    m, k = input.shape
+    rows = input.new_empty((m, k), dtype=torch.int8 if levels == 127 else torch.uint8)
+    scale = input.new_empty(m, dtype=torch.float32)
+    if m:
+        block = min(max(triton.next_power_of_2(k), 16), 4096)
+        _quantize_kernel[(m + (marks is not None),)](
+            input, rows, scale, marks, index, m, k, *input.stride(), LEVELS=levels,
+            BLOCK=block, num_warps=max(block // 1024, 1),
+        )  # fmt: skip
+    return rows, scale
+
+
+def matmul(a, b, a_scale, b_scale, packed, bias, activation, dtype):
+    return _matmul(a, b, a_scale, b_scale, bias, activation, dtype, None, None)
+
+
+def _matmul(a, b, a_scale, b_scale, bias, activation, dtype, index, input):
+    a, b = (t if t.stride(1) == 1 else t.contiguous() for t in (a, b))
+    zeros = None
+    if a.dtype == torch.uint8:  # Elements less 128; what sums are too low is added to each column.
+        a, zeros = (a ^ 128).view(torch.int8), b.sum(1, dtype=torch.int32) * 128
+    (m, k), n = a.shape, b.shape[0]
+    out = a.new_empty((m, n), dtype=dtype)
+    if out.numel() == 0:
+        return out
+    # Steps as deep as shared memory allows: a barrier for each.
+    tile = (16, 32, 256, 4, 4) if m <= 16 else (128, 128, 128, 8, 3)
+    # Products of float32 outliers take more registers than a large tile leaves.
+    in_fp32 = input is not None and input.dtype == torch.float32
+    if m > 16 and (in_fp32 or triton.cdiv(m, 128) * triton.cdiv(n, 128) < 96):
+        tile = (64, 64, 128, 4, 4)
+    kind = "int8" if input is None else "int8 outliers"
+    if found := settings.settings(kind, out, (m, n, k)):
+        tile = tuple(found[option] for option in TILE[:5])
+    block_m, block_n, block_k, warps, stages = tile
+    _product_kernel[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)](
+        a, b, a_scale.contiguous(), b_scale.contiguous(),
+        None if bias is None else bias.contiguous(), out, zeros, index, input, m, n, k, a.stride(0),
+        b.stride(0), *((0, 0) if input is None else input.stride()), ACTIVATION=activation,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out
+
+
+def linear(input, weight_int8, weight_scale, packed, bias, activation, threshold):
+    m, k = input.shape
+    marks = index = None
+    if threshold and input.numel():
+        marks = input.new_zeros(k, dtype=torch.int32)
+        index = input.new_empty(k + 1, dtype=torch.int32)
+        _mark_kernel[(triton.cdiv(m, 32) * triton.cdiv(k, 128),)](
+            input, marks, threshold, m, k, *input.stride(), BLOCK_M=32, BLOCK_K=128
+        )
+    rows, scale = _quantize(input, marks, index, 127)
+    return _matmul(
+        rows, weight_int8, scale, weight_scale, bias, activation, input.dtype, index,
+        None if index is None else input,
+    )  # fmt: skip
+
+
+def linear_rows(input, weight_int8, weight_scale, packed, bias, activation):
+    y = linear(input, weight_int8, weight_scale, packed, bias, activation, 0.0)
+    return _quantize(y, None, None, 255 if activation in (RELU, RELU2) else 127)
+
+
+def weight_only(input, weight_int8, weight_scale, bias, activation):
+    m, n = input.shape[0], weight_int8.shape[0]
+    if m > WEIGHT_ONLY_ROWS:
+        raise ValueError(f"at most {WEIGHT_ONLY_ROWS} rows, got {m}")
+    weight = weight_int8 if weight_int8.stride(1) == 1 else weight_int8.contiguous()
+    out = input.new_empty(m, n)
+    if out.numel() == 0:
+        return out
+    # Two warps: tensor cores take 8 columns, a warp more would convert the same weights again. Deep
+    # steps, since there are few programs to have loads under way.
+    block_k = 32 if input.dtype == torch.float32 else 256
+    _weight_only_kernel[(triton.cdiv(n, 16),)](
+        input, weight, weight_scale.contiguous(), None if bias is None else bias.contiguous(), out,
+        m, n, input.shape[1], *input.stride(), weight.stride(0), ACTIVATION=activation, BLOCK_M=16,
+        BLOCK_N=16, BLOCK_K=block_k, num_warps=2, num_stages=4,
+    )  # fmt: skip
+    return out
+
+
+def variants():
+    """See ``examples``."""
+    for dtype, rows, k, n in pack_shapes.products():
+        input, bias = torch.empty(rows, k, dtype=dtype), torch.empty(n, dtype=dtype)
+        weight, scale = torch.empty(n, k, dtype=torch.int8), torch.empty(n)
+        yield quantize, (input,)
+        for activation in (NONE, RELU, GELU, GELU_TANH) if k < n else (NONE,):
+            for threshold in (0.0, 6.0):
+                yield linear, (input, weight, scale, None, bias, activation, threshold)
+            if activation == RELU:
+                unsigned = torch.empty(rows, n, dtype=torch.uint8), torch.empty(rows)
+                second, scales = torch.empty(k, n, dtype=torch.int8), torch.empty(k)
+                last = input[0], NONE, dtype
+                yield matmul, (unsigned[0], second, unsigned[1], scales, None, *last)
+                yield linear_rows, (input, weight, scale, None, bias, activation)
+            if rows <= WEIGHT_ONLY_ROWS:
+                yield weight_only, (input, weight, scale, bias, activation)

@@ -1,0 +1,1 @@
+"""Triton kernels: the norms and embeddings."""

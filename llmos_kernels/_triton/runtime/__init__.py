@@ -1,0 +1,1 @@
+"""How Triton kernels are found, compiled ahead of time, and launched."""

@@ -1,0 +1,11 @@
+"""The table of cases that tests, benchmarks, ``verify`` and ``inspect`` share."""
+
+from llmos_kernels.testing.cases.attention import ATTENTION
+from llmos_kernels.testing.cases.case import Case
+from llmos_kernels.testing.cases.embedding import EMBEDDING
+from llmos_kernels.testing.cases.linear import LINEAR
+from llmos_kernels.testing.cases.norms import NORMS
+
+CASES = NORMS + ATTENTION + LINEAR + EMBEDDING
+
+__all__ = ["CASES", "Case"]
