@@ -114,7 +114,7 @@ def test_installed_files(sdist, tmp_path):
     (target / "llmos_kernels" / "py.typed").write_text("changed")
     (target / "llmos_kernels" / "_tools/checksums.py").touch()
     done = verify()
-    assert done.returncode == 1 and "py.typed: its sha256 is another" in done.stdout
+    assert done.returncode == 1 and "py.typed: its sha256 differs" in done.stdout
     assert "1 files altered: FAIL" in done.stdout
 
 

@@ -83,6 +83,6 @@ def test_unknown_settings_raise(name, value):
 
 
 def test_the_forced_reference():
-    code = "from llmos_kernels import _environment as e; print(*e.describe(), sep='\\n')"
+    code = "from llmos_kernels._tools import environment as e; print(*e.describe(), sep='\\n')"
     done = fresh(code, LLMOS_BACKEND="reference")
     assert "csrc/" not in done.stdout and "LLMOS_BACKEND=reference" in done.stdout.splitlines()[-1]

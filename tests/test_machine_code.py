@@ -49,15 +49,15 @@ with recorded_launches("sm_90") as launches:
     attend(64, padding=padding, queries=60)
 found = compiled(launches)
 for r in found:
-    assert r.repeated == 1, f"{r.launch}: the same products {r.repeated} times"
+    assert r.mma_redundancy == 1, f"{r.launch}: the same products {r.mma_redundancy} times"
     assert r.matrix == "HGMMA", f"{r.launch}: {r.matrix}"
     if dict(r.launch.signature).get("mask") != "*bf16":
-        assert "bf16" not in r.waited_for, f"{r.launch}: {r.waited_for} are not loaded ahead"
+        assert "bf16" not in r.unpipelined_loads, f"{r.launch}: {r.unpipelined_loads} are not loaded ahead"
 # A warp group that has no rows of its own is seen.
 slow = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
 with recorded_launches("sm_90") as launches, settings.override("attention forward", slow):
     attend(64)
-assert compiled(launches[:1])[0].repeated == 2
+assert compiled(launches[:1])[0].mma_redundancy == 2
 print(len(found), "kernels")
 """
 
@@ -81,10 +81,10 @@ for r in found:
         continue
     tall = dict(r.launch.constants)["BLOCK_M"] >= 64
     integers = r.launch.signature[0][1] == "*i8"
-    assert r.repeated == 1, f"{r.launch}: the same products {r.repeated} times"
+    assert r.mma_redundancy == 1, f"{r.launch}: the same products {r.mma_redundancy} times"
     assert r.matrix == ("I" if integers else "H") + ("GMMA" if tall else "MMA"), f"{r.launch}: {r.matrix}"
     if "persistent" not in r.launch.name:  # There the loop has what follows the sums, too.
-        assert not r.waited_for, f"{r.launch}: {r.waited_for} are not loaded ahead"
+        assert not r.unpipelined_loads, f"{r.launch}: {r.unpipelined_loads} are not loaded ahead"
     wide = r.instructions["LDGSTS.128"] + 4 * r.instructions["UTMALDG"]
     assert wide >= 12, f"{r.launch}: {r.vectors}"
 print(len(found), "kernels")
@@ -158,12 +158,12 @@ IR = """
 def test_repeated(rows, times):
     from llmos_kernels._tools import machine_code
 
-    assert machine_code.repeated(IR.replace("ROWS", str(rows))) == times
+    assert machine_code.mma_redundancy(IR.replace("ROWS", str(rows))) == times
 
 
 def test_waited_for():
     """Tiles in the loop that multiplies: neither what is before it nor vectors."""
     from llmos_kernels._tools import machine_code
 
-    assert machine_code.waited_for(IR) == ["i8"]
-    assert machine_code.waited_for(IR.replace("tt.dot", "dot").replace("group_dot", "g")) == []
+    assert machine_code.unpipelined_loads(IR) == ["i8"]
+    assert machine_code.unpipelined_loads(IR.replace("tt.dot", "dot").replace("group_dot", "g")) == []

@@ -271,7 +271,7 @@ def test_env_tells_of_the_pack(copied, monkeypatch):
     answer = "and there is no C compiler; the slow reference answers"
     assert environment.triton_kernels("sm_75").endswith(answer)
     monkeypatch.setattr(kernel_pack, "MODE", "require")
-    assert environment.triton_kernels("sm_90").endswith("those for sm_90 of the pack, others raise")
+    assert environment.triton_kernels("sm_90").endswith("from the pack, for sm_90; others raise")
     assert "none, LLMOS_PACK=require and" in environment.triton_kernels("sm_75")
     monkeypatch.setattr(kernel_pack, "MODE", "on")
     assert "others compiled when first used" in environment.triton_kernels("sm_90")

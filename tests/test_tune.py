@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 pytest.importorskip("rich")
-from llmos_kernels._tools import build_pack, tune
-from llmos_kernels._tools.tune import Work
+from llmos_kernels._tools import build_pack, tune, tune_jobs
+from llmos_kernels._tools.tune_jobs import TuningJob
 from llmos_kernels._triton import rows
 from llmos_kernels._triton.attention import scores
 from llmos_kernels._triton.gemm import gemm, persistent
@@ -162,12 +162,12 @@ def tiny(empty, dtype):
     def make():
         return empty(6, 64), None, None, 64, 1e-5, True
 
-    yield Work("layer_norm", dtype, (64,), layer_norm.forward, make, tune.ROWS[:4])
+    yield TuningJob("layer_norm", dtype, (64,), layer_norm.forward, make, tune_jobs.ROWS[:4])
 
 
 def test_tune(folder, monkeypatch):
     """The fastest setting whose result is right, where it beats the rule; what was measured stays."""
-    monkeypatch.setitem(tune.OPS, "tiny", tiny)
+    monkeypatch.setitem(tune_jobs.OPS, "tiny", tiny)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path, asked = folder / "Test_GPU.json", []
 
@@ -188,10 +188,10 @@ def test_tune(folder, monkeypatch):
     done, (best,) = run(10e-6, 9e-6, 7e-6, 8e-6, 11e-6)
     assert done and len(asked) == 5
     assert best == {
-        "dtype": "bfloat16", "shape": [64], "settings": tune.ROWS[1], "us": 7.0, "rule_us": 10.0,
+        "dtype": "bfloat16", "shape": [64], "settings": tune_jobs.ROWS[1], "us": 7.0, "rule_us": 10.0,
     }  # fmt: skip
     forget()
-    assert found("layer_norm", (64,)) == tune.ROWS[1]
+    assert found("layer_norm", (64,)) == tune_jobs.ROWS[1]
     # The rule is timed as such, though its successor is known.
     assert settings.settings("layer_norm", torch.empty(1, dtype=BF16), (64,)) is None
     # Within noise of the rule: the rule stays, and is known to; so does the entry of another dtype.
@@ -217,15 +217,15 @@ def test_agree():
     assert tune._agree([one / 0], [one / 0], torch.float32)
 
 
-@pytest.mark.parametrize("op", tune.OPS)
+@pytest.mark.parametrize("op", tune_jobs.OPS)
 def test_what_is_tuned(op):
     """Kinds that launchers ask for, each with candidates that it takes."""
-    listed = list(tune.OPS[op](lambda *shape: torch.empty(shape, dtype=BF16), BF16))
+    listed = list(tune_jobs.OPS[op](lambda *shape: torch.empty(shape, dtype=BF16), BF16))
     assert len(listed) >= 10
-    for work in listed:
-        assert len(work.candidates) > 5
-        for candidate in work.candidates:
-            settings._check(work.kind, entry(list(work.shape), **candidate))
+    for job in listed:
+        assert len(job.candidates) > 5
+        for candidate in job.candidates:
+            settings._check(job.kind, entry(list(job.shape), **candidate))
 
 
 AHEAD = """
@@ -234,21 +234,22 @@ from pathlib import Path
 import torch
 sys.path.insert(0, "benchmarks")
 import launch_cost
-from llmos_kernels._tools import build_pack, tune, tune_precompile
+from llmos_kernels._tools import build_pack, tune_jobs, tune_precompile
+from llmos_kernels._triton.runtime import settings
 launch_cost.fake_driver()
-tune.ROWS[:] = tune.ROWS[::9]
-tune.pack_shapes.WIDTHS = (256, 2048)
+tune_jobs.ROWS[:] = tune_jobs.ROWS[::9]
+tune_jobs.pack_shapes.WIDTHS = (256, 2048)
 made = lambda: {p.parent.name for p in Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin")}
 counts = []
 for part in range(3):
     assert tune_precompile.compile_part("layer_norm", torch.bfloat16, "sm_90", part, 3) == 0
     counts.append(len(made()))
 with build_pack.recorded_launches("sm_90") as launches:
-    for work in tune.OPS["layer_norm"](lambda *s: torch.empty(s, dtype=torch.bfloat16), torch.bfloat16):
-        args = work.make()
-        for candidate in (None, *work.candidates):
-            with tune.tuned.override(work.kind, candidate):
-                work.launcher(*args)
+    for job in tune_jobs.OPS["layer_norm"](lambda *s: torch.empty(s, dtype=torch.bfloat16), torch.bfloat16):
+        args = job.make()
+        for candidate in (None, *job.candidates):
+            with settings.override(job.kind, candidate):
+                job.launcher(*args)
 assert 0 < counts[0] < counts[1] < counts[2] == len(set(launches)), (counts, len(set(launches)))
 assert tune_precompile.compile_part("layer_norm", torch.bfloat16, "sm_90", 0, 1) == 0
 assert len(made()) == counts[2], "compiled again"
