@@ -159,7 +159,9 @@ def test_guard_bands_can_fail():
 
 @each_case
 def test_opcheck(case):
-    recorded = raw_calls(case, case.make(case.sized(5), dtype=torch.float32, requires_grad=True))
+    recorded = raw_calls(
+        case, case.make(case.small_shape(5), dtype=torch.float32, requires_grad=True)
+    )
     assert recorded, "the case never reached an op"
     for op, args in recorded:
         torch.library.opcheck(op, args)
@@ -167,7 +169,7 @@ def test_opcheck(case):
 
 @each_case
 def test_same_bits_on_every_repeat(case):
-    for name, kernel, _, args in calls(case, case.medium, torch.bfloat16):
+    for name, kernel, _, args in calls(case, case.multi_block_shape, torch.bfloat16):
         first = outputs(kernel, args)
         # Triton's interpreter is as deterministic as numpy.
         for _ in range(5 if GPU or name.endswith("cpp") else 1):
@@ -179,7 +181,7 @@ def test_same_bits_on_every_repeat(case):
 def test_strided_inputs(case):
     """A kernel takes strided tensors itself: rows that are apart, and columns that are."""
     for name, kernel, _, args in calls(
-        case, (6, 5, 33) if case.row_wise else case.sized(19), torch.float32
+        case, (6, 5, 33) if case.row_wise else case.small_shape(19), torch.float32
     ):
         for layout in (lambda t: t.repeat_interleave(2, 0)[::2], lambda t: t.mT.contiguous().mT):
             strided = [

@@ -46,7 +46,7 @@ def test_matches_reference(case, shape, dtype, device):
 
 @each_case
 def test_gradient_formula(case, device):
-    args = case.make(case.tiny, dtype=torch.float64, device=device, requires_grad=True)
+    args = case.make(case.gradcheck_shape, dtype=torch.float64, device=device, requires_grad=True)
 
     def fn(*args):
         return run(case.op, args)
@@ -146,7 +146,7 @@ def test_inputs_are_unmodified(case, device):
 @each_dtype
 @each_case
 def test_same_bits_on_every_repeat(case, dtype, device):
-    args = case.make(case.medium, dtype=dtype, device=device, requires_grad=True)
+    args = case.make(case.multi_block_shape, dtype=dtype, device=device, requires_grad=True)
     first = run_with_gradients(case.op, args)
     for _ in range(50):
         for name, value in run_with_gradients(case.op, args).items():
@@ -183,7 +183,7 @@ def test_compiles_whole(case, backend, device):
     torch._dynamo.reset()
     compiled = torch.compile(case.op, fullgraph=True, dynamic=True, backend=backend)
     for rows in (5, 9):
-        args = case.make(case.sized(rows), device=device, requires_grad=True)
+        args = case.make(case.small_shape(rows), device=device, requires_grad=True)
         actual, expected = run_with_gradients(compiled, args), run_with_gradients(case.op, args)
         for name, value in actual.items():
             torch.testing.assert_close(value, expected[name])
@@ -194,7 +194,7 @@ def test_compiles_whole(case, backend, device):
 def test_forward_mode(case, device):
     if "dropout" in case.name:
         return
-    args = case.make(case.sized(4), device=device)
+    args = case.make(case.small_shape(4), device=device)
     tangents = [
         torch.randn_like(a) if isinstance(a, torch.Tensor) and a.is_floating_point() else None
         for a in args
@@ -237,7 +237,7 @@ def test_exports(case, device):
         def forward(self, *args):
             return run(case.op, full(args))
 
-    args = case.make(case.sized(4), device=device)
+    args = case.make(case.small_shape(4), device=device)
     rest = [a for a in args if not isinstance(a, torch.Tensor)]
 
     def full(given):
@@ -258,13 +258,13 @@ def test_exports(case, device):
 def test_function_transforms(case, device):
     if "dropout" in case.name:
         pytest.skip("torch.func refuses to draw random numbers, as it does for torch's dropout")
-    args = case.make((4, 3, 16) if case.row_wise else case.sized(4), device=device)
+    args = case.make((4, 3, 16) if case.row_wise else case.small_shape(4), device=device)
     at = next(i for i, a in enumerate(args) if isinstance(a, torch.Tensor))
     if case.row_wise:  # A few rows are enough for a Hessian.
         same = [isinstance(a, torch.Tensor) and a.shape == args[at].shape for a in args]
         few = tuple(a[:1] if s else a for a, s in zip(args, same, strict=True))
     else:
-        few = case.make(case.tiny, device=device)
+        few = case.make(case.gradcheck_shape, device=device)
 
     def loss(fn, x):
         return sum(o.square().sum() for o in run(fn, (*few[:at], x, *few[at + 1 :])))
@@ -286,7 +286,7 @@ def test_function_transforms(case, device):
 @each_case
 def test_autocast(case, device):
     """The dtype that torch's namesake returns, and its value."""
-    args = case.make(case.sized(6), device=device)
+    args = case.make(case.small_shape(6), device=device)
     low = tuple(
         a.bfloat16() if isinstance(a, torch.Tensor) and a.is_floating_point() and a.ndim > 1 else a
         for a in args
@@ -301,10 +301,10 @@ def test_autocast(case, device):
 
 @each_case
 def test_reference_answers_in_float64_and_on_request(case, device):
-    args = case.make(case.sized(4), dtype=torch.float64, device=device)
+    args = case.make(case.small_shape(4), dtype=torch.float64, device=device)
     for actual, expected in zip(run(case.op, args), run(case.reference, args), strict=True):
         assert torch.equal(actual, expected)
-    args = case.make(case.sized(4), device=device)
+    args = case.make(case.small_shape(4), device=device)
     by_request = run(lambda *a: case.op(*a, backend="reference"), args)
     for actual, expected in zip(by_request, run(case.reference, args), strict=True):
         assert torch.equal(actual, expected)
@@ -312,7 +312,7 @@ def test_reference_answers_in_float64_and_on_request(case, device):
 
 @each_case
 def test_bad_calls_name_the_value(case, device):
-    args = case.make(case.sized(4), device=device)
+    args = case.make(case.small_shape(4), device=device)
     with pytest.raises(ValueError, match="'cuda-magic'"):
         case.op(*args, backend="cuda-magic")
     for dtype in (torch.int64, torch.complex64, torch.float8_e4m3fn):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from llmos_kernels._core import numerics
 from llmos_kernels.testing import CASES, DTYPES, errors, map_tensors
 
 hypothesis = pytest.importorskip("hypothesis")

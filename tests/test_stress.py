@@ -17,7 +17,7 @@ import torch
 import llmos_kernels as lk
 from llmos_kernels.testing import (
     CASES,
-    _Record,
+    OpRecorder,
     assert_accurate,
     cast,
     draw,
@@ -85,7 +85,7 @@ def other_work():
 @pytest.mark.parametrize("real", [False, *[True] * GPU])
 def test_same_bits_beside_other_work(case, real):
     """Outputs and gradients; on a GPU also those of a real model's size."""
-    shapes = case.gpu_sizes[:1] if real else (case.medium,)
+    shapes = case.gpu_benchmark_shapes[:1] if real else (case.multi_block_shape,)
     if not shapes:
         pytest.skip("no model's size")
     args = case.make(*shapes, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
@@ -127,7 +127,7 @@ def make_pack(folder: str, arch: str) -> None:
 
     with build_pack.recorded_launches(arch) as launches:
         for name, backward in CAPTURED.items():
-            with _Record() as record:
+            with OpRecorder() as record:
                 _step(CASE[name], *_arguments(CASE[name], backward, "cpu"))
             for op, given in record.calls:
                 if DEFINED[op.name()].triton:
@@ -137,7 +137,9 @@ def make_pack(folder: str, arch: str) -> None:
 
 def _arguments(case, backward, device):
     """Arguments, and the incoming gradient of each output."""
-    args = case.make(case.medium, dtype=torch.bfloat16, device=device, requires_grad=backward)
+    args = case.make(
+        case.multi_block_shape, dtype=torch.bfloat16, device=device, requires_grad=backward
+    )
     return args, torch.randn_like(args[0]).detach() if backward else None
 
 
@@ -189,7 +191,9 @@ def refused(mode: str) -> None:
         print(f"raised: {e}".splitlines()[0])
     else:
         print("captured")
-    drawn = draw(case, case.medium, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    drawn = draw(
+        case, case.multi_block_shape, dtype=torch.bfloat16, device="cuda", requires_grad=True
+    )
     assert max(errors(case, *drawn).values()) <= 1
 
 
@@ -221,7 +225,9 @@ def first_calls(device: str) -> None:
     cases = [case for case in CASES if "dropout" not in case.name]
     given = []
     for case in cases:
-        args = case.make(case.medium, dtype=torch.bfloat16, device=device, requires_grad=True)
+        args = case.make(
+            case.multi_block_shape, dtype=torch.bfloat16, device=device, requires_grad=True
+        )
         given.append((case, args, make_gradients(run(case.reference, args))))
     start, found, failed = threading.Barrier(THREADS), {}, []
 
@@ -246,7 +252,9 @@ def first_calls(device: str) -> None:
         for name, value in run_with_gradients(case.op, args, gradients).items():
             assert torch.equal(value, results[name]), f"{case}: {name}"
     for case in cases:
-        drawn = draw(case, case.medium, dtype=torch.bfloat16, device=device, requires_grad=True)
+        drawn = draw(
+            case, case.multi_block_shape, dtype=torch.bfloat16, device=device, requires_grad=True
+        )
         over = {k: v for k, v in errors(case, *drawn).items() if v > 1}
         assert not over, f"{case}: {over}"
     print(len(found), "calls")
