@@ -96,7 +96,7 @@ def missing() -> list[str]:
     return packages + programs + ["a C++ compiler"] * (not any(map(shutil.which, compilers)))
 
 
-def packed() -> str:
+def pack_modules() -> str:
     """Return the modules whose kernels CMake compiles into the pack: "", "ALL" or a list."""
     wanted = os.environ.get("LLMOS_BUILD_PACK", "")
     if wanted in ("", "0") or SANITIZE:
@@ -105,8 +105,8 @@ def packed() -> str:
         raise SystemExit(f"llmos_kernels: LLMOS_BUILD_PACK={wanted} needs triton")
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         raise SystemExit(
-            f"llmos_kernels: LLMOS_BUILD_PACK={wanted} needs TORCH_CUDA_ARCH_LIST, the GPUs to compile"
-            " for, such as '8.0;9.0'"
+            f"llmos_kernels: LLMOS_BUILD_PACK={wanted} needs TORCH_CUDA_ARCH_LIST, the GPUs to"
+            " compile for, such as '8.0;9.0'"
         )
     return "ALL" if wanted == "1" else ";".join(wanted.replace(",", " ").split())
 
@@ -131,7 +131,8 @@ class CMakeBuild(build_ext):
             shutil.rmtree(found)
         configure = ["cmake", "-S", ROOT, "-B", tree, "-G", "Ninja"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DLLMOS_SANITIZE={SANITIZE:d}"]
-        configure += [f"-DLLMOS_PACK={'' if self.inplace else packed()}", f"-DLLMOS_JOBS={jobs()}"]
+        modules = "" if self.inplace else pack_modules()
+        configure += [f"-DLLMOS_PACK={modules}", f"-DLLMOS_JOBS={jobs()}"]
         subprocess.check_call(configure)
         subprocess.check_call(["cmake", "--build", tree, "--parallel", str(jobs())])
         subprocess.check_call(["cmake", "--install", tree, "--prefix", out])

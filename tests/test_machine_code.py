@@ -1,5 +1,7 @@
-"""Triton kernels as they are compiled for a GPU with warp group products: what the tensor cores, the loads
-and the loops have become. No GPU is needed."""
+"""Machine code of Triton kernels for sm_90: tensor core instructions, load widths, prefetch.
+
+No GPU is needed.
+"""
 
 import os
 import subprocess
@@ -52,8 +54,8 @@ for r in found:
     assert r.mma_redundancy == 1, f"{r.launch}: the same products {r.mma_redundancy} times"
     assert r.matrix == "HGMMA", f"{r.launch}: {r.matrix}"
     if dict(r.launch.signature).get("mask") != "*bf16":
-        assert "bf16" not in r.unpipelined_loads, f"{r.launch}: {r.unpipelined_loads} are not loaded ahead"
-# A warp group that has no rows of its own is seen.
+        assert "bf16" not in r.unpipelined_loads, f"{r.launch}: no prefetch of bf16 tiles"
+# Warps that repeat the products of others are detected.
 slow = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
 with recorded_launches("sm_90") as launches, settings.override("attention forward", slow):
     attend(64)
@@ -64,7 +66,8 @@ print(len(found), "kernels")
 PRODUCTS = """
 seed = torch.empty(2, dtype=torch.int64)
 with recorded_launches("sm_90") as launches:
-    for rows, d, hidden in ((1024, 768, 3072), (8192, 1024, 4096), (64, 384, 1536), (8, 1024, 4096)):
+    shapes = (1024, 768, 3072), (8192, 1024, 4096), (64, 384, 1536), (8, 1024, 4096)
+    for rows, d, hidden in shapes:
         x, h, weight1, bias, weight2 = (
             torch.empty(shape, dtype=bf16)
             for shape in ((rows, d), (rows, hidden), (hidden, d), (hidden,), (d, hidden))
@@ -82,9 +85,10 @@ for r in found:
     tall = dict(r.launch.constants)["BLOCK_M"] >= 64
     integers = r.launch.signature[0][1] == "*i8"
     assert r.mma_redundancy == 1, f"{r.launch}: the same products {r.mma_redundancy} times"
-    assert r.matrix == ("I" if integers else "H") + ("GMMA" if tall else "MMA"), f"{r.launch}: {r.matrix}"
-    if "persistent" not in r.launch.name:  # There the loop has what follows the sums, too.
-        assert not r.unpipelined_loads, f"{r.launch}: {r.unpipelined_loads} are not loaded ahead"
+    expected = ("I" if integers else "H") + ("GMMA" if tall else "MMA")
+    assert r.matrix == expected, f"{r.launch}: {r.matrix}"
+    if "persistent" not in r.launch.name:  # Its loop also contains the epilogue.
+        assert not r.unpipelined_loads, f"{r.launch}: no prefetch of {r.unpipelined_loads}"
     wide = r.instructions["LDGSTS.128"] + 4 * r.instructions["UTMALDG"]
     assert wide >= 12, f"{r.launch}: {r.vectors}"
 print(len(found), "kernels")
@@ -93,17 +97,19 @@ print(len(found), "kernels")
 ROWS = """
 with recorded_launches("sm_90") as launches:
     for d, p in itertools.product((384, 1024, 2048, 4096), (0.0, 0.1)):
-        x, weight, stats = torch.empty(64, d, dtype=bf16), torch.empty(d, dtype=bf16), torch.empty(2, 64)
+        x, weight = torch.empty(64, d, dtype=bf16), torch.empty(d, dtype=bf16)
+        stats = torch.empty(2, 64)
         seed = torch.empty(2, dtype=torch.int64)
         op("add_layer_norm_forward")(x, x, weight, weight, d, 1e-5, True, p, seed)
         op("layer_norm_backward")(x, x, x, weight, stats, d, True, p, seed, True, True)
 found = [r for r in compiled(launches) if "_sum" not in r.launch.name]
 for r in found:
-    # Of rows 16 bytes a thread; less is statistics and the seed, and weights of short rows.
+    # Rows are loaded 16 bytes per thread; statistics, the seed and weights of short rows less.
     counts, rows = r.instructions, 2 if "forward" in r.launch.name else 3
     assert counts["LDG.128"] >= rows, f"{r.launch}: {r.vectors}"
-    assert counts["STG.128"] >= 1 and not counts["STG.16"] + counts["LDG.8"], f"{r.launch}: {r.vectors}"
-    if "backward" in r.launch.name:  # Else a program less runs at a time.
+    narrow = counts["STG.16"] + counts["LDG.8"]
+    assert counts["STG.128"] >= 1 and not narrow, f"{r.launch}: {r.vectors}"
+    if "backward" in r.launch.name:  # With more registers fewer thread blocks run at a time.
         warps = dict(r.launch.options)["num_warps"]
         assert r.registers <= {8: 80, 16: 64}[warps], f"{r.launch}: {r.registers} registers"
 print(len(found), "kernels")
@@ -120,7 +126,7 @@ def test_sm_90(script, least):
 
 
 def test_instructions():
-    """Their names and widths, from a listing."""
+    """Names and widths of instructions are read from a disassembly."""
     from llmos_kernels._tools import machine_code
 
     listing = """
@@ -162,8 +168,10 @@ def test_repeated(rows, times):
 
 
 def test_waited_for():
-    """Tiles in the loop that multiplies: neither what is before it nor vectors."""
+    """Only tiles in the loop with products count: no loads before it, and no vectors."""
     from llmos_kernels._tools import machine_code
 
     assert machine_code.unpipelined_loads(IR) == ["i8"]
-    assert machine_code.unpipelined_loads(IR.replace("tt.dot", "dot").replace("group_dot", "g")) == []
+    assert (
+        machine_code.unpipelined_loads(IR.replace("tt.dot", "dot").replace("group_dot", "g")) == []
+    )
