@@ -1,5 +1,5 @@
-// A fake CUDA driver, for tests and for measuring the host time of launches. It accepts every cubin,
-// runs nothing, and stores the last launch. Pointers below 1000 count as not on a GPU.
+// A fake CUDA driver, for tests and for measuring the host time of launches. It accepts every
+// cubin, runs nothing, and stores the last launch. Pointers below 1000 count as not on a GPU.
 #include <pthread.h>
 #include <stddef.h>
 #include <stdint.h>

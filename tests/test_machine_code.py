@@ -28,13 +28,13 @@ def compiled(launches):
 """
 
 ATTENTION = """
-def attend(d, mask=None, padding=None, packed=None, p=0.0, causal=0, queries=512):
+def attend(d, mask=None, padding=None, cu_seqlens=None, p=0.0, causal=0, queries=512):
     q, k, v, dout = (torch.empty(2, n, 4, d, dtype=bf16).transpose(1, 2)
                      for n in (queries, 512, 512, queries))
-    if packed is not None:
+    if cu_seqlens is not None:
         q, k, v, dout = (t[:1] for t in (q, k, v, dout))
     options = d**-0.5, causal, p, torch.empty(2, dtype=torch.int64)
-    tensors = q, k, v, mask, padding, packed, packed
+    tensors = q, k, v, mask, padding, cu_seqlens, cu_seqlens
     out, stats = op("attention_forward")(*tensors, *options)
     bias = mask is not None and mask.is_floating_point()
     op("attention_backward")(dout, *tensors, out, stats, *options, bias)
@@ -44,7 +44,7 @@ with recorded_launches("sm_90") as launches:
         attend(d, causal=1)
         attend(d, padding=padding)
         attend(d, torch.empty(2, 1, 1, 512, dtype=torch.bool))
-        attend(d, packed=torch.empty(5, dtype=torch.int32))
+        attend(d, cu_seqlens=torch.empty(5, dtype=torch.int32))
         attend(d, torch.empty(1, 4, 512, 512))
         attend(d, padding=padding, p=0.1)
     attend(64, torch.empty(1, 1, 512, 512, dtype=bf16), p=0.1)

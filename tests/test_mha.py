@@ -28,7 +28,7 @@ def pair(dtype=torch.float32, device="cpu", **options):
 
 
 def inputs(module, kind="cross", batched=True, device="cpu"):
-    """Return query, key and value: the same for "self"; key and value the same for "packed"."""
+    """Return query, key and value: all the same for "self"; key is value for "shared_kv"."""
 
     def make(length, dim):
         shape = [length] if not batched else [N, length] if module.batch_first else [length, N]
@@ -36,7 +36,7 @@ def inputs(module, kind="cross", batched=True, device="cpu"):
 
     if kind == "self":
         return (make(L, E),) * 3
-    if kind == "packed":
+    if kind == "shared_kv":
         return make(L, E), *(make(S, E),) * 2
     return make(L, E), make(S, module.kdim), make(S, module.vdim)
 
@@ -87,7 +87,7 @@ def check(ours, theirs, tensors, **options):
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("kind", ["self", "packed", "cross"])
+@pytest.mark.parametrize("kind", ["self", "shared_kv", "cross"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -313,7 +313,7 @@ def test_nested_tensors():
         torch.testing.assert_close(mine, other)
 
 
-@pytest.mark.parametrize("kind", ["self", "packed", "cross"])
+@pytest.mark.parametrize("kind", ["self", "shared_kv", "cross"])
 def test_compile(kind):
     torch.manual_seed(0)
     ours, _ = pair(batch_first=True, add_zero_attn=True)

@@ -29,16 +29,16 @@ from llmos_kernels._core.registry import DEFINED
 forward, weights, backward = (
     DEFINED[f"llmos::attention_{name}"].launch for name in ("forward", "weights", "backward")
 )
-def attend(d, dtype, mask=None, padding=None, packed=None, causal=1, dropout_p=0.0, keys=512):
+def attend(d, dtype, mask=None, padding=None, cu_seqlens=None, causal=1, dropout_p=0.0, keys=512):
     queries = 1 if keys > 512 else keys
     q, k, v, dout = (torch.empty(2, n, 4, d, dtype=dtype).transpose(1, 2)
                      for n in (queries, keys, keys, queries))
-    if packed is not None:
+    if cu_seqlens is not None:
         q, k, v, dout = (t[:1] for t in (q, k, v, dout))
     seed = torch.empty(2, dtype=torch.int64)
-    tensors, options = (q, k, v, mask, padding, packed, packed), (d**-0.5, causal, dropout_p, seed)
+    tensors, options = (q, k, v, mask, padding, cu_seqlens, cu_seqlens), (d**-0.5, causal, dropout_p, seed)
     out, stats = forward(*tensors, *options)
-    if packed is None:
+    if cu_seqlens is None:
         weights(q, k, mask, padding, stats, *options, False)
     backward(dout, *tensors, out, stats, *options, mask is not None and mask.is_floating_point())
 bf16 = torch.bfloat16
@@ -53,7 +53,7 @@ with inspect.recorded_launches(sys.argv[1]) as launches:
         attend(d, bf16, mask, dropout_p=0.1)
         attend(d, torch.float32)
     attend(64, bf16, padding=padding, dropout_p=0.1)
-    attend(64, bf16, packed=torch.empty(5, dtype=torch.int32), dropout_p=0.1)
+    attend(64, bf16, cu_seqlens=torch.empty(5, dtype=torch.int32), dropout_p=0.1)
 launches = list(dict.fromkeys(launches))
 """
 
