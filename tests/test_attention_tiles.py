@@ -20,7 +20,7 @@ def assert_attention_accurate(op, given):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name.startswith("attention")], ids=str)
-def test_attention_tiles_of_engines(case, monkeypatch):
+def test_attention_tiles_with_tma(case, monkeypatch):
     """The tiles of GPUs with a tensor memory accelerator are right, with partial last blocks."""
     from llmos_kernels._triton.runtime import launch
 

@@ -36,7 +36,8 @@ def attend(d, dtype, mask=None, padding=None, cu_seqlens=None, causal=1, dropout
     if cu_seqlens is not None:
         q, k, v, dout = (t[:1] for t in (q, k, v, dout))
     seed = torch.empty(2, dtype=torch.int64)
-    tensors, options = (q, k, v, mask, padding, cu_seqlens, cu_seqlens), (d**-0.5, causal, dropout_p, seed)
+    tensors = q, k, v, mask, padding, cu_seqlens, cu_seqlens
+    options = d**-0.5, causal, dropout_p, seed
     out, stats = forward(*tensors, *options)
     if cu_seqlens is None:
         weights(q, k, mask, padding, stats, *options, False)
