@@ -31,7 +31,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def _sizes(case):
-    return case.sizes if DEVICE == "cpu" else case.gpu_sizes
+    return case.benchmark_shapes if DEVICE == "cpu" else case.gpu_benchmark_shapes
 
 
 #: The first size of each op is what --quick measures.
@@ -52,7 +52,7 @@ def goals(op, size, dtype, direction):
     listed = _CPU_GOALS.get((op, direction))
     if listed is None or DEVICE != "cpu":
         return {}
-    ratio = listed[2 * BY_NAME[op].sizes.index(size) + DTYPES.index(dtype)]
+    ratio = listed[2 * BY_NAME[op].benchmark_shapes.index(size) + DTYPES.index(dtype)]
     return {} if ratio is None else {"eager": ratio}
 
 

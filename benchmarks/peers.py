@@ -22,7 +22,7 @@ def reference(case):
 
 def eager(case):
     """torch's fastest way that needs no compiler; of attention, SDPA."""
-    return case.rival or case.eager
+    return case.baseline or case.eager
 
 
 def compiled(case):
@@ -30,7 +30,7 @@ def compiled(case):
 
     config.donated_buffer = False  # The backward of one forward is timed many times.
     torch._dynamo.reset()
-    return torch.compile(case.rival or case.eager)
+    return torch.compile(case.baseline or case.eager)
 
 
 def _sdpa(backend, case):
@@ -41,7 +41,7 @@ def _sdpa(backend, case):
 
     def call(*args):
         with sdpa_kernel([getattr(SDPBackend, backend)]):
-            return (case.rival or case.eager)(*args)
+            return (case.baseline or case.eager)(*args)
 
     return call
 

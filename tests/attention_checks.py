@@ -1,4 +1,4 @@
-"""Attention against torch, for the tests of it."""
+"""Compare attention with torch; shared by the tests of attention."""
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from llmos_kernels.testing import assert_accurate
 
 
 def make(q_len, k_len, dtype=torch.float32, batch=2, heads=4, kv_heads=4, dim=24, device="cpu"):
+    """Return random query, key and value [batch, heads, length, dim] with transposed strides."""
     generator = testing.generator(q_len * 1000 + k_len)
     return [
         torch.randn(batch, length, n, dim, generator=generator).to(device, dtype).transpose(1, 2)
@@ -18,7 +19,7 @@ def make(q_len, k_len, dtype=torch.float32, batch=2, heads=4, kv_heads=4, dim=24
 
 
 def explicit(q, k, v, mask=None, enable_gqa=False):
-    """What is written without any fused op; rows that see nothing are 0."""
+    """Return attention by matrix products and softmax; rows that see no key are 0."""
     if enable_gqa:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     logits = q @ k.mT * q.shape[-1] ** -0.5
@@ -30,7 +31,7 @@ def explicit(q, k, v, mask=None, enable_gqa=False):
 
 
 def outputs_and_gradients(fn, args, dtype=None, **options):
-    """The output and the gradients of the float arguments, in ``dtype`` throughout."""
+    """Return the output and the gradients of the float arguments, all computed in ``dtype``."""
     args = [
         a.detach().to(dtype or a.dtype, copy=True).requires_grad_()
         if a is not None and a.is_floating_point()
@@ -45,17 +46,17 @@ def outputs_and_gradients(fn, args, dtype=None, **options):
 
 
 def compare(*results):
-    """Each result of one call or several: (ours, in float64, torch's); the largest errors count."""
+    """Assert the error budget of each output over all ``results``: (ours, float64, torch's)."""
     for i, columns in enumerate(zip(*(zip(*r, strict=True) for r in results), strict=True)):
         a, exact, e = (torch.cat([t.flatten() for t in ts]) for ts in zip(*columns, strict=True))
-        if exact.abs().max() < 1e-12:  # One visible key: the gradient is 0, and rounding errors.
+        if exact.abs().max() < 1e-12:  # With one visible key the gradient is 0 but for rounding.
             assert a.abs().max() <= 64 * torch.finfo(a.dtype).eps
         else:
             assert_accurate(a, exact, e, f"result {i}")
 
 
 def worse(exact, *eagers):
-    """Of torch's two ways to compute each result, the one with the larger error."""
+    """Return for each result the one of torch's two computations with the larger error."""
     return [
         max(ways, key=lambda t, e=e: (t - e).abs().max())
         for e, *ways in zip(exact, *eagers, strict=True)
@@ -63,12 +64,16 @@ def worse(exact, *eagers):
 
 
 def math(*args, **options):
+    """Return torch's SDPA by its math kernel."""
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(*args, **options)
 
 
 def results(args, mask=None, exact=explicit, **options):
-    """Ours with ``options``, ``exact`` in float64 and torch's, both with the merged mask."""
+    """Return our results with ``options``; ``exact``'s in float64 and torch's with ``mask``.
+
+    ``mask`` is the merged mask that ``options`` amount to.
+    """
     gqa = {"enable_gqa": True} if options.get("enable_gqa") else {}
     actual = outputs_and_gradients(attention, args, **options)
     merged = args if mask is None else [*args[:3], mask]
@@ -78,6 +83,7 @@ def results(args, mask=None, exact=explicit, **options):
 
 
 def check(args, mask=None, exact=explicit, **options):
+    """Assert the error budget of ``results`` and return ours."""
     found = results(args, mask, exact, **options)
     compare(found)
     return found[0]

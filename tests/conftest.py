@@ -1,10 +1,13 @@
+"""Options, fixtures and the summary of all tests; corrections to Triton's interpreter."""
+
 import os
 from collections import Counter
 
 import torch
 
 HAS_GPU = torch.cuda.is_available()
-# Read when the package loads: outputs come from the dispatcher, where tests can guard them.
+# Read when the package is imported: C++ allocates outputs through the dispatcher, where tests can
+# surround them with guard bands.
 os.environ["LLMOS_DISPATCHED_OUTPUTS"] = "1"
 # Without a GPU, Triton kernels run in Triton's interpreter, on CPU tensors.
 if not HAS_GPU:
@@ -19,14 +22,13 @@ DEVICES = ["cpu"] + ["cuda"] * HAS_GPU
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--seed", type=int, default=0, help="other random numbers in every test and proof"
+        "--seed", type=int, default=0, help="shift the random seeds of every test and proof"
     )
 
 
 def pytest_configure(config):
-    if (
-        os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2"
-    ):  # Of bfloat16, there is no oneDNN on such a CPU.
+    # On a CPU with AVX2 alone torch does not use oneDNN for bfloat16.
+    if os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2":
         torch.backends.mkldnn.set_flags(False)
     numerics.shift = config.getoption("seed")
     if numerics.shift:
@@ -37,12 +39,15 @@ def pytest_configure(config):
         torch.manual_seed = lambda seed: original(numerics.shifted(seed))
 
 
-#: What ``make test-quick`` runs: the tests of these files that compare numbers in little time.
+#: The files of which ``make test-quick`` runs the tests, but for those named in ``NOT_QUICK``.
 QUICK = {
     f"test_{name}"
-    for name in ("attention", "attention_masks", "dropout", "embedding", "int8", "int8_linear", "layers", "mha",
-                 "nn", "ops", "products", "properties", "quantize", "swap", "swap_chains", "swap_kept", "swap_speed")
-}  # fmt: skip
+    for name in (
+        *("attention", "attention_masks", "dropout", "embedding", "int8", "int8_linear", "layers"),
+        *("mha", "nn", "ops", "products", "properties", "quantize", "swap", "swap_chains"),
+        *("swap_kept", "swap_speed"),
+    )
+}
 NOT_QUICK = ("triton", "compiles_whole", "exports", "gpu")
 
 
@@ -54,28 +59,31 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter):
-    """What could not run here, and why: the last lines of a run."""
+    """Print which tests could not run on this machine, and why."""
     skipped = Counter(
         str(report.longrepr[2]).removeprefix("Skipped: ")
         for report in terminalreporter.stats.get("skipped", ())
     )
     terminalreporter.section("not run here")
     if not HAS_GPU:
-        terminalreporter.line("every test on a GPU: there is none that torch can use; Triton kernels ran in its"
-                              " interpreter and were compiled")  # fmt: skip
+        terminalreporter.line(
+            "every test on a GPU: torch finds none; Triton kernels ran in Triton's interpreter, and"
+            " were compiled"
+        )
     for reason, count in skipped.most_common():
         terminalreporter.line(f"{count} test{'s' * (count > 1)}: {reason}")
 
 
 @pytest.fixture(params=DEVICES)
 def device(request):
+    """Return each device in turn, with a fixed random seed."""
     torch.manual_seed(0)
     return request.param
 
 
 @pytest.fixture
 def one_thread():
-    """Where tensors are so small that a second thread would only wait."""
+    """Run the test on one thread, for tensors so small that more threads cost time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -83,7 +91,7 @@ def one_thread():
 
 
 def _round_to_nearest(interpreter):
-    """Triton 3.6 to 3.9 interpret a cast from float32 to bfloat16 as truncation; GPUs round."""
+    """Make casts from float32 to bfloat16 round, as GPUs do; Triton 3.6 to 3.9 truncate."""
     import numpy as np
 
     original = interpreter._convert_float
@@ -100,9 +108,11 @@ def _round_to_nearest(interpreter):
 
 
 def _dot(interpreter):
-    """Triton 3.6 to 3.9 interpret a dot of bfloat16 as one of their bits, as unsigned integers. And
-    numpy sums in an order that is no GPU's and differs from machine to machine: here a dot of floats
-    is rounded once."""
+    """Make dot products of floats exact but for one rounding, also of bfloat16.
+
+    Triton 3.6 to 3.9 multiply the bits of bfloat16 as unsigned integers. numpy's order of summation
+    is not that of a GPU, and differs between machines.
+    """
     import numpy as np
 
     original = interpreter.InterpreterBuilder.create_dot
@@ -119,7 +129,7 @@ def _dot(interpreter):
         return interpreter.TensorHandle(product.astype(np.float32), d.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
-    np.seterr(over="ignore", invalid="ignore")  # A GPU does not warn of infinities and NaN.
+    np.seterr(over="ignore", invalid="ignore")  # GPUs do not warn about infinity and NaN.
 
 
 if not HAS_GPU:

@@ -1,5 +1,5 @@
-// A CUDA driver without a GPU, for tests and for the host's part of a launch: takes every cubin,
-// runs none, and keeps the last launch. Pointers below 1000 are on no GPU.
+// A fake CUDA driver, for tests and for measuring the host time of launches. It accepts every
+// cubin, runs nothing, and stores the last launch. Pointers below 1000 count as not on a GPU.
 #include <pthread.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -13,15 +13,15 @@ struct Launch {
   uint64_t stream;
   unsigned char bytes[kMost][128];
 };
-// Threads launch side by side: the last launch is written by one at a time, counts are atomic.
+// Several threads may launch: a mutex protects the last launch, and the counters are atomic.
 static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER;
 struct Launch fake_last;
 _Atomic int fake_loads, fake_launches;
 int fake_shared, fake_broken_images;
-// Whether what loads must be called with the relaxed capture mode (2), which threads start without.
+// If set, functions that load code fail unless the thread's capture mode is relaxed (2).
 int fake_strict;
 __thread int fake_capture_mode;
-// What cuFuncGetParamInfo says, and how much cuLaunchKernel keeps of each parameter.
+// The parameters that cuFuncGetParamInfo reports, and the bytes that cuLaunchKernel stores of each.
 size_t fake_count, fake_sizes[kMost];
 
 static int context;
@@ -40,7 +40,7 @@ CUresult cuDeviceGetAttribute(int* value, int attribute, int device) {
 }
 CUresult cuDevicePrimaryCtxRetain(void** to, int device) { return *to = &context, kSuccess; }
 CUresult cuCtxGetCurrent(void** to) {
-  static __thread int calls;  // A thread has none at first.
+  static __thread int calls;  // At first a thread has no context.
   return *to = calls++ ? &context : NULL, kSuccess;
 }
 CUresult cuCtxSetCurrent(void* to) { return to == &context ? kSuccess : kInvalidValue; }

@@ -1,9 +1,10 @@
-"""How often the proof of ``optimize`` refuses a swap that is right: its false alarms, for each kind of module.
+"""Measure how often the proof of ``optimize`` wrongly refuses a correct swap.
 
     python tests/false_alarms.py [--seeds 1000] [--kinds NAME ...] [--dtypes NAME ...] [--out FILE]
 
-A seed draws the weights of a small module and all that its proof draws. Runs are kept in FILE, by CPU level,
-kind, dtype and seed, and go on where they stopped. The levels are those of LLMOS_CPU_LEVEL.
+A seed determines the weights of a small module and the inputs of its proof. Results are appended to
+FILE, by ISA (the values of LLMOS_CPU_LEVEL), kind, dtype and seed; a run continues where an earlier
+one stopped.
 """
 
 import argparse
@@ -30,10 +31,12 @@ D, HEADS, INNER = 32, 4, 48
 
 
 def layer(cls: type, norm_first: bool) -> nn.Module:
+    """Return a small Transformer layer without dropout."""
     return cls(D, HEADS, INNER, dropout=0.0, batch_first=True, norm_first=norm_first)
 
 
 def llama_norm() -> nn.Module:
+    """Return an RMS norm of a Hugging Face model, a class that no rule knows by name."""
     return hf.llama.modeling_llama.LlamaRMSNorm(D)
 
 
@@ -54,15 +57,20 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "DecoderLayer, pre-norm": lambda: layer(nn.TransformerDecoderLayer, True),
     "attention of BertModel": lambda: hf.bert.BertModel(
         hf.bert.BertConfig(
-            hidden_size=D, num_hidden_layers=2, num_attention_heads=HEADS, vocab_size=50,
-            intermediate_size=INNER, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            hidden_size=D,
+            num_hidden_layers=2,
+            num_attention_heads=HEADS,
+            vocab_size=50,
+            intermediate_size=INNER,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
         )
     ).eval(),
-}  # fmt: skip
+}
 
 
 def error_of(kind: str, dtype: torch.dtype, seed: int) -> float:
-    """The error over budget that the proof of one random module finds."""
+    """Return the error over budget that the proof finds for one random module."""
     torch.manual_seed(seed)
     module = KINDS[kind]()
     for p in module.parameters():
@@ -75,6 +83,7 @@ def error_of(kind: str, dtype: torch.dtype, seed: int) -> float:
 
 
 def main() -> int:
+    """Run what FILE lacks and print a line for each kind; return 1 if over 0.1 % are refused."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=1000)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="NAME")
@@ -86,7 +95,7 @@ def main() -> int:
         parser.error(f"--seeds must be at least 1, got {args.seeds}")
     level = _C.cpu_level()
     torch.set_num_threads(1)
-    # An AVX2 machine's torch multiplies bfloat16 without oneDNN.
+    # On an AVX2 machine torch does not use oneDNN for bfloat16 products.
     torch.backends.mkldnn.set_flags(os.environ.get("ONEDNN_MAX_CPU_ISA") != "AVX2")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     found: dict[tuple, dict[int, float]] = {}
@@ -107,8 +116,10 @@ def main() -> int:
                 alarms = sum(not known[s] <= 1 for s in range(args.seeds))
                 worst = max(worst, alarms / args.seeds)
                 taken = time.perf_counter() - start
-                print(f"{level:12} {kind:25} {dtype:9} {alarms:4} of {args.seeds} refused,"
-                      f" largest error {max(known.values()):.3f} ({taken:.0f} s)", flush=True)  # fmt: skip
+                result = (
+                    f"{alarms:4} of {args.seeds} refused, largest error {max(known.values()):.3f}"
+                )
+                print(f"{level:12} {kind:25} {dtype:9} {result} ({taken:.0f} s)", flush=True)
     return 1 if worst > 1e-3 else 0
 
 

@@ -1,4 +1,4 @@
-"""Builds of this tree take turns, whatever process asks: they share its folders."""
+"""A lock for builds of this source tree, which share its build folder."""
 
 import contextlib
 import fcntl
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 @contextlib.contextmanager
 def turn() -> Iterator[None]:
-    """Until its end no other process has one."""
+    """Hold the lock; other processes wait until it is released."""
     (ROOT / "build").mkdir(exist_ok=True)
     with (ROOT / "build" / ".turn").open("w") as f:
         fcntl.flock(f, fcntl.LOCK_EX)

@@ -1,8 +1,9 @@
-"""What test_pack.py runs in a process of its own, with the driver of fake_cuda.c, which has no GPU and keeps
-what it was told:
+"""Checks that test_pack.py runs in a separate process, with the CUDA driver of fake_cuda.c.
+
+That driver has no GPU and stores the arguments of the last launch.
 
     python pack_driver.py launches sm_90 libcuda.so.1 FOLDER
-    python pack_driver.py refused sm_90 libcuda.so.1 FOLDER   # of the pack that launches has made
+    python pack_driver.py refused sm_90 libcuda.so.1 FOLDER   # uses the pack of ``launches``
     python pack_driver.py undriven sm_90 FOLDER   # without that driver
 """
 
@@ -28,8 +29,8 @@ from llmos_kernels.ops.activations import RELU
 STREAM = 0x5EED
 
 
-class Launch(ctypes.Structure):
-    """The last launch, as fake_cuda.c keeps it."""
+class DriverLaunch(ctypes.Structure):
+    """``struct Launch`` of fake_cuda.c: the last launch."""
 
     _fields_ = (
         ("grid", ctypes.c_uint * 3),
@@ -41,7 +42,7 @@ class Launch(ctypes.Structure):
 
 
 def passed(launch: build_pack.Launch, values: dict, entry: dict) -> list:
-    """The bytes of each parameter, from the arguments; None where the driver made them."""
+    """Return the expected bytes of each kernel parameter; None where the driver chooses them."""
     found: list = []
     boxes = [block for *_, block in entry["descriptors"]]
     for name, kind in launch.signature:
@@ -52,8 +53,9 @@ def passed(launch: build_pack.Launch, values: dict, entry: dict) -> list:
             (rows, cols), (step, _) = value.shape, value.strides
             box = boxes.pop(0)
             size = value.base.itemsize
-            # Type, rank, base, sizes, step, box, steps of elements, interleave, swizzle, promotion.
-            # Drivers to 13.1 set bit 21 also for small matrices, where it must not be.
+            # Type, rank, base, sizes, stride, box, element strides, interleave, swizzle, promotion.
+            # Drivers up to 13.1 also set bit 21 for small matrices, where the launcher must clear
+            # it.
             small = ((cols - 1) + (rows - 1) * step) * size + 1 < 128 * 1024
             words = [
                 None,
@@ -77,12 +79,14 @@ def passed(launch: build_pack.Launch, values: dict, entry: dict) -> list:
 
 
 def launches(arch: str, library: str, folder: str) -> None:
-    """Some variants of every kernel, compiled, packed, found and launched: what the driver is told is
-    what the launcher said, laid out as the compiled kernel has its parameters."""
+    """Compile two variants of every kernel into a pack, launch them, and check what the driver got.
+
+    Grid, threads, shared memory, stream and the bytes of each parameter must be those of the call.
+    """
     fake = ctypes.CDLL(library)
     integer = lambda name: ctypes.c_int.in_dll(fake, name)
     integer("fake_strict").value = 1
-    last = Launch.in_dll(fake, "fake_last")
+    last = DriverLaunch.in_dll(fake, "fake_last")
     sizes = (ctypes.c_size_t * 96).in_dll(fake, "fake_sizes")
     count = ctypes.c_size_t.in_dll(fake, "fake_count")
 
@@ -113,8 +117,10 @@ def launches(arch: str, library: str, folder: str) -> None:
         assert integer("fake_launches").value == before + 1
         assert tuple(last.grid) == (*grid, 1, 1)[:3]
         assert (last.threads, last.shared, last.stream) == (
-            kwargs.get("num_warps", 4) * 32, entry["shared"], STREAM,
-        )  # fmt: skip
+            kwargs.get("num_warps", 4) * 32,
+            entry["shared"],
+            STREAM,
+        )
         first = (self.name, launch.key) not in seen
         allowed = entry["shared"] if first and entry["shared"] > 48 * 1024 else 0
         assert integer("fake_shared").value == allowed
@@ -140,12 +146,12 @@ def launches(arch: str, library: str, folder: str) -> None:
         for launcher, args in build_pack.calls():
             launcher(*args)
     assert seen == entries.keys()
-    assert integer("fake_loads").value == len(seen)  # Each is loaded once.
+    assert integer("fake_loads").value == len(seen)  # Each cubin is loaded once.
     print(len(seen), "variants of", len(chosen), "kernels")
 
 
 class Pointer:
-    """What a kernel sees of a tensor."""
+    """Stand in for a tensor at an address."""
 
     def __init__(self, address: int, dtype: torch.dtype):
         self.address, self.dtype = address, dtype
@@ -155,7 +161,7 @@ class Pointer:
 
 
 def refused(arch: str, library: str, folder: str) -> None:
-    """What the driver, or the launcher itself, does not take; threads that load at the same time."""
+    """Print the errors of launches that must be refused; then launch from eight threads at once."""
     fake = ctypes.CDLL(library)
     integer = lambda name: ctypes.c_int.in_dll(fake, name)
     sizes = (ctypes.c_size_t * 96).in_dll(fake, "fake_sizes")
@@ -206,7 +212,7 @@ def refused(arch: str, library: str, folder: str) -> None:
         barrier.wait()
         for _ in range(100):
             assert launch(shared)
-        assert integer("fake_capture_mode").value == 0, "not as it was"
+        assert integer("fake_capture_mode").value == 0, "not restored"
 
     threads = [threading.Thread(target=work) for _ in range(8)]
     for t in threads:
@@ -219,7 +225,7 @@ def refused(arch: str, library: str, folder: str) -> None:
 
 
 def undriven(arch: str, folder: str) -> None:
-    """A launch where there is no driver."""
+    """Print the error of a launch without a CUDA driver."""
     z = torch.empty(4, 1536, dtype=torch.bfloat16)
     pack = kernel_pack.Pack(Path(folder) / f"{arch}.json")
     with (

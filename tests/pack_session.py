@@ -1,4 +1,4 @@
-"""What test_pack.py runs in a process of its own, where Triton compiles instead of interpreting:
+"""Checks that test_pack.py runs in a separate process, with Triton's compiler.
 
 python pack_session.py keys sm_90
 python pack_session.py covered sm_90
@@ -29,7 +29,7 @@ from llmos_kernels.ops.activations import GELU, GELU_TANH, RELU
 
 
 def keys(arch: str) -> None:
-    """The key of every call's arguments in C++, that of its record, and Triton's own view of them."""
+    """Check that the C++ launcher, ``launch_of`` and Triton specialise every call alike."""
     backend = make_backend(GPUTarget("cuda", int(arch.removeprefix("sm_")), 32))
     checked = []
 
@@ -53,15 +53,19 @@ def keys(arch: str) -> None:
     print(len(checked), "launches,", len(set(checked)), "keys")
 
 
-#: Width, heads, activation: MiniLM, BERT base and large, GPT-2, T5 small, OPT 1.3B.
+#: (d_model, heads, activation) of MiniLM, BERT base and large, GPT-2, T5 small, OPT 1.3B.
 MODELS = (
-    (384, 12, GELU), (768, 12, GELU), (1024, 16, GELU), (768, 12, GELU_TANH), (512, 8, RELU),
+    (384, 12, GELU),
+    (768, 12, GELU),
+    (1024, 16, GELU),
+    (768, 12, GELU_TANH),
+    (512, 8, RELU),
     (2048, 32, RELU),
-)  # fmt: skip
+)
 
 
 def model_calls(d, heads, activation, dtype, batch, length):
-    """Each op with a Triton launcher, as a layer of such a model calls it in training and inference."""
+    """Yield (name, arguments) of the op calls of such a layer in training and inference."""
     seed, head_dim = torch.empty(2, dtype=torch.int64), d // heads
     empty = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype)
     x, hidden, parameter = empty(batch * length, d), empty(batch * length, 4 * d), empty(d)
@@ -121,7 +125,7 @@ def model_calls(d, heads, activation, dtype, batch, length):
 
 
 def covered(arch: str) -> None:
-    """Every launch that common models make by default is one of the variants."""
+    """Check that the pack has every launch that common models make by default."""
     having = {(v.name, v.key) for v in build_pack.variants(arch)}
     ops, found, missing = set(), set(), {}
     for model, dtype, (batch, length) in itertools.product(
@@ -137,7 +141,7 @@ def covered(arch: str) -> None:
                 for k in launches
                 if (k.name, k.key) not in having
             }
-    # On GPUs cuBLAS answers for the products of parameters.
+    # On GPUs cuBLAS computes the gradients of weights.
     lacking = {name for name, op in DEFINED.items() if op.triton} - ops - {"llmos::linear_dweight"}
     assert not lacking, f"no call of {lacking}"
     assert not missing, "\n".join(f"{k.name} {k.key}: {call}" for k, call in missing.items())
@@ -145,7 +149,7 @@ def covered(arch: str) -> None:
 
 
 def bits(folder: str) -> None:
-    """On a GPU: two calls of every kernel, from the pack and by Triton, with the same bits."""
+    """Check on a GPU that kernels from the pack and from Triton give the same bits, twice each."""
     arch, counts, checked = kernel_pack.arch_of(0), {}, 0
 
     def filled(a):
@@ -179,12 +183,12 @@ def bits(folder: str) -> None:
 
 
 def tuned(*archs: str) -> None:
-    """How many variants of one module there are for each architecture."""
+    """Print the number of variants of one module for each architecture."""
     print(json.dumps({arch: len(build_pack.variants(arch, ["int8.layer_norm"])) for arch in archs}))
 
 
 def unready() -> None:
-    """Launches where Triton cannot compile: a folder that was full, then a missing compiler."""
+    """Print what launches raise where Triton cannot compile: a full disk, then no compiler."""
     fn, fails = DEFINED["llmos::activation_forward"].launch, []
 
     def run(self, *args, **kwargs):
@@ -204,15 +208,17 @@ def unready() -> None:
         mock.patch.object(kernel_pack, "for_device", lambda device: None),
     ):
         for error in (
-            OSError(28, "No space left"), RuntimeError("ours"),
-            RuntimeError("Failed to find C compiler. Please"), RuntimeError("not reached"),
-        ):  # fmt: skip
+            OSError(28, "No space left"),
+            RuntimeError("ours"),
+            RuntimeError("Failed to find C compiler. Please"),
+            RuntimeError("not reached"),
+        ):
             fails.append(error)
             print(said())
 
 
 def gpus(*lists: str) -> None:
-    """The architectures of each list, or what is wrong with it."""
+    """Print the architectures of each list of GPUs, or the error for it."""
     found: list = []
     for listed in lists:
         try:

@@ -1,9 +1,10 @@
-"""The tests that compare numbers, at every CPU level and with other random numbers: hours.
+"""Run the numerical tests for every ISA of the CPU kernels and with other seeds: hours.
 
     python tests/seeds.py [--seeds 0 1 2] [--levels NAME ...] [--out FILE]
 
-At each level torch is lowered to what a CPU of that level would run. What has run is kept in FILE, and is not
-run again. Triton's interpreter does not know levels: its tests run at the first and at the last.
+For each ISA torch and its libraries are limited to the same one. Results are appended to FILE, and
+runs that it already has are skipped. Triton's interpreter does not depend on the ISA, so its tests
+run for the first and the last only.
 """
 
 import argparse
@@ -18,11 +19,31 @@ from llmos_kernels import _C
 
 TESTS = Path(__file__).parent
 FILES = (
-    "attention", "attention_masks", "attention_tiles", "dropout", "embedding", "int8", "int8_linear", "kernels",
-    "layers", "mha", "nn", "ops", "products", "properties", "quantize", "swap", "swap_chains", "swap_kept",
-    "swap_speed", "transformers", "transformers_int8", "transformers_models", "transformers_swap",
-)  # fmt: skip
-#: What torch runs on a CPU of each level.
+    "attention",
+    "attention_masks",
+    "attention_tiles",
+    "dropout",
+    "embedding",
+    "int8",
+    "int8_linear",
+    "kernels",
+    "layers",
+    "mha",
+    "nn",
+    "ops",
+    "products",
+    "properties",
+    "quantize",
+    "swap",
+    "swap_chains",
+    "swap_kept",
+    "swap_speed",
+    "transformers",
+    "transformers_int8",
+    "transformers_models",
+    "transformers_swap",
+)
+#: The ISA of ATen, MKL and oneDNN on a CPU of each level.
 TORCH = {
     "baseline": ("default", "SSE4_2", "SSE41"),
     "avx2": ("avx2", "AVX2", "AVX2"),
@@ -33,13 +54,13 @@ TORCH = {
 
 
 def commit() -> str:
-    """What the tests are of: a change starts them anew."""
+    """Return a description of the sources. If it changes, all tests run again."""
     command = ["git", "-C", TESTS.parent, "describe", "--always", "--dirty", "--abbrev=12"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def run(level: str, seed: int, triton: bool) -> dict:
-    """What became of the tests: the last line, and those that failed."""
+    """Run the tests once and return a row: pytest's last line and the tests that failed."""
     names = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
     env = os.environ | {"LLMOS_CPU_LEVEL": level, "OMP_WAIT_POLICY": "passive"}
     env |= dict(zip(names, TORCH[level], strict=True))
@@ -47,34 +68,34 @@ def run(level: str, seed: int, triton: bool) -> dict:
         env["LLMOS_SKIP_TRITON"] = "1"
     files = [str(TESTS / f"test_{name}.py") for name in FILES]
     chosen = "not compiles and not every_backend" + " and not triton and not tiles" * (not triton)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-n",
-        str(os.cpu_count()),
-        "-p",
-        "no:cacheprovider",
-    ]
+    options = ["-q", "-n", str(os.cpu_count()), "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options]
     start = time.perf_counter()
     done = subprocess.run(
         [*command, f"--seed={seed}", "-k", chosen, *files],
-        cwd=TESTS.parent, env=env, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=TESTS.parent,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     lines = done.stdout.splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    if done.returncode not in (0, 1):  # It did not run to its end.
-        raise SystemExit(
-            f"{level}, seed {seed}: pytest gave {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-        )
+    if done.returncode not in (0, 1):  # pytest was interrupted or could not start.
+        output = done.stdout[-2000:] + done.stderr[-2000:]
+        raise SystemExit(f"{level}, seed {seed}: pytest returned {done.returncode}\n{output}")
     return {
-        "commit": commit(), "level": level, "seed": seed, "triton": triton, "result": lines[-1],
-        "failed": failed, "seconds": round(time.perf_counter() - start),
-    }  # fmt: skip
+        "commit": commit(),
+        "level": level,
+        "seed": seed,
+        "triton": triton,
+        "result": lines[-1],
+        "failed": failed,
+        "seconds": round(time.perf_counter() - start),
+    }
 
 
 def main() -> int:
+    """Run what FILE lacks and print a line for each run; return 1 if any test failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     levels = _C.cpu_levels()
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

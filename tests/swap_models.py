@@ -1,10 +1,10 @@
-"""Models that the swap tests share: residual blocks of one formula, and of others that look alike."""
+"""Small models for the tests of ``optimize``: residual blocks, and others that only look alike."""
 
 from torch import nn
 
 
 class Block(nn.Module):
-    """A residual block that no rule knows by name."""
+    """A post-norm residual block, of a class that no rule knows by name."""
 
     def __init__(self, d=16, p=0.1):
         super().__init__()
@@ -17,7 +17,7 @@ class Block(nn.Module):
 
 
 class PreNorm(Block):
-    """The same parts, another formula."""
+    """A pre-norm residual block, which no fused op computes."""
 
     def forward(self, states, skip):
         return self.norm(skip) + self.drop(self.project(states))
@@ -78,4 +78,5 @@ class Model(nn.Module):
 
 
 def classes(model):
+    """Return the class of every module by name."""
     return {name: type(m) for name, m in model.named_modules()}

@@ -1,4 +1,4 @@
-"""What attention has to do beyond the tests of every op: torch's semantics, lengths, splits."""
+"""Attention beyond the tests of every op: torch's semantics, lengths, decoding, varlen."""
 
 import itertools
 
@@ -31,7 +31,7 @@ SIZES = ((1, 1), (1, 65), (63, 64), (64, 193), (130, 129))
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
 @pytest.mark.parametrize("mask", [None, "bool", "float"])
 def test_is_torchs_math(mask, causal, padding, gqa, dtype, device):
-    """Every combination against torch's math kernel in float64, outputs and gradients."""
+    """Outputs and gradients agree with torch's math kernel in float64 for every combination."""
 
     def one_size(q_len, k_len):
         q, k, v = make(q_len, k_len, dtype, kv_heads=2 if gqa else 4, device=device)
@@ -91,7 +91,7 @@ def test_head_dims(dims, dtype, device):
 @each_dtype
 @pytest.mark.parametrize("q_len", [1, 3, 4, 16, 17])
 def test_decode(q_len, dtype, device):
-    """A few queries against a long, strided cache; a row's bits do not depend on its batch."""
+    """A few queries attend to a long strided KV cache; a row's bits do not depend on its batch."""
     k_len = 2500
     q, k, v = make(q_len, k_len, dtype, batch=3, heads=8, kv_heads=2, dim=40, device=device)
     cache = torch.full((2, 3, 2, 4096, 40), float("nan"), dtype=dtype, device=device)
@@ -171,7 +171,8 @@ def test_dropout_is_the_one_mask(device):
     assert (mean - expected).abs().mean() < 0.15 * expected.abs().mean()
 
 
-def packed(lengths, total_heads, dtype, device):
+def varlen(lengths, total_heads, dtype, device):
+    """Return random packed sequences [total, heads, 24] and their cu_seqlens."""
     cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
     return torch.randn(sum(lengths), total_heads, 24, device=device).to(dtype), cu
 
@@ -179,10 +180,10 @@ def packed(lengths, total_heads, dtype, device):
 @each_dtype
 @pytest.mark.parametrize("bottom_right", [None, False, True], ids=["full", "causal", "bottom"])
 def test_packed_sequences(bottom_right, dtype, device):
-    """Each sequence as if it were alone, to the bit on the CPU."""
+    """Each sequence gives the result that it gives alone, with the same bits on the CPU."""
     torch.manual_seed(0)
-    q, cu_q = packed([5, 0, 70, 1, 130], 4, dtype, device)
-    k, cu_k = packed([7, 3, 70, 150, 131], 2, dtype, device)
+    q, cu_q = varlen([5, 0, 70, 1, 130], 4, dtype, device)
+    k, cu_k = varlen([7, 3, 70, 150, 131], 2, dtype, device)
     v = torch.randn_like(k)
     options = {"enable_gqa": True, "is_causal": bottom_right is not None}
     options["bottom_right"] = bool(bottom_right)
@@ -248,7 +249,7 @@ def test_cu_seqlens_out_of_range(cuts, message):
 
 
 def test_forms(device):
-    """Without heads, with a negative scale, with tensors that share memory."""
+    """Inputs without a head dimension, negative scales and shared tensors work as in torch."""
     q, k, v = make(9, 20, device=device)
     torch.testing.assert_close(attention(q[:, 0], k[:, 0], v[:, 0]), explicit(q, k, v)[:, 0])
     mask = torch.randn(2, 9, 20, device=device)

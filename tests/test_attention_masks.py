@@ -1,4 +1,4 @@
-"""Masks of attention: what they hide, their layouts and their gradients, and extreme logits."""
+"""Attention masks: hidden keys, layouts, gradients, and extreme logits."""
 
 import itertools
 
@@ -13,7 +13,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def hidden_rows(device):
-    """(options, rows that see no key)"""
+    """Yield options of attention, and which [batch, head, query] see no key with them."""
     mask = torch.ones(2, 1, 9, 20, dtype=torch.bool, device=device)
     mask[:, :, 4] = False
     none = torch.zeros(2, 4, 9, dtype=torch.bool, device=device)
@@ -70,7 +70,7 @@ def test_nothing_of_ignored_keys_leaks(dtype, device):
 @pytest.mark.parametrize("shift", [0.0, -1000.0, 1e4])
 @pytest.mark.parametrize("spread", [0.0, 1.0, 60.0])
 def test_extreme_logits(spread, shift, dtype, device):
-    """All equal, near +-1e4 and with a log-sum-exp far below -88."""
+    """Results stay accurate for equal logits, logits near +-1e4 and log-sum-exps below -88."""
     q, k, v = make(65, 130, dtype, device=device)
     q = q * spread
     bias = torch.full((1, 1, 65, 130), shift, device=device)
@@ -84,7 +84,7 @@ def test_extreme_logits(spread, shift, dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_row_of_the_lowest_float(dtype, device):
-    """Where a mask of finfo.min hides all of a row, it hides nothing: torch attends to all alike."""
+    """A row masked by finfo.min everywhere attends to all keys alike, as in torch."""
     q, k, v = make(5, 70, dtype, device=device)
     mask = torch.zeros(5, 70, dtype=dtype, device=device)
     mask[2], mask[3, 10:] = torch.finfo(dtype).min, torch.finfo(dtype).min
@@ -96,7 +96,7 @@ def test_a_row_of_the_lowest_float(dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16, torch.float16])
 def test_mask_layouts(dtype, device):
-    """Any strides and dtype, and no difference in a single bit."""
+    """Masks of any strides and dtype give the same bits."""
     q, k, v = make(67, 150, device=device)
     mask = torch.randn(2, 4, 67, 150, device=device)
     mask = mask > -1 if dtype == torch.bool else mask.to(dtype)
@@ -118,14 +118,14 @@ def test_mask_layouts(dtype, device):
 @pytest.mark.parametrize("full", list(itertools.product([0, 1], repeat=4)), ids=str)
 @each_dtype
 def test_mask_gradient(full, dtype, device):
-    """Reduced over whatever the mask is broadcast to."""
+    """The gradient of a mask is summed over the dimensions that it is broadcast over."""
     sizes = (2, 4, 67, 150)
     shape = [n if f else 1 for n, f in zip(sizes, full, strict=True)]
     q, k, v = make(67, 150, dtype, device=device)
     mask = torch.randn(shape, device=device).to(dtype)
     if full[3]:
         check([q, k, v, mask])
-    else:  # The same for all keys changes nothing: the gradient is 0 but for rounding errors.
+    else:  # A mask that is equal for all keys has no effect: its gradient is 0 but for rounding.
         *_, dmask = outputs_and_gradients(attention, [q, k, v, mask])
         per_key = outputs_and_gradients(attention, [q, k, v, mask.expand(*shape[:3], 150)])[-1]
         assert dmask.shape == mask.shape

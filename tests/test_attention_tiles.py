@@ -1,4 +1,4 @@
-"""Attention's Triton kernels by what chooses a tile or a way through them: the GPU, and a mask's kind."""
+"""Triton attention kernels with the tiles of other GPUs, and with every kind of bool mask."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 
 def assert_attention_accurate(op, given):
-    """Of a launcher of attention, against float64; outputs that are None or empty do not count."""
+    """Assert the error budget of a Triton launcher; outputs that are None or empty are skipped."""
     defined = DEFINED[op]
     exact = run(defined.reference, cast(given, torch.float64))
     results = run(defined.launch, given), exact, run(defined.reference, given)
@@ -20,8 +20,8 @@ def assert_attention_accurate(op, given):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name.startswith("attention")], ids=str)
-def test_attention_tiles_of_engines(case, monkeypatch):
-    """Of GPUs whose tensor cores read shared memory: two blocks of queries and of keys, neither whole."""
+def test_attention_tiles_with_tma(case, monkeypatch):
+    """The tiles of GPUs with a tensor memory accelerator are right, with partial last blocks."""
     from llmos_kernels._triton.runtime import launch
 
     monkeypatch.setattr(launch, "has_engine", lambda device: True)
@@ -30,8 +30,10 @@ def test_attention_tiles_of_engines(case, monkeypatch):
     torch.manual_seed(0)
     args = case.make(
         (batch, heads, q_len + 128, k_len + 128, d),
-        dtype=torch.float16, device=device, requires_grad=True,
-    )  # fmt: skip
+        dtype=torch.float16,
+        device=device,
+        requires_grad=True,
+    )
     for op, given in raw_calls(case, args):
         assert_attention_accurate(op.name(), given)
 
@@ -39,7 +41,7 @@ def test_attention_tiles_of_engines(case, monkeypatch):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("kind", ["keys", "expanded", "heads", "one", "holes", "none"])
 def test_bool_masks_of_keys(kind, padded):
-    """A bool mask that is the same for all queries is read as padding, if it is alone and of all heads."""
+    """A bool mask equal for all queries and heads is read as key padding if there is none."""
     from llmos_kernels._triton.attention.scores import mask_arguments
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

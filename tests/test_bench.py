@@ -119,7 +119,7 @@ def test_peers_give_the_same():
 
     for case in CASES:
         if case.name in ("attention-causal", "layer_norm"):
-            args = case.make(case.medium, dtype=torch.float32)
+            args = case.make(case.multi_block_shape, dtype=torch.float32)
             (exact, *_), (eager, *_) = run(case.reference, args), run(case.eager, args)
             for name in ("eager", "reference"):
                 (found, *_) = run(peers.OPS[name](case), args)

@@ -1,4 +1,4 @@
-"""What setup.py does where something is missing."""
+"""Builds by setup.py: with missing parts, sdists, the pack, the bill of materials."""
 
 import importlib.util
 import json
@@ -67,7 +67,7 @@ def test_pure_python_wheel(missing, named, tmp_path):
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
-    """The folder that an sdist of this tree unpacks to."""
+    """Return the folder of an unpacked sdist of this tree."""
     folder = tmp_path_factory.mktemp("sdist")
     done = setup("nothing", "-q", "egg_info", "-e", str(folder), "sdist", "-d", str(folder))
     assert done.returncode == 0, done.stderr
@@ -78,11 +78,22 @@ def sdist(tmp_path_factory):
 
 
 def test_sdist(sdist):
-    """It has all that a build needs, and knows its commit."""
+    """An sdist has every file that a build needs, and its commit."""
     listed = subprocess.run(
-        ["git", "ls-files", "llmos_kernels", "csrc", "CMakeLists.txt", "setup.py", "pyproject.toml"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.split()  # fmt: skip
+        [
+            "git",
+            "ls-files",
+            "llmos_kernels",
+            "csrc",
+            "CMakeLists.txt",
+            "setup.py",
+            "pyproject.toml",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
     missing = [name for name in listed if not (sdist / name).exists()]
     assert len(listed) > 100 and not missing, missing
     head = subprocess.run(
@@ -92,20 +103,24 @@ def test_sdist(sdist):
 
 
 def test_installed_files(sdist, tmp_path):
-    """A pure wheel of the sdist, installed: its files are checked, and one that was changed is found."""
+    """``verify --files`` passes for an installed wheel, and finds a changed file."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("LLMOS", "PYTHON"))}
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "install", "--no-deps"]
     target = tmp_path / "site"
     subprocess.run(
         [*pip, "--no-build-isolation", "--target", target, sdist],
-        env=env | {"LLMOS_BUILD_EXT": "0"}, check=True,
-    )  # fmt: skip
+        env=env | {"LLMOS_BUILD_EXT": "0"},
+        check=True,
+    )
 
     def verify():
         return subprocess.run(
             [sys.executable, "-P", "-m", "llmos_kernels", "verify", "--files"],
-            env=env | {"PYTHONPATH": str(target)}, cwd=tmp_path, capture_output=True, text=True,
-        )  # fmt: skip
+            env=env | {"PYTHONPATH": str(target)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
 
     about = json.loads((target / "llmos_kernels" / "_build_info.json").read_text())
     assert len(about["commit"]) == 40
@@ -114,12 +129,12 @@ def test_installed_files(sdist, tmp_path):
     (target / "llmos_kernels" / "py.typed").write_text("changed")
     (target / "llmos_kernels" / "_tools/checksums.py").touch()
     done = verify()
-    assert done.returncode == 1 and "py.typed: its sha256 is another" in done.stdout
+    assert done.returncode == 1 and "py.typed: its sha256 differs" in done.stdout
     assert "1 files altered: FAIL" in done.stdout
 
 
 def evaluated(expression, **env):
-    """What ``expression`` of setup.py's names prints."""
+    """Evaluate ``expression`` with the names of setup.py and print it, in another process."""
     code = f"""
 import runpy, sys
 sys.argv = ["setup.py", "--version"]
@@ -131,7 +146,7 @@ print(eval({expression!r}, runpy.run_path("setup.py", run_name="__main__")))
 
 
 def test_jobs():
-    """As memory allows, or as MAX_JOBS says."""
+    """``jobs`` returns MAX_JOBS, or what cores and memory allow."""
     assert evaluated("jobs()", MAX_JOBS="7").stdout.split()[-1] == "7"
     assert 1 <= int(evaluated("jobs()", MAX_JOBS="").stdout.split()[-1]) <= (os.cpu_count() or 1)
     done = evaluated("jobs()", MAX_JOBS="many")
@@ -140,7 +155,7 @@ def test_jobs():
 
 def test_the_pack_is_built_where_it_is_asked_for():
     def packed(**env):
-        return evaluated("repr(packed())", **{"TORCH_CUDA_ARCH_LIST": "9.0", **env})
+        return evaluated("repr(pack_modules())", **{"TORCH_CUDA_ARCH_LIST": "9.0", **env})
 
     for wanted, found in (
         ("", "''"),
@@ -154,7 +169,7 @@ def test_the_pack_is_built_where_it_is_asked_for():
 
 
 def test_a_wheel_says_how_far_it_is(capsys):
-    """Of all that pip and CMake say, the lines of the pack, and ours."""
+    """Of the output of pip and CMake only the lines of the pack, and ours, are shown."""
     spec = importlib.util.spec_from_file_location("wheel_script", ROOT / ".ci" / "wheel.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
@@ -174,7 +189,7 @@ def test_bill_of_materials():
     done = [evaluated(call, SOURCE_DATE_EPOCH="1700000000") for _ in range(2)]
     assert done[0].returncode == 0, done[0].stderr
     assert done[0].stdout == done[1].stdout
-    bom = json.loads(done[0].stdout.partition("\n")[2])  # After what --version prints.
+    bom = json.loads(done[0].stdout.partition("\n")[2])  # The first line is that of --version.
     parts = {c["name"]: c["version"] for c in bom["components"]}
     assert parts.items() >= {"torch": "2.13.0", "cuda-cudart": "13.0.88"}.items()
     assert "pybind11" in parts and bom["metadata"]["timestamp"].startswith("2023-11-14")

@@ -1,4 +1,4 @@
-"""``python -m llmos_kernels``, as a user calls it."""
+"""The commands of ``python -m llmos_kernels``, as a user calls them."""
 
 import os
 import subprocess
@@ -39,7 +39,7 @@ def test_demo():
 
 def test_inspect():
     pytest.importorskip("triton")
-    # test_triton compiles the attention and the products that users get; here are rare variants, too.
+    # Norms only: test_triton compiles the kernels of attention and products.
     done = call("inspect", "--arch", "sm_90", "--dtype", "bfloat16", "--kernels", "*norm*")
     rows = done.stdout.splitlines()
     assert rows[0].startswith("kernels on sm_90") and len(rows) > 20, done.stderr

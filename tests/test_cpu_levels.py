@@ -1,4 +1,4 @@
-"""Every CPU level that this machine can run, through the tests that every op has."""
+"""Run the tests of every op with the CPU kernels of each ISA that this machine has."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The mask: known answers, statistics, independence, replay."""
+"""The dropout mask: Philox test vectors, statistics, independence, replay."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 import llmos_kernels as lk
 from llmos_kernels.ops.dropout import draw_seed, keep_mask, philox
 
-# Random123's known answers for Philox4x32-10: counter, key, result.
+# The test vectors of Random123 for Philox4x32-10: counter, key, result.
 KNOWN = [
     ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
     ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
@@ -32,7 +32,7 @@ def test_statistics(p):
     assert abs(kept.mean() - (1 - p)) < 4 * sigma / 1000
     assert (kept.mean(0) - (1 - p)).abs().max() < 7 * sigma / 1000**0.5
     assert (kept.mean(1) - (1 - p)).abs().max() < 7 * sigma / 1000**0.5
-    for shift in (1, 2, 3, 4):  # Neighbours in a row, and the words of one counter.
+    for shift in (1, 2, 3, 4):  # Neighbours in a row; four of them come from one Philox counter.
         centred = kept - (1 - p)
         correlation = (centred[:, shift:] * centred[:, :-shift]).mean() / sigma**2
         assert abs(correlation) < 5 / 1000
@@ -61,7 +61,7 @@ def test_only_in_training(device):
 
 
 def test_replay_in_a_checkpoint(device):
-    """Recomputed in the backward, the mask is the same."""
+    """Activation checkpointing recomputes the forward pass with the same mask."""
     x = torch.randn(16, 64, device=device, requires_grad=True)
 
     def block(x):

@@ -1,4 +1,4 @@
-"""What no Case can state of the embeddings: indices out of range, padding, what is kept, the module."""
+"""Embeddings beyond their Case: indices out of range, padding, saved activations, the module."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ HAS_GPU = torch.cuda.is_available()
 
 
 def sources(device="cpu", dtype=torch.float32, d=48):
-    """Indices and tables of words [2, 7], types (one for all) and positions [7]."""
+    """Return the indices of words [2, 7], types [] and positions [7], and their tables."""
     torch.manual_seed(0)
     tables = [torch.randn(rows, d, dtype=dtype, device=device) for rows in (11, 2, 9)]
     words = torch.randint(11, (2, 7), device=device)
@@ -37,7 +37,7 @@ def test_out_of_range_raises_on_the_cpu(bad, backend):
 @pytest.mark.parametrize("bad", [-1, 11, 2**40])
 @pytest.mark.parametrize("d", [48, 20011])
 def test_out_of_range_is_nan_in_triton(bad, d):
-    """In its own row alone, and in the gradients that this row has a part in."""
+    """An index out of range makes its own row NaN, and the gradients that depend on that row."""
     forward, backward = (
         DEFINED[f"llmos::embedding_layer_norm_{name}"].launch for name in ("forward", "backward")
     )
@@ -132,7 +132,7 @@ def test_bad_padding():
 
 
 class Explicit(nn.Module):
-    """BERT's embeddings as they are written in its models."""
+    """BERT's embeddings as Hugging Face writes them."""
 
     def __init__(self):
         super().__init__()

@@ -20,7 +20,7 @@ x = torch.randn(512, 768)
 expected = lk.layer_norm(x, (768,))
 pid = os.fork()
 if pid == 0:
-    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork, whoever uses them.
+    torch.set_num_threads(1)  # Threads of OpenMP do not survive a fork.
     os._exit(not torch.equal(lk.layer_norm(x, (768,)), expected))
 assert os.waitpid(pid, 0)[1] == 0
 """
@@ -37,7 +37,8 @@ assert os.waitpid(pid, 0)[1] == 0
 FALLBACK = """
 from importlib.machinery import PathFinder
 real = PathFinder.find_spec
-PathFinder.find_spec = lambda name, *a, **k: None if name == "llmos_kernels._C" else real(name, *a, **k)
+missing = "llmos_kernels._C"
+PathFinder.find_spec = lambda name, *a, **k: None if name == missing else real(name, *a, **k)
 import torch, llmos_kernels as lk
 from llmos_kernels._tools import environment
 x = torch.randn(5, 33, requires_grad=True)
@@ -83,6 +84,6 @@ def test_unknown_settings_raise(name, value):
 
 
 def test_the_forced_reference():
-    code = "from llmos_kernels import _environment as e; print(*e.describe(), sep='\\n')"
+    code = "from llmos_kernels._tools import environment as e; print(*e.describe(), sep='\\n')"
     done = fresh(code, LLMOS_BACKEND="reference")
     assert "csrc/" not in done.stdout and "LLMOS_BACKEND=reference" in done.stdout.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""int8 rows and their products: the same integers as the reference, everywhere and in any layout."""
+"""int8 quantisation and products give the integers of the reference, in any layout."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_same_integers(shape, dtype, device):
 @each_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_triton(shape, dtype):
-    """The same integers; scales and activations to the last digit."""
+    """Triton gives the same integers; scales and activations agree but for rounding."""
     pytest.importorskip("triton")
     quantize, matmul = (DEFINED[f"llmos::int8_{name}"].launch for name in ("quantize", "matmul"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,7 +59,7 @@ def test_triton(shape, dtype):
 @each_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rows_of_a_layer(shape, dtype, device):
-    """Quantised where they are made: the bits of both ops one after the other."""
+    """``int8_linear_rows`` gives the bits of ``int8_linear`` followed by quantisation."""
     x, weight, scale, bias = arguments(*shape, dtype, device)
     packed = lk.int8_pack(weight)
     for activation, unsigned in (("relu", True), (None, False)):
@@ -102,7 +102,7 @@ def test_rows_of_a_norm(shape, dtype, device):
 
 @pytest.mark.parametrize("shape", ((3, 0), (1, 1), (5, 33), (70, 768), (2, 20000)), ids=str)
 def test_triton_rows(shape):
-    """A whole number may differ by one: the norms agree to the last digit, not to the bit."""
+    """Quantised norms differ by at most one: the norms agree but for rounding."""
     pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -131,7 +131,7 @@ def test_triton_rows(shape):
 
 
 def test_extreme_sums(device):
-    """The largest and smallest elements over the longest row stay within int32."""
+    """Sums of the extreme elements over the longest row do not overflow int32."""
     for low, high in ((-128, -128), (-128, 127), (127, 127)):
         for rows in (2, 6, 257):
             a = torch.full((rows, MAX_INNER), low, dtype=torch.int8, device=device)

@@ -1,4 +1,4 @@
-"""Linear layers with an int8 weight: outliers, weight only, packed weights, layouts and derivatives."""
+"""Linear layers with an int8 weight: outliers, weight-only, VNNI layout, strides, derivatives."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_outliers_and_weight_only(shape, dtype, device):
         assert torch.equal(lk.int8_linear(x, weight, scale, bias, packed=b), none)
 
 
-# The interpreter multiplies bfloat16 wrongly.
+# Triton's interpreter multiplies bfloat16 wrongly.
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_triton_linear(shape, dtype):
@@ -82,7 +82,7 @@ def test_pack():
 
 
 def test_outliers_that_are_not_numbers(device):
-    """Infinity stays in its row, NaN as well; the others are as without."""
+    """Infinity and NaN affect only their own rows."""
     x, weight, scale, bias = arguments(6, 40, 24, device=device)
     x = x.clamp(-5, 5)
     clean = lk.int8_linear(x.where(torch.arange(40, device=device) != 7, 0), weight, scale, bias)
@@ -110,14 +110,14 @@ def test_layouts(dtype, device):
     batched = lk.int8_linear(x[:36].view(3, 4, 3, 50), weight, scale, bias)
     assert torch.equal(batched.view(36, 21), expected[:36])
     assert torch.equal(lk.int8_linear(x[5], weight, scale, bias), expected[5])
-    for n in (1, 3, 30):  # A row's bits do not depend on its batch.
+    for n in (1, 3, 30):  # The bits of a row do not depend on its batch.
         assert torch.equal(lk.int8_linear(x[:n], weight, scale, bias), expected[:n])
 
 
 @each_dtype
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients(activation, dtype, device):
-    """Those of a linear layer with the weight that the int8 one stands for."""
+    """Gradients are those of a linear layer with the dequantised weight."""
     x, weight, scale, bias = arguments(19, 40, 24, dtype, device)
     dout = torch.randn(19, 24, device=device).to(dtype)
 

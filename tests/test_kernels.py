@@ -1,4 +1,4 @@
-"""What every kernel of every op must satisfy, called directly: C++, and Triton with or without a GPU."""
+"""What every kernel must satisfy when called directly: C++, and Triton with or without a GPU."""
 
 import os
 
@@ -25,7 +25,7 @@ each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 def kernels(op):
-    """Who can answer for ``op`` here: (name, device, callable)."""
+    """Yield (name, device, callable) of each kernel of ``op`` on this machine."""
     if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CPU"):
         yield "cpp", "cpu", lambda *args: op._op_dk(KEYS["cpu"], *args)
     if DEFINED[op.name()].triton and HAS_TRITON and not os.environ.get("LLMOS_SKIP_TRITON"):
@@ -33,12 +33,12 @@ def kernels(op):
 
 
 def is_interpreted(name):
-    """Whether a kernel takes its time."""
+    """Return True if Triton's interpreter runs the kernel, which is slow."""
     return name.endswith("triton") and not GPU
 
 
 def draws_of_calls(case, shape, dtype, count=None):
-    """(name, kernel, reference, its arguments in each draw) for every kernel of every op of ``case``."""
+    """Yield (name, kernel, reference, arguments of each draw) of each kernel of ``case``."""
     recorded = {
         device: [
             raw_calls(case, args)
@@ -51,36 +51,38 @@ def draws_of_calls(case, shape, dtype, count=None):
             arguments = [called[i][1] for called in recorded[device]]
             if is_interpreted(name):
                 if dtype != torch.float32 and shape[-1] > 1 << 16:
-                    continue  # The loop over a wide row is the same in every dtype.
+                    continue  # The loop over a wide row does not depend on the dtype.
                 arguments = arguments[:2]
             yield f"{op.name()} {name}", kernel, DEFINED[op.name()].reference, arguments
 
 
 def calls(case, shape, dtype):
-    """(name, kernel, reference, arguments) of one draw."""
+    """Yield (name, kernel, reference, arguments) of one draw."""
     for name, kernel, reference, arguments in draws_of_calls(case, shape, dtype, 1):
         yield name, kernel, reference, arguments[0]
 
 
 def outputs(fn, args):
+    """Return the outputs of ``fn`` that are not None."""
     return [o for o in run(fn, args) if o is not None]
 
 
 @each_case
 def test_every_backend_is_here(case):
     names = {name.split()[1] for name, *_ in calls(case, case.shapes[-1], torch.float32)}
-    assert names == {"cpp", "triton"}, "make build builds the one and installs the other"
+    assert names == {"cpp", "triton"}, "make build provides both"
 
 
-BAND = 64  # Elements on either side.
+BAND = 64  # Elements of a guard band, on each side of a tensor.
 
 
 def _int(t):
+    """Return a view of the bits as integers."""
     return t.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
 def guarded_empty(shape, dtype, device):
-    """An uninitialised tensor whose memory, bands included, is all ones: NaN as a float."""
+    """Return a buffer with guard bands and the tensor in it; all bits are 1, NaN as a float."""
     n = torch.Size(shape).numel()
     buffer = torch.empty(n + 2 * BAND, dtype=dtype, device=device)
     _int(buffer).fill_(-1)
@@ -88,7 +90,7 @@ def guarded_empty(shape, dtype, device):
 
 
 class Guards(TorchDispatchMode):
-    """Gives every allocation guard bands, and remembers it."""
+    """Surround every allocation with guard bands."""
 
     def __init__(self):
         super().__init__()
@@ -105,19 +107,23 @@ class Guards(TorchDispatchMode):
         return t
 
     def copy_of(self, t):
+        """Return a copy of ``t`` with guard bands."""
         buffer, inner = guarded_empty(t.shape, t.dtype, t.device)
         self.buffers.append((buffer, inner))
         return inner.copy_(t)
 
     def assert_intact(self, name):
+        """Assert that no guard band has changed."""
         for buffer, _ in self.buffers:
             bands = torch.cat([_int(buffer)[:BAND], _int(buffer)[-BAND:]])
             assert (bands == -1).all(), f"{name} wrote outside a tensor"
 
 
 def guarded(name, kernel, args):
-    """What the kernel makes of ``args``: nothing is written outside an input or output, and no output element
-    is left unwritten."""
+    """Return the outputs of a kernel and check what it writes.
+
+    It must write every element of each output, and nothing outside of them.
+    """
     guards = Guards()
     inputs = [guards.copy_of(a) if isinstance(a, torch.Tensor) else a for a in args]
     with guards:
@@ -134,7 +140,7 @@ def guarded(name, kernel, args):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case, shape", GRID, ids=str)
 def test_matches_reference(case, shape, dtype):
-    """Within guard bands, the first draw of each."""
+    """Kernels are within the error budget; the first draw runs with guard bands."""
     for name, kernel, reference, drawn in draws_of_calls(case, shape, dtype):
         results = []
         for i, args in enumerate(drawn):
@@ -143,7 +149,7 @@ def test_matches_reference(case, shape, dtype):
             compared = enumerate(zip(made, exact, eager, strict=True))
             results.append({f"output {k}": values for k, values in compared})
             if is_interpreted(name) and max(judged_together(results).values(), default=0) <= 1:
-                break  # The other draw is for what misses by luck.
+                break  # A second draw is needed only if the first misses the budget by chance.
         over = {k: ratio for k, ratio in judged_together(results).items() if ratio > 1}
         assert not over, f"{name}: error over budget: {over}"
 
@@ -159,7 +165,9 @@ def test_guard_bands_can_fail():
 
 @each_case
 def test_opcheck(case):
-    recorded = raw_calls(case, case.make(case.sized(5), dtype=torch.float32, requires_grad=True))
+    recorded = raw_calls(
+        case, case.make(case.small_shape(5), dtype=torch.float32, requires_grad=True)
+    )
     assert recorded, "the case never reached an op"
     for op, args in recorded:
         torch.library.opcheck(op, args)
@@ -167,7 +175,7 @@ def test_opcheck(case):
 
 @each_case
 def test_same_bits_on_every_repeat(case):
-    for name, kernel, _, args in calls(case, case.medium, torch.bfloat16):
+    for name, kernel, _, args in calls(case, case.multi_block_shape, torch.bfloat16):
         first = outputs(kernel, args)
         # Triton's interpreter is as deterministic as numpy.
         for _ in range(5 if GPU or name.endswith("cpp") else 1):
@@ -177,9 +185,9 @@ def test_same_bits_on_every_repeat(case):
 
 @each_case
 def test_strided_inputs(case):
-    """A kernel takes strided tensors itself: rows that are apart, and columns that are."""
+    """Kernels accept tensors with any strides of rows and columns, with the same bits."""
     for name, kernel, _, args in calls(
-        case, (6, 5, 33) if case.row_wise else case.sized(19), torch.float32
+        case, (6, 5, 33) if case.row_wise else case.small_shape(19), torch.float32
     ):
         for layout in (lambda t: t.repeat_interleave(2, 0)[::2], lambda t: t.mT.contiguous().mT):
             strided = [
@@ -191,7 +199,7 @@ def test_strided_inputs(case):
 
 @pytest.mark.parametrize("case", [c for c in CASES if "dropout" in c.name and c.row_wise], ids=str)
 def test_dropout_masks_are_bit_equal(case):
-    """Kernels and reference drop the same elements, whatever they do with the others."""
+    """Kernels and reference drop the same elements."""
     for dtype in DTYPES:
         for name, kernel, reference, args in calls(case, (37, 1003), dtype):
             for out, expected in zip(outputs(kernel, args), outputs(reference, args), strict=True):

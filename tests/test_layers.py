@@ -1,4 +1,4 @@
-"""Feed-forward blocks and Transformer layers, against those of torch."""
+"""Feed-forward blocks and Transformer layers, compared with torch's."""
 
 import copy
 
@@ -20,7 +20,7 @@ each_layer = pytest.mark.parametrize("plain", LAYERS, ids=lambda c: c.__name__)
 
 
 def square(x):
-    """An activation that no kernel knows."""
+    """Return x * x, an activation that no kernel has."""
     return x * x
 
 
@@ -46,7 +46,7 @@ def padding(length, kind):
 
 
 def inputs(plain, kind=None, dtype=torch.float32, batch_first=True):
-    """Arguments by name, with masks of a kind."""
+    """Return the arguments of a layer by name; ``kind`` is the dtype of the masks, or None."""
     torch.manual_seed(1)
     shapes = {"src": (BATCH, LENGTH, WIDTH)}
     if plain is nn.TransformerDecoderLayer:
@@ -66,7 +66,7 @@ def inputs(plain, kind=None, dtype=torch.float32, batch_first=True):
 
 
 def results(layer, given, dtype=None):
-    """The output and the gradients of inputs and parameters, by name."""
+    """Return the output and the gradients of inputs and parameters, by name."""
     layer = copy.deepcopy(layer).to(dtype or next(layer.parameters()).dtype)
     given = {
         k: v.detach().to(dtype or v.dtype).requires_grad_(v.requires_grad)
@@ -92,7 +92,7 @@ def check(layer, plain, given):
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
 @each_layer
 def test_is_torchs_layer(plain, norm_first, kind, dtype):
-    # In 16 bits a z next to 0 may round to either side, where relu's gradient jumps.
+    # In 16 bits a pre-activation near 0 may round to either side, where relu's gradient jumps.
     activation = "relu" if dtype == torch.float32 else "gelu"
     options = {"norm_first": norm_first, "dtype": dtype, "activation": activation}
     layer, torchs = build(plain, True, **options), build(plain, **options)
@@ -120,7 +120,7 @@ def test_options(plain, options):
 
 @each_layer
 def test_dropout(plain):
-    """Replayed from the same seed; in its mean the layer without."""
+    """Dropout is replayed from the seed; on average it gives the result without dropout."""
     layer, given = build(plain, True, dropout=0.1), inputs(plain)
 
     def run(seed):
@@ -138,7 +138,7 @@ def test_dropout(plain):
 
 @each_layer
 def test_what_hangs_on_a_part_is_called(plain):
-    """Hooks, and parts that other libraries have put in."""
+    """Hooks of submodules run, and submodules of other classes are called."""
     layer, given = build(plain, True), inputs(plain)
     expected, seen = layer(**given), []
     for part in ("linear1", "dropout", "dropout1", "norm1", "norm2"):
@@ -162,7 +162,7 @@ def test_what_hangs_on_a_part_is_called(plain):
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
 @pytest.mark.parametrize("inference", [False, True])
 def test_whole_models(norm_first, inference):
-    """Encoders and decoders of torch swapped whole, also where torch would pack padded batches."""
+    """torch's encoders and decoders are swapped whole, also where torch uses nested tensors."""
     torch.manual_seed(0)
     options = {"dim_feedforward": 48, "norm_first": norm_first, "batch_first": True}
     model = nn.Transformer(WIDTH, 4, 2, 2, dropout=0.0, **options).eval()
@@ -172,9 +172,13 @@ def test_whole_models(norm_first, inference):
     def run():
         with torch.inference_mode(inference):
             return model(
-                src, tgt, tgt_mask=causal("float"), src_key_padding_mask=ignored,
-                memory_key_padding_mask=ignored, tgt_is_causal=True,
-            )  # fmt: skip
+                src,
+                tgt,
+                tgt_mask=causal("float"),
+                src_key_padding_mask=ignored,
+                memory_key_padding_mask=ignored,
+                tgt_is_causal=True,
+            )
 
     before = run()
     report = lk.optimize(model, always=True)
@@ -183,7 +187,7 @@ def test_whole_models(norm_first, inference):
     torch.testing.assert_close(run(), before)
     with torch.inference_mode():
         encoded = model.encoder(src, src_key_padding_mask=ignored)
-    # As torch does, post-norm encoders pack what they get in inference, and pad it with zeros.
+    # As in torch, post-norm encoders use nested tensors in inference, which pad with zeros.
     assert (encoded[ignored] == 0).all() != norm_first
     lk.restore(model)
     assert torch.equal(run(), before)
@@ -213,7 +217,7 @@ def test_feed_forward_refuses():
 @pytest.mark.parametrize("activation", ["relu", "relu2"])
 @pytest.mark.parametrize("rows", [1, 3, 4])
 def test_decode_reads_only_what_it_needs(rows, activation, dtype, device):
-    """Where every row's hidden value is 0 the second weight is not read: there may be NaN."""
+    """Columns of the second weight are not read where the hidden value is 0 in every row."""
     torch.manual_seed(0)
     block = lk.nn.FeedForward(40, 300, activation, device=device, dtype=dtype)
     with torch.no_grad():
@@ -241,7 +245,7 @@ def test_decode_reads_only_what_it_needs(rows, activation, dtype, device):
 
 
 def test_no_copy_of_a_weight_grows_stale():
-    """Products read the parameters themselves, however they were changed."""
+    """Layers read their parameters themselves: no change of a parameter is missed."""
     block = lk.nn.FeedForward(16, 40).eval()
     x = torch.randn(9, 16)
 
@@ -268,8 +272,8 @@ def test_no_copy_of_a_weight_grows_stale():
     assert sum(p.nbytes for p in block.state_dict().values()) == 4 * (2 * 16 * 40 + 40 + 16)
 
 
-def test_one_tensor_is_kept():
-    """What lies between input and output costs one hidden tensor, whatever the activation."""
+def test_one_hidden_tensor_is_saved():
+    """The backward pass saves one hidden tensor, whatever the activation."""
     for activation in ("relu", "gelu", "silu"):
         block = lk.nn.FeedForward(16, 40, activation, dropout=0.1)
         kept = []
@@ -283,7 +287,7 @@ def test_one_tensor_is_kept():
             block(x)
         own = {p.data_ptr() for p in block.parameters()} | {x.data_ptr()}
         extra = [t.nbytes for t in kept if t.data_ptr() not in own]
-        assert sorted(extra) == [2 * 8, 50 * 40 * 4], extra  # The seed, and one hidden tensor.
+        assert sorted(extra) == [2 * 8, 50 * 40 * 4], extra  # The seed, and the hidden tensor.
 
 
 @each_dtype

@@ -1,5 +1,7 @@
-"""Triton kernels as they are compiled for a GPU with warp group products: what the tensor cores, the loads
-and the loops have become. No GPU is needed."""
+"""Machine code of Triton kernels for sm_90: tensor core instructions, load widths, prefetch.
+
+No GPU is needed.
+"""
 
 import os
 import subprocess
@@ -26,13 +28,13 @@ def compiled(launches):
 """
 
 ATTENTION = """
-def attend(d, mask=None, padding=None, packed=None, p=0.0, causal=0, queries=512):
+def attend(d, mask=None, padding=None, cu_seqlens=None, p=0.0, causal=0, queries=512):
     q, k, v, dout = (torch.empty(2, n, 4, d, dtype=bf16).transpose(1, 2)
                      for n in (queries, 512, 512, queries))
-    if packed is not None:
+    if cu_seqlens is not None:
         q, k, v, dout = (t[:1] for t in (q, k, v, dout))
     options = d**-0.5, causal, p, torch.empty(2, dtype=torch.int64)
-    tensors = q, k, v, mask, padding, packed, packed
+    tensors = q, k, v, mask, padding, cu_seqlens, cu_seqlens
     out, stats = op("attention_forward")(*tensors, *options)
     bias = mask is not None and mask.is_floating_point()
     op("attention_backward")(dout, *tensors, out, stats, *options, bias)
@@ -42,29 +44,30 @@ with recorded_launches("sm_90") as launches:
         attend(d, causal=1)
         attend(d, padding=padding)
         attend(d, torch.empty(2, 1, 1, 512, dtype=torch.bool))
-        attend(d, packed=torch.empty(5, dtype=torch.int32))
+        attend(d, cu_seqlens=torch.empty(5, dtype=torch.int32))
         attend(d, torch.empty(1, 4, 512, 512))
         attend(d, padding=padding, p=0.1)
     attend(64, torch.empty(1, 1, 512, 512, dtype=bf16), p=0.1)
     attend(64, padding=padding, queries=60)
 found = compiled(launches)
 for r in found:
-    assert r.repeated == 1, f"{r.launch}: the same products {r.repeated} times"
+    assert r.mma_redundancy == 1, f"{r.launch}: the same products {r.mma_redundancy} times"
     assert r.matrix == "HGMMA", f"{r.launch}: {r.matrix}"
     if dict(r.launch.signature).get("mask") != "*bf16":
-        assert "bf16" not in r.waited_for, f"{r.launch}: {r.waited_for} are not loaded ahead"
-# A warp group that has no rows of its own is seen.
+        assert "bf16" not in r.unpipelined_loads, f"{r.launch}: no prefetch of bf16 tiles"
+# Warps that repeat the products of others are detected.
 slow = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
 with recorded_launches("sm_90") as launches, settings.override("attention forward", slow):
     attend(64)
-assert compiled(launches[:1])[0].repeated == 2
+assert compiled(launches[:1])[0].mma_redundancy == 2
 print(len(found), "kernels")
 """
 
 PRODUCTS = """
 seed = torch.empty(2, dtype=torch.int64)
 with recorded_launches("sm_90") as launches:
-    for rows, d, hidden in ((1024, 768, 3072), (8192, 1024, 4096), (64, 384, 1536), (8, 1024, 4096)):
+    shapes = (1024, 768, 3072), (8192, 1024, 4096), (64, 384, 1536), (8, 1024, 4096)
+    for rows, d, hidden in shapes:
         x, h, weight1, bias, weight2 = (
             torch.empty(shape, dtype=bf16)
             for shape in ((rows, d), (rows, hidden), (hidden, d), (hidden,), (d, hidden))
@@ -81,10 +84,11 @@ for r in found:
         continue
     tall = dict(r.launch.constants)["BLOCK_M"] >= 64
     integers = r.launch.signature[0][1] == "*i8"
-    assert r.repeated == 1, f"{r.launch}: the same products {r.repeated} times"
-    assert r.matrix == ("I" if integers else "H") + ("GMMA" if tall else "MMA"), f"{r.launch}: {r.matrix}"
-    if "persistent" not in r.launch.name:  # There the loop has what follows the sums, too.
-        assert not r.waited_for, f"{r.launch}: {r.waited_for} are not loaded ahead"
+    assert r.mma_redundancy == 1, f"{r.launch}: the same products {r.mma_redundancy} times"
+    expected = ("I" if integers else "H") + ("GMMA" if tall else "MMA")
+    assert r.matrix == expected, f"{r.launch}: {r.matrix}"
+    if "persistent" not in r.launch.name:  # Its loop also contains the epilogue.
+        assert not r.unpipelined_loads, f"{r.launch}: no prefetch of {r.unpipelined_loads}"
     wide = r.instructions["LDGSTS.128"] + 4 * r.instructions["UTMALDG"]
     assert wide >= 12, f"{r.launch}: {r.vectors}"
 print(len(found), "kernels")
@@ -93,17 +97,19 @@ print(len(found), "kernels")
 ROWS = """
 with recorded_launches("sm_90") as launches:
     for d, p in itertools.product((384, 1024, 2048, 4096), (0.0, 0.1)):
-        x, weight, stats = torch.empty(64, d, dtype=bf16), torch.empty(d, dtype=bf16), torch.empty(2, 64)
+        x, weight = torch.empty(64, d, dtype=bf16), torch.empty(d, dtype=bf16)
+        stats = torch.empty(2, 64)
         seed = torch.empty(2, dtype=torch.int64)
         op("add_layer_norm_forward")(x, x, weight, weight, d, 1e-5, True, p, seed)
         op("layer_norm_backward")(x, x, x, weight, stats, d, True, p, seed, True, True)
 found = [r for r in compiled(launches) if "_sum" not in r.launch.name]
 for r in found:
-    # Of rows 16 bytes a thread; less is statistics and the seed, and weights of short rows.
+    # Rows are loaded 16 bytes per thread; statistics, the seed and weights of short rows less.
     counts, rows = r.instructions, 2 if "forward" in r.launch.name else 3
     assert counts["LDG.128"] >= rows, f"{r.launch}: {r.vectors}"
-    assert counts["STG.128"] >= 1 and not counts["STG.16"] + counts["LDG.8"], f"{r.launch}: {r.vectors}"
-    if "backward" in r.launch.name:  # Else a program less runs at a time.
+    narrow = counts["STG.16"] + counts["LDG.8"]
+    assert counts["STG.128"] >= 1 and not narrow, f"{r.launch}: {r.vectors}"
+    if "backward" in r.launch.name:  # With more registers fewer thread blocks run at a time.
         warps = dict(r.launch.options)["num_warps"]
         assert r.registers <= {8: 80, 16: 64}[warps], f"{r.launch}: {r.registers} registers"
 print(len(found), "kernels")
@@ -120,7 +126,7 @@ def test_sm_90(script, least):
 
 
 def test_instructions():
-    """Their names and widths, from a listing."""
+    """Names and widths of instructions are read from a disassembly."""
     from llmos_kernels._tools import machine_code
 
     listing = """
@@ -158,12 +164,14 @@ IR = """
 def test_repeated(rows, times):
     from llmos_kernels._tools import machine_code
 
-    assert machine_code.repeated(IR.replace("ROWS", str(rows))) == times
+    assert machine_code.mma_redundancy(IR.replace("ROWS", str(rows))) == times
 
 
 def test_waited_for():
-    """Tiles in the loop that multiplies: neither what is before it nor vectors."""
+    """Only tiles in the loop with products count: no loads before it, and no vectors."""
     from llmos_kernels._tools import machine_code
 
-    assert machine_code.waited_for(IR) == ["i8"]
-    assert machine_code.waited_for(IR.replace("tt.dot", "dot").replace("group_dot", "g")) == []
+    assert machine_code.unpipelined_loads(IR) == ["i8"]
+    assert (
+        machine_code.unpipelined_loads(IR.replace("tt.dot", "dot").replace("group_dot", "g")) == []
+    )

@@ -1,4 +1,4 @@
-"""MultiheadAttention is torch's: every argument, output, weight and gradient, by the error budget."""
+"""MultiheadAttention agrees with torch's: every argument, output, weight and gradient."""
 
 import copy
 import inspect
@@ -11,14 +11,14 @@ import torch
 from llmos_kernels import nn
 from llmos_kernels.testing import assert_accurate, make_gradients
 
-# Large enough that the errors of two sound implementations do not differ by chance.
+# Large enough that the errors of two correct implementations do not differ much by chance.
 N, L, S, E, HEADS = 3, 33, 47, 64, 4
-#: torch warns where one mask is bool and the other float; the mix is tested all the same.
+#: torch warns if one mask is bool and the other float.
 mixed = pytest.mark.filterwarnings("ignore:Support for mismatched")
 
 
 def pair(dtype=torch.float32, device="cpu", **options):
-    """Ours and torch's module, of the same random parameters, biases included."""
+    """Return our and torch's module with the same random parameters, biases included."""
     theirs = torch.nn.MultiheadAttention(E, HEADS, device=device, dtype=dtype, **options)
     for p in theirs.parameters():
         torch.nn.init.normal_(p, std=0.4)
@@ -28,7 +28,7 @@ def pair(dtype=torch.float32, device="cpu", **options):
 
 
 def inputs(module, kind="cross", batched=True, device="cpu"):
-    """query, key and value; "self" and "packed" share tensors as callers do."""
+    """Return query, key and value: all the same for "self"; key is value for "shared_kv"."""
 
     def make(length, dim):
         shape = [length] if not batched else [N, length] if module.batch_first else [length, N]
@@ -36,13 +36,13 @@ def inputs(module, kind="cross", batched=True, device="cpu"):
 
     if kind == "self":
         return (make(L, E),) * 3
-    if kind == "packed":
+    if kind == "shared_kv":
         return make(L, E), *(make(S, E),) * 2
     return make(L, E), make(S, module.kdim), make(S, module.vdim)
 
 
 def mask(kind, *shape, device="cpu"):
-    """Bool, True where masked, or float; no row is masked wholly."""
+    """Return a bool mask, True where masked, or a float mask; no row is fully masked."""
     if kind is None:
         return None
     masked = torch.rand(shape, device=device) < 0.4
@@ -53,14 +53,14 @@ def mask(kind, *shape, device="cpu"):
 
 
 def results(module, tensors, training=True, **options):
-    """Outputs, and gradients of inputs, masks and parameters, in the dtype of the module."""
+    """Return outputs, and gradients of inputs, masks and parameters, in the module's dtype."""
     dtype = module.out_proj.weight.dtype
     memo = {}
 
     def leaf(t):
         if not isinstance(t, torch.Tensor) or not t.is_floating_point():
             return t
-        if id(t) not in memo:  # One tensor given twice stays one.
+        if id(t) not in memo:  # A tensor that is passed twice stays one leaf.
             memo[id(t)] = t.detach().to(dtype, copy=True).requires_grad_()
         return memo[id(t)]
 
@@ -87,7 +87,7 @@ def check(ours, theirs, tensors, **options):
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("kind", ["self", "packed", "cross"])
+@pytest.mark.parametrize("kind", ["self", "shared_kv", "cross"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -171,7 +171,7 @@ def test_is_causal(options, padded, need_weights):
 
 
 def test_fast_path_of_torch():
-    """In eval mode without gradients torch takes a kernel of its own."""
+    """Results agree where torch takes its inference fast path: eval mode without gradients."""
     torch.manual_seed(0)
     ours, theirs = (m.eval() for m in pair(batch_first=True, dropout=0.5))
     (x, *_) = inputs(ours, "self")
@@ -313,7 +313,7 @@ def test_nested_tensors():
         torch.testing.assert_close(mine, other)
 
 
-@pytest.mark.parametrize("kind", ["self", "packed", "cross"])
+@pytest.mark.parametrize("kind", ["self", "shared_kv", "cross"])
 def test_compile(kind):
     torch.manual_seed(0)
     ours, _ = pair(batch_first=True, add_zero_attn=True)
@@ -330,7 +330,7 @@ def test_compile(kind):
 
 
 def test_inside_torchs_own_layers():
-    """They read its attributes, and call it in training."""
+    """It works inside torch's layers, which read its attributes and call it in training."""
     torch.manual_seed(0)
     layer = torch.nn.TransformerEncoderLayer(E, HEADS, 32, dropout=0.0, batch_first=True)
     swapped = copy.deepcopy(layer)

@@ -1,4 +1,4 @@
-"""Modules are drop-in: same signature, state dict, class hierarchy and result as torch.nn."""
+"""Modules are drop-in replacements: signature, state dict, classes and results of torch.nn."""
 
 import copy
 import inspect

@@ -1,4 +1,4 @@
-"""What every op must satisfy, on every device this machine has. One Case, all of these."""
+"""What every op must satisfy, on every device of this machine: each test runs every Case."""
 
 import copy
 
@@ -28,12 +28,12 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def middle(case):
-    """A shape of several rows that is neither empty nor wide."""
+    """Return the largest shape of the case whose last dimension is below 1024."""
     return max((s for s in case.shapes if s[-1] < 1024), key=lambda s: torch.Size(s).numel())
 
 
 def check(case, *draws, gradients=None):
-    """Outputs and gradients of all draws together within the error budget."""
+    """Assert that outputs and gradients of all draws together are within the error budget."""
     over = {k: ratio for k, ratio in errors(case, *draws, gradients=gradients).items() if ratio > 1}
     assert not over, f"error over budget: {over}"
 
@@ -46,7 +46,7 @@ def test_matches_reference(case, shape, dtype, device):
 
 @each_case
 def test_gradient_formula(case, device):
-    args = case.make(case.tiny, dtype=torch.float64, device=device, requires_grad=True)
+    args = case.make(case.gradcheck_shape, dtype=torch.float64, device=device, requires_grad=True)
 
     def fn(*args):
         return run(case.op, args)
@@ -57,7 +57,7 @@ def test_gradient_formula(case, device):
 
 @pytest.fixture
 def math_sdpa():
-    """Torch's fused attention has no second derivative, no forward mode and no vmap."""
+    """Use torch's math attention: its fused one has no second derivative, forward mode or vmap."""
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         yield
 
@@ -69,7 +69,7 @@ def test_second_derivative(case, device):
         outputs = run(fn, args)
         leaves = [a for a in tensors(args) if a.requires_grad]
         first = torch.autograd.grad(outputs, leaves, make_gradients(outputs), create_graph=True)
-        first = [f for f in first if f.requires_grad]  # A bias gradient is linear in dy alone.
+        first = [f for f in first if f.requires_grad]  # The bias gradient depends only on dy.
         return torch.autograd.grad(
             first, leaves, make_gradients(first, seed=2), materialize_grads=True
         )
@@ -119,17 +119,17 @@ LAYOUTS = [_sliced, _transposed, _every_other, _misaligned, _expanded, _repeated
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__.strip("_"))
 @each_case
 def test_layouts(case, layout, dtype, device):
-    """Inputs, and incoming gradients, in any layout."""
+    """Inputs, and the gradients of outputs, may have any layout."""
     args = case.make(middle(case), dtype=dtype, device=device, requires_grad=True)
     args = map_tensors(layout, args)
     gradients = [layout(g) for g in make_gradients(run(case.op, args))]
-    # Equal elements make attention's softmax a single one, equal rows its gradient 0: the error is
-    # then noise, and the bits of the packed case are all that is asked for.
+    # With equal elements attention's softmax is uniform, with equal rows its gradient is 0. Errors
+    # are then noise, and only the bits are compared with those of contiguous inputs.
     if case.row_wise or layout not in (_expanded, _repeated_row):
         check(case, args, gradients=gradients)
     actual = run_with_gradients(case.op, args, gradients)
-    packed = map_tensors(torch.clone, args)
-    expected = run_with_gradients(case.op, packed, [g.clone() for g in gradients])
+    contiguous = map_tensors(torch.clone, args)
+    expected = run_with_gradients(case.op, contiguous, [g.clone() for g in gradients])
     for name, value in actual.items():
         assert torch.equal(value, expected[name]), name
 
@@ -146,7 +146,7 @@ def test_inputs_are_unmodified(case, device):
 @each_dtype
 @each_case
 def test_same_bits_on_every_repeat(case, dtype, device):
-    args = case.make(case.medium, dtype=dtype, device=device, requires_grad=True)
+    args = case.make(case.multi_block_shape, dtype=dtype, device=device, requires_grad=True)
     first = run_with_gradients(case.op, args)
     for _ in range(50):
         for name, value in run_with_gradients(case.op, args).items():
@@ -156,7 +156,7 @@ def test_same_bits_on_every_repeat(case, dtype, device):
 @each_dtype
 @pytest.mark.parametrize(
     "case",
-    # A dropout mask belongs to a row's place; the 2d case has no single rows.
+    # A dropout mask depends on the index of the row; the 2d case normalises several rows.
     [c for c in CASES if c.row_wise and "dropout" not in c.name and "2d" not in c.name],
     ids=str,
 )
@@ -183,7 +183,7 @@ def test_compiles_whole(case, backend, device):
     torch._dynamo.reset()
     compiled = torch.compile(case.op, fullgraph=True, dynamic=True, backend=backend)
     for rows in (5, 9):
-        args = case.make(case.sized(rows), device=device, requires_grad=True)
+        args = case.make(case.small_shape(rows), device=device, requires_grad=True)
         actual, expected = run_with_gradients(compiled, args), run_with_gradients(case.op, args)
         for name, value in actual.items():
             torch.testing.assert_close(value, expected[name])
@@ -194,7 +194,7 @@ def test_compiles_whole(case, backend, device):
 def test_forward_mode(case, device):
     if "dropout" in case.name:
         return
-    args = case.make(case.sized(4), device=device)
+    args = case.make(case.small_shape(4), device=device)
     tangents = [
         torch.randn_like(a) if isinstance(a, torch.Tensor) and a.is_floating_point() else None
         for a in args
@@ -213,7 +213,7 @@ def test_forward_mode(case, device):
 
 
 def test_only_the_sum_is_used(device):
-    """The norm and its parameters have no part in the gradient of h, not even a zero or a NaN."""
+    """If only h is used, the norm adds nothing to its gradient, not even 0 or NaN."""
     for name in ("add_layer_norm", "add_layer_norm-dropout"):
         case = next(c for c in CASES if c.name == name)
         args = case.make((4, 16), device=device, requires_grad=True)
@@ -237,7 +237,7 @@ def test_exports(case, device):
         def forward(self, *args):
             return run(case.op, full(args))
 
-    args = case.make(case.sized(4), device=device)
+    args = case.make(case.small_shape(4), device=device)
     rest = [a for a in args if not isinstance(a, torch.Tensor)]
 
     def full(given):
@@ -258,13 +258,13 @@ def test_exports(case, device):
 def test_function_transforms(case, device):
     if "dropout" in case.name:
         pytest.skip("torch.func refuses to draw random numbers, as it does for torch's dropout")
-    args = case.make((4, 3, 16) if case.row_wise else case.sized(4), device=device)
+    args = case.make((4, 3, 16) if case.row_wise else case.small_shape(4), device=device)
     at = next(i for i, a in enumerate(args) if isinstance(a, torch.Tensor))
-    if case.row_wise:  # A few rows are enough for a Hessian.
+    if case.row_wise:  # One row is enough for a Hessian.
         same = [isinstance(a, torch.Tensor) and a.shape == args[at].shape for a in args]
         few = tuple(a[:1] if s else a for a, s in zip(args, same, strict=True))
     else:
-        few = case.make(case.tiny, device=device)
+        few = case.make(case.gradcheck_shape, device=device)
 
     def loss(fn, x):
         return sum(o.square().sum() for o in run(fn, (*few[:at], x, *few[at + 1 :])))
@@ -281,12 +281,12 @@ def test_function_transforms(case, device):
         torch.testing.assert_close(actual, expected)
 
 
-# torch's own rms_norm warns that it leaves its fused path.
+# torch's rms_norm warns that it does not use its fused kernel.
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
 @each_case
 def test_autocast(case, device):
-    """The dtype that torch's namesake returns, and its value."""
-    args = case.make(case.sized(6), device=device)
+    """Under autocast an op returns the dtype and the values of torch's op."""
+    args = case.make(case.small_shape(6), device=device)
     low = tuple(
         a.bfloat16() if isinstance(a, torch.Tensor) and a.is_floating_point() and a.ndim > 1 else a
         for a in args
@@ -301,10 +301,10 @@ def test_autocast(case, device):
 
 @each_case
 def test_reference_answers_in_float64_and_on_request(case, device):
-    args = case.make(case.sized(4), dtype=torch.float64, device=device)
+    args = case.make(case.small_shape(4), dtype=torch.float64, device=device)
     for actual, expected in zip(run(case.op, args), run(case.reference, args), strict=True):
         assert torch.equal(actual, expected)
-    args = case.make(case.sized(4), device=device)
+    args = case.make(case.small_shape(4), device=device)
     by_request = run(lambda *a: case.op(*a, backend="reference"), args)
     for actual, expected in zip(by_request, run(case.reference, args), strict=True):
         assert torch.equal(actual, expected)
@@ -312,7 +312,7 @@ def test_reference_answers_in_float64_and_on_request(case, device):
 
 @each_case
 def test_bad_calls_name_the_value(case, device):
-    args = case.make(case.sized(4), device=device)
+    args = case.make(case.small_shape(4), device=device)
     with pytest.raises(ValueError, match="'cuda-magic'"):
         case.op(*args, backend="cuda-magic")
     for dtype in (torch.int64, torch.complex64, torch.float8_e4m3fn):

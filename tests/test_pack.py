@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time: found, launched, refused; with a CUDA driver that has no GPU."""
+"""The pack of precompiled kernels: lookup, launches, errors; with a fake CUDA driver, no GPU."""
 
 import contextlib
 import importlib.metadata
@@ -21,20 +21,22 @@ HERE = Path(__file__).parent
 
 
 def session(*args, script="pack_session.py", **env):
-    """What a script prints, with Triton as a compiler."""
+    """Run a script with Triton's compiler; return the lines that it prints."""
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("LLMOS", "TRITON"))}
     done = subprocess.run(
         [sys.executable, HERE / script, *map(str, args)],
-        env=environment | env, capture_output=True, text=True,
-    )  # fmt: skip
+        env=environment | env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_keys(arch):
-    """C++, the records and Triton specialise alike."""
+    """The C++ launcher, ``launch_of`` and Triton specialise calls alike."""
     (line,) = session("keys", arch)
     launches, keys = int(line.split()[0]), int(line.split()[2])
     assert launches > keys > 1000
@@ -48,7 +50,7 @@ def test_common_models_are_covered(arch):
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
-    """A libcuda.so.1 that says yes and takes notes."""
+    """Return a fake libcuda.so.1 that accepts every launch and records the last one."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         pytest.skip("needs a C compiler")
@@ -63,9 +65,9 @@ def driver(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(driver, tmp_path_factory):
-    """A small pack for sm_90, of which every launch was right."""
+    """Return a small pack for sm_90, of which each launch was checked."""
     if torch.cuda.is_available():
-        pytest.skip("the driver that there is would be in the way")
+        pytest.skip("this machine has a real driver")
     if "llmos_kernels._C" not in sys.modules:
         pytest.skip("needs the C++ extension")
     folder = tmp_path_factory.mktemp("pack")
@@ -80,7 +82,7 @@ def test_launches(folder):
     assert index["triton"] == importlib.metadata.version("triton")
     listed = [v for variants in index["kernels"].values() for v in variants]
     assert any(v["descriptors"] for v in listed) and any(v["shared"] > 48 << 10 for v in listed)
-    # No path of this machine is in the cubins.
+    # The cubins contain no path of this machine.
     pack = kernel_pack.Pack(folder / "sm_90.json")
     assert not any(b".py" in pack.cubin(v) for v in listed)
 
@@ -103,21 +105,22 @@ def test_what_a_launch_refuses(folder, driver):
 
 
 def test_no_driver(folder):
-    """A machine without libcuda.so.1 imports, and says so once where the pack is required."""
+    """Without libcuda.so.1 the import works, and a launch that requires the pack raises."""
     (line,) = session("undriven", "sm_90", folder, script="pack_driver.py", LLMOS_PACK="require")
     assert line.startswith("Unusable: no CUDA driver: libcuda.so.1")
 
 
 def test_triton_cannot_compile():
-    """For now, then for good: an op's own errors are not among them."""
+    """After a full disk Triton is tried again, after a missing compiler not; others are raised."""
     assert session("unready") == [
-        "Triton cannot compile: [Errno 28] No space left", "raised: ours",
+        "Triton cannot compile: [Errno 28] No space left",
+        "raised: ours",
         *["Triton cannot compile: Failed to find C compiler. Please"] * 2,
-    ]  # fmt: skip
+    ]
 
 
 def test_tuned_kernels_are_packed(tmp_path):
-    """Those of every GPU that runs the code of an architecture, and the rules'."""
+    """The pack has the tuned kernels of every GPU that runs the code of an architecture."""
     (before,) = session("tuned", "sm_80", "sm_90")
     entry = {"dtype": "bfloat16", "shape": [1024], "settings": {"ROWS": 1, "num_warps": 2}}
     about = {"format": 1, "gpu": "Test GPU", "arch": "sm_86"}
@@ -129,7 +132,7 @@ def test_tuned_kernels_are_packed(tmp_path):
 
 @pytest.fixture
 def copied(folder, tmp_path, monkeypatch):
-    """A copy of the pack, in the place of this build's."""
+    """Return the index of a copy of the pack, which takes the place of this build's."""
     shutil.copytree(folder, tmp_path / "pack")
     monkeypatch.setattr(kernel_pack, "FOLDER", tmp_path / "pack")
     monkeypatch.setattr(kernel_pack, "arch_of", lambda device: "sm_90")
@@ -163,7 +166,7 @@ BAD = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_pack(copied, kind, monkeypatch):
-    """An error that names the file where the pack is required, else one warning."""
+    """A bad pack raises an error that names the file if required, and otherwise warns once."""
     spoil, words = BAD[kind]
     spoil(copied)
     monkeypatch.setattr(kernel_pack, "MODE", "require")
@@ -192,7 +195,7 @@ def test_damaged_cubins(copied):
 
 
 def test_modes(copied, monkeypatch):
-    """auto uses the pack where it is proved, require everywhere, off nowhere."""
+    """``auto`` uses the pack on proved architectures, ``require`` on all, ``off`` on none."""
     monkeypatch.setattr(kernel_pack, "PROVED", frozenset())
     monkeypatch.setattr(kernel_pack, "MODE", "auto")
     assert kernel_pack.for_device(0) is None
@@ -215,7 +218,7 @@ def test_modes(copied, monkeypatch):
 
 
 def test_which_gpu_runs_which_code(tmp_path, monkeypatch):
-    """Only the code of 8.x serves others than its own GPU."""
+    """Only code for 8.x also runs on other architectures."""
     monkeypatch.setattr(kernel_pack, "FOLDER", tmp_path)
     assert kernel_pack.covering("sm_90") is None and kernel_pack.state() == "none in this build"
     for name in ("sm_80", "sm_90", "sm_100", "sm_120"):
@@ -237,7 +240,7 @@ def test_gpus_to_compile_for():
 
 
 def test_the_reference_answers_where_nothing_compiles(monkeypatch):
-    """On a GPU without a C compiler: right results, and one warning."""
+    """On a GPU without a C compiler the reference runs, after one warning."""
 
     def launch(*args):
         raise registry.CannotCompile("Triton cannot compile: no C compiler")
@@ -271,7 +274,7 @@ def test_env_tells_of_the_pack(copied, monkeypatch):
     answer = "and there is no C compiler; the slow reference answers"
     assert environment.triton_kernels("sm_75").endswith(answer)
     monkeypatch.setattr(kernel_pack, "MODE", "require")
-    assert environment.triton_kernels("sm_90").endswith("those for sm_90 of the pack, others raise")
+    assert environment.triton_kernels("sm_90").endswith("from the pack, for sm_90; others raise")
     assert "none, LLMOS_PACK=require and" in environment.triton_kernels("sm_75")
     monkeypatch.setattr(kernel_pack, "MODE", "on")
     assert "others compiled when first used" in environment.triton_kernels("sm_90")

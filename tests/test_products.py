@@ -1,4 +1,4 @@
-"""Products that torch's libraries or ours answer: the same results, gradients and error budget."""
+"""Products by our GEMM or torch's libraries: the choice, results, gradients, error budget."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from llmos_kernels.ops.activations import NONE
 from llmos_kernels.ops.linear import project
 from llmos_kernels.testing import assert_accurate, cast, make_gradients
 
-ROWS, IN, HIDDEN = 1040, 520, 504  # Past 2^28 multiplications.
+ROWS, IN, HIDDEN = 1040, 520, 504  # More than 2^28 MACs.
 DTYPES = (torch.float32, torch.bfloat16)
 ACTIVATIONS = {
     None: lambda z: z,
@@ -27,7 +27,7 @@ onednn = pytest.mark.skipif(not products.has_onednn(), reason="torch has no oneD
 
 
 class Ops(TorchDispatchMode):
-    """The names of the products that are called."""
+    """Record the names of the ops that are called."""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +50,7 @@ def arguments(dtype, columns=False, bias=True, requires_grad=False):
 
 
 def pretend(monkeypatch, level, tiles=False, mkl=False):
-    """Choose as on a CPU of that level, with tiles for oneDNN, of Intel's."""
+    """Make the policy choose as on a CPU of that ISA, with AMX for oneDNN and with MKL."""
     values = {"_LEVEL": level, "_HAS_TILES": tiles, "_HAS_MKL": mkl, "_HAS_FLOAT16": False}
     for name, value in values.items():
         monkeypatch.setattr(products, name, value)
@@ -84,7 +84,7 @@ def test_forward(activation, level, dtype, monkeypatch):
 @pytest.mark.parametrize("cpu", ["plain", "tiles", "amx"])
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
 def test_gradients(activation, cpu, dtype, monkeypatch):
-    """By oneDNN and MKL too, on a CPU with matrix tiles, which we use or not."""
+    """Gradients by oneDNN, MKL and our kernels are accurate, with and without AMX."""
     pretend(monkeypatch, "amx" if cpu == "amx" else "avx512_bf16", cpu != "plain", cpu == "amx")
     by_torch = cpu != "plain" and (cpu == "amx") == (dtype == torch.float32)
 
@@ -123,7 +123,7 @@ def test_own_product_without_onednn(monkeypatch):
 
 
 def test_few_rows_stay_here():
-    """A weight stored by columns is read only where the input is not 0: never so by oneDNN."""
+    """Our kernel computes few rows: it skips weight columns whose input is 0, oneDNN does not."""
     x, w = torch.zeros(1, 8192, dtype=torch.bfloat16), torch.randn(8192, 8192, dtype=torch.bfloat16)
     w = w.mT
     x[0, 5], w[:, 6] = 1, float("nan")
@@ -146,7 +146,7 @@ def test_compiled():
 
 @pytest.mark.parametrize("level", ["avx512", "avx512_bf16", "amx"])
 def test_project(level, monkeypatch):
-    """A plain product goes to ours or torch's, whichever is faster at its size and dtype on this CPU."""
+    """A plain linear layer uses our GEMM or torch's, whichever is faster at its size and dtype."""
     tiles = level == "amx"
     pretend(monkeypatch, level, tiles, tiles)
     small, large = torch.randn(6, 64), torch.randn(1024, 512)
@@ -177,7 +177,7 @@ def test_what_env_says(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("inner", [1, 2, 15, 31, 32, 33, 63, 96, 127, 130, 260])
 def test_whole_numbers(inner, dtype):
-    """Sums of whole numbers are exact, so results have one rounding: any lost or foreign element shows."""
+    """Products of integers are exact but for one rounding: a missing or extra element shows."""
     generator = testing.generator(inner)
 
     def whole(*shape):
@@ -196,7 +196,7 @@ def test_whole_numbers(inner, dtype):
 
 @onednn
 def test_tiles_are_left_as_they_were():
-    """Others' products on the same threads, before and after ours."""
+    """torch's products give the same bits after ours: the AMX tile configuration is restored."""
     x, w, *_ = arguments(torch.bfloat16)
     x = x[0]
     before, ours = F.linear(x, w), products.linear_forward(x, w, None, NONE, 0.0, None, False)[0]

@@ -1,8 +1,9 @@
-"""Hypothesis draws shapes, strides and special values for every op."""
+"""The error budget holds for shapes, strides and special values drawn by Hypothesis."""
 
 import pytest
 import torch
 
+from llmos_kernels._core import numerics
 from llmos_kernels.testing import CASES, DTYPES, errors, map_tensors
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -42,7 +43,7 @@ def arguments(draw):
         t = (t * scale + offset).clone()
         if value is not None:
             t.view(-1)[torch.tensor(places) % t.numel()] = value
-        # The same numbers, sliced out of a larger tensor.
+        # The values become a strided slice of a larger tensor.
         wide = t.new_full((*shape[:-1], shape[-1] * step + skip), float("nan"))
         wide[..., skip::step] = t
         return wide[..., skip::step]
@@ -61,7 +62,7 @@ def test_error_budget(drawn):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [0.0, 0.1, -7.3, 1e4])
 def test_constant_rows_are_exactly_zero(value, dtype, device):
-    """No variance is no signal: not the rounding errors of the mean, magnified."""
+    """A constant row is normalised to exactly 0, not to amplified rounding errors of its mean."""
     from llmos_kernels import layer_norm
 
     for d in (3, 768, 1000, 20011):

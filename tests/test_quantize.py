@@ -1,4 +1,4 @@
-"""Layers and models with int8 weights: what they compute, what is kept, and their files."""
+"""Layers and models with int8 weights: results, what is not quantised and why, checkpoints."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ def relative(actual, expected):
 
 @pytest.fixture
 def speedups(monkeypatch):
-    """What timing finds, in place of a timer: old and new seconds of each call."""
+    """Replace timing by a list: the seconds of each call before and after."""
     found = [2.0, 1.0]
     module = sys.modules["llmos_kernels.swap.quantize"]
     monkeypatch.setattr(module, "interleaved", lambda *a, **k: list(found))
@@ -92,7 +92,7 @@ def test_a_packed_weight_is_never_stale():
     check()
     layer.load_state_dict(Int8Linear.from_linear(nn.Linear(40, 24)).state_dict())
     check()
-    for _ in range(20):  # The allocator gives the same memory again.
+    for _ in range(20):  # The allocator returns the same memory again.
         for _ in range(2):
             layer.weight_int8 = torch.randint(-127, 128, (24, 40), dtype=torch.int8)
         check()
@@ -170,11 +170,11 @@ def test_whole_model(optimized, speedups):
     with torch.no_grad():
         actual = model(x, src_key_padding_mask=padding)
     assert relative(actual[~padding], expected[~padding]) < 0.05 and hooked
-    # Not by way of float weights.
+    # The result depends on the int8 weights, not on a float copy.
     with torch.no_grad():
         model.layers[1].linear2.weight_scale.zero_()
         assert relative(model(x), expected) > 0.1
-    lk.quantize(model)  # Nothing is left to do.
+    lk.quantize(model)  # There is nothing left to quantise.
     assert not lk.quantize(model).entries
     model(x).sum().backward()
     assert model.layers[0].linear1.bias.grad is not None
@@ -202,7 +202,7 @@ def test_attention_of_each_kind(speedups):
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors(speedups):
-    """Padded batches in inference, which torch makes nested."""
+    """Padded batches are accurate in inference, where torch's encoder makes them nested."""
     stock = make_model(nested=True)
     x, padding = torch.randn(3, 9, 32), torch.arange(9) > torch.tensor([[8], [5], [2]])
     for optimized in (False, True):
@@ -217,7 +217,7 @@ def test_nested_tensors(speedups):
 
 
 def test_fused_blocks(speedups):
-    """Activations run in the product's pass; the chain around calls the second layer."""
+    """Activations are fused into the int8 product, and the second layer is called."""
     torch.manual_seed(0)
     x = torch.randn(5, 32)
     for stock in (
@@ -283,7 +283,7 @@ def test_what_is_kept(speedups):
     assert slow.reason == "int8 is not faster: 0.67x at 3 rows" and type(model.plain) is nn.Linear
     assert "plain" in [e.module for e in lk.quantize(model, always=True).quantized]
     assert not lk.quantize(nn.Sequential(nn.Linear(4, 4)), skip="0").quantized
-    with torch.inference_mode():  # It is no inference tensor that training would refuse.
+    with torch.inference_mode():  # The weight must not be an inference tensor, which cannot train.
         one = nn.Linear(4, 4)
         lk.quantize(one, always=True)
     assert not one.weight_int8.is_inference()

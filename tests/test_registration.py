@@ -1,4 +1,4 @@
-"""Schemas, owners and cases agree."""
+"""Every op has one kernel for each device, a case, and is defined once."""
 
 import pytest
 import torch
@@ -7,14 +7,14 @@ from llmos_kernels._core.registry import DEFINED, define
 from llmos_kernels._tools import environment
 from llmos_kernels.testing import CASES, raw_calls
 
-#: One reports on the build; the others make or take integers, which test_int8.py asks to be equal.
+#: Ops without a Case: ``built_for`` describes the build; test_int8.py requires equal integers.
 INT8 = {name for name in DEFINED if name.startswith("llmos::int8_")}
 NO_CASE = {"llmos::built_for", *INT8}
 
 
 @pytest.mark.parametrize("name", DEFINED)
 def test_one_owner(name):
-    # A second kernel on a key wins without a warning; the dump calls the first inactive.
+    # A second kernel replaces the first without a warning; the dump shows the first as inactive.
     assert "(inactive)" not in torch._C._dispatch_dump(name)
 
 

@@ -1,4 +1,4 @@
-"""That `make sanitize` runs on a sanitized build, and that such a build catches a fault."""
+"""``make sanitize`` runs on a sanitized build, which detects a planted fault."""
 
 import os
 import subprocess

@@ -1,6 +1,6 @@
-"""Under stress: repeats beside other work, capture and threads in a fresh process, no memory, 2^31.
+"""Stress tests: repeats under load, graph capture, threads, out of memory, more than 2^31 elements.
 
-What needs a process of its own is a function here: ``python test_stress.py first_calls cpu``.
+Some run a function of this file in a fresh process: ``python test_stress.py first_calls cpu``.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import torch
 import llmos_kernels as lk
 from llmos_kernels.testing import (
     CASES,
-    _Record,
+    OpRecorder,
     assert_accurate,
     cast,
     draw,
@@ -38,12 +38,14 @@ each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 def session(*args, **env):
-    """What a function of this file prints in a fresh process, with Triton as a compiler."""
+    """Run a function of this file in a fresh process with Triton's compiler; return its output."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("LLMOS", "TRITON"))}
     done = subprocess.run(
         [sys.executable, __file__, *map(str, args)],
-        env=environment | env, capture_output=True, text=True,
-    )  # fmt: skip
+        env=environment | env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()
 
@@ -58,7 +60,7 @@ def seeded():
 
 @contextlib.contextmanager
 def other_work():
-    """Another thread multiplies matrices until the end; on a GPU on a stream of its own."""
+    """Multiply matrices in another thread, on a GPU in another stream, while the context lasts."""
     done, counts = threading.Event(), []
 
     def work():
@@ -84,8 +86,8 @@ def other_work():
 @each_case
 @pytest.mark.parametrize("real", [False, *[True] * GPU])
 def test_same_bits_beside_other_work(case, real):
-    """Outputs and gradients; on a GPU also those of a real model's size."""
-    shapes = case.gpu_sizes[:1] if real else (case.medium,)
+    """Outputs and gradients have the same bits under load; on a GPU also at a real model's size."""
+    shapes = case.gpu_benchmark_shapes[:1] if real else (case.multi_block_shape,)
     if not shapes:
         pytest.skip("no model's size")
     args = case.make(*shapes, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
@@ -111,23 +113,27 @@ def test_same_int8_bits_beside_other_work(rows, threshold):
             assert torch.equal(call(), first)
 
 
-#: What is captured, and whether its gradients are, too: of products these are cuBLAS's, whose
-#: handles torch wants warm.
+#: The cases that are captured, and whether with gradients. Gradients of products are not: cuBLAS
+#: computes them, and torch must create its handles before a capture.
 CAPTURED = {
-    "layer_norm": True, "add_layer_norm": True, "attention-causal": True, "feed_forward-gelu": False,
-    "linear": False, "embedding": False,
-}  # fmt: skip
+    "layer_norm": True,
+    "add_layer_norm": True,
+    "attention-causal": True,
+    "feed_forward-gelu": False,
+    "linear": False,
+    "embedding": False,
+}
 REPLAYS = 100
 
 
 def make_pack(folder: str, arch: str) -> None:
-    """A pack of all that ``captured`` launches."""
+    """Build a pack of the kernels that ``captured`` launches."""
     from llmos_kernels._core.registry import DEFINED
     from llmos_kernels._tools import build_pack
 
     with build_pack.recorded_launches(arch) as launches:
         for name, backward in CAPTURED.items():
-            with _Record() as record:
+            with OpRecorder() as record:
                 _step(CASE[name], *_arguments(CASE[name], backward, "cpu"))
             for op, given in record.calls:
                 if DEFINED[op.name()].triton:
@@ -136,13 +142,15 @@ def make_pack(folder: str, arch: str) -> None:
 
 
 def _arguments(case, backward, device):
-    """Arguments, and the incoming gradient of each output."""
-    args = case.make(case.medium, dtype=torch.bfloat16, device=device, requires_grad=backward)
+    """Return arguments and the gradient of each output, or None."""
+    args = case.make(
+        case.multi_block_shape, dtype=torch.bfloat16, device=device, requires_grad=backward
+    )
     return args, torch.randn_like(args[0]).detach() if backward else None
 
 
 def _step(case, args, gradient):
-    """Outputs, and with a gradient for each those of the arguments."""
+    """Return the outputs and, if ``gradient`` is given, the gradients of the arguments."""
     made = case.op(*args)
     outputs = made if isinstance(made, tuple) else (made,)
     if gradient is None:
@@ -152,7 +160,7 @@ def _step(case, args, gradient):
 
 
 def _capture(case, backward, mode):
-    """Arguments, the graph of a step that nothing has warmed up, and what it writes."""
+    """Return arguments, gradient, the graph of a first, captured step, and its outputs."""
     args, gradient = _arguments(case, backward, "cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode=mode):
@@ -161,7 +169,7 @@ def _capture(case, backward, mode):
 
 
 def captured(mode: str, pack: str = "") -> None:
-    """Each step's very first call is captured; its replays are what eager calls give."""
+    """Check that the first call of each case can be captured, and that its replays are right."""
     from llmos_kernels._triton.runtime import kernel_pack
 
     if pack:
@@ -181,7 +189,7 @@ def captured(mode: str, pack: str = "") -> None:
 
 
 def refused(mode: str) -> None:
-    """A first call is captured or raises; whatever it was, the next ones are right."""
+    """Check that a first call is captured or raises, and that later calls are right."""
     case = CASE["layer_norm"]
     try:
         _capture(case, True, mode)
@@ -189,20 +197,25 @@ def refused(mode: str) -> None:
         print(f"raised: {e}".splitlines()[0])
     else:
         print("captured")
-    drawn = draw(case, case.medium, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    drawn = draw(
+        case, case.multi_block_shape, dtype=torch.bfloat16, device="cuda", requires_grad=True
+    )
     assert max(errors(case, *drawn).values()) <= 1
 
 
 @needs_gpu
 def test_first_call_of_the_pack_is_captured(tmp_path):
-    """In torch's default mode, in which nothing in the process may allocate or wait."""
+    """The first call of kernels of the pack can be captured in torch's default mode.
+
+    In that mode nothing in the process may allocate or synchronise.
+    """
     session("make_pack", tmp_path, "sm_{}{}".format(*torch.cuda.get_device_capability()))
     assert session("captured", "global", tmp_path, LLMOS_PACK="require") == [*CAPTURED]
 
 
 @needs_gpu
 def test_first_call_of_triton_is_captured(tmp_path):
-    """Where the user has said that the capture may do other things: Triton loads what it compiled."""
+    """In the relaxed mode the first call can be captured: Triton may load what it compiled."""
     cache = {"LLMOS_PACK": "off", "TRITON_CACHE_DIR": str(tmp_path)}
     assert session("captured", "relaxed", **cache) == [*CAPTURED]
 
@@ -210,18 +223,20 @@ def test_first_call_of_triton_is_captured(tmp_path):
 @needs_gpu
 @pytest.mark.parametrize("mode", ["global", "thread_local"])
 def test_first_call_of_triton_in_a_strict_capture(mode, tmp_path):
-    """It may be refused, never be wrong: call a model once before it is captured."""
+    """In a strict mode the first call of Triton may be refused, but is never wrong."""
     (line,) = session("refused", mode, LLMOS_PACK="off", TRITON_CACHE_DIR=str(tmp_path))
     assert line.startswith(("captured", "raised: "))
 
 
 def first_calls(device: str) -> None:
-    """Every thread makes every call, each beginning at another; then what they found is checked."""
-    # A mask is of a seed that threads would take from each other.
+    """Check the results of threads that make all calls for the first time, in different orders."""
+    # Without dropout: threads would draw its seeds in any order.
     cases = [case for case in CASES if "dropout" not in case.name]
     given = []
     for case in cases:
-        args = case.make(case.medium, dtype=torch.bfloat16, device=device, requires_grad=True)
+        args = case.make(
+            case.multi_block_shape, dtype=torch.bfloat16, device=device, requires_grad=True
+        )
         given.append((case, args, make_gradients(run(case.reference, args))))
     start, found, failed = threading.Barrier(THREADS), {}, []
 
@@ -246,7 +261,9 @@ def first_calls(device: str) -> None:
         for name, value in run_with_gradients(case.op, args, gradients).items():
             assert torch.equal(value, results[name]), f"{case}: {name}"
     for case in cases:
-        drawn = draw(case, case.medium, dtype=torch.bfloat16, device=device, requires_grad=True)
+        drawn = draw(
+            case, case.multi_block_shape, dtype=torch.bfloat16, device=device, requires_grad=True
+        )
         over = {k: v for k, v in errors(case, *drawn).items() if v > 1}
         assert not over, f"{case}: {over}"
     print(len(found), "calls")
@@ -257,12 +274,12 @@ def test_threads_call_for_the_first_time(tmp_path):
     assert int(line.split()[0]) > THREADS * 20
 
 
-#: More than any address space holds: the allocation fails at once, whatever a system promises.
+#: More than any address space: the allocation fails at once, even if the system overcommits memory.
 HUGE = 2**48
 
 
 def _rows(n, d):
-    """The same row ``n`` times, stored once."""
+    """Return a view of one row, expanded to ``n`` rows."""
     return torch.randn(1, d, device=DEVICE).expand(n, d)
 
 
@@ -302,8 +319,10 @@ TOO_LARGE = {
 
 @pytest.mark.parametrize("name", TOO_LARGE)
 def test_out_of_memory(name):
-    """torch's own error, and right results after it. On a CPU it is of torch's class: its words do
-    not pass the stable ABI."""
+    """torch's error is raised, and later results are right.
+
+    On a CPU the error is a plain RuntimeError: the stable ABI does not pass on its message.
+    """
 
     def result():
         torch.manual_seed(0)
@@ -344,7 +363,7 @@ LARGE = {
 
 
 def _last(n, values):
-    """Of what has a row for each of ``n`` the last ones, as new leaves."""
+    """Return ``values`` with tensors of ``n`` rows replaced by their last rows, as new leaves."""
     own = lambda a: isinstance(a, torch.Tensor) and a.shape[:1] == (n,)
     return [
         a[-LAST:].detach().clone().requires_grad_(a.requires_grad) if own(a) else a for a in values
@@ -353,7 +372,7 @@ def _last(n, values):
 
 @pytest.mark.parametrize("name", LARGE)
 def test_past_two_to_the_31_elements(name):
-    """The last rows, and their gradients, are as accurate as if there were no others."""
+    """The last rows and their gradients are as accurate as if there were no others."""
     shape, each = LARGE[name]
     n, case = ELEMENTS // each + 5, CASE[name]
     args = case.make((n, *shape), dtype=torch.bfloat16, device=DEVICE)
@@ -374,7 +393,7 @@ def test_past_two_to_the_31_elements(name):
 
 
 def _expected(case, args, gradients):
-    """What the reference gives in float64, and what torch gives."""
+    """Yield the results of the reference in float64, and of torch."""
     wide = cast(args, torch.float64), [g.double() for g in gradients]
     for fn, given, incoming in ((case.reference, *wide), (case.eager, args, gradients)):
         if any(a.requires_grad for a in tensors(given)):
@@ -384,7 +403,7 @@ def _expected(case, args, gradients):
 
 
 def test_int8_past_two_to_the_31_elements():
-    """A row's integers, and the bits of its result, do not depend on its batch."""
+    """The integers of a row, and the bits of its result, do not depend on its batch."""
     x = torch.randn(ELEMENTS // 1024 + 5, 1024, dtype=torch.bfloat16, device=DEVICE)
     for all_rows, last in zip(lk.int8_quantize(x), lk.int8_quantize(x[-3:]), strict=True):
         assert torch.equal(all_rows[-3:], last)

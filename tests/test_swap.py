@@ -1,4 +1,4 @@
-"""optimize and restore: what is swapped, that it computes the same, and that nothing else changes."""
+"""``optimize`` and ``restore``: what is swapped, equal results, and nothing else changes."""
 
 import copy
 import io
@@ -153,7 +153,7 @@ def test_no_module(bad):
 
 
 def test_nothing_but_classes_changes(x):
-    """Neither random state, modes, gradients nor hooks notice the proof."""
+    """The proof changes no random state, mode or gradient, and runs no hook."""
     model = Model()
     model.block.drop.eval()
     calls = []
@@ -266,7 +266,7 @@ def test_replica_shares_nothing():
 
 
 class Attends(nn.Module):
-    """Attention called as models do: by keyword, with masks, self and cross."""
+    """Self and cross attention, called by keyword and with masks, as models do."""
 
     def __init__(self, **options):
         super().__init__()
@@ -327,7 +327,7 @@ def test_a_proof_makes_the_models_own_call(attention_inputs):
 
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_queries_that_see_nothing(need_weights):
-    """Where torch gives NaN there, that is no reason to keep the module."""
+    """A module is swapped although torch gives NaN for queries that see no key."""
     torch.manual_seed(0)
     module, x = nn.MultiheadAttention(32, 4), torch.randn(24, 3, 32)
     inputs = {"query": x, "key": x, "value": x, "need_weights": need_weights}

@@ -1,4 +1,4 @@
-"""Feed-forward blocks, linear layers and RMS norms that no rule knows by name."""
+"""Feed-forward blocks, linear layers and RMS norms of classes that no rule knows by name."""
 
 import copy
 import io
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Own(nn.Module):
-    """An activation written out."""
+    """GELU as a formula."""
 
     def forward(self, x):
         return 0.5 * x * (1 + torch.erf(x / 2**0.5))
@@ -28,7 +28,8 @@ class Own(nn.Module):
 class Block(nn.Module):
     def __init__(self, activation=None, p=0.1):
         super().__init__()
-        self.narrow = nn.Linear(40, 24)  # Not in the order of their use.
+        # The layers are not registered in the order of their use.
+        self.narrow = nn.Linear(40, 24)
         self.act = activation or Own()
         self.drop = nn.Dropout(p)
         self.wide = nn.Linear(24, 40)
@@ -39,7 +40,7 @@ class Block(nn.Module):
 
 
 class Chunked(Block):
-    """Decides by attributes, passes through a method: still a chain."""
+    """A feed-forward block that branches on attributes and calls a method of its own."""
 
     chunk = 0
 
@@ -122,10 +123,21 @@ CHAINS = {
     "one layer": lambda: nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.LayerNorm(16)),
 }
 OTHERS = [
-    Adds, Scales, LooksAtShapes, InTrainingAlone, Twice, Forks, Peeks, Reaches, TwoArguments,
-    OwnParameter, lambda: Block(nn.LeakyReLU()), lambda: Block(nn.Tanh()), lambda: Block(nn.ReLU6()),
+    Adds,
+    Scales,
+    LooksAtShapes,
+    InTrainingAlone,
+    Twice,
+    Forks,
+    Peeks,
+    Reaches,
+    TwoArguments,
+    OwnParameter,
+    lambda: Block(nn.LeakyReLU()),
+    lambda: Block(nn.Tanh()),
+    lambda: Block(nn.ReLU6()),
     lambda: nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24)),
-]  # fmt: skip
+]
 
 
 def spread(module):
@@ -160,7 +172,9 @@ def saved(module):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("make", OTHERS, ids=[getattr(o, "__name__", str(i)) for i, o in enumerate(OTHERS)])  # fmt: skip
+@pytest.mark.parametrize(
+    "make", OTHERS, ids=[getattr(o, "__name__", str(i)) for i, o in enumerate(OTHERS)]
+)
 def test_what_only_looks_like_one(make):
     module = make()
     assert not find_steps(module)
@@ -212,17 +226,27 @@ def test_activations_are_known_by_their_values():
     transformers = pytest.importorskip("transformers")
     act2fn = transformers.activations.ACT2FN
     names = {
-        "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
-        "silu": "silu", "relu2": "relu2", "gelu_python": "gelu", "quick_gelu": None, "tanh": None,
-        "leaky_relu": None, "relu6": None, "sigmoid": None, "linear": None,
-    }  # fmt: skip
+        "gelu": "gelu",
+        "gelu_new": "gelu_tanh",
+        "gelu_pytorch_tanh": "gelu_tanh",
+        "relu": "relu",
+        "silu": "silu",
+        "relu2": "relu2",
+        "gelu_python": "gelu",
+        "quick_gelu": None,
+        "tanh": None,
+        "leaky_relu": None,
+        "relu6": None,
+        "sigmoid": None,
+        "linear": None,
+    }
     assert {n: activation_of(act2fn[n]) for n in names} == names
     for other in (nn.Dropout(0.0), nn.Identity(), nn.PReLU(), nn.RReLU(), nn.GLU(), nn.Softmax(-1)):
         assert activation_of(other) is None
 
 
 class Centred(nn.Module):
-    """Looks like an RMS norm."""
+    """A LayerNorm without bias, which looks like an RMS norm."""
 
     def __init__(self):
         super().__init__()

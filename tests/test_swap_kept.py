@@ -1,4 +1,4 @@
-"""What optimize keeps, and the reason it gives."""
+"""Modules that ``optimize`` does not swap, and the reasons that it reports."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def x():
 )
 @pytest.mark.parametrize("proof", [True, False])
 def test_another_formula_is_kept(x, block, proof):
-    """Most of these give the same numbers where dropout is off."""
+    """Blocks with another formula are kept; most give the same numbers without dropout."""
     model = Model(block=block).eval()
     before = model(x)
     (kept,) = lk.optimize(model, verify=proof, always=True).kept
@@ -62,7 +62,7 @@ def test_a_wrong_kernel_is_kept(x, monkeypatch):
 @pytest.mark.parametrize("dropped", ["attn_mask", "key_padding_mask"])
 @pytest.mark.parametrize("hidden", [False, True])
 def test_a_wrong_attention_is_kept(monkeypatch, dropped, hidden):
-    """By its own calls, and by a captured one, even where torch gives NaN for another query."""
+    """A wrong attention is found by generated and captured calls, also next to NaN from torch."""
     torch.manual_seed(0)
     right = lk.nn.MultiheadAttention.forward
 

@@ -1,4 +1,4 @@
-"""What ``optimize`` makes of times: a drop-in that is slower is no swap."""
+"""``optimize`` keeps a module whose drop-in is slower."""
 
 import copy
 
@@ -11,7 +11,7 @@ from llmos_kernels.swap import timing
 
 
 class Clock:
-    """Stands for ``samples``: a call takes 1, and ``cost`` for each fused LayerNorm in it."""
+    """Replace ``samples``: a call takes 1 s, plus ``cost`` for each fused LayerNorm in it."""
 
     def __init__(self):
         self.cost, self.noise, self.now, self.asked = 0.0, 0.0, 0.0, []
@@ -55,7 +55,7 @@ def test_what_is_slower_is_kept(clock):
     assert report.kept[0].speedup == pytest.approx(1 / 1.5) and report.kept[0].error <= 1
     assert report.kept[0].reason == "slower here, 3 rows: 1000 -> 1500 ms"
     assert "kept 2 LayerNorm: slower here, 3 rows: 1000 -> 1500 ms" in str(report)
-    lk.optimize(model, strict=True)  # Raises for nothing that is only slower.
+    lk.optimize(model, strict=True)  # Being slower alone does not raise.
 
 
 def test_noise_is_not_slower(clock):
@@ -102,7 +102,7 @@ def test_a_model_in_train_mode_is_timed_with_its_backward(clock):
 
 
 def test_dropout_is_timed(monkeypatch):
-    """A step of a model in train mode drops what the model would; proofs drop nothing."""
+    """Timing in train mode uses the model's dropout; proofs use none."""
     seen, forward = [], nn.Dropout.forward
 
     def watched(self, input):
@@ -116,7 +116,7 @@ def test_dropout_is_timed(monkeypatch):
 
 
 class Whole(nn.Module):
-    """Norms that cost nothing when they run alone, and ``cost`` in the model."""
+    """A model whose last norm costs nothing when it runs alone, and ``cost`` in the model."""
 
     def __init__(self, clock, cost):
         super().__init__()
@@ -158,7 +158,7 @@ def test_inputs_that_fail(clock):
 
 
 def test_a_model_that_runs_once_alone(clock):
-    """What a second run raises is told, and stops nothing."""
+    """An error in the second run is reported and does not stop ``optimize``."""
 
     class Once(nn.Module):
         def __init__(self):
@@ -193,7 +193,7 @@ def test_a_cache_among_the_inputs_is_not_written_to(clock):
 
 
 def test_what_a_model_writes_is_put_back(clock):
-    """Its own buffers and counters, and its inputs; however often it runs."""
+    """Buffers, counters and inputs that a model changes are restored after each run."""
 
     class Writes(nn.Module):
         def __init__(self):
@@ -253,7 +253,7 @@ def test_a_module_is_timed_at_the_fewest_and_the_most_rows_it_gets(clock):
 
 @pytest.mark.filterwarnings("ignore:(enable_nested|The PyTorch API of nested)")
 def test_layers_that_get_nested_tensors(clock):
-    """Which torch's encoder makes of padded batches in eval mode: their proof draws its own inputs."""
+    """Layers inside torch's encoder, which get nested tensors, are proved on generated inputs."""
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     model, padding = nn.TransformerEncoder(layer, 2).eval(), torch.zeros(3, 5, dtype=torch.bool)
     padding[1:, 3:] = True
@@ -265,7 +265,7 @@ def test_layers_that_get_nested_tensors(clock):
 
 
 def test_inner_modules_are_decided_first(clock):
-    """A layer is timed with what was decided for those in it."""
+    """A layer is timed after the decisions for its submodules."""
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).eval()
     stock = copy.deepcopy(layer)
     x = torch.randn(2, 5, 16)

@@ -1,4 +1,4 @@
-"""Hugging Face models compute under "llmos" what they compute under "eager"."""
+"""Hugging Face models give the results of "eager" attention with "llmos" attention."""
 
 import itertools
 import subprocess
@@ -70,7 +70,7 @@ def test_generate(make, cache):
 
 @pytest.mark.parametrize("padding", ["left", None])
 def test_prefill_in_parts(padding):
-    """More than one query, and more keys than queries."""
+    """A prompt processed in parts has several queries and more keys than queries."""
     model = build(llama).eval()
     given = batch(model, padding)
     mask = given.get("attention_mask", torch.ones(BATCH, LENGTH, dtype=torch.long))
@@ -124,7 +124,7 @@ def test_dropout_in_training_alone(make):
 
 
 def test_dropout_given_in_eval_mode():
-    """As in transformers' eager attention, the module's mode decides."""
+    """Dropout depends on the mode of the module, as in eager attention."""
     module, q = nn.Module(), torch.randn(1, 2, 9, 8)
     whole, _ = integration.attention(module, q, q, q, None)
     assert not torch.equal(integration.attention(module, q, q, q, None, 0.5)[0], whole)
@@ -139,7 +139,7 @@ def test_a_mask_of_four_dimensions():
     check(model, given | {"attention_mask": mask})
     visible = mask[:, :, :1] > 0
     visible[..., 0] = True
-    with torch.no_grad():  # A mask alike for all queries, as such and as any other.
+    with torch.no_grad():  # A mask equal for all queries, expanded and materialised.
         alike, whole = (
             model(**given, attention_mask=v).logits
             for v in (visible.expand_as(mask), visible.repeat(1, 1, LENGTH, 1))
@@ -210,6 +210,8 @@ def test_compile():
 
 
 def test_transformers_is_not_imported():
-    code = "import sys, torch, llmos_kernels as lk; lk.optimize(torch.nn.LayerNorm(8), always=True); " \
-        "assert not any(m.split('.')[0] == 'transformers' for m in sys.modules)"  # fmt: skip
+    code = (
+        "import sys, torch, llmos_kernels as lk; lk.optimize(torch.nn.LayerNorm(8), always=True); "
+        "assert not any(m.split('.')[0] == 'transformers' for m in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

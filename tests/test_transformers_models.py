@@ -1,4 +1,4 @@
-"""Whole Hugging Face models, all that can be swapped in them swapped, against stock."""
+"""Whole Hugging Face models after ``optimize``, compared with the original models."""
 
 import copy
 
@@ -36,7 +36,7 @@ each_model = pytest.mark.parametrize("make", MODELS)
 
 
 def swapped(make, dtype=torch.float32, **options):
-    """A model and its swapped copy."""
+    """Return a model and a swapped copy of it."""
     stock = build(make, "sdpa", **options).to(dtype)
     model = copy.deepcopy(stock)
     report = lk.optimize(model, verify=False)
@@ -50,7 +50,7 @@ def test_what_is_swapped_by_structure():
         kinds = (FusedChain, FusedResidual, FusedRMSNorm, lk.nn.LayerNorm)
         return tuple(sum(isinstance(m, kind) for m in model.modules()) for kind in kinds)
 
-    # Two layers each: feed-forward blocks, residual blocks, RMS norms, LayerNorms.
+    # The numbers of feed-forward blocks, residual blocks, RMS norms and LayerNorms, in two layers.
     assert count(bert) == (3, 4, 0, 6)
     assert count(roberta) == (2, 4, 0, 6)
     assert count(distilbert) == (2, 0, 0, 6)
@@ -76,8 +76,10 @@ def test_float32(make, padding):
 @pytest.mark.parametrize("padding", ["left", "right"])
 @each_model
 def test_bfloat16(make, padding):
-    """Logits by the budget. Of gradients, whole tensors: a hidden value that rounds to the other side
-    of 0 changes one element, and is no fault."""
+    """Logits are within the error budget, and gradients close as whole tensors.
+
+    Single elements of gradients may differ: a pre-activation may round to the other side of 0.
+    """
     stock, model = swapped(make, torch.bfloat16)
     given = batch(model, padding)
     exact = logits_and_gradients(copy.deepcopy(stock).double(), given)
@@ -189,9 +191,16 @@ def test_trainer(make, tmp_path):
             {"labels": labels[i % 3], **{k: v[i % 3] for k, v in given.items()}} for i in range(8)
         ]
         arguments = transformers.TrainingArguments(
-            output_dir=str(tmp_path), max_steps=20, per_device_train_batch_size=4, use_cpu=True,
-            logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, seed=1,
-        )  # fmt: skip
+            output_dir=str(tmp_path),
+            max_steps=20,
+            per_device_train_batch_size=4,
+            use_cpu=True,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            seed=1,
+        )
         trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
         trainer.train()
         losses.append(torch.tensor([s["loss"] for s in trainer.state.log_history if "loss" in s]))

@@ -1,4 +1,4 @@
-"""Hugging Face models under ``optimize`` and ``restore``."""
+"""``optimize`` and ``restore`` of Hugging Face models, and of their attention."""
 
 import copy
 
@@ -58,7 +58,7 @@ def test_optimize_and_restore(make, given):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_one_attention_of_a_kind_is_timed(training):
-    """On what it gets in the model, keys and values of earlier calls included."""
+    """One attention module is timed, on its inputs in the model, which include a KV cache."""
     model = build(gpt2, "sdpa").train(training)
     (entry,) = [e for e in lk.optimize(model, always=True).entries if "attention" in e.cls]
     assert [t.rows for t in entry.timings] == [r for r in (8, 256) for _ in range(1 + training)]
@@ -95,7 +95,7 @@ def test_optimize_what_is_ours_in_part():
 
 
 def test_gradient_checkpointing():
-    """The attention runs again in the backward, with the same dropout."""
+    """Checkpointing runs the attention again in the backward pass with the same dropout."""
     model = build(llama, attention_dropout=0.3).train()
     given = batch(model)
     torch.manual_seed(2)
@@ -139,9 +139,12 @@ def test_what_is_kept(monkeypatch):
     model.transformer.h[0].compile(backend="eager")
     assert "compiled" in reason(model)
     vit = m.vit.ViTConfig(
-        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=96,
         image_size=32,
-    )  # fmt: skip
+    )
     vit = m.vit.ViTModel(vit).eval()
     assert "pass inputs=" in reason(vit)
     assert (

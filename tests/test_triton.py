@@ -1,4 +1,4 @@
-"""Triton kernels on a machine without a GPU: compiled for every target, and run past 2^31 elements."""
+"""Triton kernels without a GPU: compiled for every architecture, and run past 2^31 elements."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMPERE = ARCHS[:3]
 
-# The interpreter replaces the compiler for a whole process, so the compiler gets its own.
+# The interpreter replaces the compiler in a whole process, so kernels are compiled in another one.
 NORMS = """
 import sys, torch
 from llmos_kernels._tools import inspect
@@ -29,16 +29,17 @@ from llmos_kernels._core.registry import DEFINED
 forward, weights, backward = (
     DEFINED[f"llmos::attention_{name}"].launch for name in ("forward", "weights", "backward")
 )
-def attend(d, dtype, mask=None, padding=None, packed=None, causal=1, dropout_p=0.0, keys=512):
+def attend(d, dtype, mask=None, padding=None, cu_seqlens=None, causal=1, dropout_p=0.0, keys=512):
     queries = 1 if keys > 512 else keys
     q, k, v, dout = (torch.empty(2, n, 4, d, dtype=dtype).transpose(1, 2)
                      for n in (queries, keys, keys, queries))
-    if packed is not None:
+    if cu_seqlens is not None:
         q, k, v, dout = (t[:1] for t in (q, k, v, dout))
     seed = torch.empty(2, dtype=torch.int64)
-    tensors, options = (q, k, v, mask, padding, packed, packed), (d**-0.5, causal, dropout_p, seed)
+    tensors = q, k, v, mask, padding, cu_seqlens, cu_seqlens
+    options = d**-0.5, causal, dropout_p, seed
     out, stats = forward(*tensors, *options)
-    if packed is None:
+    if cu_seqlens is None:
         weights(q, k, mask, padding, stats, *options, False)
     backward(dout, *tensors, out, stats, *options, mask is not None and mask.is_floating_point())
 bf16 = torch.bfloat16
@@ -53,7 +54,7 @@ with inspect.recorded_launches(sys.argv[1]) as launches:
         attend(d, bf16, mask, dropout_p=0.1)
         attend(d, torch.float32)
     attend(64, bf16, padding=padding, dropout_p=0.1)
-    attend(64, bf16, packed=torch.empty(5, dtype=torch.int32), dropout_p=0.1)
+    attend(64, bf16, cu_seqlens=torch.empty(5, dtype=torch.int32), dropout_p=0.1)
 launches = list(dict.fromkeys(launches))
 """
 
@@ -103,7 +104,7 @@ from llmos_kernels._tools import inspect
 launches = inspect.launches((torch.float32, torch.bfloat16), names=("int8",))
 """
 
-# What the scripts above have launched, within the limits; on sm_90 tensor cores of its own kind.
+# Check the limits of what the scripts above launch, and warp-group instructions on sm_90.
 CHECK = """
 from llmos_kernels._triton.runtime.launch import ENGINES
 print(len(launches), "kernels")
@@ -114,7 +115,7 @@ for launch in launches:
         compiled = [inspect.resources(launch, sys.argv[1])]
     of = dict(launch.constants)
     given = {name for name, kind in launch.signature if kind != "constexpr"}
-    # docs/performance.md: with all of these few bytes are left over.
+    # With a mask, dropout and a head dim of 128 the registers do not suffice by a few bytes.
     spilled = 32 if of.get("D") == 128 and {"mask", "seed"} <= given else 0
     for r in compiled:
         assert r.spills <= spilled, f"{launch} for {r.arch}: {r.spills} bytes spilled"
@@ -132,7 +133,7 @@ SCRIPTS = (NORMS, ATTENTION, LINEAR, INT8)
 
 
 def compiled(script, *archs):
-    """The lines that ``script`` prints when it compiles for ``archs``."""
+    """Run ``script`` in another process for ``archs``; return the lines that it prints."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", script, *archs], env=env, capture_output=True, text=True
@@ -146,15 +147,18 @@ def compiled(script, *archs):
 )
 @pytest.mark.parametrize("archs", [AMPERE, *((arch,) for arch in ARCHS[3:])], ids=lambda a: a[0])
 def test_compiles_within_limits(archs, scripts):
-    """The scripts of a process, which takes as long to start as a dozen kernels to compile."""
+    """Kernels compile within the limits of spills, shared memory and 32-bit offsets.
+
+    One process runs several scripts: its start takes as long as to compile a dozen kernels.
+    """
     lines = compiled("".join(script + CHECK for script in scripts), *archs)
     assert len(lines) == len(scripts) and min(int(line.split()[0]) for line in lines) >= 20
 
 
 def test_one_ptx_for_ampere():
-    """So that what is compiled once for sm_80 is compiled for sm_86 and sm_89, with the same settings."""
+    """sm_80, sm_86 and sm_89 have the same settings and PTX, so one compilation tests all three."""
     script = """
-os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # Which has the path of the sources.
+os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # It would contain the path of the sources.
 for launch in launches[::25]:
     ptx = {launch.compile(arch).asm["ptx"].replace(f".target {arch}", "") for arch in archs}
     assert len(ptx) == 1, launch
@@ -197,12 +201,15 @@ for launch in launches:
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 def test_persistent_products_compile(arch):
-    """Within the limits of the GPUs that they are for, by their tensor memory accelerator."""
+    """Persistent products use the tensor memory accelerator, within the limits of its GPUs."""
     assert int(compiled(PERSISTENT, arch)[0].split()[0]) >= 6
 
 
 def test_persistent_products(monkeypatch):
-    """Tiles past the edges, two for a program; and what the other kernels answer."""
+    """Persistent products are right with partial tiles and two tiles per thread block.
+
+    ``plan`` returns None for products that other kernels compute.
+    """
     from llmos_kernels._triton.gemm import persistent
     from llmos_kernels._triton.runtime import launch
     from llmos_kernels.ops import products
@@ -260,7 +267,7 @@ def test_offset_lint_finds_a_product():
 
 @pytest.mark.parametrize("name", ["forward", "backward"])
 def test_offsets_past_two_to_the_31(name):
-    """Rows 2^30 elements apart; the memory between them is never touched, hence never there."""
+    """Rows may be 2^30 elements apart; the memory between them is never touched nor allocated."""
     from llmos_kernels import testing
 
     case = next(c for c in testing.CASES if c.name == "layer_norm")
@@ -279,7 +286,7 @@ def test_offsets_past_two_to_the_31(name):
 
     tensors = [isinstance(a, torch.Tensor) for a in args]
     near = [a.to(device) if t else a for a, t in zip(args, tensors, strict=True)]
-    # One input at a time: they share the far memory.
+    # One input at a time, as all use the same distant memory.
     for i, a in enumerate(args):
         if tensors[i] and a.shape == (4, 96):
             distant = [*near[:i], apart(a), *near[i + 1 :]]
@@ -290,7 +297,7 @@ def test_offsets_past_two_to_the_31(name):
 
 @pytest.mark.parametrize("far_dim", [0, 1, 2, 3])
 def test_attention_offsets_past_two_to_the_31(far_dim):
-    """The same for every input of attention, with batches, heads, rows or columns that far apart."""
+    """Batches, heads, rows or columns of any input of attention may be 2^30 elements apart."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     forward, backward = (
         DEFINED[f"llmos::attention_{name}"].launch for name in ("forward", "backward")
@@ -316,14 +323,14 @@ def test_attention_offsets_past_two_to_the_31(far_dim):
 
 @pytest.mark.parametrize("far_dim", [0, 1])
 def test_linear_offsets_past_two_to_the_31(far_dim):
-    """The same for every matrix that the products of a linear layer read."""
+    """Rows or columns of any matrix of a linear layer may be 2^30 elements apart."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     forward, dinput, dweight = (
         DEFINED[f"llmos::linear_{name}"].launch for name in ("forward", "dinput", "dweight")
     )
     torch.manual_seed(0)
     inputs = [torch.randn(3, 3, dtype=torch.bfloat16, device=device) for _ in range(4)]
-    if far_dim == 1:  # Stored by columns, as what is far then is.
+    if far_dim == 1:  # All are stored by columns, like the distant one.
         inputs = [t.mT for t in inputs]
 
     def results(dout, x, weight, kept):
@@ -354,7 +361,7 @@ LONG_SUMS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LONG_SUMS)
 def test_sums_in_parts(name, dtype):
-    """Where there are few tiles a long sum is split; no Case has one."""
+    """Long sums of few tiles are split between thread blocks (split-K); no Case has one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     which, *shapes = LONG_SUMS[name]
     op = DEFINED[f"llmos::linear_{which}"]
@@ -378,7 +385,7 @@ def test_sums_in_parts(name, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 4])
 def test_skipped_columns_are_not_read(rows, dtype):
-    """Of a weight stored by columns, those whose input is 0 in all rows: here they hold NaN."""
+    """Weight columns whose input is 0 in all rows are not read: here they are NaN."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     forward = DEFINED["llmos::linear_forward"].launch
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Launch settings: measured, written, read, and looked up. What is timed here is made up."""
+"""Launch settings are measured, written, read and looked up; here with invented times."""
 
 import json
 import os
@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 pytest.importorskip("rich")
-from llmos_kernels._tools import build_pack, tune
-from llmos_kernels._tools.tune import Work
+from llmos_kernels._tools import build_pack, tune, tune_jobs
+from llmos_kernels._tools.tune_jobs import TuningJob
 from llmos_kernels._triton import rows
 from llmos_kernels._triton.attention import scores
 from llmos_kernels._triton.gemm import gemm, persistent
@@ -26,7 +26,7 @@ BF16 = torch.bfloat16
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An own folder of settings, and none of the package."""
+    """Return an empty folder for settings, used instead of the package's."""
     monkeypatch.setenv("LLMOS_TUNED", str(tmp_path))
     monkeypatch.setattr(settings, "FOLDER", tmp_path / "package")
     forget()
@@ -45,8 +45,13 @@ def entry(shape, dtype="bfloat16", **settings):
 
 def product(warps):
     return {
-        "persistent": 0, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": warps, "num_stages": 3,
-    }  # fmt: skip
+        "persistent": 0,
+        "BLOCK_M": 64,
+        "BLOCK_N": 64,
+        "BLOCK_K": 32,
+        "num_warps": warps,
+        "num_stages": 3,
+    }
 
 
 def put(path, **settings):
@@ -64,12 +69,13 @@ def test_nearest(folder):
     put(
         folder / "gpu.json",
         linear=[
-            entry([1024, 1024, 1024], **product(1)), entry([1024, 4096, 1024], **product(2)),
+            entry([1024, 1024, 1024], **product(1)),
+            entry([1024, 4096, 1024], **product(2)),
             entry([1024, 1024, 1024], "float16", **product(4)),
             entry([8192, 1024, 1024]) | {"settings": None},
         ],
         **{"attention forward": [entry([64], BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2)]},
-    )  # fmt: skip
+    )
     assert found("linear", (1000, 1500, 1024)) == product(1)
     assert found("linear", (1000, 2100, 1024)) == product(2)
     assert found("linear", (1000, 2100, 1024), torch.float16) == product(4)
@@ -92,8 +98,10 @@ def test_name_before_architecture(folder):
     forget()
     of = lambda name, kind="layer_norm": settings._nearest(name, "sm_90", kind, "bfloat16", (64,))
     assert of("Test GPU")["num_warps"] == 1 and of("Other GPU")["num_warps"] == 2
-    assert of("Unknown GPU")["num_warps"] == of(None)["num_warps"] == 1, "the user's own first"
-    assert of("Test GPU", "int8_norm")["num_warps"] == 4, "what the first has not"
+    assert of("Unknown GPU")["num_warps"] == of(None)["num_warps"] == 1, (
+        "the user's table comes first"
+    )
+    assert of("Test GPU", "int8_norm")["num_warps"] == 4, "the first has none"
 
 
 BAD = {
@@ -113,7 +121,7 @@ BAD = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_files(folder, kind):
-    """One warning that names the file; the rules decide."""
+    """A bad file causes one warning that names it, and the launch rules are used."""
     content, words = BAD[kind]
     if isinstance(content, str):
         (folder / "bad.json").write_text(content)
@@ -127,7 +135,7 @@ def test_bad_files(folder, kind):
 
 
 def test_launchers_ask(folder):
-    """Every rule gives way to what is settings, in what is launched."""
+    """Every launch rule uses the tuned settings."""
     row = {"ROWS": 1, "num_warps": 2}
     tile = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
     blocks = tile | {"BLOCK_K": 32}
@@ -152,22 +160,22 @@ def test_launchers_ask(folder):
         large, weight = empty(4096, 1024), empty(1024, 1024)
         _, blocks = persistent.plan("linear", large, weight, True)
         assert blocks["BLOCK_K"] == 32 and blocks["num_warps"] == 4
-        # Where it cannot be persistent, the rule's tile: that one may not fit.
+        # Where the kernel cannot be persistent the rule's tile is used: the tuned one may not fit.
         assert gemm.plan("linear", large, 4096, 1024, 1024, False)[1]["BLOCK_K"] == 64
 
 
 def tiny(empty, dtype):
-    """One launch of a small norm."""
+    """Yield one launch of a small norm."""
 
     def make():
         return empty(6, 64), None, None, 64, 1e-5, True
 
-    yield Work("layer_norm", dtype, (64,), layer_norm.forward, make, tune.ROWS[:4])
+    yield TuningJob("layer_norm", dtype, (64,), layer_norm.forward, make, tune_jobs.ROWS[:4])
 
 
 def test_tune(folder, monkeypatch):
-    """The fastest setting whose result is right, where it beats the rule; what was measured stays."""
-    monkeypatch.setitem(tune.OPS, "tiny", tiny)
+    """The fastest correct setting is written if it beats the rule; earlier results are kept."""
+    monkeypatch.setitem(tune_jobs.OPS, "tiny", tiny)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path, asked = folder / "Test_GPU.json", []
 
@@ -188,13 +196,17 @@ def test_tune(folder, monkeypatch):
     done, (best,) = run(10e-6, 9e-6, 7e-6, 8e-6, 11e-6)
     assert done and len(asked) == 5
     assert best == {
-        "dtype": "bfloat16", "shape": [64], "settings": tune.ROWS[1], "us": 7.0, "rule_us": 10.0,
-    }  # fmt: skip
+        "dtype": "bfloat16",
+        "shape": [64],
+        "settings": tune_jobs.ROWS[1],
+        "us": 7.0,
+        "rule_us": 10.0,
+    }
     forget()
-    assert found("layer_norm", (64,)) == tune.ROWS[1]
-    # The rule is timed as such, though its successor is known.
+    assert found("layer_norm", (64,)) == tune_jobs.ROWS[1]
+    # The rule itself is timed, although a tuned setting exists.
     assert settings.settings("layer_norm", torch.empty(1, dtype=BF16), (64,)) is None
-    # Within noise of the rule: the rule stays, and is known to; so does the entry of another dtype.
+    # Within noise of the rule null is written, and the entry of the other dtype is kept.
     done, kept = run(10e-6, 9.9e-6, 9.8e-6, 10e-6, 10e-6, dtypes=(torch.float32,))
     assert done and kept[0] == best
     assert kept[1]["settings"] is None and kept[1]["us"] == kept[1]["rule_us"] == 10.0
@@ -202,7 +214,7 @@ def test_tune(folder, monkeypatch):
     assert not done and same == kept
     done, again = run(*[1e-6] * 5)
     assert [e["settings"] for e in again] == [None, None], "measured again"
-    # A setting with a wrong result is not even timed.
+    # A setting with a wrong result is not timed.
     monkeypatch.setattr(tune, "_agree", lambda *_: False)
     asked.clear()
     run(1e-6)
@@ -217,15 +229,15 @@ def test_agree():
     assert tune._agree([one / 0], [one / 0], torch.float32)
 
 
-@pytest.mark.parametrize("op", tune.OPS)
+@pytest.mark.parametrize("op", tune_jobs.OPS)
 def test_what_is_tuned(op):
-    """Kinds that launchers ask for, each with candidates that it takes."""
-    listed = list(tune.OPS[op](lambda *shape: torch.empty(shape, dtype=BF16), BF16))
+    """Every job has a known kind and candidates that are valid for it."""
+    listed = list(tune_jobs.OPS[op](lambda *shape: torch.empty(shape, dtype=BF16), BF16))
     assert len(listed) >= 10
-    for work in listed:
-        assert len(work.candidates) > 5
-        for candidate in work.candidates:
-            settings._check(work.kind, entry(list(work.shape), **candidate))
+    for job in listed:
+        assert len(job.candidates) > 5
+        for candidate in job.candidates:
+            settings._check(job.kind, entry(list(job.shape), **candidate))
 
 
 AHEAD = """
@@ -234,21 +246,23 @@ from pathlib import Path
 import torch
 sys.path.insert(0, "benchmarks")
 import launch_cost
-from llmos_kernels._tools import build_pack, tune, tune_precompile
+from llmos_kernels._tools import build_pack, tune_jobs, tune_precompile
+from llmos_kernels._triton.runtime import settings
 launch_cost.fake_driver()
-tune.ROWS[:] = tune.ROWS[::9]
-tune.pack_shapes.WIDTHS = (256, 2048)
+tune_jobs.ROWS[:] = tune_jobs.ROWS[::9]
+tune_jobs.pack_shapes.WIDTHS = (256, 2048)
 made = lambda: {p.parent.name for p in Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin")}
 counts = []
 for part in range(3):
     assert tune_precompile.compile_part("layer_norm", torch.bfloat16, "sm_90", part, 3) == 0
     counts.append(len(made()))
 with build_pack.recorded_launches("sm_90") as launches:
-    for work in tune.OPS["layer_norm"](lambda *s: torch.empty(s, dtype=torch.bfloat16), torch.bfloat16):
-        args = work.make()
-        for candidate in (None, *work.candidates):
-            with tune.tuned.override(work.kind, candidate):
-                work.launcher(*args)
+    empty = lambda *shape: torch.empty(shape, dtype=torch.bfloat16)
+    for job in tune_jobs.OPS["layer_norm"](empty, torch.bfloat16):
+        args = job.make()
+        for candidate in (None, *job.candidates):
+            with settings.override(job.kind, candidate):
+                job.launcher(*args)
 assert 0 < counts[0] < counts[1] < counts[2] == len(set(launches)), (counts, len(set(launches)))
 assert tune_precompile.compile_part("layer_norm", torch.bfloat16, "sm_90", 0, 1) == 0
 assert len(made()) == counts[2], "compiled again"
@@ -260,7 +274,7 @@ assert tune_precompile.compile_part("layer_norm", torch.bfloat16, "sm_90", 0, 1)
 
 
 def test_compiled_ahead(tmp_path):
-    """Each launch by one of the processes, into Triton's own cache; one that fails stops no other."""
+    """Each launch is compiled by one process, into Triton's cache; a failure stops no other."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, "-c", AHEAD]

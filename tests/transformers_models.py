@@ -1,4 +1,4 @@
-"""Small Hugging Face models and what is compared of them."""
+"""Small Hugging Face models, their inputs, and comparisons of their results."""
 
 import copy
 
@@ -51,8 +51,11 @@ def t5(**options):
 
 
 def bart(**options):
-    sizes = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in
-             (("layers", 2), ("attention_heads", 4), ("ffn_dim", 96))}  # fmt: skip
+    sizes = {
+        f"{part}_{what}": n
+        for part in ("encoder", "decoder")
+        for what, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 96))
+    }
     return m.bart.BartForConditionalGeneration(m.bart.BartConfig(**SEQ2SEQ, **sizes, **options))
 
 
@@ -71,7 +74,7 @@ GENERATORS = [gpt2, opt, llama, t5, bart]
 
 
 def build(make, attention="llmos", **options):
-    """A model without dropout whose attention is far from uniform."""
+    """Return a model without dropout, with weights that make its attention far from uniform."""
     torch.manual_seed(0)
     model = make(**dict.fromkeys(DROPOUT.get(make, ()), 0.0) | options)
     for p in model.parameters():
@@ -82,7 +85,7 @@ def build(make, attention="llmos", **options):
 
 
 def batch(model, padding="left"):
-    """Tokens and a mask; encoder-decoder models get both sides, of different lengths."""
+    """Return random tokens and a mask; for encoder-decoder models both inputs, of other lengths."""
     generator = testing.generator(1)
     ids = torch.randint(3, VOCABULARY, (BATCH, LENGTH), generator=generator)
     mask = torch.ones_like(ids)
@@ -97,26 +100,28 @@ def batch(model, padding="left"):
 
 
 def seen(logits, given):
-    """Rows of real tokens: causal attention of left padding sees nothing."""
+    """Return the logits of real tokens; causal attention at left padding sees no key."""
     mask = given.get("attention_mask")
     whole = mask is None or mask.dim() != 2 or "decoder_input_ids" in given
     return logits if whole else logits[mask.bool()]
 
 
 def logits_and_gradients(model, given):
+    """Return the logits, the gradient of each matrix, and those of all vectors as one tensor."""
     out = seen(model(**given).logits, given)
     names, parameters = zip(*model.named_parameters(), strict=True)
     gradients = torch.autograd.grad(out, parameters, make_gradients([out]))
     matrices = {n: g for n, g in zip(names, gradients, strict=True) if g.dim() > 1}
-    # Keys' biases have no gradient but rounding: vectors are judged together.
+    # The gradient of a key bias is 0 but for rounding, so vectors are judged together.
     vectors = [g.flatten() for g in gradients if g.dim() <= 1]
     return {"logits": out.detach(), **matrices, "vectors": torch.cat([*vectors, out.new_zeros(1)])}
 
 
 def check(model, given, run=logits_and_gradients, exact_by="sdpa"):
-    """``run`` under llmos by the error budget, against float64 and fp32 under eager.
+    """Assert the error budget of ``run`` with our attention; return its results.
 
-    In float64 the eager attention of a query that sees nothing is NaN in some models.
+    The exact result is that of ``exact_by`` in float64, the budget's that of eager attention in
+    float32. In float64 eager attention gives NaN for queries that see no key in some models.
     """
     actual = run(model, given)
     model.set_attn_implementation(exact_by)

@@ -1,4 +1,4 @@
-"""What test_wheels.py runs with an installed wheel, in its environment: prints JSON."""
+"""Import an installed wheel, call it and print JSON; run by test_wheels.py in its environment."""
 
 import json
 import sys
@@ -30,8 +30,16 @@ if "opcheck" in sys.argv:
                 torch.library.opcheck(op, given)
                 checked.add(op)
 owners = {environment.owner(op, "CPU") for op in environment.DEFINED}
-print(json.dumps({
-    "torch": torch.__version__, "import torch": torch_seconds, "import": own_seconds,
-    "first call": first_call, "checked": len(checked), "reference": owners == {"reference"},
-    "file": lk.__file__,
-}))  # fmt: skip
+print(
+    json.dumps(
+        {
+            "torch": torch.__version__,
+            "import torch": torch_seconds,
+            "import": own_seconds,
+            "first call": first_call,
+            "checked": len(checked),
+            "reference": owners == {"reference"},
+            "file": lk.__file__,
+        }
+    )
+)

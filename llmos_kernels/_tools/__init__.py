@@ -1,1 +1,1 @@
-"""What ``python -m llmos_kernels`` runs. The library never imports it."""
+"""The commands of ``python -m llmos_kernels``. The library never imports them."""

@@ -1,7 +1,8 @@
-"""Triton kernels compiled ahead of time, for GPUs that need not be there.
+"""Compile Triton kernels ahead of time into the pack, for GPUs that need not be present.
 
-A launcher is run on CPU tensors with each launch recorded instead of done; what it would have
-launched is what is compiled. ``python -m llmos_kernels._tools.build_pack FOLDER 8.0 9.0`` makes the pack.
+A launcher is called with CPU tensors while each kernel launch is recorded instead of executed; the
+recorded launches are compiled. ``python -m llmos_kernels._tools.build_pack FOLDER 8.0 9.0`` writes
+the pack for compute capabilities 8.0 and 9.0.
 """
 
 import argparse
@@ -18,49 +19,59 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmos_kernels._triton.runtime import kernel_pack, launch, settings
 from llmos_kernels._triton.runtime.launch import OPTIONS, Kernel, parameters
 
-#: The modules of ``_triton`` whose ``variants`` are packed.
+#: The modules of ``_triton`` whose ``variants()`` go into the pack.
 MODULES = (
-    "attention.forward", "attention.backward", "attention.weights", "gemm.activation", "gemm.linear",
-    "gemm.linear_backward", "int8.layer_norm", "int8.linear", "norm.embedding", "norm.layer_norm",
+    "attention.forward",
+    "attention.backward",
+    "attention.weights",
+    "gemm.activation",
+    "gemm.linear",
+    "gemm.linear_backward",
+    "int8.layer_norm",
+    "int8.linear",
+    "norm.embedding",
+    "norm.layer_norm",
     "norm.layer_norm_backward",
-)  # fmt: skip
-#: About what one core takes for a kernel, in seconds: what a build says before it starts.
+)
+#: Approximate seconds to compile a kernel on one core, for the estimate that a build prints first.
 SECONDS_PER_KERNEL = 0.6
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel in one configuration: what triton.compile needs."""
+    """A kernel with the types and constants of its arguments: the input of ``triton.compile``."""
 
     fn: Kernel = field(compare=False)
     name: str
-    key: str  # As the pack looks it up.
-    signature: tuple
-    constants: tuple
-    aligned: tuple
-    options: tuple
+    key: str  # The key of this variant in the pack.
+    signature: tuple[tuple[str, str], ...]  # (parameter, type) in order.
+    constants: tuple[tuple[str, Any], ...]  # (parameter, value).
+    aligned: tuple[str, ...]  # Parameters whose value is divisible by 16.
+    options: tuple[tuple[str, Any], ...]  # (option, value), such as num_warps.
 
     def __str__(self) -> str:
+        """Return the name, the first dtype, capital constants, and ``-x`` for each absent x."""
         constants = dict(self.constants)
         shown = [f"{k}={v}" for k, v in constants.items() if k.isupper()]
         absent = [k for k, v in constants.items() if v is None]
         dtype = next((t[1:] for _, t in self.signature if t.startswith("*")), "")
         return " ".join([self.name, dtype, *shown, *(f"-{k}" for k in absent)])
 
-    def compile(self, arch: str):
-        """The compiled kernel for ``arch``, as sm_90."""
+    def compile(self, arch: str) -> CompiledKernel:
+        """Compile for ``arch``, such as sm_90."""
         fn = self.fn
         index = {p.name: i for i, p in enumerate(fn.params)}
         attrs = {(index[name],): [["tt.divisibility", 16]] for name in self.aligned}
@@ -71,10 +82,13 @@ class Launch:
 
 
 def launch_of(fn: Kernel, args: tuple, kwargs: dict) -> Launch:
-    """What ``fn[grid](*args, **kwargs)`` launches."""
+    """Return what ``fn[grid](*args, **kwargs)`` launches; remove launch options from ``kwargs``."""
     options = {k: v for k in OPTIONS if (v := kwargs.pop(k, None)) is not None}
     values = dict(zip(fn.arg_names, args, strict=False)) | kwargs
-    signature, constants, aligned, tokens = {}, {}, [], []
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    aligned: list[str] = []
+    tokens: list[str] = []
     for name, specialize in parameters(fn):
         value = values[name]
         constant, by_value, by_alignment = (bool(specialize & bit) for bit in (1, 2, 4))
@@ -112,8 +126,11 @@ def launch_of(fn: Kernel, args: tuple, kwargs: dict) -> Launch:
 
 @contextlib.contextmanager
 def planned_for(arch: str | None, gpu: tuple[str | None, str] | None = None) -> Iterator[None]:
-    """Launchers decide as on ``arch``, with the settings of ``gpu``, its name and architecture, by
-    default any of ``arch``; None: as where there is no GPU."""
+    """Make launchers choose as on a GPU of ``arch``; with None, as without a GPU.
+
+    ``gpu`` is the name and the architecture whose tuned settings are used, by default of any GPU of
+    ``arch``.
+    """
     if arch is None:
         yield
         return
@@ -124,10 +141,13 @@ def planned_for(arch: str | None, gpu: tuple[str | None, str] | None = None) -> 
 
 @contextlib.contextmanager
 def recorded_launches(arch: str | None = None) -> Iterator[list[Launch]]:
-    """Every Triton launch inside is appended to the list instead of done; as planned for ``arch``."""
+    """Append every Triton launch in this context to the list instead of executing it.
+
+    The launchers choose as ``planned_for(arch)``.
+    """
     launches: list[Launch] = []
 
-    def record(self, grid, args, kwargs):
+    def record(self: Kernel, grid: tuple[int, ...], args: tuple, kwargs: dict[str, Any]) -> None:
         launches.append(launch_of(self, args, dict(kwargs)))
 
     with mock.patch.object(Kernel, "launch", record), planned_for(arch):
@@ -135,15 +155,15 @@ def recorded_launches(arch: str | None = None) -> Iterator[list[Launch]]:
 
 
 def calls(modules: Sequence[str] = MODULES) -> Iterator[tuple[Callable, tuple]]:
-    """The calls of launchers whose kernels are packed, not to be run."""
+    """Yield (launcher, arguments) of each call to record for the pack; none is to be executed."""
     for name in modules:
         yield from importlib.import_module(f"llmos_kernels._triton.{name}").variants()
 
 
 def variants(arch: str, modules: Sequence[str] = MODULES) -> list[Launch]:
-    """The distinct launches that the pack holds for ``arch``."""
-    # By the rules, and as each GPU that will run this code was tuned.
-    gpus: list[tuple] = [(None, "none")]
+    """Return the distinct launches that the pack holds for ``arch``."""
+    # The launch rules without tuning, and the tuned settings of each GPU that can run this code.
+    gpus: list[tuple[str | None, str]] = [(None, "none")]
     for table in settings.tables():
         if table["arch"] == arch or {table["arch"][:4], arch[:4]} == {"sm_8"}:
             gpus += [(None, table["arch"]), (table["gpu"], table["arch"])]
@@ -156,37 +176,52 @@ def variants(arch: str, modules: Sequence[str] = MODULES) -> list[Launch]:
 
 
 def parameter_sizes(ptx: str) -> list[int]:
-    """The bytes of each parameter of the one kernel in ``ptx``, the hidden ones too."""
+    """Return the bytes of each parameter of the only kernel in ``ptx``, including hidden ones."""
     (listed,) = re.findall(r"\.visible \.entry \w+\((.*?)\)", ptx, re.DOTALL)
     found = re.findall(r"\.param (?:\.align \d+ )?\.[bfus](\d+)\b[^\[,]*(?:\[(\d+)\])?", listed)
     return [int(bits) // 8 * int(length or 1) for bits, length in found]
 
 
-def packed(launch: Launch, arch: str) -> tuple[dict, bytes]:
-    """What the pack holds of a launch: its entry, and its cubin, compressed."""
-    made = launch.compile(arch)
-    m = made.metadata
+def compile_entry(launch: Launch, arch: str) -> tuple[dict[str, Any], bytes]:
+    """Compile ``launch`` and return its entry in the index and its compressed cubin.
+
+    Raises:
+        ValueError: The compiled kernel needs a feature that the pack's launcher does not have.
+    """
+    kernel = launch.compile(arch)
+    m = kernel.metadata
     for name, expected in (
-        ("num_ctas", 1), ("global_scratch_size", 0), ("profile_scratch_size", 0),
-        ("launch_cooperative_grid", False), ("launch_pdl", False),
-    ):  # fmt: skip
+        ("num_ctas", 1),
+        ("global_scratch_size", 0),
+        ("profile_scratch_size", 0),
+        ("launch_cooperative_grid", False),
+        ("launch_pdl", False),
+    ):
         if getattr(m, name, expected) != expected:
             raise ValueError(f"{launch}: the pack cannot launch with {name}={getattr(m, name)}")
-    cubin = made.asm["cubin"]
+    cubin = kernel.asm["cubin"]
     data = zlib.compress(cubin, 9)
-    maps = [
+    descriptors = [
         (d["swizzle"], d["elem_size"], TMA_DTYPE_DEVICE_TO_HOST[d["elem_type"]], d["block_size"])
         for d in getattr(m, "tensordesc_meta", None) or ()
     ]
     return {
-        "key": launch.key, "symbol": m.name, "warps": m.num_warps, "shared": m.shared,
-        "parameters": parameter_sizes(made.asm["ptx"]), "descriptors": maps,
-        "length": len(data), "sha256": hashlib.sha256(cubin).hexdigest(),
-    }, data  # fmt: skip
+        "key": launch.key,
+        "symbol": m.name,
+        "warps": m.num_warps,
+        "shared": m.shared,
+        "parameters": parameter_sizes(kernel.asm["ptx"]),
+        "descriptors": descriptors,
+        "length": len(data),
+        "sha256": hashlib.sha256(cubin).hexdigest(),
+    }, data
 
 
-def write(folder: Path, arch: str, entries: list[tuple[str, dict, bytes]]) -> int:
-    """``sm_90.json`` and ``sm_90.bin`` in ``folder``; the bytes of the latter."""
+def write(folder: Path, arch: str, entries: list[tuple[str, dict[str, Any], bytes]]) -> int:
+    """Write the index ``<arch>.json`` and the cubins ``<arch>.bin``; return the size of the latter.
+
+    ``entries`` are (kernel name, entry, compressed cubin).
+    """
     kernels: dict[str, list[dict]] = {}
     offset = 0
     with (folder / f"{arch}.bin").open("wb") as f:
@@ -194,17 +229,26 @@ def write(folder: Path, arch: str, entries: list[tuple[str, dict, bytes]]) -> in
             kernels.setdefault(name, []).append(entry | {"offset": offset})
             offset += f.write(data)
     index = {
-        "format": kernel_pack.FORMAT, "arch": arch, "triton": triton.__version__,
-        "sources": kernel_pack.sources_sum(), "bytes": offset, "kernels": kernels,
-    }  # fmt: skip
+        "format": kernel_pack.FORMAT,
+        "arch": arch,
+        "triton": triton.__version__,
+        "sources": kernel_pack.sources_sum(),
+        "bytes": offset,
+        "kernels": kernels,
+    }
     index["sha256"] = kernel_pack.index_sum(index)
     (folder / f"{arch}.json").write_text(json.dumps(index, sort_keys=True) + "\n")
     return offset
 
 
 def pack_archs(listed: list[str]) -> list[str]:
-    """The architectures to compile for, as sm_90, of entries as 9.0, 9.0a or 12.0+PTX: the code of
-    8.0 serves all of 8.x."""
+    """Return the architectures, such as sm_90, for entries like 9.0, 9.0a or 12.0+PTX.
+
+    Code for 8.0 runs on every 8.x, so of these only the lowest is returned.
+
+    Raises:
+        ValueError: An entry has another form.
+    """
     numbers = set()
     for entry in listed:
         match = re.fullmatch(r"(\d+)\.(\d)a?(?:\+PTX)?", entry)
@@ -213,45 +257,51 @@ def pack_archs(listed: list[str]) -> list[str]:
         numbers.add(int(match[1] + match[2]))
     ampere = [n for n in numbers if 80 <= n < 90]
     numbers -= {n for n in ampere if n != min(ampere)}
-    # Triton compiles for none before.
+    # Triton supports no architecture before sm_80.
     return [f"sm_{n}" for n in sorted(numbers) if n >= 80]
 
 
-def _work(i: int) -> tuple[dict, bytes]:
-    return packed(*_JOBS[i])
-
-
+#: The arguments of ``compile_entry`` for the worker processes, which inherit them by fork.
 _JOBS: list[tuple[Launch, str]] = []
 
 
+def _compile_job(i: int) -> tuple[dict[str, Any], bytes]:
+    """Compile the job of that index, in a worker process."""
+    return compile_entry(*_JOBS[i])
+
+
 def build(folder: Path, wanted: dict[str, list[Launch]], jobs: int = 1) -> None:
-    """The pack of the wanted launches of each architecture in ``folder``, in place of what was there."""
+    """Compile the wanted launches of each architecture and write the pack over an older one."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("sm_*"):
         old.unlink()
-    # Debug information has the paths of this machine.
+    # Line information would put paths of this machine into the cubins.
     with mock.patch.dict(os.environ, TRITON_DISABLE_LINE_INFO="1"):
         for arch, launches in wanted.items():
             _JOBS[:] = [(launch, arch) for launch in launches]
             with multiprocessing.get_context("fork").Pool(jobs) as pool:
-                done = list(_shown(pool.imap(_work, range(len(launches)), chunksize=4), arch))
-            entries = [(k.name, *made) for k, made in zip(launches, done, strict=True)]
+                results = pool.imap(_compile_job, range(len(launches)), chunksize=4)
+                compiled = list(_with_progress(results, arch))
+            entries = [(k.name, *entry) for k, entry in zip(launches, compiled, strict=True)]
             size = write(folder, arch, entries)
             print(f"pack: {len(entries)} kernels for {arch}, {size / 2**20:.1f} MiB", flush=True)
 
 
-def _shown(made: Iterable[tuple[dict, bytes]], arch: str) -> Iterator[tuple[dict, bytes]]:
-    """``made``, with a line of progress at every tenth of it."""
+def _with_progress(
+    results: Iterable[tuple[dict[str, Any], bytes]], arch: str
+) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Yield ``results`` and print a line at every tenth of them."""
     total, start = len(_JOBS), time.perf_counter()
-    for count, one in enumerate(made, 1):
+    for count, result in enumerate(results, 1):
         if count * 10 // total > (count - 1) * 10 // total:
-            taken = time.perf_counter() - start
-            left = taken * (total - count) / count
-            print(f"pack: {count} of {total} kernels for {arch}, {left / 60:.1f} minutes to go", flush=True)  # fmt: skip
-        yield one
+            left = (time.perf_counter() - start) * (total - count) / count
+            progress = f"pack: {count} of {total} kernels for {arch}"
+            print(f"{progress}, {left / 60:.1f} minutes to go", flush=True)
+        yield result
 
 
 def main() -> int:
+    """Build the pack that the command line asks for; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m llmos_kernels._tools.build_pack")
     parser.add_argument("folder", type=Path)
     parser.add_argument("gpus", nargs="+", help="as in TORCH_CUDA_ARCH_LIST: 8.0 9.0 12.0+PTX")
@@ -264,7 +314,7 @@ def main() -> int:
         parser.error(str(e))
     total = sum(map(len, wanted.values()))
     minutes = total * SECONDS_PER_KERNEL / args.jobs / 60
-    print(f"pack: {total} kernels for {', '.join(wanted)}, some {minutes:.0f} minutes", flush=True)
+    print(f"pack: {total} kernels for {', '.join(wanted)}, about {minutes:.0f} minutes", flush=True)
     build(args.folder, wanted, args.jobs)
     return 0
 

@@ -1,4 +1,4 @@
-"""What was installed: the build's own account of itself, and whether its files are still those."""
+"""Read what the build recorded about itself, and compare the installed files with their wheel."""
 
 import base64
 import hashlib
@@ -6,12 +6,13 @@ import importlib.metadata
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 _INFO = Path(__file__).parents[1] / "_build_info.json"
 
 
-def build_info() -> dict:
-    """What setup.py wrote of the build; empty where there was none."""
+def build_info() -> dict[str, Any]:
+    """Return what setup.py recorded about the build; empty if nothing was recorded."""
     try:
         return json.loads(_INFO.read_text())
     except FileNotFoundError:
@@ -19,7 +20,7 @@ def build_info() -> dict:
 
 
 def commit() -> str:
-    """The commit that was built, for people."""
+    """Return a phrase that names the commit that was built, such as "of commit 0123456789ab"."""
     info = build_info()
     if not info.get("commit"):
         return "of an unknown commit"
@@ -27,24 +28,25 @@ def commit() -> str:
 
 
 def altered() -> Iterator[str]:
-    """Each file that is missing or has other bytes than its wheel had: by the sums in RECORD.
+    """Yield a line for each file that is missing or differs from its checksum in RECORD.
 
-    Raises ValueError where no wheel was installed.
+    Raises:
+        ValueError: The package was not installed from a wheel.
     """
     try:
         files = importlib.metadata.distribution("llmos_kernels").files or []
     except importlib.metadata.PackageNotFoundError:
         files = []
-    # Bytecode, made after the wheel, has no sum.
-    own = [(f, f.hash) for f in files if f.parts[0] == "llmos_kernels" and f.hash]
-    if not own:
-        raise ValueError("no sums to compare with: llmos_kernels runs from its sources")
-    for f, wanted in own:
+    # Bytecode is compiled after the wheel was built and has no checksum.
+    listed = [(f, f.hash) for f in files if f.parts[0] == "llmos_kernels" and f.hash]
+    if not listed:
+        raise ValueError("no checksums to compare with: llmos_kernels runs from its sources")
+    for f, expected in listed:
         path = Path(str(f.locate()))
         try:
-            digest = hashlib.new(wanted.mode, path.read_bytes()).digest()
+            digest = hashlib.new(expected.mode, path.read_bytes()).digest()
         except OSError as e:
             yield f"{path}: {e.strerror}"
             continue
-        if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != wanted.value:
-            yield f"{path}: its {wanted.mode} is another"
+        if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != expected.value:
+            yield f"{path}: its {expected.mode} differs"

@@ -1,4 +1,4 @@
-"""What of the package works on this machine, and why not more: ``python -m llmos_kernels env``."""
+"""Report which kernels run here, and why others do not: ``python -m llmos_kernels env``."""
 
 import importlib.metadata
 import os
@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -17,12 +18,12 @@ from llmos_kernels._tools import checksums
 from llmos_kernels._triton.runtime import kernel_pack
 from llmos_kernels.ops.products import torch_from
 
-#: A dispatch key, and the devices that it stands for.
+#: The dispatch keys that are reported, one for each kind of device.
 KEYS = ("CPU", "CUDA")
 
 
 def owner(op: str, key: str) -> str:
-    """The file whose kernel answers for ``op`` on ``key``, or ``reference``."""
+    """Return the source file of the kernel of ``op`` on dispatch key ``key``, or "reference"."""
     if _FORCED == "reference":
         return "reference"
     for line in torch._C._dispatch_dump(op).splitlines():
@@ -38,7 +39,7 @@ def owner(op: str, key: str) -> str:
 
 
 def why_reference(op: str, key: str) -> str:
-    """Why no kernel answers for ``op`` on ``key``."""
+    """Return why ``op`` has no kernel on dispatch key ``key``; empty if none is expected."""
     if _FORCED == "reference":
         return "LLMOS_BACKEND=reference"
     if key == "CPU":
@@ -50,11 +51,13 @@ def why_reference(op: str, key: str) -> str:
     return "the CUDA part is not built"
 
 
-def _extension():
+def _extension() -> ModuleType | None:
+    """Return the C++ extension if it is loaded."""
     return sys.modules.get("llmos_kernels._C")
 
 
 def _version(package: str) -> str:
+    """Return the version of an installed package, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -62,22 +65,23 @@ def _version(package: str) -> str:
 
 
 def _cpu_name() -> str:
+    """Return the model name of the CPU."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def _cuda_part(device: int, arch: str) -> str:
-    """What the C++ part for GPUs has for a device."""
+    """Return a line on what the CUDA C++ kernels were built for, seen from a device."""
     try:
         code = torch.ops.llmos.built_for(torch.empty(0, device=f"cuda:{device}")).item()
     except RuntimeError:  # No kernel image is available for execution on the device.
-        return f"CUDA part: nothing in it is for {arch}; its ops raise"
+        return f"CUDA part: not built for {arch}; its ops raise"
     return f"CUDA part runs its sm_{code} code" if code else "CUDA part: not built"
 
 
 def triton_kernels(arch: str) -> str:
-    """Where a GPU of ``arch`` gets its Triton kernels from."""
+    """Return a line on where a GPU of ``arch`` gets its Triton kernels from."""
     packed = kernel_pack.covering(arch)
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if not HAS_TRITON:
@@ -89,23 +93,19 @@ def triton_kernels(arch: str) -> str:
             if kernel_pack.MODE == "require":
                 return f"Triton kernels: none, LLMOS_PACK=require and {e}"
         else:
-            others = (
-                "others raise"
-                if kernel_pack.MODE == "require"
-                else "others compiled when first used"
-            )
-            return f"Triton kernels: those for {packed} of the pack, {others}"
-    why = (
-        f"the pack has none for {arch}"
-        if kernel_pack.archs() and packed is None
-        else "not from the pack"
-    )
+            required = kernel_pack.MODE == "require"
+            others = "others raise" if required else "others compiled when first used"
+            return f"Triton kernels: from the pack, for {packed}; {others}"
+    why = "not from the pack"
+    if kernel_pack.archs() and packed is None:
+        why = f"the pack has none for {arch}"
     if compiler is None:
         return f"Triton kernels: {why}, and there is no C compiler; the slow reference answers"
     return f"Triton kernels: {why}, compiled when first used, with {Path(compiler).name}"
 
 
 def _gpus() -> Iterator[str]:
+    """Yield three lines for each GPU, or one on why there is none."""
     if not torch.cuda.is_available():
         yield "none" if torch.backends.cuda.is_built() else "none that this CPU-only torch can use"
         return
@@ -117,7 +117,7 @@ def _gpus() -> Iterator[str]:
 
 
 def describe() -> Iterator[str]:
-    """The lines that ``env`` prints; the last one is the verdict."""
+    """Yield the lines that ``env`` prints; the last one is the verdict."""
     yield f"llmos_kernels {llmos_kernels.__version__}"
     yield f"python        {platform.python_version()}, {platform.system()} {platform.machine()}"
     yield f"torch         {torch.__version__}"
@@ -125,8 +125,9 @@ def describe() -> Iterator[str]:
     extension = _extension()
     yield f"cpu           {_cpu_name()}, {torch.get_num_threads()} threads"
     if extension:
-        lowered = " (LLMOS_CPU_LEVEL)" if os.environ.get("LLMOS_CPU_LEVEL") else ""
-        yield f"cpu level     {extension.cpu_level()}{lowered} of {', '.join(extension.cpu_levels())}"
+        limited = " (LLMOS_CPU_LEVEL)" if os.environ.get("LLMOS_CPU_LEVEL") else ""
+        levels = ", ".join(extension.cpu_levels())
+        yield f"cpu level     {extension.cpu_level()}{limited} of {levels}"
         build = extension.build
         archs = build["cuda_archs"] or "none: no nvcc, or no GPU to build for"
         yield f"build         {build['compiler']}, torch {build['torch']}, CUDA archs {archs}"

@@ -1,6 +1,6 @@
-"""What the compiler makes of every Triton kernel, for a GPU that need not be there.
+"""Report what the compiler makes of every Triton kernel, for a GPU that need not be present.
 
-The table shows the configurations that users get: see ``_compile``.
+The kernels are compiled in the configurations that users get, as ``build_pack`` records them.
 """
 
 import fnmatch
@@ -11,22 +11,36 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from triton.compiler import CompiledKernel
 
+from llmos_kernels._core.registry import DEFINED
 from llmos_kernels._tools import machine_code
 from llmos_kernels._tools.build_pack import Launch, recorded_launches
+from llmos_kernels.testing import CASES, DTYPES, raw_calls
+from llmos_kernels.testing.cases import int8
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
-def launches(dtypes=None, widths=None, names=None, arch=None) -> list[Launch]:
-    """The distinct launches of every case, forward and backward, and of "int8"; as on ``arch``."""
-    from llmos_kernels._core.registry import DEFINED
-    from llmos_kernels.testing import CASES, DTYPES, raw_calls
-    from llmos_kernels.testing.cases import int8
+def launches(
+    dtypes: Sequence[torch.dtype] | None = None,
+    widths: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+    arch: str | None = None,
+) -> list[Launch]:
+    """Return the distinct launches of the cases, forward and backward, and of int8.
 
-    def calls(dtype):
+    Args:
+        dtypes: Dtypes of the inputs; float32, bfloat16 and float16 by default.
+        widths: Last dimensions of the shapes; those of each case by default.
+        names: Names of cases, or "int8"; all by default.
+        arch: The architecture for which the launch settings are chosen; None chooses as without a
+            GPU.
+    """
+
+    def calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple]]:
         for case in (c for c in CASES if names is None or c.name in names):
-            for shape in {(*case.shapes[-1][:-1], width) for width in widths or case.widths}:
+            for shape in {(*case.shapes[-1][:-1], w) for w in widths or case.compile_widths}:
                 args = case.make(shape, dtype=dtype, requires_grad=True)
                 yield from ((op.name(), args) for op, args in raw_calls(case, args))
         if names is None or "int8" in names:
@@ -37,56 +51,58 @@ def launches(dtypes=None, widths=None, names=None, arch=None) -> list[Launch]:
         for op, args in calls(dtype):
             if DEFINED[op].triton is None:
                 continue
-            with recorded_launches(arch) as some:
+            with recorded_launches(arch) as recorded:
                 DEFINED[op].launch(*args)
-            found.update(dict.fromkeys(some))
+            found.update(dict.fromkeys(recorded))
     return list(found)
 
 
 @dataclass
 class Resources:
-    """What one compiled kernel takes."""
+    """The registers, memory and instructions of one compiled kernel."""
 
     launch: Launch
     arch: str
-    registers: int
-    spills: int  # Bytes stored and loaded.
-    shared: int  # Bytes.
-    wgmma: bool
-    overflows: list[str]
+    registers: int  # Per thread.
+    spills: int  # Bytes of register spills, stores and loads together.
+    shared: int  # Bytes of shared memory.
+    wgmma: bool  # Whether the PTX has warp-group matrix instructions.
+    overflows: list[str]  # See the function ``overflows``.
     cubin: bytes
-    repeated: float  # How often tensor cores do the same work.
-    waited_for: list[str]  # Dtypes of tiles that are not loaded ahead.
+    mma_redundancy: float  # How many times tensor cores compute the same products; 1 is none twice.
+    unpipelined_loads: list[str]  # Dtypes of the tiles that loops load only when they need them.
 
     @functools.cached_property
     def instructions(self) -> Counter[str]:
-        """As ``_machine_code`` counts them."""
+        """The number of instructions of each kind, see ``machine_code.instructions``."""
         return machine_code.instructions(self.cubin)
 
     @property
     def matrix(self) -> str:
-        """The widest instruction of tensor cores that it has, or none."""
+        """The name of the widest tensor core instruction in the kernel, or "-"."""
         return next((kind for kind in machine_code.MATRIX if self.instructions[kind]), "-")
 
     @property
     def vectors(self) -> str:
-        """Widths in bits of loads from and stores to global memory: ``128 x 4, 32 x 1; 128 x 2``."""
+        """Bits per thread of global loads, then of stores: ``128 x 4, 32 x 1; 128 x 2``."""
         kinds = ("LDG", "LDGSTS"), ("STG",)
         widths = (machine_code.widths(self.instructions, *kind) for kind in kinds)
         return "; ".join(
-            ", ".join(f"{w} x {w_n}" for w, w_n in sorted(of.items(), reverse=True))
+            ", ".join(f"{bits} x {count}" for bits, count in sorted(of.items(), reverse=True))
             for of in widths
         )
 
 
 def resources(launch: Launch, arch: str) -> Resources:
-    """Compile ``launch`` for ``arch`` and read what ptxas made of it."""
+    """Compile ``launch`` for ``arch`` and return its resources."""
     return _read(launch, arch, launch.compile(arch))
 
 
 def resources_of_ampere(launch: Launch, archs: Sequence[str]) -> list[Resources]:
-    """What ``resources`` gives for each of ``archs``, sm_8x, with one compilation: Triton's PTX is the same
-    for all of them, and ptxas alone is asked again."""
+    """Return the resources of ``launch`` for each of ``archs``, all sm_8x, compiled once by Triton.
+
+    Triton generates the same PTX for all sm_8x, so only ptxas runs for each of them.
+    """
     kernel = launch.compile("sm_80")
     return [
         _read(launch, arch, kernel, machine_code.assembled(kernel.asm["ptx"], arch)[0])
@@ -94,7 +110,10 @@ def resources_of_ampere(launch: Launch, archs: Sequence[str]) -> list[Resources]
     ]
 
 
-def _read(launch: Launch, arch: str, kernel, cubin: bytes | None = None) -> Resources:
+def _read(
+    launch: Launch, arch: str, kernel: CompiledKernel, cubin: bytes | None = None
+) -> Resources:
+    """Return the resources of a compiled kernel; ``cubin`` replaces the one that Triton made."""
     cubin = kernel.asm["cubin"] if cubin is None else cubin
     registers, spills = machine_code.registers_and_spills(cubin, kernel.asm["ptx"])
     return Resources(
@@ -106,13 +125,14 @@ def _read(launch: Launch, arch: str, kernel, cubin: bytes | None = None) -> Reso
         "wgmma" in kernel.asm["ptx"],
         overflows(kernel.asm["ttir"]),
         cubin,
-        machine_code.repeated(kernel.asm["ttgir"]),
-        machine_code.waited_for(kernel.asm["ttgir"]),
+        machine_code.mma_redundancy(kernel.asm["ttgir"]),
+        machine_code.unpipelined_loads(kernel.asm["ttgir"]),
     )
 
 
 _ASSIGN = re.compile(r"^\s*(%[\w#]+)(?::\d+)? = ([\w.]+)\s?(.*)$")
-#: What an operand of a 32-bit product may come from: it is small whatever the tensor.
+#: Operations whose results stay small however large the tensor is: a product with them cannot
+#: overflow.
 _SMALL = {
     "tt.make_range",
     "arith.constant",
@@ -124,7 +144,10 @@ _SMALL = {
 
 
 def overflows(ttir: str) -> list[str]:
-    """Pointer offsets that are 32-bit products of run-time values: wrong past 2^31 elements."""
+    """Return the pointer offsets that are 32-bit products of run-time values.
+
+    Such an offset is wrong in a tensor of more than 2^31 elements.
+    """
     defined = {}
     for line in ttir.splitlines():
         if match := _ASSIGN.match(line):
@@ -150,8 +173,31 @@ def overflows(ttir: str) -> list[str]:
 
 
 def table(arch: str, dtype: torch.dtype | None = None, kernels: str = "*") -> Iterator[Resources]:
-    """The resources of every launch on ``arch`` of the ``kernels``, as layer_norm:*, one after the other."""
+    """Return an iterator over the resources of every launch on ``arch``, compiled one by one.
+
+    Args:
+        arch: One of ``ARCHS``.
+        dtype: The dtype of the inputs; all dtypes by default.
+        kernels: A pattern of kernel names, such as ``norm.layer_norm:*``.
+
+    Raises:
+        ValueError: ``arch`` is not one of ``ARCHS``.
+    """
     if arch not in ARCHS:
         raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {arch!r}")
-    chosen = launches(dtype and (dtype,), arch=arch)
+    chosen = launches(None if dtype is None else (dtype,), arch=arch)
     return (resources(k, arch) for k in chosen if fnmatch.fnmatch(k.name, kernels))
+
+
+def print_table(arch: str, dtype: torch.dtype | None = None, kernels: str = "*") -> None:
+    """Print a line of ``table`` for each launch. Takes and raises what ``table`` does."""
+    rows = table(arch, dtype, kernels)
+    print(f"kernels on {arch}; global loads; global stores: bits per thread x instructions")
+    print("matrix: tensor core instruction, x 2 if products repeat; waits: unpipelined loads")
+    print("regs spills  shared matrix    waits  kernel; loads; stores")
+    for r in rows:
+        matrix = r.matrix + f" x {r.mma_redundancy:g}" * (r.mma_redundancy > 1)
+        numbers = (
+            f"{r.registers:4} {r.spills:6} {r.shared:7} {matrix:9} {len(r.unpipelined_loads):5}"
+        )
+        print(f"{numbers}  {r.launch}; {r.vectors}", flush=True)

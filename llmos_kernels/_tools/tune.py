@@ -1,176 +1,51 @@
-"""Measures launch settings on a GPU: ``python -m llmos_kernels tune``; what ``_triton/runtime/settings.py`` reads.
+"""Measure launch settings on this GPU: ``python -m llmos_kernels tune``.
 
-Each setting is timed as a CUDA graph of calls on inputs that together exceed the L2 cache, so that
-each call finds its own cold. A setting is kept where its result agrees with the rule's and it is
-faster by more than noise.
+``_triton/runtime/settings.py`` reads what this writes. A setting is timed as a CUDA graph of calls
+on inputs that together exceed the L2 cache, so that no call finds its inputs there. It is written
+only if its result agrees with the launch rule's and it is faster by more than noise.
 """
 
 import functools
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import triton
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from llmos_kernels._tools import device_time
-from llmos_kernels._triton.attention import backward as attention_backward
-from llmos_kernels._triton.attention import forward as attention
-from llmos_kernels._triton.gemm import linear, linear_backward
-from llmos_kernels._triton.int8 import linear as int8
-from llmos_kernels._triton.norm import layer_norm, layer_norm_backward
-from llmos_kernels._triton.runtime import pack_shapes, settings
-from llmos_kernels.ops.activations import GELU
-from llmos_kernels.ops.attention_arguments import NOT_CAUSAL
+from llmos_kernels._tools import device_time, tune_precompile
+from llmos_kernels._tools.tune_jobs import OPS, TuningJob
+from llmos_kernels._triton.runtime import kernel_pack, settings
 
-#: A setting that is not faster than the rule by so much is noise.
+#: A setting must be faster than the launch rule by this fraction; less is noise.
 GAIN = 0.03
 
-
-@dataclass(frozen=True)
-class Work:
-    """A launch to be tuned: what it is called, its key, its launcher, and what makes arguments."""
-
-    kind: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    launcher: Callable
-    make: Callable[[], tuple]
-    candidates: Sequence[dict]
-
-
-def _product(names: str, *values: Sequence) -> list[dict]:
-    return [dict(zip(names.split(), v, strict=True)) for v in itertools.product(*values)]
-
-
-ROWS = _product("ROWS num_warps", (1, 2, 4, 8), (1, 2, 4, 8, 16))
-TILES = _product(
-    "BLOCK_M BLOCK_N num_warps num_stages", (32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
-)
-DECODE = _product(
-    "BLOCK_M BLOCK_N num_warps num_stages", (16,), (32, 64, 128), (2, 4, 8), (2, 3, 4)
-)
-INT8 = _product(
-    "BLOCK_M BLOCK_N BLOCK_K num_warps num_stages", (64, 128), (64, 128, 256), (64, 128), (4, 8), (3, 4)
-)  # fmt: skip
-_BLOCKS = "persistent BLOCK_M BLOCK_N BLOCK_K num_warps num_stages"
-PRODUCTS = _product(_BLOCKS, (0,), (64, 128), (64, 128), (32, 64), (4, 8), (3, 4))
-PRODUCTS += _product(_BLOCKS, (1,), (128,), (128, 256), (64,), (8,), (3, 4))
-FEW_ROWS = _product(_BLOCKS, (0,), (16,), (16, 32, 64), (64, 128, 256), (2, 4), (3, 4, 5))
-
-
-def _own_rows(rows: str, dtype: torch.dtype, d: int) -> list[dict]:
-    """TILES where each warp has 16 rows of its own; all where tensor cores or registers do not allow it."""
-    free = dtype == torch.float32 or d > 128
-    return [c for c in TILES if free or c[rows] >= 16 * c["num_warps"]]
-
-
-def _norms(empty: Callable, dtype: torch.dtype) -> Iterator[Work]:
-    for d in pack_shapes.WIDTHS:
-
-        def forward(d=d):
-            weight = empty(d)
-            return empty(8192, d), weight, weight, d, 1e-5, True
-
-        def backward(d=d):
-            x, weight, *_ = forward(d)
-            stats = layer_norm.forward(x, weight, weight, d, 1e-5, True)[1]
-            return x, None, x, weight, stats, d, True, 0.0, None, True, True
-
-        yield Work("layer_norm", dtype, (d,), layer_norm.forward, forward, ROWS)
-        launcher = layer_norm_backward.backward
-        yield Work("layer_norm backward", dtype, (d,), launcher, backward, ROWS)
-
-
-def _attention(empty: Callable, dtype: torch.dtype) -> Iterator[Work]:
-    def tensors(d, padded, batch=4, heads=16, queries=2048, keys=2048):
-        of = lambda n: empty(batch, n, heads, d).transpose(1, 2)
-        q, k, v = of(queries), of(keys), of(keys)
-        mask = torch.arange(keys, device=q.device).expand(batch, -1) >= keys * 3 // 4
-        return q, k, v, None, mask if padded else None, None, None
-
-    def options(d, dropout_p=0.0):
-        seed = torch.tensor([1, 2], device=empty(1).device)
-        return d**-0.5, NOT_CAUSAL, dropout_p, seed
-
-    def forward(d, load):
-        return *tensors(d, load != ""), *options(d, 0.1 * (load == " dropout"))
-
-    def backward(d, load):
-        args = forward(d, load)
-        return args[0], *args[:7], *attention.forward(*args), *args[7:], False
-
-    def decode(d):
-        return *tensors(d, False, 8, 32, 1, 4096), *options(d)
-
-    for d in (64, 128, 256):
-        by_queries, by_keys = (_own_rows(rows, dtype, d) for rows in ("BLOCK_M", "BLOCK_N"))
-        for load in ("", " masked", " dropout"):
-            make = functools.partial(forward, d, load)
-            yield Work(f"attention forward{load}", dtype, (d,), attention.forward, make, by_queries)
-            make = functools.partial(backward, d, load)
-            for name, tiles in (("dquery", by_queries), ("dkey", by_keys)):
-                kind = f"attention {name}{load}"
-                yield Work(kind, dtype, (d,), attention_backward.backward, make, tiles)
-        make = functools.partial(decode, d)
-        yield Work("attention decode", dtype, (d,), attention.forward, make, DECODE)
-
-
-def _linear(empty: Callable, dtype: torch.dtype) -> Iterator[Work]:
-    def forward(rows, d, hidden):
-        return empty(rows, d), empty(hidden, d), empty(hidden), GELU, 0.0, None, False
-
-    def dinput(rows, d, hidden):
-        return empty(rows, d), empty(d, hidden), empty(rows, hidden), GELU, 0.0, None
-
-    for rows, (d, hidden) in itertools.product(pack_shapes.ROWS, pack_shapes.FEED_FORWARDS):
-        shape, candidates = (rows, hidden, d), FEW_ROWS if rows <= 16 else PRODUCTS
-        make = functools.partial(forward, rows, d, hidden)
-        yield Work("linear", dtype, shape, linear.forward, make, candidates)
-        if rows > 16:
-            make = functools.partial(dinput, rows, d, hidden)
-            yield Work("linear dinput", dtype, shape, linear_backward.dinput, make, candidates)
-
-
-def _int8(empty: Callable, dtype: torch.dtype) -> Iterator[Work]:
-    def make(rows, d, hidden, threshold):
-        weight, scale = int8.quantize(empty(hidden, d))
-        return empty(rows, d), weight, scale, None, empty(hidden), GELU, threshold
-
-    few = [{k: v for k, v in c.items() if k != "persistent"} for c in FEW_ROWS]
-    few = [c for c in few if c["BLOCK_K"] >= 128]
-    for rows, (d, hidden) in itertools.product(pack_shapes.ROWS, pack_shapes.FEED_FORWARDS):
-        for kind, threshold in (("int8", 0.0), ("int8 outliers", 6.0)):
-            args = functools.partial(make, rows, d, hidden, threshold)
-            candidates = INT8 if rows > 16 else few
-            yield Work(kind, dtype, (rows, hidden, d), int8.linear, args, candidates)
-
-
-#: What ``--op`` chooses from.
-OPS: dict[str, Callable[[Callable, torch.dtype], Iterator[Work]]] = {
-    "layer_norm": _norms, "attention": _attention, "linear": _linear, "int8": _int8,
-}  # fmt: skip
+#: Returns the seconds of a call, from a launcher and its arguments.
+Timer = Callable[[Callable, tuple], float]
 
 
 def graph_seconds(launcher: Callable, args: tuple) -> float:
-    """The device's time for a call, from a cold L2: the median of replays of a CUDA graph."""
-    rounds = device_time.cold(args)
-    graph = device_time.captured([functools.partial(launcher, *given) for given in rounds])
-    times = [device_time.seconds(graph.replay) / len(rounds) for _ in range(12)]
+    """Return the GPU seconds of a call with its inputs outside L2: a median over graph replays."""
+    inputs = device_time.cold(args)
+    graph = device_time.captured([functools.partial(launcher, *given) for given in inputs])
+    times = [device_time.seconds(graph.replay) / len(inputs) for _ in range(12)]
     return statistics.median(times[2:])
 
 
-def _outputs(work: Work, args: tuple) -> list[Tensor]:
-    made = work.launcher(*args)
-    return [t.float() for t in (made if isinstance(made, tuple) else (made,))]
+def _outputs(job: TuningJob, args: tuple) -> list[Tensor]:
+    """Return the outputs of a launch in float32."""
+    out = job.launcher(*args)
+    return [t.float() for t in (out if isinstance(out, tuple) else (out,))]
 
 
 def _agree(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    """Whether another order of sums can be all that differs."""
+    """Return True if the outputs differ by no more than another order of summation explains."""
     eps = torch.finfo(dtype).eps
     return all(
         torch.equal(a.isfinite(), b.isfinite())
@@ -180,18 +55,18 @@ def _agree(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dty
     )
 
 
-def tune(work: Work, seconds: Callable[[Callable, tuple], float]) -> dict:
-    """The entry for a launch: its fastest settings, None where the rule's are as fast."""
-    args = work.make()
-    with settings.override(work.kind, None):
-        expected, rule = _outputs(work, args), seconds(work.launcher, args)
+def tune(job: TuningJob, seconds: Timer) -> dict[str, Any]:
+    """Return the table entry of a launch: its fastest settings, None where the rule's are."""
+    args = job.make()
+    with settings.override(job.kind, None):
+        expected, rule = _outputs(job, args), seconds(job.launcher, args)
     best, chosen = rule, None
-    for candidate in work.candidates:
-        with settings.override(work.kind, candidate):
+    for candidate in job.candidates:
+        with settings.override(job.kind, candidate):
             try:
-                if not _agree(_outputs(work, args), expected, work.dtype):
+                if not _agree(_outputs(job, args), expected, job.dtype):
                     continue
-                taken = seconds(work.launcher, args)
+                taken = seconds(job.launcher, args)
             except OutOfResources:
                 continue
         if taken < best:
@@ -199,14 +74,19 @@ def tune(work: Work, seconds: Callable[[Callable, tuple], float]) -> dict:
     if best > rule * (1 - GAIN):
         best, chosen = rule, None
     return {
-        "dtype": str(work.dtype).removeprefix("torch."), "shape": list(work.shape), "settings": chosen,
-        "us": best * 1e6, "rule_us": rule * 1e6,
-    }  # fmt: skip
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "shape": list(job.shape),
+        "settings": chosen,
+        "us": best * 1e6,
+        "rule_us": rule * 1e6,
+    }
 
 
-def write(path: Path, about: dict, kind: str, entry: dict) -> None:
-    """The table in ``path`` with an entry, in the place of an older one of that dtype and shape. In one
-    step: an interrupted writer leaves the table that there was."""
+def write(path: Path, about: dict[str, str], kind: str, entry: dict[str, Any]) -> None:
+    """Add an entry to the table in ``path``, in place of an older one of the same dtype and shape.
+
+    The file is replaced atomically: if the writer is interrupted, the previous table remains.
+    """
     table = settings.read(path)["settings"] if path.exists() else {}
     same = lambda e: (e["dtype"], e["shape"]) == (entry["dtype"], entry["shape"])
     table[kind] = [e for e in table.get(kind, ()) if not same(e)] + [entry]
@@ -219,24 +99,56 @@ def write(path: Path, about: dict, kind: str, entry: dict) -> None:
 
 
 def run(
-    ops: Sequence[str], dtypes: Sequence[torch.dtype], path: Path, about: dict, device: str = "cuda",
-    seconds: Callable[[Callable, tuple], float] = graph_seconds,
-) -> bool:  # fmt: skip
-    """Tune ``ops`` and write ``path`` after each launch; whether it came to its end.
+    ops: Sequence[str],
+    dtypes: Sequence[torch.dtype],
+    path: Path,
+    about: dict[str, str],
+    device: str = "cuda",
+    seconds: Timer = graph_seconds,
+) -> bool:
+    """Tune ``ops`` and write ``path`` after each launch. Return False if Ctrl-C ended it early.
 
-    ``about`` is the GPU, its architecture, and versions. Ctrl-C keeps what is written.
+    Args:
+        ops: Names of ``OPS``.
+        dtypes: The dtypes of the inputs.
+        path: The JSON file; entries of other launches in it stay.
+        about: The GPU, its architecture, and the versions of torch and Triton.
+        device: The device of the inputs.
+        seconds: The timer.
     """
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     columns = TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns) as progress:
         try:
             for op, dtype in itertools.product(ops, dtypes):
                 name = str(dtype).removeprefix("torch.")
                 empty = lambda *shape, dtype=dtype: torch.randn(shape, device=device).to(dtype)
-                listed = list(OPS[op](empty, dtype))
-                for work in progress.track(listed, description=f"{op} {name}"):
-                    write(path, about, work.kind, tune(work, seconds))
+                jobs = list(OPS[op](empty, dtype))
+                for job in progress.track(jobs, description=f"{op} {name}"):
+                    write(path, about, job.kind, tune(job, seconds))
         except KeyboardInterrupt:
             return False
     return True
+
+
+def tune_this_gpu(
+    ops: Sequence[str], dtypes: Sequence[torch.dtype], path: Path | None, processes: int
+) -> bool:
+    """Compile and measure ``ops`` on the current GPU. Return False if Ctrl-C ended it early.
+
+    Args:
+        ops: Names of ``OPS``.
+        dtypes: The dtypes of the inputs.
+        path: The JSON file to write; by default one named after the GPU in the first settings
+            folder.
+        processes: How many processes compile the kernels beforehand; 0 compiles each when it is
+            measured.
+    """
+    gpu, arch = torch.cuda.get_device_name(), kernel_pack.arch_of(0)
+    about = {"gpu": gpu, "arch": arch, "torch": torch.__version__, "triton": triton.__version__}
+    path = path or settings.folders()[0] / f"{gpu.replace(' ', '_')}.json"
+    if processes and not tune_precompile.compile_all(ops, dtypes, arch, processes):
+        print("interrupted before anything was measured")
+        return False
+    done = run(ops, dtypes, path, about)
+    print(f"{'' if done else 'interrupted; the results so far are in '}{path}")
+    return done

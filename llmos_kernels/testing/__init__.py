@@ -1,6 +1,6 @@
-"""What tests and benchmarks share: cases, how they are run, how errors are judged, how times are taken.
+"""Cases of every op, functions that run and judge them, and timing, for tests and benchmarks.
 
-The library itself never imports it.
+The library itself never imports this package.
 """
 
 from llmos_kernels._core.numerics import (
@@ -14,6 +14,7 @@ from llmos_kernels._core.timing import interleaved, interval, samples
 from llmos_kernels.testing.cases import CASES, Case
 from llmos_kernels.testing.harness import (
     DTYPES,
+    OpRecorder,
     assert_accurate,
     cast,
     draw,
@@ -30,6 +31,7 @@ __all__ = [
     "CASES",
     "DTYPES",
     "Case",
+    "OpRecorder",
     "assert_accurate",
     "cast",
     "draw",

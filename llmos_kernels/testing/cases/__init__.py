@@ -1,4 +1,4 @@
-"""The table of cases that tests, benchmarks, ``verify`` and ``inspect`` share."""
+"""The list of all cases, for tests, benchmarks, ``verify`` and ``inspect``."""
 
 from llmos_kernels.testing.cases.attention import ATTENTION
 from llmos_kernels.testing.cases.case import Case

@@ -1,6 +1,8 @@
 """Cases of attention. A shape is (batch, heads, q_len, k_len, head_dim)."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +13,29 @@ from llmos_kernels.ops.dropout import draw_seed
 from llmos_kernels.testing.cases.case import Case
 
 
-def _make(shape, mask=None, padding=None, kv_heads=None, v_dim=None, packed=False, **options):
-    """query, key, value, attn_mask, key_padding_mask, cu_seqlens; every row sees a key."""
+def _make(
+    shape: tuple[int, ...],
+    mask: str | None = None,
+    padding: str | None = None,
+    kv_heads: int | None = None,
+    v_dim: int | None = None,
+    varlen: bool = False,
+    **options: Any,
+) -> tuple:
+    """Return query, key, value, attn_mask, key_padding_mask and, if ``varlen``, both cu_seqlens.
+
+    Args:
+        shape: (batch, heads, q_len, k_len, head_dim).
+        mask: "bool", or the dimensions of a float mask, such as "1hqk"; 1 is a broadcast dimension.
+        padding: "right" pads sequences at their ends; with "holes" every second sequence hides
+            every third key instead.
+        kv_heads: The heads of key and value; ``heads`` by default.
+        v_dim: The head dim of value; ``head_dim`` by default.
+        varlen: Whether to return packed sequences, [length, heads, head_dim].
+        options: dtype, device and requires_grad.
+
+    Every query sees at least one key.
+    """
     batch, heads, q_len, k_len, dim = shape
     kv_heads, v_dim = kv_heads or heads, v_dim or dim
     q, k, v = (
@@ -21,7 +44,7 @@ def _make(shape, mask=None, padding=None, kv_heads=None, v_dim=None, packed=Fals
         .requires_grad_(options.get("requires_grad", False))
         for length, n, d in ((q_len, heads, dim), (k_len, kv_heads, dim), (k_len, kv_heads, v_dim))
     )
-    if packed:
+    if varlen:
         q, k, v = (t.detach()[0].transpose(0, 1).requires_grad_(t.requires_grad) for t in (q, k, v))
         return q, k, v, None, None, *_cu_seqlens(q_len, k_len, q.device)
     attn_mask = None
@@ -29,13 +52,14 @@ def _make(shape, mask=None, padding=None, kv_heads=None, v_dim=None, packed=Fals
         attn_mask = torch.rand(batch, 1, q_len, k_len, device=q.device) < 0.7
         attn_mask[..., :1] = True
     elif mask is not None:
-        if mask[-1] == "1":  # The same for all keys changes nothing: its gradient is 0, and noise.
+        # A mask that is equal for all keys has no effect: its gradient is 0 but for rounding.
+        if mask[-1] == "1":
             options["requires_grad"] = False
         full = {"b": batch, "h": heads, "q": q_len, "k": k_len, "1": 1}
         attn_mask = torch.randn([full[c] for c in mask], **options)
     key_padding_mask = None
     if padding:
-        # Lengths from 20 % to 100 %, 60 % in the mean.
+        # Lengths are spread between 20 % and 100 % of k_len, with a mean of 60 %.
         column, filled = torch.arange(k_len, device=q.device), torch.arange(batch) * 2 + 1
         lengths = (k_len * (0.2 + 0.4 * filled / batch)).ceil().to(q.device, torch.int64)
         key_padding_mask = column >= lengths[:, None]
@@ -44,21 +68,40 @@ def _make(shape, mask=None, padding=None, kv_heads=None, v_dim=None, packed=Fals
     return q, k, v, attn_mask, key_padding_mask
 
 
-def _cu_seqlens(q_len, k_len, device):
-    """Three sequences, the second of them empty."""
-    cuts = [[0, n // 3, n // 3, n] for n in (q_len, k_len)]
-    return [torch.tensor(c, dtype=torch.int32, device=device) for c in cuts]
+def _cu_seqlens(q_len: int, k_len: int, device: torch.device) -> list[Tensor]:
+    """Return the offsets of three sequences, the second of them empty, for queries and keys."""
+    offsets = [[0, n // 3, n // 3, n] for n in (q_len, k_len)]
+    return [torch.tensor(c, dtype=torch.int32, device=device) for c in offsets]
 
 
-def _call(fn, options, q, k, v, attn_mask, padding, cu_q=None, cu_k=None, **more):
+def _call(
+    fn: Callable,
+    options: dict[str, Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    padding: Tensor | None,
+    cu_q: Tensor | None = None,
+    cu_k: Tensor | None = None,
+    **keywords: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Call ``fn`` with the arguments that ``_make`` returned, ``options`` and ``keywords``."""
     if padding is not None:
-        more["key_padding_mask"] = padding
+        keywords["key_padding_mask"] = padding
     if cu_q is not None:
-        more |= {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
-    return fn(q, k, v, attn_mask, **options, **more)
+        keywords |= {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+    return fn(q, k, v, attn_mask, **options, **keywords)
 
 
-def _visible(q_len, k_len, options, padding, device) -> Tensor | None:
+def _visible(
+    q_len: int,
+    k_len: int,
+    options: dict[str, Any],
+    padding: Tensor | None,
+    device: torch.device,
+) -> Tensor | None:
+    """Return a bool mask, True where a query may see a key; None if every query sees all."""
     visible = None
     if options.get("is_causal"):
         diagonal = k_len - q_len if options.get("bottom_right") else 0
@@ -69,8 +112,16 @@ def _visible(q_len, k_len, options, padding, device) -> Tensor | None:
     return visible
 
 
-def _sdpa(q, k, v, attn_mask, padding, options, dropout_p=0.0):
-    """What is written with torch: one mask for all there is to mask."""
+def _sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    padding: Tensor | None,
+    options: dict[str, Any],
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Return torch's SDPA with causal mask, padding and ``attn_mask`` merged into one mask."""
     visible = _visible(q.shape[2], k.shape[2], options, padding, q.device)
     if visible is not None:
         if attn_mask is None:
@@ -79,7 +130,7 @@ def _sdpa(q, k, v, attn_mask, padding, options, dropout_p=0.0):
             attn_mask = attn_mask & visible
         else:
             attn_mask = attn_mask.masked_fill(~visible, float("-inf"))
-    # For other layouts torch leaves its flash kernel, whose error is the yardstick.
+    # The error budget is that of torch's flash kernel, which needs contiguous rows.
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     gqa = {"enable_gqa": True} if options.get("enable_gqa") else {}
     return F.scaled_dot_product_attention(
@@ -87,15 +138,24 @@ def _sdpa(q, k, v, attn_mask, padding, options, dropout_p=0.0):
     )
 
 
-def _eager(options, q, k, v, attn_mask, padding, cu_q=None, cu_k=None):
-    """SDPA, or the explicit ops where it has no way to give the same."""
-    if cu_q is not None:
+def _eager(
+    options: dict[str, Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    padding: Tensor | None,
+    cu_q: Tensor | None = None,
+    cu_k: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return the result by SDPA, or by matrix products and softmax for weights or dropout."""
+    if cu_q is not None and cu_k is not None:
         pieces = []
         for i in range(len(cu_q) - 1):
-            own = (slice(*cu_q[i : i + 2].tolist()), slice(*cu_k[i : i + 2].tolist()))
+            sequence = (slice(*cu_q[i : i + 2].tolist()), slice(*cu_k[i : i + 2].tolist()))
             one_q, one_k, one_v = (
                 t[s].transpose(0, 1)[None]
-                for t, s in zip((q, k, v), own[:1] + own[1:] * 2, strict=True)
+                for t, s in zip((q, k, v), sequence[:1] + sequence[1:] * 2, strict=True)
             )
             if one_q.shape[2]:
                 pieces.append(_sdpa(one_q, one_k, one_v, None, None, options)[0].transpose(0, 1))
@@ -119,13 +179,22 @@ def _eager(options, q, k, v, attn_mask, padding, cu_q=None, cu_k=None):
     return out, weights.mean(1) if kind == "mean" else weights
 
 
-def _rival(options, dropout_p, q, k, v, attn_mask, padding):
+def _baseline(
+    options: dict[str, Any],
+    dropout_p: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    padding: Tensor | None,
+) -> Tensor:
+    """Return torch's SDPA with its own dropout, and with its causal kernel where that applies."""
     if options.get("is_causal") and attn_mask is None and padding is None:
         return F.scaled_dot_product_attention(q, k, v, None, dropout_p, True)
     return _sdpa(q, k, v, attn_mask, padding, options, dropout_p)
 
 
-#: Empty, one, neighbours of powers of two, one query, many keys.
+#: Empty, one element, neighbours of powers of two, one query, many keys.
 SHAPES = (
     (0, 2, 3, 4, 8),
     (2, 2, 0, 4, 8),
@@ -138,16 +207,26 @@ SHAPES = (
     (1, 1, 33, 40, 256),
     (1, 1, 193, 129, 16),
 )
-_FEW = ((2, 2, 1, 65, 8), (2, 4, 64, 65, 40), (2, 2, 33, 130, 72))
+_FEW_SHAPES = ((2, 2, 1, 65, 8), (2, 4, 64, 65, 40), (2, 2, 33, 130, 72))
 
 
-def _case(name, *, sizes=(), gpu_sizes=(), shapes=_FEW, make=None, heads=2, **options):
-    dropout_p = options.get("dropout_p")
-    packed = bool(make and make.get("packed"))
-    causal = (
-        options == {"is_causal": True} and not packed
-    )  # torch has kernels that skip what it hides.
-    batch = 1 if packed else 2
+def _case(
+    name: str,
+    *,
+    benchmark_shapes: tuple = (),
+    gpu_benchmark_shapes: tuple = (),
+    shapes: tuple = _FEW_SHAPES,
+    make: dict[str, Any] | None = None,
+    heads: int = 2,
+    **options: Any,
+) -> Case:
+    """Return the case of attention with ``options``; ``make`` are the options of ``_make``."""
+    dropout_p = options.get("dropout_p", 0.0)
+    varlen = bool(make and make.get("varlen"))
+    batch = 1 if varlen else 2
+    # torch has causal kernels that skip hidden keys.
+    causal = options == {"is_causal": True} and not varlen
+    baseline = functools.partial(_baseline, options, dropout_p) if dropout_p or causal else None
     return Case(
         f"attention{name}",
         functools.partial(_call, attention.scaled_dot_product_attention, options),
@@ -155,13 +234,13 @@ def _case(name, *, sizes=(), gpu_sizes=(), shapes=_FEW, make=None, heads=2, **op
         functools.partial(_eager, options),
         functools.partial(_make, **(make or {})),
         shapes,
-        sizes,
-        gpu_sizes,
-        rival=functools.partial(_rival, options, dropout_p or 0.0) if dropout_p or causal else None,
-        sized=lambda n: (batch, heads, n, n + 3, 16),
-        tiny=(batch, heads, 3, 4, 3),
-        medium=(batch, heads, 67, 129, 24),
-        widths=(64, 128, 256),
+        benchmark_shapes,
+        gpu_benchmark_shapes,
+        baseline,
+        small_shape=lambda n: (batch, heads, n, n + 3, 16),
+        gradcheck_shape=(batch, heads, 3, 4, 3),
+        multi_block_shape=(batch, heads, 67, 129, 24),
+        compile_widths=(64, 128, 256),
         row_wise=False,
     )
 
@@ -173,18 +252,29 @@ ATTENTION = (
     _case(
         "",
         shapes=SHAPES,
-        sizes=((8, 12, 128, 128, 64), _LONG, (1, 32, 1, 2048, 128), (4, 12, 256, 256, 64)),
-        gpu_sizes=(*_GPU, (1, 32, 1, 8192, 128)),
+        benchmark_shapes=(
+            (8, 12, 128, 128, 64),
+            _LONG,
+            (1, 32, 1, 2048, 128),
+            (4, 12, 256, 256, 64),
+        ),
+        gpu_benchmark_shapes=(*_GPU, (1, 32, 1, 8192, 128)),
     ),
-    _case("-causal", shapes=SHAPES, is_causal=True, sizes=(_LONG,), gpu_sizes=_GPU),
+    _case(
+        "-causal",
+        shapes=SHAPES,
+        is_causal=True,
+        benchmark_shapes=(_LONG,),
+        gpu_benchmark_shapes=_GPU,
+    ),
     _case("-bottom_right", is_causal=True, bottom_right=True),
     _case("-bool_mask", make={"mask": "bool"}),
     _case(
         "-bias",
         make={"mask": "1hqk"},
-        shapes=(*_FEW, (2, 2, 5, 1000, 33)),
-        sizes=((2, 12, 512, 512, 64),),
-        gpu_sizes=_GPU[1:],
+        shapes=(*_FEW_SHAPES, (2, 2, 5, 1000, 33)),
+        benchmark_shapes=((2, 12, 512, 512, 64),),
+        gpu_benchmark_shapes=_GPU[1:],
     ),
     _case("-bias_batch", make={"mask": "b1qk", "padding": "holes"}, is_causal=True),
     _case("-bias_keys", make={"mask": "b11k"}),
@@ -192,9 +282,9 @@ ATTENTION = (
     _case(
         "-padding",
         make={"padding": "right"},
-        shapes=(*_FEW, (3, 2, 5, 1000, 33)),
-        sizes=((8, 12, 512, 512, 64),),
-        gpu_sizes=_GPU[1:],
+        shapes=(*_FEW_SHAPES, (3, 2, 5, 1000, 33)),
+        benchmark_shapes=((8, 12, 512, 512, 64),),
+        gpu_benchmark_shapes=_GPU[1:],
     ),
     _case(
         "-gqa",
@@ -206,10 +296,15 @@ ATTENTION = (
         bottom_right=True,
     ),
     _case("-v_dim", make={"v_dim": 24}, scale=0.3),
-    _case("-dropout", dropout_p=0.2, sizes=((8, 12, 128, 128, 64),), gpu_sizes=_GPU[1:]),
     _case(
-        "-packed",
-        make={"packed": True},
+        "-dropout",
+        dropout_p=0.2,
+        benchmark_shapes=((8, 12, 128, 128, 64),),
+        gpu_benchmark_shapes=_GPU[1:],
+    ),
+    _case(
+        "-varlen",
+        make={"varlen": True},
         shapes=((1, 2, 70, 135, 24), (1, 2, 3, 9, 8)),
         is_causal=True,
     ),

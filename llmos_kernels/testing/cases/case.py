@@ -1,4 +1,4 @@
-"""What one op adds to tests, benchmarks, ``verify`` and ``inspect``."""
+"""``Case``: what an op states once for tests, benchmarks, ``verify`` and ``inspect``."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,22 +6,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Case:
-    """How to call one op. ``make(shape, **options)`` returns its positional arguments."""
+    """How to call one op with one set of options, and on which shapes.
+
+    ``make(shape, **options)`` returns the positional arguments of ``op``, ``reference``, ``eager``
+    and ``baseline``; ``options`` are dtype, device and requires_grad.
+    """
 
     name: str
     op: Callable
     reference: Callable
-    eager: Callable  # What is written with torch alone: the error budget and the benchmark.
+    eager: Callable  # The same in plain torch: gives the error budget.
     make: Callable[..., tuple]
-    shapes: tuple  # Small and awkward: tests.
-    sizes: tuple = ()  # Of real models: benchmarks.
-    gpu_sizes: tuple = ()
-    rival: Callable | None = None  # torch's fastest way, where eager is written to be compared.
-    sized: Callable[[int], tuple] = lambda n: (n, 3, 64)  # A small shape for each n.
-    tiny: tuple = (3, 2, 5)  # For numerical derivatives.
-    medium: tuple = (67, 129)  # Several blocks of each kernel.
-    widths: tuple = (64, 768, 4096, 8192, 16384, 32768)  # Last dimensions to compile kernels for.
-    row_wise: bool = True  # A row of the output is made of that row of each input.
+    shapes: tuple  # Small and irregular, for tests.
+    benchmark_shapes: tuple = ()  # Of real models, for benchmarks on CPUs.
+    gpu_benchmark_shapes: tuple = ()
+    baseline: Callable | None = None  # The fastest way in torch, if ``eager`` is not.
+    small_shape: Callable[[int], tuple] = lambda n: (n, 3, 64)  # A small shape for each n.
+    gradcheck_shape: tuple = (3, 2, 5)  # For numerical derivatives.
+    multi_block_shape: tuple = (67, 129)  # Several blocks of each kernel.
+    compile_widths: tuple = (64, 768, 4096, 8192, 16384, 32768)  # Last dimensions to compile for.
+    row_wise: bool = True  # Each output row depends only on the same row of each input.
 
     def __str__(self) -> str:
         return self.name

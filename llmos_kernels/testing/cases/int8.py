@@ -1,5 +1,7 @@
-"""What ``verify`` and ``inspect`` ask of int8. It is no Case: its integers are equal or wrong, and have
-no derivatives.
+"""Checks and calls of the int8 ops, for ``verify`` and ``inspect``.
+
+They are no ``Case``: their integers must be equal, without an error budget, and have no
+derivatives.
 """
 
 from collections.abc import Iterator
@@ -16,14 +18,15 @@ from llmos_kernels.ops.int8_linear import (
     int8_pack,
 )
 
+#: (rows, inner, outer) for ``verify``.
 SHAPES = ((1, 70, 33), (3, 64, 40), (17, 300, 65), (130, 64, 130))
-#: Products that each launch setting is for: one row, a small and a large one, and odd sizes.
-LAUNCHED = ((1, 4096, 4096), (128, 384, 1536), (4096, 4096, 4096), (9, 77, 33))
+#: (rows, inner, outer) of one row, of a small and a large product, and of odd sizes.
+LAUNCH_SHAPES = ((1, 4096, 4096), (128, 384, 1536), (4096, 4096, 4096), (9, 77, 33))
 OPTIONS: tuple[dict, ...] = ({}, {"outlier_threshold": 6.0}, {"mode": "weight_only"})
 
 
 def worst_error(dtype: torch.dtype, device: str) -> float:
-    """The largest error over its budget of ``int8_linear`` in each mode, with outliers, and packed."""
+    """Return the largest error over budget of ``int8_linear`` in any mode and weight layout."""
     worst = 0.0
     for rows, inner, outer in SHAPES:
         torch.manual_seed(0)
@@ -41,8 +44,8 @@ def worst_error(dtype: torch.dtype, device: str) -> float:
 
 
 def raw_calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple]]:
-    """Ops and arguments of every kind, not filled."""
-    for rows, k, n in LAUNCHED:
+    """Yield the names of int8 ops and uninitialised arguments, for every kind of call."""
+    for rows, k, n in LAUNCH_SHAPES:
         x, weight = torch.empty(rows, k, dtype=dtype), torch.empty(n, k, dtype=torch.int8)
         a, a_scale = torch.empty(rows, k, dtype=torch.int8), torch.empty(rows)
         scale, bias, row = torch.empty(n), torch.empty(n, dtype=dtype), x[0]
