@@ -1,6 +1,6 @@
 """Peers that need an environment of their own: each runs in a process there and is timed in turn.
 
-``make peers`` builds the environment from ``.ci/requirements-peers.txt`` in ``build/peers``. The
+``make peers`` builds the environment from ``requirements/peers.txt`` in ``build/peers``. The
 process gets the model and its inputs, answers with the result, which the caller checks, and then
 runs as often as each line it reads says. It sleeps before it answers, so that its threads have
 stopped spinning when the next provider starts.

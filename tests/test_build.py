@@ -155,7 +155,7 @@ def test_the_pack_is_built_where_it_is_asked_for():
 
 def test_a_wheel_says_how_far_it_is(capsys):
     """Of all that pip and CMake say, the lines of the pack, and ours."""
-    spec = importlib.util.spec_from_file_location("wheel_script", ROOT / ".ci" / "wheel.py")
+    spec = importlib.util.spec_from_file_location("wheel_script", ROOT / "tools" / "wheel.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     said = [

@@ -71,7 +71,7 @@ def build(python, folder, source=ROOT, **env):
     options = {
         "LLMOS_BUILD_EXT": "1", "LLMOS_BUILD_PACK": "activation", "TORCH_CUDA_ARCH_LIST": "9.0",
     }  # fmt: skip
-    run(python, ROOT / ".ci" / "wheel.py", folder, source, **options, **env)
+    run(python, ROOT / "tools" / "wheel.py", folder, source, **options, **env)
     (wheel,) = folder.glob("*.whl")
     return wheel
 

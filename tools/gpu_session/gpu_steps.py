@@ -1,6 +1,6 @@
 """What ``gpu.py`` runs: slices of steps, each with an estimate of its seconds.
 
-No GPU has run them yet: the seconds are estimates for an H100 or H200 with 16 cores.
+The estimates are for a GPU of compute capability 9.0 and 16 CPU cores; no GPU has checked them yet.
 """
 
 import importlib.util
@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 #: The one GPU that is built for.
 ARCH = os.environ.get("TORCH_CUDA_ARCH_LIST", "9.0")
 #: Of the machine that measures, and not in its package.
 PACK = ROOT / "build" / "gpu-pack"
-#: Other libraries that were carried there, see ``gpu_carry``.
+#: Other libraries that were brought along, see ``gpu_carry``.
 PEERS = ROOT / "build" / "gpu-peers"
 #: What a result depends on; benchmarks do not depend on tests.
 MEASURED = ("llmos_kernels", "csrc", "benchmarks")
@@ -84,8 +84,20 @@ _SMALL = "same_bits_on_every_repeat"
 _FEW = f"{_SMALL} and (layer_norm-plain or linear-gelu or attention-causal or embedding-two)"
 
 
-#: What a machine must tell first, however short its time is.
+#: What a new kind of machine must answer before anything else.
 _FIRST = ("tests", "pack", "required", "memcheck")
+
+
+def _test(name: str) -> str:
+    """Return the path of a file below ``tests``, by its name alone.
+
+    Raises:
+        FileNotFoundError: There is none of that name: pytest's ``--ignore`` would not say so.
+    """
+    found = sorted((ROOT / "tests").rglob(name))
+    if len(found) != 1:
+        raise FileNotFoundError(f"{len(found)} files in tests are named {name}")
+    return str(found[0].relative_to(ROOT))
 
 
 def slices(out: Path, rehearse: bool, carried: bool = False) -> dict[str, list[Step]]:
@@ -105,7 +117,7 @@ def slices(out: Path, rehearse: bool, carried: bool = False) -> dict[str, list[S
                 out,
                 "stress",
                 240,
-                ["tests/test_stress.py", *_chosen(rehearse, "threads or memory")],
+                [_test("test_stress.py"), *_chosen(rehearse, "threads or memory")],
             ),
         ],
         "tune-float16": _tune(out, rehearse, "float16"),
@@ -126,7 +138,7 @@ def _prepared(out: Path, carried: bool) -> list[Step]:
     ]
 
 
-_CARRY = [sys.executable, "benchmarks/gpu_carry.py"]
+_CARRY = [sys.executable, "tools/gpu_session/gpu_carry.py"]
 
 
 def _python(*arguments: str | Path) -> list[str | Path]:
@@ -153,15 +165,17 @@ def _workers(rehearse: bool) -> tuple[list[str], dict]:
 
 def _tests(out: Path, rehearse: bool, carried: bool) -> list[Step]:
     several, env = _workers(rehearse)
-    ignored = [f"--ignore=tests/{name}" for name in _NOT_HERE]
+    ignored = [f"--ignore={_test(name)}" for name in _NOT_HERE]
     suite = ["tests", *ignored, *several, "-k", f"not {' and not '.join(_NEED_NO_GPU)}"]
-    again = [*(f"tests/{name}" for name in _PACKED), *several]
+    again = [*map(_test, _PACKED), *several]
     pack = [*_CARRY, "pack", "--jobs", "16"]
     if rehearse:
-        suite = ["tests/test_kernels.py", "-k", "layer_norm-2d and not every_backend"]
-        again = ["tests/test_kernels.py", "-k", "layer_norm-2d and guard"]
+        suite = [_test("test_kernels.py"), "-k", "layer_norm-2d and not every_backend"]
+        again = [_test("test_kernels.py"), "-k", "layer_norm-2d and guard"]
         pack = [*_CARRY, "pack", "--jobs", "1", "--modules", "activation"]
-    path = os.pathsep.join(str(ROOT / name) for name in (".", "benchmarks", "tests"))
+    helpers = Path(_test("pack_session.py")).parent
+    folders = (".", "benchmarks", helpers, "tools/gpu_session")
+    path = os.pathsep.join(str(ROOT / name) for name in folders)
     packed = {"LLMOS_PACK": "on", "LLMOS_GPU_PACK": str(PACK), "PYTHONPATH": path}
     index = PACK / f"sm_{ARCH.replace('.', '')}.json"
     required = packed | {"LLMOS_PACK": "require"}
@@ -171,7 +185,7 @@ def _tests(out: Path, rehearse: bool, carried: bool) -> list[Step]:
         _pytest(out, "tests", 170, suite, env=env),
         Step("pack", 5 if carried else 45, pack, {}, MEASURED, product=index),
         _pytest(out, "packed", 75, ["-p", "gpu_pack", *again], env=env | packed),
-        Step("required", 20, [sys.executable, "benchmarks/gpu_pack.py"], required),
+        Step("required", 20, [sys.executable, "tools/gpu_session/gpu_pack.py"], required),
         Step("inspect", 30, inspect, {}, MEASURED),
     ]
 
@@ -231,7 +245,7 @@ def _tool(name: str) -> list[str]:
 def _sanitizer(rehearse: bool) -> list[Step]:
     """The first run, without a tool, compiles the kernels that the tools then find on the disk."""
     shown = "layer_norm-2d and same_bits" if rehearse else None
-    tests = lambda chosen: _python("tests/test_kernels.py", "-k", shown or chosen)
+    tests = lambda chosen: _python(_test("test_kernels.py"), "-k", shown or chosen)
     steps = [Step("untooled", 60, tests(_SMALL))]
     tools = {"memcheck": _SMALL, "racecheck": _FEW, "initcheck": _FEW, "synccheck": _SMALL}
     for name, chosen in tools.items():

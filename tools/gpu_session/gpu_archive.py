@@ -1,4 +1,4 @@
-"""All that the steps of ``gpu.py`` have left, as one file: few come back from a lent machine."""
+"""Pack the results of all steps of ``gpu.py`` into one file, and open it again."""
 
 import contextlib
 import tempfile
@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 NAME = "gpu.zip"
-#: The largest file that comes back.
-MOST = 16 * 2**20
 
 
 def plain(name: str) -> bool:
@@ -35,13 +33,12 @@ def pack(folder: Path, archive: Path) -> None:
                 if path.is_file() and path.suffix not in (".draft", archive.suffix):
                     made.write(path, path.name)
     draft.replace(archive)
-    if archive.stat().st_size > MOST:
-        print(f"{archive} has {archive.stat().st_size / 2**20:.0f} MiB: it may not come back")
 
 
 @contextlib.contextmanager
 def opened(given: Path) -> Iterator[Path]:
-    """A folder with what ``given`` holds: an archive, the folder it lies in, or a folder of its files.
+    """A folder with what ``given`` holds: an archive, the folder it lies in, or a folder of its
+    files.
 
     Raises ValueError for what is none.
     """

@@ -1,10 +1,10 @@
-"""A wheel for users in the folder given, dist by default: built by pip from the source given, by default
-this tree, tagged by auditwheel, of 60 MB at the most.
+"""A wheel for users in the folder given, dist by default: built by pip from the source given, by
+default this tree, tagged by auditwheel, of 60 MB at the most.
 
-    python .ci/wheel.py [FOLDER [SOURCE]]
+    python tools/wheel.py [FOLDER [SOURCE]]
 
-It has the CUDA part and the pack of compiled Triton kernels for all GPUs, unless TORCH_CUDA_ARCH_LIST names
-some and LLMOS_BUILD_PACK says otherwise.
+It has the CUDA part and the pack of compiled Triton kernels for all GPUs, unless
+TORCH_CUDA_ARCH_LIST names some and LLMOS_BUILD_PACK says otherwise.
 """
 
 import os
@@ -53,7 +53,8 @@ def build(folder: str, source: Path | str) -> None:
 
 
 def show(lines: Iterable[str], said: list[str]) -> None:
-    """Print of what a build says how far the pack is, and what is left out; add all of it to ``said``."""
+    """Print of what a build says how far the pack is, and what is left out; add all of it to
+    ``said``."""
     for line in lines:
         said.append(line)
         if line.strip().startswith(("pack:", "llmos_kernels:")):

