@@ -196,8 +196,8 @@ def gradients(model, given):
 @each_dtype
 @pytest.mark.parametrize("op, size", [(name, (4, 128)) for name in ARCHITECTURES], ids=str)
 def test_training(op, size, dtype, direction, provider, side_by_side):
-    """Forward and backward of a step with the architecture's own dropout; what is judged is the gradient
-    of all parameters without it."""
+    """Forward and backward of a step with the architecture's own dropout; what is judged is the
+    gradient of all parameters without it."""
 
     def build(wanted, stack):
         stock, given = architecture(op, dtype, *size)
@@ -227,8 +227,8 @@ def test_training(op, size, dtype, direction, provider, side_by_side):
 @pytest.mark.parametrize("op", ("opt_125m", "gpt2", "t5_small"))
 @pytest.mark.parametrize("size", ((1, 64),), ids=str)
 def test_decode(op, size, dtype, direction, provider, side_by_side):
-    """16 tokens after a prompt, one by one, with the model's own cache; what is judged is the logits of
-    the prompt."""
+    """16 tokens after a prompt, one by one, with the model's own cache; what is judged is the
+    logits of the prompt."""
     tokens = 16
 
     def build(wanted, stack):

@@ -15,7 +15,8 @@ from llmos_kernels.testing import CASES, cast, make_gradients, run, run_with_gra
 BY_NAME = {case.name: case for case in CASES}
 FORWARD, BACKWARD, BOTH = DIRECTIONS = "forward", "backward", "forward+backward"
 
-#: Ratios to torch eager that the project set out to reach on two cores: by size, float32 and bfloat16.
+#: Ratios to torch eager that the project set out to reach on two cores: by size, float32 and
+#: bfloat16.
 _CPU_GOALS = {
     ("layer_norm", FORWARD): (2.0, 2.8, 1.8, 3.0, 0.9, None),
     ("add_layer_norm", FORWARD): (2.0, 3.5, 1.2, 3.5, 1.2, None),
@@ -106,8 +107,8 @@ def judged(case, fn, args, direction, exact, eager):
 
 
 def moved(case, args, direction):
-    """The bytes that a call cannot but read and write: inputs and results once; the backward reads the
-    inputs and the results' gradients, and writes the inputs' gradients."""
+    """The bytes that a call cannot but read and write: inputs and results once; the backward reads
+    the inputs and the results' gradients, and writes the inputs' gradients."""
     outputs = run_once(case.op, args)
     given, made = (sum(t.nbytes for t in some) for some in (list(tensors(args)), outputs))
     grads = sum(t.nbytes for t in tensors(args) if t.requires_grad)
@@ -119,7 +120,8 @@ def moved(case, args, direction):
 
 
 def flop(case, args, direction):
-    """The operations of products: twice the forward's for the backward; of attention what is seen."""
+    """The operations of products: twice the forward's for the backward; of attention what is
+    seen."""
     seen = 0.5 if "causal" in case.name else 1.0
     if case.name == "attention-padding":
         seen = 1.0 - args[4].float().mean().item()
@@ -170,7 +172,8 @@ def test_op(op, size, dtype, direction, provider, side_by_side):
 @pytest.mark.parametrize("dtype", ("float32",))
 @pytest.mark.parametrize("op", ("call of layer_norm",))
 def test_call(op, dtype, direction, provider, side_by_side):
-    """What a forward costs where there is next to nothing to compute, without gradients and with."""
+    """What a forward costs where there is next to nothing to compute, without gradients and
+    with."""
 
     def build(wanted, stack):
         training = direction == "training"

@@ -1,8 +1,9 @@
-"""One benchmark a test, ``provider`` its innermost parameter; the providers of a row are timed in turn.
+"""One benchmark a test, ``provider`` its innermost parameter; the providers of a row are timed in
+turn.
 
-The first test of a row builds and measures it for all providers that are selected, and each test gives
-its own samples to pytest-benchmark, whose flags work as ever (``--benchmark-json``, ``-compare``,
-``-compare-fail``). ``make bench`` pins the threads.
+The first test of a row builds and measures it for all providers that are selected, and each test
+gives its own samples to pytest-benchmark, whose flags work as ever (``--benchmark-json``,
+``-compare``, ``-compare-fail``). ``make bench`` pins the threads.
 """
 
 import contextlib
@@ -182,6 +183,8 @@ def side_by_side(request):
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["node"] = machine.name(DEVICE)
     machine_info["llmos"] = about() | {
+        "quick": config.getoption("quick"),
+        "cpu": machine.cpu(),
         "limits": rates.limits(DEVICE),
         "state": machine.state(DEVICE),
         "versions": peers.versions(),

@@ -20,8 +20,8 @@ def sources() -> str:
 
 
 class Kept:
-    """Rows by the name of their tests, in ``path`` if there is one; those of other sources or of another
-    machine do not count."""
+    """Rows by the name of their tests, in ``path`` if there is one; those of other sources or of
+    another machine do not count."""
 
     def __init__(self, path: str | None, about: dict):
         self._path, self._rows = Path(path) if path else None, {}

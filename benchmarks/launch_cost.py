@@ -1,8 +1,8 @@
 """What a launch costs the host, from the pack and by Triton: python benchmarks/launch_cost.py
 
-On a GPU with its driver; elsewhere with a driver that does nothing (tests/fake_cuda.c), so that what is
-left is the launchers' own. Prints microseconds for each kernel, side by side in one run, and JSON to the
-file given.
+On a GPU with its driver; elsewhere with a driver that does nothing (tests/fake_cuda.c), so that
+what is left is the launchers' own. Prints microseconds for each kernel, side by side in one run,
+and JSON to the file given.
 """
 
 import contextlib

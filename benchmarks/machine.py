@@ -2,6 +2,7 @@
 
 import functools
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -16,7 +17,8 @@ import llmos_kernels as lk
 from llmos_kernels import _environment
 from llmos_kernels.testing import interleaved
 
-#: The share of a core that others may take, and the seconds that are nobody's: clocks tick every 10 ms.
+#: The share of a core that others may take, and the seconds that are nobody's: clocks tick every 10
+#: ms.
 MOST_OTHERS, SLACK = 0.15, 0.05
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -118,25 +120,52 @@ def _rate(operations: float, *calls) -> float:
     return operations / min(interleaved(calls, rounds=15, seconds=0.02)) / 1e9
 
 
+def cpu() -> dict:
+    """Return what tells one kind of CPU from another; its name in ``/proc/cpuinfo`` often does
+    not."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+
+    def first(field: str) -> str | None:
+        found = re.search(rf"^{field}\s*: (.*)", text, re.MULTILINE)
+        return found[1] if found else None
+
+    extension = _environment._extension()
+    return {
+        "name": _environment._cpu_name(),
+        "vendor": first("vendor_id") or platform.machine(),
+        "family": first("cpu family"),
+        "model": first("model"),
+        "isa": extension.cpu_level() if extension else "reference",
+    }
+
+
+def cpu_name(about: dict, threads: int) -> str:
+    """Return the file name of a kind of CPU: vendor, family, model, ISA and threads."""
+    vendor = re.sub(r"\W+|^(authentic|genuine)", "", about["vendor"].lower())
+    numbers = [f"{key}{about[key]}" for key in ("family", "model") if about[key] is not None]
+    return "-".join([vendor, *numbers, about["isa"], f"{threads}threads"])
+
+
 def name(device: str) -> str:
-    """The GPU's name, or the CPU's and its threads, as a folder's."""
-    found = f"{_environment._cpu_name()} {torch.get_num_threads()} threads"
+    """Return the name of this kind of machine, as a file's: the GPU's, or that of the CPU."""
     if device == "cuda":
-        found = torch.cuda.get_device_name()
-    return re.sub(r"\W+", "-", found).lower()
+        return re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower()
+    return cpu_name(cpu(), torch.get_num_threads())
 
 
 @functools.cache
 def copy_rate(device: str, size: int) -> float:
-    """GB/s, read and written, of copies that move so many bytes each: of caches where these hold them."""
+    """GB/s, read and written, of copies that move so many bytes each: of caches where these hold
+    them."""
     source = torch.ones(max(size // 8, 1), device=device)
     target = torch.empty_like(source)
     return round(_rate(2 * source.nbytes, lambda: target.copy_(source)), 1)
 
 
 def limits(device: str) -> dict[str, float]:
-    """What this machine attains: GB/s of a large copy, and 1e9 operations a second of a large product in
-    each dtype, of torch's and of ours whichever is faster."""
+    """What this machine attains: GB/s of a large copy, and 1e9 operations a second of a large
+    product in each dtype, of torch's and of ours whichever is faster."""
     large, n = (2**31, 8192) if device == "cuda" else (2**29, 2048)
     found = {"copy": copy_rate(device, large)}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

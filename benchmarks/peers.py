@@ -1,6 +1,6 @@
-"""The others, each in a few lines. Of ops: what gives a call that takes a Case's arguments, or None where
-it has no way to give the same. Of models: what makes one call of a model on its inputs; some of these
-need an environment of their own (peer_process.py), so this file imports nothing but torch.
+"""The others, each in a few lines. Of ops: what gives a call that takes a Case's arguments, or None
+where it has no way to give the same. Of models: what makes one call of a model on its inputs; some
+of these need an environment of their own (peer_process.py), so this file imports nothing but torch.
 """
 
 import functools

@@ -19,16 +19,16 @@ with contextlib.suppress(AttributeError, RuntimeError):  # Not of this torch, or
 
 
 def operations(fn: Callable[[], object]) -> int:
-    """The multiplications and additions of products that ``fn`` asks of torch; of attention all of the
-    weights, seen or not."""
+    """The multiplications and additions of products that ``fn`` asks of torch; of attention all of
+    the weights, seen or not."""
     with flop_counter.FlopCounterMode(display=False) as counter:
         fn()
     return counter.get_total_flops()
 
 
 def share_of_limits(device: str, seconds: float, moved: int, flop: int | None, rate: str) -> dict:
-    """Rates, and the share of the nearer limit: of a copy that moves as much, from 1 MiB on, or of a large
-    product in the dtype ``rate``."""
+    """Rates, and the share of the nearer limit: of a copy that moves as much, from 1 MiB on, or of
+    a large product in the dtype ``rate``."""
     found = {"GB/s": round(moved / seconds / 1e9, 2)}
     size = 1 << min(max(moved, 1 << 20), 1 << 29).bit_length() - 1
     shares = [moved / seconds / 1e9 / machine.copy_rate(device, size)]

@@ -72,7 +72,8 @@ class Row:
         return f"{self.op}{size} {str(self.dtype)[6:]} {self.direction}"
 
     def add(self, provider: str, build: Callable[[], Call | None]) -> None:
-        """The provider's call, if it has a way to give the same; or why it has no time. Ours has to."""
+        """The provider's call, if it has a way to give the same; or why it has no time. Ours has
+        to."""
         try:
             call = build()
         except Exception as e:
@@ -122,8 +123,8 @@ def peak_bytes(fn: Callable[[], object]) -> int:
 
 
 def _on_gpu(calls: dict[str, Call], rounds: int) -> tuple[dict[str, list[float]], dict]:
-    """The device's time of each call from a cold cache, as a CUDA graph or, where it cannot be one, as
-    it comes; and what a call costs the host."""
+    """The device's time of each call from a cold cache, as a CUDA graph or, where it cannot be one,
+    as it comes; and what a call costs the host."""
     ready, more = {}, {}
     for provider, call in calls.items():
         turns = [call.run, *call.copies]
@@ -181,15 +182,16 @@ def measure(row: Row, rounds: int, most: float, busy: bool) -> dict[str, dict]:
             if why is not None:
                 raise machine.Busy(f"not measured: {why} (--busy measures all the same)")
     about = {"row": row.name, "op": row.op, "size": list(row.size), "bytes": row.moved}
-    about |= {"dtype": str(row.dtype)[6:], "direction": row.direction}
+    dtype = str(row.dtype)[6:]
+    about |= {"dtype": dtype, "direction": row.direction}
+    # What is multiplied may be of another dtype than what is given: the roofline is that dtype's.
+    about |= {"products": row.rate} if row.rate else {}
     measured: dict[str, dict] = {k: {"row": row.name, "wrong": why} for k, why in row.wrong.items()}
     for provider, taken in found.items():
         call = row.calls[provider]
         median = statistics.median(taken)
         extra = about | {"provider": provider, "us": round(median * 1e6, 2)} | call.about
-        extra |= rates.share_of_limits(
-            DEVICE, median, row.moved, row.flop, row.rate or str(row.dtype)[6:]
-        )
+        extra |= rates.share_of_limits(DEVICE, median, row.moved, row.flop, row.rate or dtype)
         extra |= {"median_ci": interval(taken)}
         extra |= peaks.get(provider, {}) | more.get(provider, {})
         if row.tokens is not None:

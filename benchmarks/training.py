@@ -1,11 +1,13 @@
-"""Training curves on real text: stock and swapped models from the same seed, and the spread of seeds.
+"""Training curves on real text: stock and swapped models from the same seed, and the spread of
+seeds.
 
-    python benchmarks/training.py            # curves.json and curves.png in results/training/
+    python benchmarks/training.py            # to build/results/training/
 
 The text is the docstrings of Python's own library, as bytes. Two models: a causal language model of
-four ``nn.TransformerEncoderLayer``, and a BERT of four layers that fills in masked bytes. Each trains
-with dropout (stock with two seeds, swapped with the first of them) and without: stock, swapped, and
-stock again with one weight a unit in the last place apart, which shows what rounding alone grows to.
+four ``nn.TransformerEncoderLayer``, and a BERT of four layers that fills in masked bytes. Each
+trains with dropout (stock with two seeds, swapped with the first of them) and without: stock,
+swapped, and stock again with one weight a unit in the last place apart, which shows what rounding
+alone grows to.
 """
 
 import argparse
@@ -174,7 +176,7 @@ def plot(results, path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=300)
-    folder = Path(__file__).parent / "results" / "training"
+    folder = Path(__file__).resolve().parents[1] / "build" / "results" / "training"
     parser.add_argument("--out", type=Path, default=folder)
     options = parser.parse_args()
     data, results = text(), {}

@@ -3,7 +3,7 @@
     python tests/mutants.py [--only NAME ...]
 
 Each fault is put into a copy of the sources, alone, and the tests that ought to see it run until one
-fails. The table of which test caught what goes to docs/mutants.md.
+fails. The table of which test caught what goes to build/results/mutants.md.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLE = ROOT / "docs" / "mutants.md"
+TABLE = ROOT / "build" / "results" / "mutants.md"
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,7 @@ def main() -> int:
                 print(f"{mutant.name:26} {rows[-1][1] or 'SURVIVES'} ({taken:.0f} s)", flush=True)
     if not args.only:
         lines = [f"| {m.name} | `{m.path}` | `{test or 'none: it survives'}` |" for m, test in rows]
+        TABLE.parent.mkdir(parents=True, exist_ok=True)
         TABLE.write_text(
             "# Planted faults\n\n`make mutants` puts each into a copy of the sources, alone; the test is the first that"
             " fails.\n\n| fault | in | caught by |\n|---|---|---|\n" + "\n".join(lines) + "\n"

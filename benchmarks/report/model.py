@@ -1,8 +1,9 @@
-"""Benchmarks as a page and plots: ``python -m llmos_kernels bench report``.
+"""The report's data: machines, rows and times, read from benchmark results.
 
-Reads any pytest-benchmark file whose tests have a parameter ``provider``. A group of benchmarks is
-a row, and what each provider took for it an entry. Files of one machine are merged, later ones win.
-What a file says is not trusted: each key may be missing, and each name may be hostile.
+Any pytest-benchmark file whose tests have a parameter ``provider`` is read, and baselines are, too.
+A group of benchmarks is a row, and each provider's time for it an entry. Files of one machine are
+merged; later files win. The content of a file is not trusted: any key may be missing, any name
+hostile.
 """
 
 import json
@@ -11,6 +12,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import baseline
 
 #: The provider that is this package; with more behind it, another way of ours, which is no peer.
 OURS = "kernel"
@@ -93,6 +96,13 @@ class Row:
     dtype: str
     direction: str
     entries: dict[str, Entry] = field(default_factory=dict)
+
+    @property
+    def products(self) -> str:
+        """The dtype of the multiplications, whose roof a rate is held against: int8, though inputs
+        and results may be float."""
+        said = (text(entry.info.get("products")) for entry in self.entries.values())
+        return next(filter(None, said), self.dtype)
 
     @property
     def short(self) -> str:
@@ -223,7 +233,8 @@ def groups(machine: Machine) -> list[Group]:
 
 
 def markdown(machine: Machine) -> str:
-    """A table of how many times as long eager takes: the geometric mean over sizes, and the range."""
+    """A table of how many times as long eager takes: the geometric mean over sizes, and the
+    range."""
 
     def cell(found: Group | None) -> str:
         if found is None or found.mean is None:
@@ -247,6 +258,11 @@ def _load(path: Path) -> dict:
         raise ValueError(f"{path}: cannot be read: {e.strerror}") from e
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not JSON: {e}") from e
+    if isinstance(found, dict) and {"machine", "runs", "rows"} <= found.keys():
+        try:
+            return baseline.as_result(found)
+        except (KeyError, TypeError, AttributeError, IndexError) as e:
+            raise ValueError(f"{path}: not a baseline: {e!r}") from e
     if not isinstance(found, dict) or not isinstance(found.get("benchmarks"), list):
         raise ValueError(f"{path}: not a pytest-benchmark file: no list of benchmarks")
     return found
@@ -349,19 +365,3 @@ def read(paths: Sequence[Path]) -> Results:
     if not machines:
         raise ValueError("no files to report on")
     return Results([*machines.values()])
-
-
-def write(results: Results, page: Path, plots: Path | None = None) -> None:
-    """Write the page, one file that needs no other, and to a folder ``speedup.png`` and
-    ``roofline.png``. ValueError without matplotlib.
-    """
-    try:
-        from llmos_kernels import _report_page, _report_plots
-    except ImportError as e:
-        needed = (e.name or "matplotlib").partition(".")[0]
-        raise ValueError(f"the report needs {needed}: pip install {needed}") from e
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(_report_page.render(results), encoding="utf-8", newline="\n")
-    if plots is not None:
-        plots.mkdir(parents=True, exist_ok=True)
-        _report_plots.save(results, plots)

@@ -1,4 +1,4 @@
-"""The report's page: what ``_report.html`` shows, as tables of cells."""
+"""The report's page: the tables of cells that ``page.html`` shows."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from llmos_kernels._report import (
+from report.model import (
     OURS,
     Entry,
     Interval,
@@ -20,9 +20,9 @@ from llmos_kernels._report import (
     positive,
     text,
 )
-from llmos_kernels._report_plots import figures, times
+from report.plots import figures, times
 
-TEMPLATE = Path(__file__).with_name("_report.html")
+TEMPLATE = Path(__file__).with_name("page.html")
 BEHIND = "▼ {} behind"
 
 
@@ -237,7 +237,7 @@ def _facts(machine: Machine) -> list[tuple[str, str]]:
         for name, limit in machine.limits.items()
     ]
     facts = [("machine", machine.name)]
-    facts += [(key, _described(about.get(key))) for key in ("torch", "threads")]
+    facts += [(key, _described(about.get(key))) for key in ("cpu", "torch", "threads")]
     facts += [("limits, measured", ", ".join(limits))]
     facts += [(key, _described(about.get(key))) for key in ("state", "settings")]
     facts += [("versions", _described(machine.versions))]

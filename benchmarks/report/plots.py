@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from llmos_kernels._report import OURS, Group, Interval, Machine, Results, Row, groups
+from report.model import OURS, Group, Interval, Machine, Results, Row, groups
 
 BLUE, LIGHT, GREY, RED = "#1f4e9e", "#8fb4e8", "#666666", "#c00020"
 MARKERS = {"float32": "o", "bfloat16": "s", "float16": "^", "int8": "D"}
@@ -29,7 +29,7 @@ STYLE: Any = {
 }  # fmt: skip
 
 
-def _styled(function: Callable) -> Callable:
+def styled(function: Callable) -> Callable:
     """Run in the house style, and without a word on letters that the font lacks."""
 
     @functools.wraps(function)
@@ -88,10 +88,11 @@ def _log(ax: Axes, axis: str, low: float, high: float) -> None:
 
 
 def _points(ax: Axes, rows: Sequence[Row], x_of: Callable[[Row], float], key: str) -> list[Any]:
-    """Ours filled, eager hollow, a line between the two; the legend's handles."""
+    """Draw ours filled, eager hollow and a line between the two, marked by the dtype of the
+    products; return the legend's handles."""
     lost = False
     for row in rows:
-        x, marker, y = x_of(row), MARKERS.get(row.dtype, "v"), {}
+        x, marker, y = x_of(row), MARKERS.get(row.products, "v"), {}
         for provider in ("eager", OURS):
             if provider in row.entries and (rate := row.rate(provider, key)):
                 y[provider] = rate
@@ -109,7 +110,7 @@ def _points(ax: Axes, rows: Sequence[Row], x_of: Callable[[Row], float], key: st
             [], [], marker=MARKERS.get(d, "v"), ls="", mfc=BLUE, mec=BLUE,
             label=_short(d or "no dtype", 16),
         )
-        for d in dict.fromkeys(row.dtype for row in rows)
+        for d in dict.fromkeys(row.products for row in rows)
     ]  # fmt: skip
     handles.append(Line2D([], [], marker="o", ls="", mfc="white", mec=GREY, label="hollow: eager"))
     if lost:
@@ -271,7 +272,7 @@ def _svg(figure: Figure, prefix: str, label: str) -> str:
     return found.replace("<svg", opening, 1).strip()
 
 
-@_styled
+@styled
 def figures(machine: Machine, rows: Sequence[Row], prefix: str) -> list[tuple[str, str]]:
     """Captions and SVGs of an op."""
     made: list[tuple[str, Figure]] = []
@@ -364,7 +365,7 @@ def _roofline_figure(results: Results) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def save(results: Results, folder: Path) -> None:
     """Write ``speedup.png`` and ``roofline.png``, 900 pixels wide on a dense screen."""
     for name, figure in (("speedup", _speedup_figure), ("roofline", _roofline_figure)):
