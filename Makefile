@@ -10,7 +10,7 @@ JOBS := $(shell nproc)
 .PHONY: help demo test test-quick test-avx2 bench bench-gate page peers lint format build sanitize wheel test-wheels gpu gpu-carry mutants clean
 
 help:
-	@echo 'make demo      swap a trained sentence encoder: proofs, embeddings, time before and after'
+	@echo 'make demo      swap a trained sentence encoder: proofs, outputs, time before and after'
 	@echo 'make test      all tests on this machine; at the end what could not run, and the slowest'
 	@echo 'make test-quick  those that compare numbers in little time: 2 minutes'
 	@echo 'make test-avx2  the same as on a CPU without AVX-512'

@@ -286,10 +286,10 @@ def test_archive_that_is_none(work, tmp_path, content, capsys):
 def test_name_of_the_gpu(tmp_path, monkeypatch):
     """As benchmarks/machine.py makes it of torch's."""
     fake = tmp_path / "nvidia-smi"
-    fake.write_text("#!/bin/sh\necho NVIDIA H100 80GB HBM3\n")
+    fake.write_text("#!/bin/sh\necho NVIDIA A100 80GB PCIe\n")
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert gpu.gpu_name() == "nvidia-h100-80gb-hbm3"
+    assert gpu.gpu_name() == "nvidia-a100-80gb-pcie"
     monkeypatch.setenv("PATH", "")
     assert gpu.gpu_name() is None
 

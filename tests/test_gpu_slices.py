@@ -275,13 +275,13 @@ def test_resume_keeps_what_is_newer(out, tmp_path):
 
 def test_resume_on_another_gpu(out, tmp_path, monkeypatch, capsys):
     """Two machines' results are not mixed."""
-    gpu_merge.write(tmp_path / "earlier" / "about.json", {"machine": "nvidia-h100-80gb-hbm3"})
+    gpu_merge.write(tmp_path / "earlier" / "about.json", {"machine": "nvidia-a100-80gb-pcie"})
     gpu_merge.write(tmp_path / "earlier" / "tuned.json", {"format": 1})
     monkeypatch.setattr(gpu, "gpu_name", lambda: "nvidia-l40s")
     gpu.resume(tmp_path / "earlier")
-    assert "of nvidia-h100-80gb-hbm3, this is nvidia-l40s" in capsys.readouterr().out
+    assert "of nvidia-a100-80gb-pcie, this is nvidia-l40s" in capsys.readouterr().out
     assert not out.exists()
-    monkeypatch.setattr(gpu, "gpu_name", lambda: "nvidia-h100-80gb-hbm3")
+    monkeypatch.setattr(gpu, "gpu_name", lambda: "nvidia-a100-80gb-pcie")
     gpu.resume(tmp_path / "earlier")
     assert gpu_merge.read(out / "tuned.json") == {"format": 1}
 
@@ -350,7 +350,7 @@ def test_merge(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu, "RESULTS", results)
     calls = [tmp_path / "first", tmp_path / "second"]
     for i, folder in enumerate(calls):
-        gpu_merge.write(folder / "about.json", {"machine": "nvidia-h100"})
+        gpu_merge.write(folder / "about.json", {"machine": "nvidia-a100"})
         rows = {"both": {"started": i, "rc": i}, f"only {i}": {"started": i}}
         gpu_merge.write(folder / "summary.json", rows)
         gpu_merge.write(folder / "tests.json", {"tests": {"started": i}})
@@ -359,7 +359,7 @@ def test_merge(monkeypatch, tmp_path, capsys):
         (folder / "models.jsonl").write_text(f'"both"\n"{i}"\n')
     gpu_archive.pack(calls[0], tmp_path / gpu_archive.NAME)
     assert gpu.main(["--merge", str(calls[1]), str(tmp_path / gpu_archive.NAME)]) == 0
-    target = results / "nvidia-h100"
+    target = results / "nvidia-a100"
     assert str(target) in capsys.readouterr().out
     assert gpu_merge.read(target / "summary.json") == {
         "both": {"started": 1, "rc": 1}, "only 1": {"started": 1}, "only 0": {"started": 0},

@@ -114,7 +114,7 @@ for launch in launches:
         compiled = [_inspect.resources(launch, sys.argv[1])]
     of = dict(launch.constants)
     given = {name for name, kind in launch.signature if kind != "constexpr"}
-    # docs/performance.md: with all of these few bytes are left over.
+    # docs/developers/log: with all of these few bytes are left over.
     spilled = 32 if of.get("D") == 128 and {"mask", "seed"} <= given else 0
     for r in compiled:
         assert r.spills <= spilled, f"{launch} for {r.arch}: {r.spills} bytes spilled"
