@@ -1,11 +1,10 @@
-"""Baselines: what one kind of machine has reached, one line a row, for the gate and the figures.
+"""Record and read baselines: the times of one kind of machine, one line a row.
 
     python benchmarks/baseline.py build/results/*.json
 
 This writes ``benchmarks/baselines/<machine>.json`` for each machine in the files. Times come from
 full runs, and from ``--quick`` runs where no full run has the row. The interval that the gate
-compares with is the lowest of the quick runs: the ratios of two runs differ by more than one run's
-interval.
+compares with is the lowest of the quick runs: ratios differ more between runs than within one.
 """
 
 import argparse
@@ -16,11 +15,11 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent / "baselines"
 #: What is copied of a run's description of its machine; of ``limits`` the highest of all runs.
-_OF_MACHINE = ("cpu", "torch", "threads", "limits")
+_OF_MACHINE = ("gpu", "cpu", "torch", "threads", "limits")
 
 
 def path_of(machine: str) -> Path:
-    """Return where the baseline of a machine of that name is kept."""
+    """Return the path of a machine's baseline."""
     return FOLDER / f"{machine}.json"
 
 
@@ -58,7 +57,7 @@ def make(results: Sequence[dict]) -> dict[str, dict]:
         )
         rows = baseline.setdefault("rows", {})
         for name in {b["group"] for b in result["benchmarks"]} & rows.keys():
-            rows[name]["us"] = {}  # Times of two runs do not stand beside each other.
+            rows[name]["us"] = {}  # Times of different runs are not comparable.
         for benchmark in result["benchmarks"]:
             _add(rows, benchmark, about["quick"])
     return {name: b | {"rows": [*b["rows"].values()]} for name, b in made.items()}

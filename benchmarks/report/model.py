@@ -15,7 +15,7 @@ from pathlib import Path
 
 import baseline
 
-#: The provider that is this package; with more behind it, another way of ours, which is no peer.
+#: The provider that is this package. Names that begin so are variants of ours, and no peers.
 OURS = "kernel"
 
 _DTYPE = re.compile(r"\b(bfloat16|float16|float32|float64|int8)\b")
@@ -25,7 +25,7 @@ Interval = tuple[float, float]
 
 
 def number(value: object) -> float | None:
-    """A finite number; None for anything else."""
+    """Return a finite number; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -36,13 +36,13 @@ def number(value: object) -> float | None:
 
 
 def positive(value: object) -> float | None:
-    """A finite number above zero; None for anything else."""
+    """Return a finite number above zero; None for anything else."""
     found = number(value)
     return found if found is not None and found > 0 else None
 
 
 def text(value: object) -> str:
-    """One printable line of whatever a file holds; empty for None."""
+    """Return one printable line of whatever a file holds; empty for None."""
     if value is None:
         return ""
     line = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
@@ -51,17 +51,17 @@ def text(value: object) -> str:
 
 
 def mapping(value: object) -> dict:
-    """A dictionary; empty for anything else."""
+    """Return a dictionary; empty for anything else."""
     return value if isinstance(value, dict) else {}
 
 
 def listing(value: object) -> list:
-    """A list; empty for anything else."""
+    """Return a list; empty for anything else."""
     return value if isinstance(value, list) else []
 
 
 def _interval(value: object) -> Interval | None:
-    """Two numbers above zero, the smaller first."""
+    """Return two numbers above zero, the smaller first."""
     if not isinstance(value, list) or len(value) != 2:
         return None
     low, high = map(positive, value)
@@ -74,7 +74,7 @@ def _divide(a: float | None, b: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class Entry:
-    """What a provider took for a row, in seconds, in the run of that number."""
+    """A provider's median time for a row, in seconds, in the run of that number."""
 
     provider: str
     median: float
@@ -89,7 +89,7 @@ class Entry:
 
 @dataclass
 class Row:
-    """A row: what was computed, and what each provider took for it."""
+    """A row: what was computed, and each provider's time."""
 
     name: str
     op: str
@@ -99,8 +99,10 @@ class Row:
 
     @property
     def products(self) -> str:
-        """The dtype of the multiplications, whose roof a rate is held against: int8, though inputs
-        and results may be float."""
+        """The dtype of the multiplications, whose roof a rate is held against.
+
+        It is int8 for int8 weights, though inputs and results may be float.
+        """
         said = (text(entry.info.get("products")) for entry in self.entries.values())
         return next(filter(None, said), self.dtype)
 
@@ -110,12 +112,12 @@ class Row:
         return self.name.removeprefix(self.op).strip() or self.name
 
     def ratio(self, provider: str) -> float | None:
-        """The provider's median over ours: 1 or more where it is not ahead."""
+        """Return the provider's median over ours: above 1 ours is faster."""
         ours, peer = self.entries.get(OURS), self.entries.get(provider)
         return _divide(peer.median, ours.median) if ours and peer else None
 
     def ratio_interval(self, provider: str) -> Interval | None:
-        """That ratio's interval: paired by round for eager, else from both medians' intervals."""
+        """Return that ratio's interval: by rounds for eager, else from both medians' intervals."""
         ratio = self.ratio(provider)
         if ratio is None:
             return None
@@ -132,17 +134,17 @@ class Row:
         return min(found[0], ratio), max(found[1], ratio)
 
     def known(self, key: str) -> float | None:
-        """What holds for each entry, such as ``bytes``, from the first entry that says it."""
+        """Return a fact of the whole row, such as ``bytes``, from the first entry that has it."""
         return next((n for e in self.entries.values() if (n := positive(e.info.get(key)))), None)
 
     def rate(self, provider: str, key: str) -> float | None:
-        """``bytes`` or ``FLOP`` in a second, in units of 1e9."""
+        """Return ``bytes`` or ``FLOP`` per second, in units of 1e9."""
         done = self.known(key)
         return _divide(done / 1e9 if done else None, self.entries[provider].median)
 
     @property
     def ahead(self) -> Iterator[tuple[float, str]]:
-        """Ratio and name of each provider that is faster than ours, and not ours as well."""
+        """Ratio and name of each provider that is faster than ours and not a variant of ours."""
         for provider in (p for p in self.entries if not p.startswith(OURS)):
             ratio = self.ratio(provider)
             if ratio is not None and ratio < 1:
@@ -151,7 +153,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """Where a file comes from."""
+    """Date, commit and torch version of a file."""
 
     date: str
     commit: str
@@ -173,7 +175,7 @@ class Machine:
 
     @property
     def limits(self) -> dict[str, float]:
-        """What this machine can do: ``copy`` in GB/s, products by dtype in GFLOP/s."""
+        """The measured limits: ``copy`` in GB/s, GEMMs by dtype in GFLOP/s."""
         limits = mapping(self.about.get("limits"))
         return {text(k): n for k, v in limits.items() if (n := positive(v))}
 
@@ -187,7 +189,7 @@ class Machine:
 
     @property
     def versions(self) -> dict[str, str]:
-        """The versions of what was measured."""
+        """The versions of all libraries that were measured."""
         found = [e.info.get("versions") for r in self.rows.values() for e in r.entries.values()]
         merged: dict[str, str] = {}
         for versions in [*found, self.about.get("versions")]:
@@ -197,7 +199,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Results:
-    """What the report shows."""
+    """All machines of the report."""
 
     machines: list[Machine]
 
@@ -224,7 +226,7 @@ class Group:
 
 
 def groups(machine: Machine) -> list[Group]:
-    """The rows by op, direction and dtype."""
+    """Return the rows by op, direction and dtype."""
     found: dict[tuple[str, str, str], list[Row]] = {}
     for rows in machine.ops.values():
         for row in rows:
@@ -233,8 +235,7 @@ def groups(machine: Machine) -> list[Group]:
 
 
 def markdown(machine: Machine) -> str:
-    """A table of how many times as long eager takes: the geometric mean over sizes, and the
-    range."""
+    """Return a table of eager's time over ours: the geometric mean over sizes, and the range."""
 
     def cell(found: Group | None) -> str:
         if found is None or found.mean is None:
@@ -273,7 +274,7 @@ def _provider(benchmark: object) -> str:
 
 
 def _without(name: str, provider: str) -> str:
-    """A test's name without the provider among its parameters."""
+    """Return a test's name without the provider among its parameters."""
     test, bracket, params = name.partition("[")
     pattern = rf"(?:^|-){re.escape(provider)}(?=-|$)"
     rest = re.sub(pattern, "", params.removesuffix("]"), count=1).strip("-")
@@ -285,7 +286,7 @@ def _last(pattern: re.Pattern, name: str) -> str:
 
 
 def _row(benchmark: dict, provider: str) -> Row:
-    """The row that a benchmark belongs to, without entries."""
+    """Return the row that a benchmark belongs to, without entries."""
     info = mapping(benchmark.get("extra_info"))
     given = text(benchmark.get("fullname")) or text(benchmark.get("name")) or "unnamed"
     name = text(benchmark.get("group")) or _without(given, provider)
@@ -303,7 +304,7 @@ def _machine_name(found: dict) -> str:
 
 
 def _about(machine: Machine, found: dict) -> None:
-    """Take over what the file says of its machine and its run."""
+    """Add what a file says of its machine and its run."""
     about = mapping(mapping(found.get("machine_info")).get("llmos"))
     machine.measured_here = machine.measured_here or bool(about)
     for key, value in about.items():
@@ -318,7 +319,7 @@ def _about(machine: Machine, found: dict) -> None:
 
 
 def _add(machine: Machine, found: dict, path: Path) -> None:
-    """Take over the entries of a file."""
+    """Add the entries of a file."""
     run, seen = len(machine.runs) - 1, set()
     for benchmark in found["benchmarks"]:
         provider = _provider(benchmark)
@@ -338,7 +339,7 @@ def _add(machine: Machine, found: dict, path: Path) -> None:
 
 
 def _add_failures(machine: Machine, found: dict) -> None:
-    """Take over what has no time. A wrong result is no result: an older time goes."""
+    """Add what has no time. A wrong result is no result: an older time is removed."""
     own = mapping(found.get("llmos"))
     for wrong in map(mapping, listing(own.get("wrong"))):
         name, provider = text(wrong.get("group")), text(wrong.get("provider"))
@@ -351,7 +352,11 @@ def _add_failures(machine: Machine, found: dict) -> None:
 
 
 def read(paths: Sequence[Path]) -> Results:
-    """Merge files, machine by machine; ValueError names a file that is not of use, and why."""
+    """Return the results of all files, merged by machine.
+
+    Raises:
+        ValueError: A file is of no use; the message names it and says why.
+    """
     machines: dict[str, Machine] = {}
     for path in paths:
         found = _load(path)

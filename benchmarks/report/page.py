@@ -28,7 +28,7 @@ BEHIND = "▼ {} behind"
 
 @dataclass(frozen=True)
 class Cell:
-    """What a table shows, what it is sorted by, and the class that it is shown in."""
+    """A cell: its text, the value that it is sorted by, and its CSS class."""
 
     shown: str = ""
     value: float | str | None = None
@@ -37,7 +37,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Titles, whether each column holds numbers, and the rows."""
+    """A table: titles, whether each column holds numbers, and the rows."""
 
     caption: str
     titles: Sequence[str]
@@ -46,7 +46,7 @@ class Table:
 
 
 def _digits(value: float, digits: int = 4) -> str:
-    """So many digits, and no exponent where the number is of a size to be read without."""
+    """Return a number with so many digits, without an exponent unless it is extreme."""
     if 1e3 <= abs(value) < 1e15:
         return f"{value:,.0f}"
     return f"{value:#.{digits}g}".rstrip(".")
@@ -74,7 +74,7 @@ def _ratio(row: Row, provider: str) -> Cell:
 
 
 def _judged(entry: Entry) -> Cell:
-    """The error over its budget."""
+    """Return the error over its budget."""
     error = number(entry.info.get("error_over_budget"))
     if error is None:
         return Cell()
@@ -86,7 +86,7 @@ def _judged(entry: Entry) -> Cell:
 
 
 def _goal(row: Row, entry: Entry) -> Cell:
-    """The ratios that the project set out to reach."""
+    """Return the goals of a row, and whether they are met."""
     if entry.provider != OURS:
         return Cell()
     said, missed = [], False
@@ -121,7 +121,7 @@ def _info(key: str, scale: float = 1, digits: int = 4) -> Callable[[Row, Entry],
 
 
 def _rate(key: str, given: str) -> Callable[[Row, Entry], Cell]:
-    """From the amount and the median; else what the file says."""
+    """Return a column of rates, from amount and median; else what the file says."""
 
     def cell(row: Row, entry: Entry) -> Cell:
         rate = row.rate(entry.provider, key)
@@ -135,7 +135,8 @@ def _interval(_row: Row, entry: Entry) -> Cell:
     return Cell(_span(span, _micros), span[1] - span[0] if span else None)
 
 
-#: Title, whether it holds numbers, and what makes the cell. Columns without a value are left out.
+#: Each column: its title, whether it holds numbers, and what makes the cell. A column without
+#: values is left out.
 COLUMNS: tuple[tuple[str, bool, Callable[[Row, Entry], Cell]], ...] = (
     ("row", False, lambda row, entry: Cell(row.short, row.name)),
     ("provider", False, _provider),
@@ -157,14 +158,14 @@ COLUMNS: tuple[tuple[str, bool, Callable[[Row, Entry], Cell]], ...] = (
 def _op_table(op: str, rows: Sequence[Row]) -> Table:
     pairs = [(row, entry) for row in rows for entry in row.entries.values()]
     columns = [[make(row, entry) for row, entry in pairs] for _, _, make in COLUMNS]
-    kept = [i for i, cells in enumerate(columns) if any(c.value is not None for c in cells)]
-    listed = [list(line) for line in zip(*(columns[i] for i in kept), strict=True)]
-    titles, numeric = [COLUMNS[i][0] for i in kept], [COLUMNS[i][1] for i in kept]
+    filled = [i for i, cells in enumerate(columns) if any(c.value is not None for c in cells)]
+    listed = [list(line) for line in zip(*(columns[i] for i in filled), strict=True)]
+    titles, numeric = [COLUMNS[i][0] for i in filled], [COLUMNS[i][1] for i in filled]
     return Table(f"Every row and provider of {op}", titles, numeric, listed)
 
 
 def _headline(machine: Machine) -> Table:
-    """Per op, dtype and direction: how ours stands against eager."""
+    """Return the table of ratios to eager, by op, dtype and direction."""
     titles = ["op", "dtype", "direction", "speed-up over eager", "worst … best size"]
     titles += ["rows won", "rows lost", "rows a peer is ahead"]
     listed = []
@@ -193,7 +194,7 @@ def _lost(count: int) -> Cell:
 
 
 def _behind(machine: Machine) -> Table:
-    """Every row and peer that is ahead of ours, the worst first."""
+    """Return every row and peer that is faster than ours, the worst first."""
     found = [(*pair, row) for row in machine.rows.values() for pair in row.ahead]
     listed = []
     for ratio, provider, row in sorted(found, key=lambda item: item[0]):
@@ -224,7 +225,7 @@ def _wrong(machine: Machine) -> Table:
 
 
 def _described(value: object) -> str:
-    """A dictionary as a line."""
+    """Return a dictionary as one line."""
     if not isinstance(value, dict):
         return text(value)
     return ", ".join(f"{text(k)} {text(v)}" for k, v in value.items())
@@ -237,7 +238,7 @@ def _facts(machine: Machine) -> list[tuple[str, str]]:
         for name, limit in machine.limits.items()
     ]
     facts = [("machine", machine.name)]
-    facts += [(key, _described(about.get(key))) for key in ("cpu", "torch", "threads")]
+    facts += [(key, _described(about.get(key))) for key in ("gpu", "cpu", "torch", "threads")]
     facts += [("limits, measured", ", ".join(limits))]
     facts += [(key, _described(about.get(key))) for key in ("state", "settings")]
     facts += [("versions", _described(machine.versions))]
@@ -254,12 +255,12 @@ def _facts(machine: Machine) -> list[tuple[str, str]]:
 
 
 def _mixed(machine: Machine) -> bool:
-    """Whether a row's providers come from more than one run."""
+    """Return True if a row has providers of more than one run."""
     return any(len({e.run for e in row.entries.values()}) > 1 for row in machine.rows.values())
 
 
 def _section(index: int, machine: Machine) -> dict:
-    """All that the template shows of a machine."""
+    """Return what the template shows of a machine."""
     ops = []
     for i, (op, rows) in enumerate(machine.ops.items()):
         prefix = f"m{index}-op{i}"
@@ -274,7 +275,7 @@ def _section(index: int, machine: Machine) -> dict:
 
 
 def render(results: Results) -> str:
-    """The page."""
+    """Return the page as HTML."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )

@@ -1,4 +1,4 @@
-"""The report's plots: rooflines, bandwidths, and speed-ups. Nothing in them depends on the time."""
+"""Draw the report's plots: rooflines, bandwidths and speed-ups, the same for the same data."""
 
 import functools
 import io
@@ -21,7 +21,7 @@ from report.model import OURS, Group, Interval, Machine, Results, Row, groups
 
 BLUE, LIGHT, GREY, RED = "#1f4e9e", "#8fb4e8", "#666666", "#c00020"
 MARKERS = {"float32": "o", "bfloat16": "s", "float16": "^", "int8": "D"}
-#: Names are not formulas, and text stays text.
+#: Names are not read as formulas, and text stays text.
 STYLE: Any = {
     "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "llmos", "font.size": 9,
     "font.family": "DejaVu Sans", "axes.spines.top": False, "axes.spines.right": False,
@@ -30,7 +30,7 @@ STYLE: Any = {
 
 
 def styled(function: Callable) -> Callable:
-    """Run in the house style, and without a word on letters that the font lacks."""
+    """Run a function in the report's style, without warnings of letters that the font lacks."""
 
     @functools.wraps(function)
     def run(*args):
@@ -44,20 +44,20 @@ def styled(function: Callable) -> Callable:
 
 
 def _short(name: str, length: int) -> str:
-    """A name that fits, and that a legend or a tick accepts."""
+    """Return a name cut to a length, which a legend or a tick accepts."""
     short = name if len(name) <= length else f"{name[: length - 1]}…"
     return f" {short}" if short.startswith("_") else short
 
 
 def times(ratio: float) -> str:
-    """A ratio, in three digits; what is below 1 never reads 1."""
+    """Return a ratio in three digits; one below 1 never reads 1."""
     if ratio >= 100:
         return f"{ratio:,.0f}"
     return f"{min(ratio, 0.999) if ratio < 1 else ratio:#.3g}"
 
 
 def _ticks(low: float, high: float, most: int = 8) -> list[float]:
-    """Round values of a logarithmic axis: more of them where they fit, else powers of ten."""
+    """Return round values for a logarithmic axis: more where they fit, else powers of ten."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     powers = range(first, last + 1)
     choices = ((1, 1.5, 2, 3, 5, 7), 1), ((1, 2, 5), 1), ((1,), 1), ((1,), len(powers) // most + 1)
@@ -136,7 +136,7 @@ def _legend(ax: Axes, handles: Sequence[Any]) -> None:
 
 
 def intensity(row: Row) -> float | None:
-    """FLOP per byte that must move."""
+    """Return the FLOP per byte that must move."""
     flop, moved = row.known("FLOP"), row.known("bytes")
     return flop / moved if flop and moved else None
 
@@ -182,7 +182,7 @@ def _bandwidth(ax: Axes, machine: Machine, rows: Sequence[Row]) -> None:
 
 
 def _with_rates(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Rows for the roofline, and rows for the plot of bandwidths."""
+    """Return the rows for the roofline, and those for the plot of bandwidths."""
     shown = [r for r in rows if r.known("bytes") and (OURS in r.entries or "eager" in r.entries)]
     return [r for r in shown if r.known("FLOP")], [r for r in shown if not r.known("FLOP")]
 
@@ -190,7 +190,7 @@ def _with_rates(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 def _bar(
     ax: Axes, y: float, ratio: float, span: Interval | None, height: float, color: str
 ) -> None:
-    """A bar from 1 to the ratio; red and hatched where ours is behind."""
+    """Draw a bar from 1 to the ratio, red and hatched where ours is slower."""
     style: dict[str, Any] = {"fc": color, "ec": color}
     if ratio < 1:
         style = {"fc": "white", "ec": RED, "hatch": "/////"}
@@ -201,7 +201,7 @@ def _bar(
 
 
 def _value(ax: Axes, y: float, ratio: float, size: float) -> None:
-    """The ratio, right of the axes."""
+    """Write the ratio, right of the axes."""
     behind = ratio < 1
     said = f"▼ {times(ratio)} behind" if behind else times(ratio)
     ax.text(
@@ -220,7 +220,7 @@ def _ratio_axis(ax: Axes, values: Sequence[float], lines: float, label: str) -> 
 
 
 def _framed(width: float, height: float, edges: tuple[float, float, float, float]) -> Figure:
-    """A figure with margins in inches: left, right, top, bottom."""
+    """Return a figure with margins in inches: left, right, top, bottom."""
     figure = Figure((width, height))
     left, right, top, bottom = edges
     figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height)
@@ -232,7 +232,7 @@ def _compared(row: Row) -> list[str]:
 
 
 def _speedups(rows: Sequence[Row]) -> Figure:
-    """Every peer's time over ours, row by row."""
+    """Return a figure of every peer's time over ours, row by row."""
     lines = sum(len(_compared(row)) + 1.3 for row in rows)
     figure = _framed(5.6, 0.19 * lines + 0.75, (1.3, 1.05, 0.15, 0.55))
     ax, y, values, places, names = figure.add_subplot(), 0.0, [], [], []
@@ -257,7 +257,7 @@ def _speedups(rows: Sequence[Row]) -> Figure:
 
 
 def _svg(figure: Figure, prefix: str, label: str) -> str:
-    """The figure as an element of a page, its ids prefixed and nothing in it from elsewhere."""
+    """Return the figure as an SVG element with prefixed ids and no external reference."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     found = file.getvalue()
@@ -274,7 +274,7 @@ def _svg(figure: Figure, prefix: str, label: str) -> str:
 
 @styled
 def figures(machine: Machine, rows: Sequence[Row], prefix: str) -> list[tuple[str, str]]:
-    """Captions and SVGs of an op."""
+    """Return captions and SVGs of an op."""
     made: list[tuple[str, Figure]] = []
     for caption, draw, shown in zip(
         ("Rate against the machine's limits", "Bandwidth against the machine's copy"),
@@ -296,7 +296,7 @@ def figures(machine: Machine, rows: Sequence[Row], prefix: str) -> list[tuple[st
 
 
 def _overview(ax: Axes, machine: Machine, found: dict[tuple[str, str], list[Group]]) -> None:
-    """Per op and direction a bar for each dtype."""
+    """Draw a bar for each dtype, by op and direction."""
     dtypes = [*dict.fromkeys(g.dtype for listed in found.values() for g in listed)]
     shades = [BLUE, LIGHT, "#5b7f3a", "#b5a642", GREY]
     y, values, places, names = 0.0, [], [], []

@@ -27,16 +27,18 @@ from gpu_carry import REHEARSE
 from gpu_runner import BUDGET, GRACE, Runner
 from gpu_steps import ROOT, Step, slices
 
-#: Where steps work.
+#: The folder where steps work.
 WORK = ROOT / "build" / ("gpu-rehearsal" if REHEARSE else "gpu")
-#: What comes back.
+#: The folder of gpu.zip.
 OUT = Path(os.environ.get("OUT", f"{WORK}-out")).resolve()
 RESULTS = ROOT / "build" / "results"
 
 
 def pending(runner: Runner, steps: list[Step], again: bool = False) -> list[Step]:
-    """What is to be run, each once: first what always runs, then what is not finished, then what
-    failed."""
+    """Return the steps to run, each once.
+
+    Steps that always run come first, then those that are not finished, then those that failed.
+    """
     steps = list({step.name: step for step in steps}.values())
     wanted = {step.name: again or step.always or runner.outcome(step) != "passed" for step in steps}
     if not any(wanted[step.name] for step in steps if not step.always):
@@ -46,7 +48,7 @@ def pending(runner: Runner, steps: list[Step], again: bool = False) -> list[Step
 
 
 def run(runner: Runner, steps: list[Step], again: bool = False) -> int:
-    """Run what the budget allows, and say what is left. 1 if anything has failed."""
+    """Run what the budget allows and print what is left; return 1 if anything has failed."""
     left: dict[str, Step] = {}
     first = True
     for step in pending(runner, steps, again):
@@ -70,7 +72,7 @@ def run(runner: Runner, steps: list[Step], again: bool = False) -> int:
 
 
 def listing(runner: Runner, table: dict[str, list[Step]]) -> str:
-    """Slices, steps, estimates of seconds, and what is done."""
+    """Return slices and steps with estimates of seconds and their outcomes."""
     shown = []
     for name, steps in table.items():
         shown.append(f"{name:14} {sum(s.seconds for s in steps):4} s (estimate)")
@@ -96,11 +98,11 @@ def arguments(names: list[str], given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="also what has passed")
     parser.add_argument("--list", action="store_true", help="slices, steps, what is done")
     parser.add_argument("--seconds", type=seconds, default=BUDGET, help="of this call")
-    kept = {"type": Path, "metavar": gpu_archive.NAME}
+    archives = {"type": Path, "metavar": gpu_archive.NAME}
     parser.add_argument(
-        "--resume-from", **kept, help="what an earlier call has left, or its folder"
+        "--resume-from", **archives, help="what an earlier call has left, or its folder"
     )
-    parser.add_argument("--merge", nargs="+", **kept, help="such files into build/results")
+    parser.add_argument("--merge", nargs="+", **archives, help="such files into build/results")
     args = parser.parse_args(given)
     args.slices += args.slice
     if unknown := {*args.slices} - {*names}:
@@ -109,7 +111,7 @@ def arguments(names: list[str], given: list[str] | None) -> argparse.Namespace:
 
 
 def gpu_name() -> str | None:
-    """As about.json names this GPU; None where it cannot be told."""
+    """Return this GPU's name as in about.json, or None."""
     if not shutil.which("nvidia-smi"):
         return None
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -118,7 +120,7 @@ def gpu_name() -> str | None:
 
 
 def resume(given: Path) -> None:
-    """What an earlier call has left, if on a GPU of this name, beside what is in WORK."""
+    """Merge an earlier call's results into WORK, if they are of a GPU of this name."""
     here = gpu_name()
     with gpu_archive.opened(given) as folder:
         there = gpu_merge.read(folder / "about.json").get("machine")
@@ -132,9 +134,9 @@ def main(given: list[str] | None = None) -> int:
     table = slices(WORK, REHEARSE, gpu_carry.refused() is None)
     args = arguments(list(table), given)
     try:
-        for kept in args.merge or ():
-            with gpu_archive.opened(kept) as folder:
-                print(f"{kept}: merged into {gpu_merge.merge(folder, RESULTS)}")
+        for archive in args.merge or ():
+            with gpu_archive.opened(archive) as folder:
+                print(f"{archive}: merged into {gpu_merge.merge(folder, RESULTS)}")
         if args.resume_from:
             resume(args.resume_from)
     except ValueError as e:
@@ -142,11 +144,11 @@ def main(given: list[str] | None = None) -> int:
         return 2
     if args.merge:
         return 0
-    runner = Runner(WORK, args.seconds, kept=lambda: gpu_archive.pack(WORK, OUT / gpu_archive.NAME))
+    runner = Runner(WORK, args.seconds, save=lambda: gpu_archive.pack(WORK, OUT / gpu_archive.NAME))
     if args.list:
         print(listing(runner, table))
         return 0
-    # As Ctrl-C: a step's processes end with it.
+    # Treat it as Ctrl-C, so that a step's processes end with it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     chosen = args.slices or list(table)
     try:
@@ -155,7 +157,7 @@ def main(given: list[str] | None = None) -> int:
         print(f"interrupted after {runner.budget - runner.left:.0f} s")
         return 130
     finally:
-        runner.kept()
+        runner.save()
 
 
 if __name__ == "__main__":

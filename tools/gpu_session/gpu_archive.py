@@ -10,12 +10,16 @@ NAME = "gpu.zip"
 
 
 def plain(name: str) -> bool:
-    """Whether a member is a file's name, or a path below where it is unpacked."""
+    """Return True if a member's path stays inside the folder it is unpacked to."""
     return bool(name) and not {"", ".", ".."} & {*name.split("/")} and not {*"\\:\0"} & {*name}
 
 
 def members(archive: zipfile.ZipFile) -> list[str]:
-    """The files in an archive. Raises ValueError for one that would be written elsewhere."""
+    """Return the names of the files in an archive.
+
+    Raises:
+        ValueError: A member would be written outside the folder.
+    """
     names = [info.filename for info in archive.infolist() if not info.is_dir()]
     for name in names:
         if not plain(name):
@@ -24,12 +28,12 @@ def members(archive: zipfile.ZipFile) -> list[str]:
 
 
 def pack(folder: Path, archive: Path) -> None:
-    """The files in ``folder``, in one step: whoever is killed leaves the archive that there was."""
+    """Write the files in ``folder`` to an archive, in one step: an old one stays until the end."""
     archive.parent.mkdir(parents=True, exist_ok=True)
     draft = archive.with_suffix(".draft")
     with zipfile.ZipFile(draft, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as made:
         for path in sorted(folder.iterdir()):
-            with contextlib.suppress(FileNotFoundError):  # A step that runs may rename its own.
+            with contextlib.suppress(FileNotFoundError):  # A running step may rename its own files.
                 if path.is_file() and path.suffix not in (".draft", archive.suffix):
                     made.write(path, path.name)
     draft.replace(archive)
@@ -37,10 +41,10 @@ def pack(folder: Path, archive: Path) -> None:
 
 @contextlib.contextmanager
 def opened(given: Path) -> Iterator[Path]:
-    """A folder with what ``given`` holds: an archive, the folder it lies in, or a folder of its
-    files.
+    """Yield a folder with the files of ``given``: an archive, its folder, or a folder of files.
 
-    Raises ValueError for what is none.
+    Raises:
+        ValueError: ``given`` is none of these.
     """
     if (given / NAME).is_file():
         given = given / NAME

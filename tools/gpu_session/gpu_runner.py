@@ -1,7 +1,8 @@
-"""Runs the steps of ``gpu.py`` within a time, and keeps what came of them in summary.json at once.
+"""Run the steps of ``gpu.py`` within a time limit, and record their outcomes at once.
 
-A step has its own process group. Whatever it leaves behind is found by a mark in its environment
-and killed, also by the next call if this one was killed itself: one call at a time for a folder.
+A step has its own process group. Processes that it leaves behind are found by a mark in their
+environment and killed, also by the next call if this one was killed itself: only one call at a time
+may use a folder.
 """
 
 import contextlib
@@ -18,13 +19,13 @@ from pathlib import Path
 from gpu_merge import fold, read, write
 from gpu_steps import ROOT, Step
 
-#: Seconds in all where none are given: a call stays inside 8 minutes.
+#: The seconds of a call that names none.
 BUDGET = 470.0
-#: Seconds after which what a step has measured so far is kept, too.
+#: The seconds between two archives while a step runs.
 EVERY = 30.0
-#: Seconds from the request to end until there is no choice.
+#: The seconds between SIGINT and SIGKILL.
 GRACE = 10.0
-#: Seconds that make a start worth it where a step goes on the next time.
+#: The least seconds for which a resumable step is started.
 LEAST = 60.0
 MARK = "LLMOS_GPU_OUT"
 _SUFFIXES = {".py", ".pyi", ".cpp", ".h", ".cu", ".c", ".json"}
@@ -32,7 +33,7 @@ _MADE = {"__pycache__", "baselines", "_build_info.json", "_source_info.json"}
 
 
 def sources_sum(names: Sequence[str], root: Path = ROOT) -> str:
-    """A sum of the sources in folders, and of files, by their contents: there may be no git."""
+    """Return a hash of the sources in folders and files; it needs no git."""
     total = hashlib.sha256()
     files = [root / name for name in names if (root / name).is_file()]
     for found in (p for name in names for p in (root / name).rglob("*")):
@@ -46,9 +47,9 @@ def sources_sum(names: Sequence[str], root: Path = ROOT) -> str:
 
 
 class Runner:
-    """The steps' outcomes in ``out``, and what this call may still take.
+    """The steps' outcomes in ``out``, and the time that this call has left.
 
-    ``kept`` is called whenever there is more in ``out`` that must not be lost.
+    ``save`` is called whenever ``out`` has results that must not be lost.
     """
 
     def __init__(
@@ -56,9 +57,9 @@ class Runner:
         out: Path,
         budget: float = BUDGET,
         grace: float = GRACE,
-        kept: Callable[[], None] = lambda: None,
+        save: Callable[[], None] = lambda: None,
     ):
-        self.out, self.budget, self.grace, self.kept = out, budget, grace, kept
+        self.out, self.budget, self.grace, self.save = out, budget, grace, save
         self.end = time.monotonic() + budget
         out.mkdir(parents=True, exist_ok=True)
         self.rows: dict[str, dict] = read(out / "summary.json")
@@ -75,7 +76,10 @@ class Runner:
         return self.sums[key]
 
     def outcome(self, step: Step) -> str:
-        """passed, failed, partial, running (it was killed), or new: not run with these sources."""
+        """Return the outcome of a step: passed, failed, partial, running or new.
+
+        Running means that the call was killed; new, that the step has not run with these sources.
+        """
         row = self.rows.get(step.name)
         if not row or row["sources"] != self.sources(step):
             return "new"
@@ -84,14 +88,14 @@ class Runner:
         return row["outcome"]
 
     def needs(self, step: Step) -> float:
-        """An estimate of the seconds until a step has passed."""
+        """Return an estimate of the seconds until a step has passed."""
         row = self.rows.get(step.name, {})
         if self.outcome(step) == "partial":
             return max(step.seconds - row["seconds"], LEAST)
         return step.seconds
 
     def fits(self, step: Step, first: bool) -> bool:
-        """Whether to start a step now; the first of a call starts in any case."""
+        """Return True if a step may start now; the first of a call always may."""
         least = min(step.seconds, LEAST) if step.goes_on else step.seconds
         return self.left > self.grace and (first or self.left >= least + self.grace)
 
@@ -105,10 +109,10 @@ class Runner:
             limit = min(limit, max(2.0 * step.seconds, 60.0))
         stop_marked(self.out)
         row = {"sources": self.sources(step), "estimate": step.seconds, "started": time.time()}
-        self._keep(step, row | {"outcome": "running"})
+        self._record(step, row | {"outcome": "running"})
         print(f"== {step.name} (at most {limit:.0f} s)", flush=True)
         began = time.monotonic()
-        rc, output = call(step, self.out, limit, self.grace, self.kept)
+        rc, output = call(step, self.out, limit, self.grace, self.save)
         print(output[-3000:], flush=True)
         outcome = "passed" if rc == 0 else "failed"
         if rc == "time limit" and step.goes_on:
@@ -117,19 +121,19 @@ class Runner:
         if outcome == "passed" and step.resume:
             (self.out / step.resume).unlink(missing_ok=True)
         row |= {"outcome": outcome, "rc": rc, "seconds": round(time.monotonic() - began, 1)}
-        self._keep(step, row | {"tail": output[-6000:]})
+        self._record(step, row | {"tail": output[-6000:]})
         return outcome
 
-    def _keep(self, step: Step, row: dict) -> None:
+    def _record(self, step: Step, row: dict) -> None:
         self.rows[step.name] = row
         write(self.out / "summary.json", self.rows)
-        self.kept()
+        self.save()
 
     def _collect(self, step: Step) -> None:
-        """What the step wrote, beside what is there of others and of its earlier runs."""
+        """Add what the step wrote to the results of other steps and of its earlier runs."""
         xml, new = self.out / f"{step.name}.xml", self.out / f"{step.name}.new.json"
         if xml.exists():
-            with contextlib.suppress(ET.ParseError):  # Killed while it wrote.
+            with contextlib.suppress(ET.ParseError):  # It was killed while it wrote.
                 tests = read(self.out / "tests.json")
                 write(self.out / "tests.json", tests | {step.name: from_junit(xml)})
             xml.unlink()
@@ -142,7 +146,7 @@ class Runner:
 
 
 def from_junit(xml: Path) -> dict:
-    """Every test that did not pass, with its message, and the counts."""
+    """Return every test that did not pass, with its message, and the counts."""
     suite = ET.parse(xml).getroot().find("testsuite")
     assert suite is not None, xml
     bad = [
@@ -159,8 +163,12 @@ def from_junit(xml: Path) -> dict:
     return {**counts, "started": time.time(), "bad": bad}
 
 
-def wait(process: subprocess.Popen, limit: float, kept: Callable[[], None]) -> int:
-    """A process' exit status. Raises TimeoutExpired at the limit; until then ``kept`` is called."""
+def wait(process: subprocess.Popen, limit: float, save: Callable[[], None]) -> int:
+    """Return a process' exit status; call ``save`` while it runs.
+
+    Raises:
+        TimeoutExpired: It still runs at the limit.
+    """
     end = time.monotonic() + limit
     while True:
         left = end - time.monotonic()
@@ -169,16 +177,16 @@ def wait(process: subprocess.Popen, limit: float, kept: Callable[[], None]) -> i
         except subprocess.TimeoutExpired:
             if left <= EVERY:
                 raise
-            kept()
+            save()
 
 
 def call(
-    step: Step, out: Path, limit: float, grace: float, kept: Callable[[], None]
+    step: Step, out: Path, limit: float, grace: float, save: Callable[[], None]
 ) -> tuple[int | str, str]:
-    """A step's exit status, or "time limit", and its output. Nothing of it runs afterwards."""
+    """Return a step's exit status, or "time limit", and its output; end all its processes."""
     own = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", MARK: str(out)}
     env = {**os.environ, **own, **step.env}
-    # A file: a pipe would be open as long as any process of the step.
+    # A file, because a pipe stays open as long as any process of the step.
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [str(part) for part in step.command], cwd=ROOT, env=env, stdout=log,
@@ -186,7 +194,7 @@ def call(
         )  # fmt: skip
         rc: int | str
         try:
-            rc = wait(process, max(limit, 1.0), kept)
+            rc = wait(process, max(limit, 1.0), save)
         except subprocess.TimeoutExpired:
             rc = "time limit"
             os.killpg(process.pid, signal.SIGINT)
@@ -202,7 +210,7 @@ def call(
 
 
 def marked(out: Path) -> Iterator[int]:
-    """The processes that steps of ``out`` have started, in whatever session they are."""
+    """Yield the processes that steps of ``out`` have started, in whatever session they are."""
     wanted = f"{MARK}={out}".encode()
     for folder in Path("/proc").glob("[0-9]*"):
         pid = int(folder.name)
@@ -212,7 +220,7 @@ def marked(out: Path) -> Iterator[int]:
 
 
 def stop_marked(out: Path) -> None:
-    """Kill what steps of ``out`` have left; until a second later nothing new has come of it."""
+    """Kill all processes of steps of ``out``, until no new ones appear or a second has passed."""
     end = time.monotonic() + 1.0
     while (pids := list(marked(out))) and time.monotonic() < end:
         for pid in pids:

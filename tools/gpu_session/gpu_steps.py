@@ -1,4 +1,4 @@
-"""What ``gpu.py`` runs: slices of steps, each with an estimate of its seconds.
+"""Define what ``gpu.py`` runs: slices of steps, each with an estimate of its seconds.
 
 The estimates are for a GPU of compute capability 9.0 and 16 CPU cores; no GPU has checked them yet.
 """
@@ -11,33 +11,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-#: The one GPU that is built for.
+#: The compute capability that is built for.
 ARCH = os.environ.get("TORCH_CUDA_ARCH_LIST", "9.0")
-#: Of the machine that measures, and not in its package.
+#: The pack of the GPU machine, which is not in the package.
 PACK = ROOT / "build" / "gpu-pack"
-#: Other libraries that were brought along, see ``gpu_carry``.
+#: Libraries that ``gpu_carry`` brought along.
 PEERS = ROOT / "build" / "gpu-peers"
-#: What a result depends on; benchmarks do not depend on tests.
+#: The folders that a result depends on; benchmarks do not depend on tests.
 MEASURED = ("llmos_kernels", "csrc", "benchmarks")
 TESTED = (*MEASURED, "tests")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command, and how it is judged."""
+    """A command, and how its outcome is judged."""
 
     name: str
-    seconds: int  # An estimate. The limit is what is left of the call.
+    seconds: int  # An estimate; the limit is what the call has left.
     command: Sequence[str | Path]
     env: dict = field(default_factory=dict)
     folders: Sequence[str] = TESTED
-    goes_on: bool = False  # At the time limit it is partial, and the next call goes on there.
-    keeps: Sequence[str] = ()  # Its files that are of no use once sources have changed.
-    resume: str | None = None  # The one that is of no use once it has passed.
-    always: bool = (
-        False  # What it makes lies outside of OUT, where the machine is another each time.
-    )
-    product: Path | None = None  # Passed before, it still runs where this is not there.
+    goes_on: bool = False  # True if it is partial at the time limit, and the next call resumes it.
+    keeps: Sequence[str] = ()  # Files that are deleted when sources have changed.
+    resume: str | None = None  # The file that is deleted once it has passed.
+    always: bool = False  # True if its result lies outside of OUT, and is lost with the machine.
+    product: Path | None = None  # It runs again if this file is missing, though it has passed.
 
 
 ABOUT = """
@@ -65,13 +63,13 @@ json.dump(rows, open(sys.argv[1], "w"), indent=1)
 print(len(rows), "kernels,", sum(r["spills"] > 0 for r in rows), "spill")
 """
 
-#: The extension is what the tree is tested with; the wheels are not this machine's.
+#: Tests that are not run here: the extension is built already, and wheels are not for this machine.
 _NOT_HERE = (
     "test_cpu_levels.py", "test_sanitize.py", "test_wheels.py", "test_build.py", "test_stress.py",
     "test_gpu_slices.py", "test_gpu_carry.py",
 )  # fmt: skip
 _PACKED = ("test_kernels.py", "test_ops.py", "test_attention.py", "test_int8.py", "test_layers.py")
-#: Tests that compile, for whatever GPU.
+#: Tests that compile for any GPU.
 _NEED_NO_GPU = (
     "compiles_within_limits",
     "products_compile",
@@ -79,12 +77,12 @@ _NEED_NO_GPU = (
     "compiled_ahead",
     "test_inspect",
 )
-#: Small shapes of every kernel, forward and backward.
+#: Tests of every kernel on small shapes, forward and backward.
 _SMALL = "same_bits_on_every_repeat"
 _FEW = f"{_SMALL} and (layer_norm-plain or linear-gelu or attention-causal or embedding-two)"
 
 
-#: What a new kind of machine must answer before anything else.
+#: The steps that a new kind of machine should run first.
 _FIRST = ("tests", "pack", "required", "memcheck")
 
 
@@ -101,9 +99,9 @@ def _test(name: str) -> str:
 
 
 def slices(out: Path, rehearse: bool, carried: bool = False) -> dict[str, list[Step]]:
-    """The slices by their names, which write to ``out``, in the order of what they are worth.
+    """Return the slices by name, the most valuable first; steps write to ``out``.
 
-    ``carried``: the extension and the pack are there, compiled.
+    ``carried`` says that the extension and the pack are there, compiled.
     """
     alone = {
         "ops-forward": _benchmark(out, "ops-forward", rehearse),
@@ -129,7 +127,7 @@ def slices(out: Path, rehearse: bool, carried: bool = False) -> dict[str, list[S
 
 
 def _prepared(out: Path, carried: bool) -> list[Step]:
-    """What every slice needs on a machine that is bare."""
+    """Return the steps that every slice needs on a new machine."""
     env = {"LLMOS_BUILD_EXT": "1", "LLMOS_BUILD_PACK": "0", "TORCH_CUDA_ARCH_LIST": ARCH}
     about: list[str | Path] = [sys.executable, "-c", ABOUT, out / "about.json"]
     return [
@@ -146,7 +144,7 @@ def _python(*arguments: str | Path) -> list[str | Path]:
 
 
 def _pytest(out: Path, name: str, seconds: int, arguments, **more) -> Step:
-    """Tests whose outcomes go to tests.json, see ``gpu_runner``."""
+    """Return a step of tests, whose outcomes go to tests.json."""
     command = _python(*arguments, f"--junitxml={out / name}.xml")
     env = {"OMP_WAIT_POLICY": "passive", **more.pop("env", {})}
     return Step(name, seconds, command, env, **more)
@@ -157,7 +155,7 @@ def _chosen(rehearse: bool, expression: str) -> list[str]:
 
 
 def _workers(rehearse: bool) -> tuple[list[str], dict]:
-    """Processes that share the GPU: most of the time goes into compiling kernels."""
+    """Return options for several processes on one GPU: most of the time goes into compiling."""
     if rehearse or importlib.util.find_spec("xdist") is None:
         return [], {}
     return ["-n", "16"], {"OMP_NUM_THREADS": "1"}
@@ -198,9 +196,9 @@ _BENCHMARKS = {
 
 
 def _benchmark(out: Path, name: str, rehearse: bool) -> list[Step]:
-    """Rows that were measured before are not measured again; see benchmarks/conftest.py."""
+    """Return a step of benchmarks, which resumes where it was stopped."""
     files, directions = _BENCHMARKS[name]
-    # Another torch than CI's warns of other things, which make no time wrong.
+    # Another torch than CI's may warn of things that make no time wrong.
     arguments: list[str | Path] = [*(f"benchmarks/{file}" for file in files), "-W", "default"]
     arguments += ["--directions", directions] if directions else []
     if rehearse:
@@ -214,12 +212,12 @@ def _benchmark(out: Path, name: str, rehearse: bool) -> list[Step]:
     return [step]
 
 
-#: Estimates of seconds for one dtype, of which half compile on 16 cores.
+#: Estimates of seconds for one dtype; half of them is compiling on 16 cores.
 _TUNED = {"layer_norm": 25, "attention": 160, "linear": 50, "int8": 40}
 
 
 def _tune(out: Path, rehearse: bool, dtype: str) -> list[Step]:
-    """A step for each op, into one table: tune itself begins anew."""
+    """Return a tuning step for each op; all write to one table."""
     steps = []
     for op, seconds in _TUNED.items():
         command = [sys.executable, "-m", "llmos_kernels", "tune", "--op", op, "--dtype", dtype]
@@ -230,7 +228,7 @@ def _tune(out: Path, rehearse: bool, dtype: str) -> list[Step]:
 
 
 def _tool(name: str) -> list[str]:
-    """compute-sanitizer's command; without it one that fails and says so."""
+    """Return compute-sanitizer's command; without it, a command that fails and says so."""
     home = os.environ.get("CUDA_HOME")
     folders = [*os.environ.get("PATH", "").split(os.pathsep), "/usr/local/cuda/bin"]
     folders += [f"{home}/bin"] if home else []
@@ -243,14 +241,14 @@ def _tool(name: str) -> list[str]:
 
 
 def _sanitizer(rehearse: bool) -> list[Step]:
-    """The first run, without a tool, compiles the kernels that the tools then find on the disk."""
+    """Return a run without a tool, which compiles the kernels, and one with each tool."""
     shown = "layer_norm-2d and same_bits" if rehearse else None
     tests = lambda chosen: _python(_test("test_kernels.py"), "-k", shown or chosen)
     steps = [Step("untooled", 60, tests(_SMALL))]
     tools = {"memcheck": _SMALL, "racecheck": _FEW, "initcheck": _FEW, "synccheck": _SMALL}
     for name, chosen in tools.items():
         command = [*([] if rehearse else _tool(name)), *tests(chosen)]
-        # Else torch's allocator hides where one tensor ends and the next begins.
+        # Without this torch's allocator hides where tensors end.
         alone = name in ("memcheck", "initcheck")
         env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if alone else {}
         steps.append(Step(name, 70, command, env))

@@ -1,4 +1,4 @@
-"""Rows that were measured, kept in a file as soon as they are: a run that was stopped goes on."""
+"""Save measured rows in a file at once, so that a run that was stopped can resume."""
 
 import contextlib
 import hashlib
@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def sources() -> str:
-    """A sum of all that answers: another kernel makes another time."""
+    """Return a hash of all sources whose change may change a time."""
     sums = hashlib.sha256()
     for folder in ("llmos_kernels", "csrc", "benchmarks"):
         for path in sorted((ROOT / folder).rglob("*")):
@@ -19,9 +19,11 @@ def sources() -> str:
     return sums.hexdigest()
 
 
-class Kept:
-    """Rows by the name of their tests, in ``path`` if there is one; those of other sources or of
-    another machine do not count."""
+class SavedRows:
+    """Rows by the name of their tests, in the file ``path`` if it is given.
+
+    Rows of other sources or of another machine do not count.
+    """
 
     def __init__(self, path: str | None, about: dict):
         self._path, self._rows = Path(path) if path else None, {}
@@ -29,13 +31,14 @@ class Kept:
         self._stamp = hashlib.sha256(told.encode()).hexdigest()[:16]
         if self._path and self._path.exists():
             for text in self._path.read_text().splitlines():
-                with contextlib.suppress(ValueError):  # The line at which the run was stopped.
+                # The run was stopped while it wrote this line.
+                with contextlib.suppress(ValueError):
                     row = json.loads(text)
                     if row["stamp"] == self._stamp:
                         self._rows[row["test"]] = row
 
     def get(self, test: str, wanted: Sequence[str]) -> dict | None:
-        """The row's providers, if all that are wanted were measured beside each other."""
+        """Return a row's results if all selected providers were measured beside each other."""
         row = self._rows.get(test)
         if row is None or not set(row["wanted"]).issuperset(wanted):
             return None
