@@ -4,31 +4,30 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip --disable-pip-version-check
 CSRC := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
-LINTED := llmos_kernels benchmarks tests examples setup.py .ci/wheel.py
+LINTED := llmos_kernels benchmarks tests tools setup.py
 JOBS := $(shell nproc)
-RESULTS := $(wildcard benchmarks/results/*/ops*.json benchmarks/results/*/int8.json benchmarks/results/*/models*.json)
 
 .PHONY: help demo test test-quick test-avx2 bench bench-gate page peers lint format build sanitize wheel test-wheels gpu gpu-carry mutants clean
 
 help:
-	@echo 'make demo      swap a trained sentence encoder: proofs, embeddings, time before and after'
+	@echo 'make demo      swap a trained sentence encoder: proofs, outputs, time before and after'
 	@echo 'make test      all tests on this machine; at the end what could not run, and the slowest'
 	@echo 'make test-quick  those that compare numbers in little time: 2 minutes'
 	@echo 'make test-avx2  the same as on a CPU without AVX-512'
 	@echo 'make bench     pytest-benchmark against all that is here, threads pinned (BENCH=--quick: 2 minutes)'
-	@echo 'make bench-gate  the quick rows against the committed ones of this kind of machine'
-	@echo 'make page      benchmarks/results as docs/results.html and the plots of the README'
+	@echo 'make bench-gate  the quick rows against the baseline of this kind of machine, if there is one'
+	@echo 'make page      all results as build/page.html, and the figure of the README from the baselines'
 	@echo 'make peers     zentorch, onnxruntime, torchao, bitsandbytes in an environment of their own'
 	@echo 'make lint      ruff, clang-format, mypy (make format: apply)'
 	@echo 'make sanitize  the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make wheel     a wheel for this Python in dist/ (TORCH_CUDA_ARCH_LIST chooses GPUs)'
 	@echo 'make test-wheels  the wheel under other versions of torch and Python: gigabytes, 20 minutes'
-	@echo 'make gpu       on a CUDA machine, no network, in slices of 8 minutes (SLICE=tests ...); gpu.zip in OUT'
-	@echo 'make gpu-carry  compile ahead what make gpu needs there (PYTHON312=python3.12, CARRY=modules of the pack)'
+	@echo 'make gpu       tests and measurements on a GPU machine, which needs no network (SLICE=tests ...)'
+	@echo 'make gpu-carry  compile here what make gpu needs there (PYTHON312=python3.12, CARRY=modules of the pack)'
 	@echo 'make mutants   planted faults, each of which tests must see: 8 minutes'
 
 demo: $(VENV)/.built
-	@$(PYTHON) examples/swap_sentence_encoder.py
+	@$(PYTHON) -m llmos_kernels demo
 
 test: build
 	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(JOBS) --dist worksteal --durations=20 --durations-min=1
@@ -46,7 +45,7 @@ test-avx2: test-quick
 # Libraries that cannot share an environment with the rest; the benchmarks ask those that are there.
 peers:
 	test -x build/peers/bin/python || python3 -m venv build/peers
-	build/peers/bin/python -m pip --disable-pip-version-check install -q -r .ci/requirements-peers.txt
+	build/peers/bin/python -m pip --disable-pip-version-check install -q -r requirements/peers.txt
 
 bench: build
 	$(PYTHON) -m llmos_kernels bench $(BENCH)
@@ -55,7 +54,7 @@ bench-gate: build
 	$(PYTHON) benchmarks/gate.py
 
 page: build
-	$(PYTHON) -m llmos_kernels bench report $(RESULTS) --output docs/results.html --plots docs/plots
+	$(PYTHON) benchmarks/report
 
 lint: $(VENV)/.ready
 	$(PYTHON) -m ruff check $(LINTED)
@@ -71,15 +70,15 @@ format: $(VENV)/.ready
 
 build: $(VENV)/.ready $(VENV)/.built
 
-$(VENV)/.demo: .ci/requirements-demo.txt
+$(VENV)/.demo: requirements/demo.txt
 	@echo 'installing torch, transformers and a C++ build in $(VENV): about a minute'
 	@test -x $(PYTHON) || python3 -m venv $(VENV)
 	@$(PIP) install -q -r $<
 	@touch $@
 
-$(VENV)/.ready: .ci/requirements.txt .ci/requirements-bench.txt $(VENV)/.demo
+$(VENV)/.ready: requirements/tests.txt requirements/bench.txt $(VENV)/.demo
 	@echo 'installing what the tests take: about a minute'
-	@$(PIP) install -q -r .ci/requirements.txt -r .ci/requirements-bench.txt
+	@$(PIP) install -q -r requirements/tests.txt -r requirements/bench.txt
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.demo $(CSRC)
@@ -98,18 +97,18 @@ sanitize: $(VENV)/.ready
 	  -k "sanitize or guard or matches_reference or layouts or strided or integers or extreme or few or outliers or rows_of or test_pack"
 
 wheel: $(VENV)/.ready
-	$(PYTHON) .ci/wheel.py
+	$(PYTHON) tools/wheel.py
 
 test-wheels: $(VENV)/.ready
 	LLMOS_WHEELS=all $(PYTHON) -m pytest -s -v tests/test_wheels.py
 
 gpu:
-	python3 benchmarks/gpu.py $(SLICE)
+	python3 tools/gpu_session/gpu.py $(SLICE)
 
-# For the Python of the GPU machine, against the torch of .ci/requirements.txt, in .gpu-carry.
+# For the Python of the GPU machine, against the torch of requirements/demo.txt, in .gpu-carry.
 PYTHON312 := python3.12
 gpu-carry:
-	$(PYTHON312) benchmarks/gpu_carry.py make --modules $(CARRY)
+	$(PYTHON312) tools/gpu_session/gpu_carry.py make --modules $(CARRY)
 
 mutants: build
 	$(PYTHON) tests/mutants.py

@@ -1,4 +1,4 @@
-"""Products and layers with int8 weights: against float, and against other int8."""
+"""Time GEMMs and layers with int8 weights against float, and against other int8 libraries."""
 
 import copy
 import functools
@@ -48,7 +48,7 @@ def of_sizes(op, sizes):
 
 
 def layer_row(op, size, dtype, mode="dynamic", threshold=0.0):
-    """The row, its input, the float layer, ours of int8, and the exact result."""
+    """Return the row, its input, the float layer and our int8 layer."""
     rows, inner, outer = size
     torch.manual_seed(0)
     x = torch.randn(rows, inner, device=DEVICE, dtype=getattr(torch, dtype))
@@ -105,7 +105,7 @@ def test_weight_only(op, size, dtype, direction, provider, side_by_side):
 @each_dtype
 @of_sizes("int8_outliers", SIZES)
 def test_outliers(op, size, dtype, direction, provider, side_by_side):
-    """``kernel_plain`` is ours where no column is beyond the threshold."""
+    """Time activations with outliers; ``kernel_plain`` is ours on activations without any."""
 
     def build(wanted, stack):
         row, x, linear, layer = layer_row(op, size, dtype, threshold=6.0)
@@ -127,7 +127,7 @@ def test_outliers(op, size, dtype, direction, provider, side_by_side):
 @each_dtype
 @of_sizes("int8_bert_layers", [(768, 12, 3072, 8, 128)])
 def test_bert_layers(op, size, dtype, direction, provider, side_by_side):
-    """Two layers of BERT, attention and all: ``kernel`` int8, ``kernel_float`` ours in float."""
+    """Time two layers of BERT; ``kernel`` is our int8, ``kernel_float`` ours in float."""
 
     def build(wanted, stack):
         transformers = pytest.importorskip("transformers")

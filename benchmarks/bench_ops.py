@@ -1,4 +1,4 @@
-"""Every Case that has sizes: forward, backward and both; ours, and who else can be asked."""
+"""Time every Case that has sizes: forward, backward and both, ours and competitors."""
 
 import functools
 
@@ -15,7 +15,7 @@ from llmos_kernels.testing import CASES, cast, make_gradients, run, run_with_gra
 BY_NAME = {case.name: case for case in CASES}
 FORWARD, BACKWARD, BOTH = DIRECTIONS = "forward", "backward", "forward+backward"
 
-#: Ratios to torch eager that the project set out to reach on two cores: by size, float32 and bfloat16.
+#: Ratios to torch eager to reach on two cores, for each size in float32 and bfloat16.
 _CPU_GOALS = {
     ("layer_norm", FORWARD): (2.0, 2.8, 1.8, 3.0, 0.9, None),
     ("add_layer_norm", FORWARD): (2.0, 3.5, 1.2, 3.5, 1.2, None),
@@ -34,7 +34,7 @@ def _sizes(case):
     return case.benchmark_shapes if DEVICE == "cpu" else case.gpu_benchmark_shapes
 
 
-#: The first size of each op is what --quick measures.
+#: --quick measures the first size of each op.
 GRID = [
     pytest.param(
         case.name,
@@ -48,7 +48,7 @@ GRID = [
 
 
 def goals(op, size, dtype, direction):
-    """The ratio to torch eager to reach here, if any."""
+    """Return the ratios that the project set out to reach for a row, by provider."""
     listed = _CPU_GOALS.get((op, direction))
     if listed is None or DEVICE != "cpu":
         return {}
@@ -57,7 +57,7 @@ def goals(op, size, dtype, direction):
 
 
 def attention_kernel(fn):
-    """The attention kernel of torch that ``fn`` runs, or None."""
+    """Return the name of torch's attention kernel that ``fn`` runs, or None."""
     with torch.profiler.profile() as profile:
         fn()
     prefix = "aten::_scaled_dot_product_"
@@ -67,7 +67,7 @@ def attention_kernel(fn):
 
 @functools.lru_cache(maxsize=1)
 def drawn(op, size, dtype):
-    """Arguments of a row, their results in float64 and by torch, with gradients."""
+    """Return the arguments of a row, and their results with gradients in float64 and by torch."""
     case = BY_NAME[op]
     torch.manual_seed(0)
     args = case.make(size, dtype=getattr(torch, dtype), device=DEVICE, requires_grad=True)
@@ -76,12 +76,12 @@ def drawn(op, size, dtype):
 
 
 def plain(args):
-    """The same arguments, of which nothing is to be differentiated."""
+    """Return the arguments without gradients."""
     return tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
 
 
 def call_of(fn, args, direction, gradients):
-    """What is timed."""
+    """Return the call that is timed."""
     if direction == FORWARD:
         return functools.partial(fn, *args)
     leaves = [t for t in tensors(args) if t.requires_grad]
@@ -97,7 +97,7 @@ def run_once(fn, args):
 
 
 def judged(case, fn, args, direction, exact, eager):
-    """The error of what is timed; nothing of what draws a dropout of its own."""
+    """Return the error of what is timed."""
     if direction != FORWARD:
         return worst(run_with_gradients(fn, args), exact, eager)
     with torch.inference_mode():
@@ -106,8 +106,11 @@ def judged(case, fn, args, direction, exact, eager):
 
 
 def moved(case, args, direction):
-    """The bytes that a call cannot but read and write: inputs and results once; the backward reads the
-    inputs and the results' gradients, and writes the inputs' gradients."""
+    """Return the bytes that a call must read and write at least.
+
+    The forward reads its inputs and writes its results. The backward reads inputs and the results'
+    gradients, and writes the inputs' gradients.
+    """
     outputs = run_once(case.op, args)
     given, made = (sum(t.nbytes for t in some) for some in (list(tensors(args)), outputs))
     grads = sum(t.nbytes for t in tensors(args) if t.requires_grad)
@@ -119,7 +122,11 @@ def moved(case, args, direction):
 
 
 def flop(case, args, direction):
-    """The operations of products: twice the forward's for the backward; of attention what is seen."""
+    """Return the floating-point operations of a row's GEMMs.
+
+    The backward has twice those of the forward. Of attention only the pairs that the mask leaves
+    count.
+    """
     seen = 0.5 if "causal" in case.name else 1.0
     if case.name == "attention-padding":
         seen = 1.0 - args[4].float().mean().item()
@@ -170,7 +177,7 @@ def test_op(op, size, dtype, direction, provider, side_by_side):
 @pytest.mark.parametrize("dtype", ("float32",))
 @pytest.mark.parametrize("op", ("call of layer_norm",))
 def test_call(op, dtype, direction, provider, side_by_side):
-    """What a forward costs where there is next to nothing to compute, without gradients and with."""
+    """Time a forward with next to nothing to compute, without gradients and with."""
 
     def build(wanted, stack):
         training = direction == "training"

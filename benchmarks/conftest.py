@@ -1,8 +1,8 @@
-"""One benchmark a test, ``provider`` its innermost parameter; the providers of a row are timed in turn.
+"""Run one benchmark a test, with ``provider`` as its innermost parameter.
 
-The first test of a row builds and measures it for all providers that are selected, and each test gives
-its own samples to pytest-benchmark, whose flags work as ever (``--benchmark-json``, ``-compare``,
-``-compare-fail``). ``make bench`` pins the threads.
+The providers of a row are timed in turn. The first test of a row builds and measures it for all
+selected providers, and each test gives its own samples to pytest-benchmark, whose flags work as
+usual (``--benchmark-json``, ``-compare``, ``-compare-fail``). ``make bench`` pins the threads.
 """
 
 import contextlib
@@ -17,10 +17,10 @@ import pytest
 import rates
 import rows
 import torch
-from kept import Kept
+from saved_rows import SavedRows
 
 DEVICE = rows.DEVICE
-#: What ``--quick`` asks.
+#: The providers of ``--quick``.
 QUICK = ("kernel", "eager")
 
 
@@ -41,22 +41,22 @@ def pytest_addoption(parser):
 
 
 def row_key(item) -> str:
-    """What tests of one row have in common: all but the provider."""
+    """Return what the tests of one row have in common: everything but the provider."""
     params = [f"{k}={v}" for k, v in item.callspec.params.items() if k != "provider"]
     return f"{item.path.name}::{item.originalname}[{', '.join(params)}]"
 
 
 class Session:
-    """The rows of a run: who is asked, what was found."""
+    """The rows of a run: the providers that each is measured for, and the results."""
 
     def __init__(self, config):
         self.config, self.wanted, self.found = config, {}, {}
         self.quick = config.getoption("quick")
-        self.kept = Kept(config.getoption("resume"), about() | {"quick": self.quick})
+        self.saved = SavedRows(config.getoption("resume"), about() | {"quick": self.quick})
         self.checked, self.bar = False, progress.Silent()
 
     def chosen(self, item) -> bool:
-        """Whether the flags ask for a test."""
+        """Return True if the flags select a test."""
         params = getattr(item, "callspec", None) and item.callspec.params
         if not params or "provider" not in params:
             return True
@@ -78,11 +78,11 @@ class Session:
         return True
 
     def measured(self, item, build) -> dict:
-        """What was found of the item's row, for all providers that are wanted."""
+        """Return the results of the item's row, for all selected providers."""
         key = row_key(item)
         if key not in self.found:
             wanted = self.wanted[key]
-            self.found[key] = self.kept.get(key, wanted) or self._measure(key, wanted, build)
+            self.found[key] = self.saved.get(key, wanted) or self._measure(key, wanted, build)
             self.bar.row(key)
         return self.found[key]
 
@@ -97,12 +97,12 @@ class Session:
             row = build(wanted, stack)
             rounds, most = (9, 1.0) if self.quick else (25, 8.0)
             found = rows.measure(row, rounds, most, busy)
-        self.kept.add(key, wanted, found)
+        self.saved.add(key, wanted, found)
         return found
 
 
 def about() -> dict:
-    """What a time depends on besides the row."""
+    """Return what a time depends on besides the row."""
     flags = ("OMP_", "MALLOC_", "LLMOS_")
     return {
         "machine": machine.name(DEVICE),
@@ -125,7 +125,7 @@ def pytest_sessionstart(session):
 
 
 class Replay:
-    """A clock that pytest-benchmark reads: it goes on by samples that were taken before."""
+    """A clock for pytest-benchmark that advances by samples taken before."""
 
     now, samples = 0.0, iter(())
 
@@ -153,8 +153,11 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def side_by_side(request):
-    """``side_by_side(build)`` reports this test's provider in the row that ``build(wanted, stack)``
-    makes for the providers wanted; what ``stack`` holds is closed when it has been measured."""
+    """Return ``side_by_side(build)``, which reports the result of this test's provider.
+
+    ``build(wanted, stack)`` makes the row for the providers in ``wanted``; ``stack`` is closed when
+    the row has been measured.
+    """
 
     def report(build):
         provider = request.node.callspec.params["provider"]
@@ -182,6 +185,8 @@ def side_by_side(request):
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["node"] = machine.name(DEVICE)
     machine_info["llmos"] = about() | {
+        "quick": config.getoption("quick"),
+        **machine.hardware(DEVICE),
         "limits": rates.limits(DEVICE),
         "state": machine.state(DEVICE),
         "versions": peers.versions(),
@@ -201,7 +206,7 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """A line a row: our median and the ratio of each other to it."""
+    """Print one line a row: our median, and the ratio of each provider's to it."""
     write, found = terminalreporter.write_line, config.bench.found
     if not found:
         return

@@ -1,44 +1,38 @@
-"""Whether ours is slower than it was, beside torch eager in the same run; times alone say nothing.
+"""Fail if our speed relative to torch eager has fallen below this machine's baseline.
 
     python benchmarks/gate.py
 
-The rows of ``bench --quick`` are compared with ``results/<machine>/quick*.json``, several runs, between
-which ratios differ by more than within one: the lowest counts. A row that seems to have lost is measured
-once more, and the better of the two counts.
+The rows of ``bench --quick`` are compared with ``baselines/<machine>.json``. Only ratios to eager
+in the same run are compared, never times. A row that seems slower is measured once more, and the
+better of the two measurements counts. On a machine without a baseline the gate says so and passes.
 """
 
 import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
+import baseline
 import machine
 import torch
 
-from llmos_kernels import _bench
+from llmos_kernels._tools import bench
 
-HERE = Path(__file__).resolve().parent
-#: What a ratio may lose besides its interval.
+#: The part of its lower end that a ratio may lose besides its interval.
 MARGIN = 0.1
 
 
 def ratios(path: Path) -> dict[str, tuple[float, float]]:
-    """By row, the interval of eager's time over ours."""
+    """Return the interval of eager's time over ours, by row."""
     found = json.loads(path.read_text())["benchmarks"]
     ours = (b for b in found if b["params"]["provider"] == "kernel")
     return {b["group"]: tuple(b["extra_info"]["vs_eager_ci"]) for b in ours}
 
 
-def lowest(runs: Sequence[dict]) -> dict[str, tuple[float, float]]:
-    """Of each row the interval of the run in which it is lowest."""
-    rows = dict.fromkeys(row for found in runs for row in found)
-    return {row: min(found[row] for found in runs if row in found) for row in rows}
-
-
 def lost(now: dict, before: dict) -> dict[str, str]:
-    """The rows whose ratio is lower than it was, even by the upper end of its interval."""
+    """Return the rows whose ratio fell, judged by the upper end of its interval, with what to
+    say."""
     return {
         row: f"{row}: {high:.2f} times eager at the most, was {before[row][0]:.2f} at the least"
         for row, (_, high) in now.items()
@@ -46,20 +40,24 @@ def lost(now: dict, before: dict) -> dict[str, str]:
     }
 
 
-def measured(folder: Path, name: str, *arguments: str) -> dict:
+def measured(folder: Path, name: str) -> dict:
+    """Return the ratios of a quick run."""
     path = folder / f"{name}.json"
-    code = _bench.run(["--quick", "--benchmark-json", str(path), *arguments])
+    code = bench.run(["--quick", "--benchmark-json", str(path)])
     if code or not path.exists():
         raise SystemExit(f"the benchmarks ended with {code}")
     return ratios(path)
 
 
 def main() -> int:
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    folder = HERE / "results" / machine.name("cuda" if torch.cuda.is_available() else "cpu")
-    before = lowest([ratios(path) for path in sorted(folder.glob("quick*.json"))])
+    argparse.ArgumentParser(description=__doc__.split("\n", 1)[0]).parse_args()
+    name = machine.name("cuda" if torch.cuda.is_available() else "cpu")
+    rows = baseline.load(baseline.path_of(name))["rows"]
+    before = {row["row"]: tuple(row["gate"]) for row in rows if "gate" in row}
     if not before:
-        raise SystemExit(f"no baseline: bench --quick --benchmark-json {folder}/quick.json")
+        print(f"passed: there is no baseline for {name}. To record one: make bench BENCH=--quick")
+        print("twice, then python benchmarks/baseline.py build/results/*.json")
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         suspects = lost(measured(Path(folder), "first"), before)
         if suspects:

@@ -1,8 +1,10 @@
-"""What a launch costs the host, from the pack and by Triton: python benchmarks/launch_cost.py
+"""Measure the host's time for a launch, from the pack and by Triton.
 
-On a GPU with its driver; elsewhere with a driver that does nothing (tests/fake_cuda.c), so that what is
-left is the launchers' own. Prints microseconds for each kernel, side by side in one run, and JSON to the
-file given.
+    python benchmarks/launch_cost.py [FILE]
+
+On a GPU this uses its driver; elsewhere a driver that does nothing (tests/fake_cuda.c), so that the
+time is that of the launchers alone. It prints microseconds for each kernel, side by side in one
+run, and writes JSON to the file given.
 """
 
 import contextlib
@@ -19,7 +21,7 @@ import torch
 import triton
 
 from llmos_kernels._tools import build_pack
-from llmos_kernels._triton.attention import forward as attention
+from llmos_kernels._triton.attention.forward import forward as attention
 from llmos_kernels._triton.gemm import linear
 from llmos_kernels._triton.norm import layer_norm
 from llmos_kernels._triton.runtime import kernel_pack, pack_shapes
@@ -35,7 +37,7 @@ LIBRARY = Path(FOLDER.name) / "libcuda.so.1"
 
 
 def fake_driver():
-    """Triton's own driver, on a library that does nothing; the library."""
+    """Make Triton use a CUDA library that does nothing, and return the library."""
     source = ROOT / "tests" / "fake_cuda.c"
     options = ["-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
     subprocess.run(["cc", *options, "-o", LIBRARY, source], check=True)
@@ -55,7 +57,7 @@ def fake_driver():
 
 
 def calls(device: str):
-    """Launchers and their arguments, by name."""
+    """Yield names, launchers and their arguments."""
 
     def empty(*shape):
         return torch.empty(shape, dtype=torch.bfloat16, device=device)
@@ -71,7 +73,7 @@ def calls(device: str):
 
 
 def measured(launcher, args, arch: str, library) -> tuple[int, float, float]:
-    """The arguments of the launch, and seconds for it from the pack and by Triton."""
+    """Return the number of arguments, and the seconds of a launch from the pack and by Triton."""
     launches = []
 
     def keep(self, grid, given, named):

@@ -1,7 +1,8 @@
-"""The machine that is measured: its limits, its state, and whether anything else runs on it."""
+"""Tell which machine is measured, its limits and state, and whether other processes run."""
 
 import functools
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -16,25 +17,26 @@ import llmos_kernels as lk
 from llmos_kernels._tools import environment
 from llmos_kernels.testing import interleaved
 
-#: The share of a core that others may take, and the seconds that are nobody's: clocks tick every 10 ms.
+#: The cores that other processes may use, and seconds that are not counted: clocks tick every 10
+#: ms.
 MOST_OTHERS, SLACK = 0.15, 0.05
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Busy(Exception):
-    """Something else runs on the machine."""
+    """Other processes run on the machine."""
 
 
 def _all_seconds() -> float:
-    """Core seconds that the machine has worked since it started."""
+    """Return the core seconds that the machine has worked since it started."""
     if not Path("/proc/stat").exists():
         return 0.0
     fields = [int(f) for f in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-    return (sum(fields) - fields[3] - fields[4]) / _TICKS  # Less idle and waiting.
+    return (sum(fields) - fields[3] - fields[4]) / _TICKS  # All but idle and waiting for I/O.
 
 
 def _seconds_of(pid: int) -> float:
-    """Core seconds of a process and of its children that have ended."""
+    """Return the core seconds of a process and of its children that have ended."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -43,7 +45,7 @@ def _seconds_of(pid: int) -> float:
 
 
 class Watch:
-    """What others than the processes named work from now on."""
+    """A watch, from now on, of all processes but those named."""
 
     def __init__(self, pids: Sequence[int]):
         self._pids, self._start = pids, time.monotonic()
@@ -53,12 +55,12 @@ class Watch:
         return _all_seconds() - sum(map(_seconds_of, self._pids))
 
     def others(self) -> float:
-        """How many cores others have kept busy until now."""
+        """Return how many cores other processes have kept busy until now."""
         seconds = time.monotonic() - self._start
         return max(0.0, self._others() - self._before - SLACK) / seconds
 
     def disturbed(self, device: str) -> str | None:
-        """Why what was measured since was not of the providers alone, or None."""
+        """Return why the measurement since the start was disturbed, or None."""
         share = self.others()
         if share > MOST_OTHERS:
             return f"other processes take {share:.2f} of {os.cpu_count()} cores"
@@ -78,14 +80,14 @@ def _nvidia_smi(query: str, of: str = "gpu") -> list[str]:
 
 
 def busy(device: str, seconds: float = 0.5) -> str | None:
-    """Why a measurement would not be of the providers alone, or None."""
+    """Return why a measurement would be disturbed, or None."""
     watch = Watch([os.getpid()])
     time.sleep(seconds)
     return watch.disturbed(device)
 
 
 def wait_until_idle(device: str, seconds: float = 20.0) -> str | None:
-    """None as soon as nothing else runs; after so many seconds, what does."""
+    """Return None as soon as nothing else runs; after so many seconds, what does."""
     end = time.monotonic() + seconds
     while (why := busy(device)) is not None:
         if time.monotonic() > end:
@@ -94,7 +96,7 @@ def wait_until_idle(device: str, seconds: float = 20.0) -> str | None:
 
 
 def state(device: str) -> dict:
-    """Load, clocks and governor; of a GPU clocks, power and temperature. Nothing is changed."""
+    """Return load, clocks and governor; of a GPU clocks, power and temperature."""
     info = Path("/proc/cpuinfo")
     clocks = [
         float(line.split(":")[1])
@@ -118,30 +120,66 @@ def _rate(operations: float, *calls) -> float:
     return operations / min(interleaved(calls, rounds=15, seconds=0.02)) / 1e9
 
 
+def cpu() -> dict:
+    """Return what tells one kind of CPU from another; its name in /proc/cpuinfo often does not."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+
+    def first(field: str) -> str | None:
+        found = re.search(rf"^{field}\s*: (.*)", text, re.MULTILINE)
+        return found[1] if found else None
+
+    extension = environment._extension()
+    return {
+        "name": environment._cpu_name(),
+        "vendor": first("vendor_id") or platform.machine(),
+        "family": first("cpu family"),
+        "model": first("model"),
+        "isa": extension.cpu_level() if extension else "reference",
+    }
+
+
+def hardware(device: str) -> dict:
+    """Return the CPU and, if it is measured, the GPU."""
+    gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
+    return gpu | {"cpu": cpu()}
+
+
+def cpu_name(about: dict, threads: int) -> str:
+    """Return the file name of a kind of CPU: vendor, family, model, ISA and threads."""
+    vendor = re.sub(r"\W+|^(authentic|genuine)", "", about["vendor"].lower())
+    numbers = [f"{key}{about[key]}" for key in ("family", "model") if about[key] is not None]
+    return "-".join([vendor, *numbers, about["isa"], f"{threads}threads"])
+
+
 def name(device: str) -> str:
-    """The GPU's name, or the CPU's and its threads, as a folder's."""
-    found = f"{environment._cpu_name()} {torch.get_num_threads()} threads"
+    """Return the name of this kind of machine, as a file's: the GPU's, or that of the CPU."""
     if device == "cuda":
-        found = torch.cuda.get_device_name()
-    return re.sub(r"\W+", "-", found).lower()
+        return re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower()
+    return cpu_name(cpu(), torch.get_num_threads())
 
 
 @functools.cache
 def copy_rate(device: str, size: int) -> float:
-    """GB/s, read and written, of copies that move so many bytes each: of caches where these hold them."""
+    """Return the GB/s, read and written, of copies that move so many bytes each.
+
+    Small copies measure the caches.
+    """
     source = torch.ones(max(size // 8, 1), device=device)
     target = torch.empty_like(source)
     return round(_rate(2 * source.nbytes, lambda: target.copy_(source)), 1)
 
 
 def limits(device: str) -> dict[str, float]:
-    """What this machine attains: GB/s of a large copy, and 1e9 operations a second of a large product in
-    each dtype, of torch's and of ours whichever is faster."""
+    """Return the rates that this machine reaches: a large copy in GB/s, large GEMMs in GFLOP/s.
+
+    GEMMs are torch's or ours, whichever is faster, by dtype.
+    """
     large, n = (2**31, 8192) if device == "cuda" else (2**29, 2048)
     found = {"copy": copy_rate(device, large)}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         if device == "cpu" and dtype == torch.float16:
-            continue  # No kernel here multiplies it as such.
+            continue  # No CPU kernel multiplies float16 as such.
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         calls = (lambda a=a, b=b: F.linear(a, b)), (lambda a=a, b=b: lk.linear(a, b))
         found[str(dtype).removeprefix("torch.")] = _rate(2.0 * n**3, *calls)

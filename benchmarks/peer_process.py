@@ -1,8 +1,8 @@
-"""Peers that need an environment of their own: each runs in a process there and is timed in turn.
+"""Run peers that need an environment of their own, each in a process, timed in turn.
 
-``make peers`` builds the environment from ``.ci/requirements-peers.txt`` in ``build/peers``. The
+``make peers`` builds the environment from ``requirements/peers.txt`` in ``build/peers``. The
 process gets the model and its inputs, answers with the result, which the caller checks, and then
-runs as often as each line it reads says. It sleeps before it answers, so that its threads have
+runs as often as each line that it reads says. It sleeps before it answers, so that its threads have
 stopped spinning when the next provider starts.
 """
 
@@ -22,7 +22,7 @@ _REST = 0.3  # Seconds: idle threads of OpenMP spin for up to 0.2.
 
 
 def main(name: str, folder: str) -> None:
-    """The process of one peer."""
+    """Run one peer; this is what its process does."""
     # What libraries print must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -47,7 +47,7 @@ def main(name: str, folder: str) -> None:
 
 @contextlib.contextmanager
 def _all_cores():
-    """This thread's pinning would be the process's."""
+    """Lift this thread's pinning, which a process started here would inherit."""
     own = os.sched_getaffinity(0)
     threads = (int(t) for t in os.listdir("/proc/self/task"))
     os.sched_setaffinity(0, set().union(*map(os.sched_getaffinity, threads)))
@@ -65,7 +65,8 @@ class Peer:
             torch.save(inputs, f"{folder}/inputs.pt")
             torch.save(model, f"{folder}/model.pt")
             env = dict(os.environ)
-            if name.startswith("onnxruntime"):  # Its own threads would all stay on the first core.
+            # Pinning would put all its own threads on the first core.
+            if name.startswith("onnxruntime"):
                 env = {k: v for k, v in env.items() if k not in ("OMP_PROC_BIND", "OMP_PLACES")}
             with _all_cores():
                 self._process = subprocess.Popen(
@@ -86,7 +87,7 @@ class Peer:
         return line
 
     def timed(self, calls: int) -> float:
-        """The seconds of one of ``calls`` calls."""
+        """Return the seconds of one call, of ``calls`` in a row."""
         self._process.stdin.write(f"{calls}\n")
         self._process.stdin.flush()
         return float(self._read())
@@ -96,7 +97,7 @@ class Peer:
 
 
 def add_peer(row, stack: contextlib.ExitStack, name: str, model, inputs, judged) -> None:
-    """The peer in ``row``, with what ``judged`` says of its result, until ``stack`` is closed."""
+    """Add a peer to ``row``, judged by ``judged``, until ``stack`` is closed."""
     from rows import Call
 
     def build():

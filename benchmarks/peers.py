@@ -1,6 +1,9 @@
-"""The others, each in a few lines. Of ops: what gives a call that takes a Case's arguments, or None where
-it has no way to give the same. Of models: what makes one call of a model on its inputs; some of these
-need an environment of their own (peer_process.py), so this file imports nothing but torch.
+"""Call the libraries that ours is compared with, each in a few lines.
+
+For ops, a function takes a Case and returns a call that takes the Case's arguments, or None if the
+library cannot give the same result. For models, a function takes a model and its inputs and returns
+one call. Some need an environment of their own (peer_process.py), so this file imports nothing but
+torch.
 """
 
 import functools
@@ -12,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-#: Of the libraries that fight each other: ``make peers``.
+#: The Python of libraries that cannot share an environment: ``make peers``.
 PYTHON = Path(__file__).parents[1] / "build" / "peers" / "bin" / "python"
 
 
@@ -21,7 +24,7 @@ def reference(case):
 
 
 def eager(case):
-    """torch's fastest way that needs no compiler; of attention, SDPA."""
+    """Return torch's fastest way that needs no compiler; for attention SDPA."""
     return case.baseline or case.eager
 
 
@@ -111,7 +114,7 @@ OPS = {
 
 
 def dynamic(linear):
-    """torch's own dynamic quantization of a Linear, which takes float32 alone."""
+    """Return torch's own dynamic quantization of a Linear, which takes float32 alone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # It is deprecated for torchao.
         model = torch.ao.quantization.quantize_dynamic(
@@ -121,7 +124,7 @@ def dynamic(linear):
 
 
 def int_mm(layer, x):
-    """What can be put together of torch's ops: quantise, torch._int_mm, scale."""
+    """Return a linear layer put together of torch's ops: quantise, torch._int_mm, scale."""
     scale = x.abs().amax(-1, keepdim=True).float() / 127
     rows = (x / scale).round().to(torch.int8)
     sums = torch._int_mm(rows, layer.weight_int8.t())
@@ -221,7 +224,7 @@ def _missing(package: str) -> str | None:
 
 @functools.cache
 def absent(device: str) -> dict[str, str]:
-    """Why a provider cannot be asked here."""
+    """Return why each provider that cannot run here is absent."""
     found = {}
     for name, package in (("liger", "liger-kernel"), ("flash_attn", "flash-attn")):
         found[name] = "it runs on GPUs alone" if device == "cpu" else _missing(package)
@@ -236,16 +239,16 @@ def absent(device: str) -> dict[str, str]:
 
 
 def ops(device: str) -> list[str]:
-    """The providers of ops that can be asked here, ours first."""
+    """Return the providers of ops that can run here, ours first."""
     return ["kernel", *(name for name in OPS if name not in absent(device))]
 
 
 def models(device: str, int8: bool = False) -> list[str]:
-    """The libraries that can be asked here for whole models."""
+    """Return the libraries that can run whole models here."""
     return [n for n in (INT8_MODELS if int8 else MODELS) if n not in absent(device)]
 
 
 def versions() -> dict[str, str]:
-    """Of what is in this environment."""
+    """Return the versions of the libraries in this environment."""
     packages = "torch", "triton", "transformers", "liger-kernel", "flash-attn", "pytest-benchmark"
     return {p: importlib.metadata.version(p) for p in packages if _missing(p) is None}

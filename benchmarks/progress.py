@@ -1,4 +1,4 @@
-"""A bar of the rows that are measured, with the time that is left."""
+"""Show a progress bar of measured rows, with the time left."""
 
 import pytest
 from rich.console import Console
@@ -6,7 +6,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 
 
 class _Terminal:
-    """pytest's terminal as a file: it shows what tests print no more."""
+    """pytest's terminal as a file, which prints although pytest captures output."""
 
     def __init__(self, writer):
         self._writer = writer
@@ -19,14 +19,14 @@ class _Terminal:
 
 
 class Silent:
-    """No bar."""
+    """No progress bar."""
 
     def row(self, name: str) -> None:
-        """A row has been measured."""
+        """Advance by one measured row."""
 
 
 class Bar(Silent):
-    """In the place of a dot for each test; ``rows`` are those that were chosen, once they are."""
+    """A bar in place of a dot for each test; ``rows`` are those selected, once they are."""
 
     def __init__(self, rows, writer):
         self._rows = rows

@@ -1,4 +1,4 @@
-"""How much work a call is, how sure its time, and what share of the machine's limits it reaches."""
+"""Count the work of a call, and relate its time to the machine's limits."""
 
 import contextlib
 import functools
@@ -12,23 +12,29 @@ from torch.utils import flop_counter
 limits = functools.cache(machine.limits)
 
 _ATEN = torch.ops.aten
-with contextlib.suppress(AttributeError, RuntimeError):  # Not of this torch, or known to it.
+# This torch lacks the op, or has a formula for it.
+with contextlib.suppress(AttributeError, RuntimeError):
     flop_counter.register_flop_formula(_ATEN._scaled_dot_product_flash_attention_for_cpu)(
         lambda q, k, v, *args, **kwargs: flop_counter.sdpa_flop_count(q, k, v)
     )
 
 
 def operations(fn: Callable[[], object]) -> int:
-    """The multiplications and additions of products that ``fn`` asks of torch; of attention all of the
-    weights, seen or not."""
+    """Return the floating-point operations of the GEMMs that ``fn`` asks of torch.
+
+    Attention counts whole, whatever its mask hides.
+    """
     with flop_counter.FlopCounterMode(display=False) as counter:
         fn()
     return counter.get_total_flops()
 
 
 def share_of_limits(device: str, seconds: float, moved: int, flop: int | None, rate: str) -> dict:
-    """Rates, and the share of the nearer limit: of a copy that moves as much, from 1 MiB on, or of a large
-    product in the dtype ``rate``."""
+    """Return rates, and the share of the nearer of two limits.
+
+    One limit is a copy that moves as many bytes, from 1 MiB on, the other a large GEMM in the dtype
+    ``rate``.
+    """
     found = {"GB/s": round(moved / seconds / 1e9, 2)}
     size = 1 << min(max(moved, 1 << 20), 1 << 29).bit_length() - 1
     shares = [moved / seconds / 1e9 / machine.copy_rate(device, size)]
@@ -40,7 +46,7 @@ def share_of_limits(device: str, seconds: float, moved: int, flop: int | None, r
 
 
 def host_seconds(fn: Callable[[], object]) -> float:
-    """How long ``fn`` keeps its caller."""
+    """Return the seconds until ``fn`` returns."""
     start = time.perf_counter()
     fn()
     return time.perf_counter() - start

@@ -1,7 +1,7 @@
-"""A row of the benchmarks: providers of the same result, judged, then timed in turn.
+"""Judge the providers of one row, then time them in turn.
 
-What a test builds is a Row; ``measure`` gives each provider's samples and figures. A provider whose
-result is wrong, or that fails, has no time: it has the reason.
+A test builds a Row; ``measure`` returns each provider's samples and figures. A provider whose
+result is wrong, or that fails, has no time but a reason.
 """
 
 import contextlib
@@ -20,15 +20,18 @@ from llmos_kernels._tools import device_time
 from llmos_kernels.testing import error_over_budget, interval, samples
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-#: What an error may be, by how it is given: ours over its budget; of the others, who may add in
-#: another order; of what is made int8, over the norm of the result.
+#: The largest error allowed: over its budget for ours, and for others, who may add in another
+#: order; over the norm of the result for int8.
 OURS, THEIRS, INT8 = 1.0, 4.0, 0.03
 
 
 @dataclass
 class Call:
-    """One provider: its call, the same call on other inputs, which a GPU gets in turn, how far its
-    result is from float64's, and what else is to be told of it."""
+    """One provider's call.
+
+    ``copies`` are the same call on other inputs, which a GPU runs in turn; ``about`` has the error
+    of the result against float64, and what else is recorded.
+    """
 
     run: Callable[[], object]
     copies: Sequence[Callable[[], object]] = ()
@@ -36,7 +39,7 @@ class Call:
 
     @property
     def wrong(self) -> str | None:
-        """Why its time would say nothing, or None."""
+        """Return why a time would say nothing, or None."""
         if self.about.get("relative_error", 0.0) > INT8:
             return f"relative error {self.about['relative_error']:.3g}"
         most = OURS if self.about.get("ours") else THEIRS
@@ -47,8 +50,11 @@ class Call:
 
 @dataclass
 class Row:
-    """What providers are compared on: the bytes that one call must move, the operations it must do,
-    and the ratios to other providers that the project set out to reach."""
+    """One piece of work that providers are compared on.
+
+    ``moved`` are the bytes that a call must move, ``flop`` the operations that it must do,
+    ``goals`` the ratios to other providers that the project set out to reach.
+    """
 
     op: str
     size: Sequence[int]
@@ -58,12 +64,12 @@ class Row:
     flop: int | None = None
     goals: dict[str, float] = field(default_factory=dict)
     tokens: int | None = None
-    #: The rate of products that ``flop`` is held against, where it is not the dtype's.
+    #: The dtype whose GEMM rate ``flop`` is held against, if it is not ``dtype``.
     rate: str | None = None
     calls: dict[str, Call] = field(default_factory=dict)
     wrong: dict[str, str] = field(default_factory=dict)
     gradients: bool = False
-    #: Processes that work for this row.
+    #: The processes that compute for this row.
     pids: list[int] = field(default_factory=list)
 
     @property
@@ -72,7 +78,10 @@ class Row:
         return f"{self.op}{size} {str(self.dtype)[6:]} {self.direction}"
 
     def add(self, provider: str, build: Callable[[], Call | None]) -> None:
-        """The provider's call, if it has a way to give the same; or why it has no time. Ours has to."""
+        """Add a provider's call, or why it has no time; nothing if it cannot give the same result.
+
+        An error of ours is raised.
+        """
         try:
             call = build()
         except Exception as e:
@@ -91,18 +100,18 @@ class Row:
 
 
 def worst(found: dict[str, Tensor], exact: dict[str, Tensor], eager: dict[str, Tensor]) -> dict:
-    """The largest error over budget of named results."""
+    """Return the largest error over budget of named results."""
     errors = [error_over_budget(v, exact[k], eager[k]) for k, v in found.items()]
     return {"error_over_budget": round(max(errors), 3)}
 
 
 def relative(actual: Tensor, exact: Tensor) -> dict:
-    """The error over the norm of the result: of int8, which a budget of roundings does not fit."""
+    """Return the error over the norm of the result, for int8, which no budget of roundings fits."""
     return {"relative_error": round(((actual.double() - exact).norm() / exact.norm()).item(), 5)}
 
 
 def peak_bytes(fn: Callable[[], object]) -> int:
-    """The most that ``fn`` holds at a time of what it allocates through torch."""
+    """Return the most memory that ``fn`` holds at a time, allocated through torch."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -122,8 +131,10 @@ def peak_bytes(fn: Callable[[], object]) -> int:
 
 
 def _on_gpu(calls: dict[str, Call], rounds: int) -> tuple[dict[str, list[float]], dict]:
-    """The device's time of each call from a cold cache, as a CUDA graph or, where it cannot be one, as
-    it comes; and what a call costs the host."""
+    """Return samples of each call's time on the device from a cold cache, and the host's time.
+
+    Calls are CUDA graphs; a call that cannot be captured runs on the stream.
+    """
     ready, more = {}, {}
     for provider, call in calls.items():
         turns = [call.run, *call.copies]
@@ -155,7 +166,7 @@ def _on_gpu(calls: dict[str, Call], rounds: int) -> tuple[dict[str, list[float]]
 
 
 def times(row: Row, rounds: int, most: float) -> tuple[dict[str, list[float]], dict]:
-    """Samples of every provider, taken in turn."""
+    """Return samples of every provider, taken in turn."""
     if DEVICE == "cuda":
         return _on_gpu(row.calls, rounds)
     runs = [c.run for c in row.calls.values()]
@@ -163,7 +174,7 @@ def times(row: Row, rounds: int, most: float) -> tuple[dict[str, list[float]], d
 
 
 def measure(row: Row, rounds: int, most: float, busy: bool) -> dict[str, dict]:
-    """Of each provider its samples and figures, or why it has none."""
+    """Return samples and figures of each provider, or why it has none."""
     inside = contextlib.nullcontext() if row.gradients else torch.inference_mode()
     with inside:
         peaks = {
@@ -181,15 +192,16 @@ def measure(row: Row, rounds: int, most: float, busy: bool) -> dict[str, dict]:
             if why is not None:
                 raise machine.Busy(f"not measured: {why} (--busy measures all the same)")
     about = {"row": row.name, "op": row.op, "size": list(row.size), "bytes": row.moved}
-    about |= {"dtype": str(row.dtype)[6:], "direction": row.direction}
+    dtype = str(row.dtype)[6:]
+    about |= {"dtype": dtype, "direction": row.direction}
+    # int8 layers take and give floats: their roofline is that of int8.
+    about |= {"products": row.rate} if row.rate else {}
     measured: dict[str, dict] = {k: {"row": row.name, "wrong": why} for k, why in row.wrong.items()}
     for provider, taken in found.items():
         call = row.calls[provider]
         median = statistics.median(taken)
         extra = about | {"provider": provider, "us": round(median * 1e6, 2)} | call.about
-        extra |= rates.share_of_limits(
-            DEVICE, median, row.moved, row.flop, row.rate or str(row.dtype)[6:]
-        )
+        extra |= rates.share_of_limits(DEVICE, median, row.moved, row.flop, row.rate or dtype)
         extra |= {"median_ci": interval(taken)}
         extra |= peaks.get(provider, {}) | more.get(provider, {})
         if row.tokens is not None:

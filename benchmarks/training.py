@@ -1,11 +1,12 @@
-"""Training curves on real text: stock and swapped models from the same seed, and the spread of seeds.
+"""Train stock and swapped models from the same seed, and compare their loss curves.
 
-    python benchmarks/training.py            # curves.json and curves.png in results/training/
+    python benchmarks/training.py            # writes to build/results/training/
 
 The text is the docstrings of Python's own library, as bytes. Two models: a causal language model of
-four ``nn.TransformerEncoderLayer``, and a BERT of four layers that fills in masked bytes. Each trains
-with dropout (stock with two seeds, swapped with the first of them) and without: stock, swapped, and
-stock again with one weight a unit in the last place apart, which shows what rounding alone grows to.
+four ``nn.TransformerEncoderLayer``, and a BERT of four layers that fills in masked bytes. Each
+trains with dropout (stock with two seeds, swapped with the first of them) and without: stock,
+swapped, and stock again with one weight changed by one unit in the last place, which shows how far
+rounding alone can drive two curves apart.
 """
 
 import argparse
@@ -35,7 +36,7 @@ RUNS = {
 
 
 def text() -> torch.Tensor:
-    """The docstrings of the standard library."""
+    """Return the docstrings of the standard library as a tensor of bytes."""
     found = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         with warnings.catch_warnings():
@@ -90,7 +91,7 @@ class MaskedModel(nn.Module):
 
 
 def train(make, data, steps, dropout, seed, swap, nudge) -> list[float]:
-    """The loss of each step. Data and start depend on the seed alone."""
+    """Return the loss of each step. Data and initial weights depend on the seed alone."""
     torch.manual_seed(seed)
     model = make(dropout).train()
     if swap:
@@ -117,18 +118,18 @@ def train(make, data, steps, dropout, seed, swap, nudge) -> list[float]:
 
 
 def smooth(losses, width=20):
-    """The mean of each step and those before it."""
+    """Return the mean of each step and those before it."""
     return [sum(part) / len(part) for i in range(len(losses))
             if (part := losses[max(0, i + 1 - width) : i + 1])]  # fmt: skip
 
 
 def apart(a, b) -> float:
-    """The largest distance of two curves."""
+    """Return the largest distance of two curves."""
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
 def summary(curves) -> dict[str, float]:
-    """What is claimed of the curves of one model."""
+    """Return the figures that documentation quotes of one model's curves."""
     smoothed = {k: smooth(v) for k, v in curves.items()}
     return {
         "swapped to stock, smoothed": apart(smoothed["swapped"], smoothed["stock"]),
@@ -149,7 +150,7 @@ def summary(curves) -> dict[str, float]:
 
 
 def plot(results, path) -> None:
-    """Both models: the curves with dropout, and how far those without lie apart."""
+    """Plot both models: the curves with dropout, and the distance of those without."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -174,7 +175,7 @@ def plot(results, path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=300)
-    folder = Path(__file__).parent / "results" / "training"
+    folder = Path(__file__).resolve().parents[1] / "build" / "results" / "training"
     parser.add_argument("--out", type=Path, default=folder)
     options = parser.parse_args()
     data, results = text(), {}

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-import llmos_kernels
 from llmos_kernels._tools import environment
 
 
@@ -49,58 +48,18 @@ def tune(args: argparse.Namespace) -> int:
     return 0 if tune.tune_this_gpu(args.op, dtypes, args.output, args.jobs) else 130
 
 
-def report(args) -> int:
-    """Make a page of what bench --benchmark-json has written."""
-    from llmos_kernels import _report
-
-    results = _report.read(args.files)
-    _report.write(results, args.output, args.plots)
-    print("\n\n".join([*map(_report.markdown, results.machines), str(args.output)]))
-    return 0
-
-
 def bench(args) -> int:
-    """Run the suites of the source tree with pinned threads; flags are theirs and pytest's."""
-    from llmos_kernels import _bench
+    """Run the benchmark suites of a source tree with pinned threads; flags are theirs and pytest's."""
+    from llmos_kernels._tools import bench
 
-    return _bench.run(args.arguments)
+    return bench.run(args.arguments)
 
 
 def demo(_) -> int:
-    """A small model swapped in place: the report, the outputs, the time."""
-    from torch import nn
+    """Swap a model in place, and compare outputs and times: a sentence encoder, or a small model."""
+    from llmos_kernels._tools import demo
 
-    from llmos_kernels.testing import interleaved
-
-    class Block(nn.Module):
-        def __init__(self, d):
-            super().__init__()
-            self.norm, self.dense, self.dropout = nn.LayerNorm(d), nn.Linear(d, d), nn.Dropout(0.1)
-
-        def forward(self, states, residual):
-            return self.norm(self.dropout(self.dense(states)) + residual)
-
-    class Model(nn.Module):
-        def __init__(self, d=256):
-            super().__init__()
-            self.first, self.block, self.last = nn.LayerNorm(d), Block(d), nn.RMSNorm(d)
-
-        def forward(self, x):
-            x = self.first(x)
-            return self.last(self.block(x, x))
-
-    torch.manual_seed(0)
-    model, x = Model().eval(), torch.randn(8, 128, 256)
-    with torch.inference_mode():
-        before = model(x)
-        print(llmos_kernels.optimize(model, inputs=(x,)))
-        after = model(x)
-        (swapped,) = interleaved([lambda: model(x)])
-        llmos_kernels.restore(model)
-        (stock,) = interleaved([lambda: model(x)])
-    print(f"\nlargest difference of the outputs: {(after - before).abs().max():.1e}")
-    print(f"a batch: {stock * 1e6:.0f} us before, {swapped * 1e6:.0f} us after")
-    return 0
+    return demo.run()
 
 
 def main() -> int:
@@ -133,16 +92,9 @@ def main() -> int:
             )
         if command is bench:
             flags = "--quick --op --providers --dtypes --directions --resume --busy, and pytest's"
-            sub.set_defaults(arguments=[])
-            made = sub.add_subparsers(metavar=f"report | {flags}").add_parser(
-                "report", help=report.__doc__
-            )
-            made.set_defaults(run=report)
-            made.add_argument("files", nargs="+", type=Path, help="JSON of pytest-benchmark")
-            made.add_argument("--output", type=Path, default=Path("page.html"))
-            made.add_argument("--plots", type=Path, help="a folder for PNGs")
+            sub.add_argument("arguments", nargs="*", metavar="flag", help=flags)
     given = sys.argv[1:]
-    if given[:1] == ["bench"] and given[1:2] not in (["report"], ["--help"], ["-h"]):
+    if given[:1] == ["bench"] and given[1:2] not in (["--help"], ["-h"]):
         args = argparse.Namespace(run=bench, arguments=given[1:])
     else:
         args = parser.parse_args()

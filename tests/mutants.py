@@ -4,7 +4,7 @@
 
 Each fault is applied alone to a copy of the sources; then the tests that should detect it run until
 one fails. A run of all faults writes the table of which test detected which to
-``build/mutants.md``.
+``build/results/mutants.md``.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLE = ROOT / "build" / "mutants.md"
+TABLE = ROOT / "build" / "results" / "mutants.md"
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def main() -> int:
         head = (
             "# Planted faults\n\nThe test is the first that fails.\n\n| fault | in | detected by |"
         )
-        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.parent.mkdir(parents=True, exist_ok=True)
         TABLE.write_text("\n".join([head, "|---|---|---|", *lines]) + "\n")
     survivors = sum(test is None for _, test in rows)
     print(f"{survivors} of {len(rows)} survive")

@@ -6,15 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import baseline
 import gate
-import kept
+import machine
 import peers
 import pytest
 import rows
+import saved_rows
 import torch
 import torch.nn.functional as F
+from report import model
 
-from llmos_kernels import _bench, _report
+from llmos_kernels._tools import bench as runner
 from llmos_kernels.testing import samples
 
 pytest.importorskip("pytest_benchmark")
@@ -88,29 +91,101 @@ def test_samples():
     assert len(samples(fns, rounds=40, seconds=0.0, most=0.0)[0]) == 5
 
 
-def test_kept(tmp_path):
+def test_saved_rows(tmp_path):
     path, about = str(tmp_path / "rows.jsonl"), {"machine": "this"}
-    first = kept.Kept(path, about)
+    first = saved_rows.SavedRows(path, about)
     first.add("test", ["kernel", "eager"], {"kernel": {"samples": [1.0]}})
     with open(path, "a") as file:
         file.write('{"stamp": "cut o')
-    again = kept.Kept(path, about)
+    again = saved_rows.SavedRows(path, about)
     assert again.get("test", ["kernel"]) == {"kernel": {"samples": [1.0]}}
     assert again.get("test", ["kernel", "compile"]) is None and again.get("other", []) is None
-    assert kept.Kept(path, {"machine": "another"}).get("test", ["kernel"]) is None
-    assert kept.Kept(None, about).get("test", ["kernel"]) is None
+    assert saved_rows.SavedRows(path, {"machine": "another"}).get("test", ["kernel"]) is None
+    assert saved_rows.SavedRows(None, about).get("test", ["kernel"]) is None
 
 
-def test_gate(tmp_path):
-    before, now = (
-        {"a": (2.0, 2.2), "b": (1.0, 1.1)},
-        {"a": (1.5, 1.79), "b": (0.9, 1.0), "c": (0, 0)},
+def result(*benchmarks, quick=False, when="2026-01-02T03:04:05.678+00:00", **more):
+    """What a run of the suites writes, of rows with a provider, microseconds and a ratio's
+    interval."""
+    about = {"machine": "this", "quick": quick, "threads": 2, "limits": {"copy": 1.0}, **more}
+    return {
+        "machine_info": {"llmos": about},
+        "commit_info": {"id": "0123456789abcdef", "dirty": False},
+        "datetime": when,
+        "benchmarks": [
+            {
+                "group": row,
+                "params": {"provider": provider},
+                "stats": {"median": us / 1e6},
+                "extra_info": {"us": us, "bytes": 8, "products": "int8", "vs_eager_ci": span},
+            }
+            for row, provider, us, span in benchmarks
+        ],
+    }
+
+
+A, B = "a [1] float32 forward", "b [2] bfloat16 backward"
+FULL = result((A, "kernel", 2.0, [2.0, 2.2]), (A, "eager", 4.0, [1.0, 1.0]))
+QUICK = [
+    result(
+        (A, "kernel", 9.0, [low, 2.5]), (B, "kernel", 5.0, [0.9, 1.1]),
+        quick=True, limits={"copy": c},
     )
+    for low, c in ((1.8, 3.0), (1.9, 2.0))
+]  # fmt: skip
+
+
+def test_baseline(tmp_path):
+    """A line a row; times of a full run where there is one, the lowest interval of the quick
+    runs."""
+    made = baseline.make([QUICK[0], FULL, QUICK[1]])["this"]
+    assert made["rows"] == [
+        {"row": A, "us": {"kernel": 2.0, "eager": 4.0}, "bytes": 8, "products": "int8",
+         "ratio": [2.0, 2.2], "gate": [1.8, 2.5]},
+        {"row": B, "us": {"kernel": 5.0}, "bytes": 8, "products": "int8",
+         "ratio": [0.9, 1.1], "gate": [0.9, 1.1]},
+    ]  # fmt: skip
+    assert made["limits"] == {"copy": 3.0} and [r["quick"] for r in made["runs"]] == [
+        True,
+        True,
+        False,
+    ]
+    path = tmp_path / "this.json"
+    baseline.save(made, path)
+    assert baseline.load(path) == made and baseline.load(tmp_path / "none.json") == {"rows": []}
+    assert sum(line.startswith('  {"row":') for line in path.read_text().splitlines()) == 2
+    (read,) = model.read([path]).machines
+    assert read.rows[A].ratio("eager") == 2.0 and read.rows[A].products == "int8"
+    assert read.rows[A].ratio_interval("eager") == (2.0, 2.2)
+    assert read.rows[B].direction == "backward" and read.limits == {"copy": 3.0}
+
+
+def test_committed_baselines():
+    """They are small, named by what is in them, and of use to the gate and the figure."""
+    paths = list(baseline.FOLDER.glob("*.json"))
+    assert paths and sum(p.stat().st_size for p in paths) < 200_000
+    for path in paths:
+        found = baseline.load(path)
+        assert found["machine"] == path.stem
+        assert path.stem == machine.cpu_name(found["cpu"], found["threads"])
+        assert any("gate" in row for row in found["rows"])
+
+
+def test_gate(monkeypatch, tmp_path, capsys):
+    before = {"a": (2.0, 2.2), "b": (1.0, 1.1)}
+    now = {"a": (1.5, 1.79), "b": (0.9, 1.0), "c": (0, 0)}
     assert list(gate.lost(now, before)) == ["a"]
-    assert gate.lowest([before, {"a": (1.7, 2.4), "d": (3.0, 4.0)}]) == {
-        "a": (1.7, 2.4), "b": (1.0, 1.1), "d": (3.0, 4.0),
-    }  # fmt: skip
     assert "1.79 times eager at the most, was 2.00" in gate.lost(now, before)["a"]
+    monkeypatch.setattr(sys, "argv", ["gate.py"])
+    monkeypatch.setattr(gate.machine, "name", lambda device: "this")
+    monkeypatch.setattr(gate.baseline, "FOLDER", tmp_path)
+    assert gate.main() == 0 and "there is no baseline for this" in capsys.readouterr().out
+    baseline.save(baseline.make(QUICK)["this"], tmp_path / "this.json")
+    runs = [{A: (1.0, 1.2), B: (0.2, 0.3)}, {A: (1.8, 2.0), B: (0.2, 0.3)}]
+    monkeypatch.setattr(gate, "measured", lambda *_: runs.pop(0))
+    assert gate.main() == 1 and "1 of 2 rows are slower" in capsys.readouterr().out
+    runs = [{A: (1.8, 2.0), B: (0.9, 1.0)}]
+    assert gate.main() == 0
 
 
 def test_peers_give_the_same():
@@ -153,9 +228,12 @@ def test_a_run(tmp_path):
     about = found["machine_info"]["llmos"]
     assert about["limits"]["copy"] > 0 and about["settings"]["OMP_PROC_BIND"] == "close"
     assert "liger" in found["llmos"]["absent"]
-    (machine,) = _report.read([written]).machines
-    assert len(machine.rows) == 2
-    done = bench("report", written, "--output", page)
+    (read,) = model.read([written]).machines
+    assert len(read.rows) == 2 and read.name == machine.name("cpu")
+    (made,) = baseline.make([found]).values()
+    assert len(made["rows"]) == 2 and made["cpu"] == machine.cpu()
+    command = [sys.executable, Path(baseline.__file__).parent / "report", written, "--output", page]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "call of layer_norm" in page.read_text()
     assert "| call of layer_norm | inference |" in done.stdout
     kept_rows = lines.read_text()
@@ -166,12 +244,30 @@ def test_a_run(tmp_path):
 
 
 def test_no_suites(monkeypatch, tmp_path):
-    monkeypatch.setattr(_bench, "SUITES", Path(tmp_path))
+    monkeypatch.setattr(runner, "SUITES", tmp_path)
     with pytest.raises(ValueError, match="bench runs in the source tree"):
-        _bench.run([])
+        runner.run([])
+
+
+def test_where_results_go(monkeypatch, tmp_path):
+    """To build/results, unless a file is named; suites that are named run alone."""
+    called = []
+    done = subprocess.CompletedProcess([], 3)
+    monkeypatch.setattr(
+        runner.subprocess, "run", lambda command, env: called.append(command) or done
+    )
+    monkeypatch.setattr(runner, "SUITES", tmp_path / "benchmarks")
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "conftest.py").touch()
+    assert runner.run(["--quick"]) == 3 and runner.run(["bench_x.py", "--benchmark-json=x"]) == 3
+    first, second = called
+    results = Path(first[first.index("--benchmark-json") + 1]).parent
+    assert results == tmp_path / "build" / "results" and results.is_dir()
+    assert "--benchmark-json" not in second and str(runner.SUITES) not in second
 
 
 def test_report_of_nothing(tmp_path):
     (tmp_path / "x.json").write_text("{}")
-    done = bench("report", tmp_path / "x.json")
+    command = [sys.executable, Path(baseline.__file__).parent / "report", tmp_path / "x.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "x.json" in done.stderr

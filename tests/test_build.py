@@ -170,7 +170,7 @@ def test_the_pack_is_built_where_it_is_asked_for():
 
 def test_a_wheel_says_how_far_it_is(capsys):
     """Of the output of pip and CMake only the lines of the pack, and ours, are shown."""
-    spec = importlib.util.spec_from_file_location("wheel_script", ROOT / ".ci" / "wheel.py")
+    spec = importlib.util.spec_from_file_location("wheel_script", ROOT / "tools" / "wheel.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     said = [

