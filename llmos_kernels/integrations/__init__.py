@@ -1,7 +1,7 @@
-"""Integrations with other libraries, one package each. None of the libraries is needed or imported here.
+"""Integrations with other libraries, one package each. None of them is imported here.
 
-Importing this package tells ``llmos_kernels.swap`` which rules belong to models of which library.  A rule
-is imported when ``optimize`` or ``restore`` gets such a model.
+Importing this package tells ``llmos_kernels.swap`` which rules belong to models of which library.
+A rule is imported when ``optimize`` or ``restore`` gets such a model.
 """
 
 from llmos_kernels.swap.rules import register_library

@@ -15,8 +15,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention`` through ``llmos_kernels.scaled_dot_product_attention``.
 
     Arguments and state dict are those of torch. Every mask, dropout and the attention weights are
-    computed by the fused kernels; nested tensors go to torch. A query whose keys are all masked gets an
-    attention of 0, also where torch returns NaN because weights are needed.
+    computed by the fused kernels; nested tensors go to torch. A query whose keys are all masked
+    gets an attention of 0, also where torch returns NaN because weights are needed.
 
     Raises:
         AssertionError, RuntimeError: where torch raises them: shapes disagree.
@@ -101,7 +101,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
 
 def project_in(attention: torch.nn.MultiheadAttention, x: Tensor) -> Tensor:
-    """Return the projections of query, key and value of ``x`` [..., embed_dim], as [..., 3 * embed_dim]."""
+    """Return query, key and value of ``x`` [..., embed_dim], side by side: [..., 3 * embed_dim]."""
     layer = attention._modules.get("in_proj")  # ``Int8MultiheadAttention`` has one.
     if layer is not None:
         return layer(x)
@@ -109,7 +109,7 @@ def project_in(attention: torch.nn.MultiheadAttention, x: Tensor) -> Tensor:
 
 
 def project_out(attention: torch.nn.MultiheadAttention, x: Tensor) -> Tensor:
-    """Return ``out_proj`` of ``x`` [..., embed_dim]. As in torch, the hooks of ``out_proj`` do not run."""
+    """Return ``out_proj`` of ``x`` [..., embed_dim]. As in torch, its hooks do not run."""
     layer = attention.out_proj
     int8 = "weight_int8" in layer._buffers
     return layer.forward(x) if int8 else project(x, layer.weight, layer.bias)
@@ -124,7 +124,7 @@ def _by_head(x: Tensor, heads: int, batch_first: bool) -> Tensor:
 
 
 def _append(x: Tensor, row: Tensor) -> Tensor:
-    """Return ``x`` [batch, heads, length, head_dim] with the key ``row`` [1, 1, embed_dim] at its end."""
+    """Return ``x`` [batch, heads, length, head_dim], and ``row`` [1, 1, embed_dim] at its end."""
     batch, heads, _, dim = x.shape
     return torch.cat([x, row.to(x.dtype).view(1, heads, 1, dim).expand(batch, -1, -1, -1)], 2)
 
@@ -135,15 +135,15 @@ def _masks(
     """Return ``attn_mask`` and ``key_padding_mask`` as ``scaled_dot_product_attention`` takes them.
 
     Args:
-        attn_mask: as in torch, [q_len, k_len] or [batch * heads, q_len, k_len]: bool, True hides a key;
-            or float, which is added to the scores.
+        attn_mask: as in torch, [q_len, k_len] or [batch * heads, q_len, k_len]: bool, True hides a
+            key; or float, which is added to the scores.
         key_padding_mask: as in torch, [batch, k_len] or [k_len], of the same kinds.
         heads: the number of heads.
         added: the number of keys that were appended. Every query sees them.
 
     Returns:
-        ``attn_mask``, in which True shows a key, and ``key_padding_mask`` [batch, k_len], in which True
-        hides one. A float padding mask becomes part of ``attn_mask``.
+        ``attn_mask``, in which True shows a key, and ``key_padding_mask`` [batch, k_len], in which
+        True hides one. A float padding mask becomes part of ``attn_mask``.
     """
     if attn_mask is not None:
         if attn_mask.dim() == 3:
@@ -186,7 +186,7 @@ def _check(
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
 ) -> None:
-    """Raise AssertionError where torch does: for numbers of dimensions, widths and dtypes of masks."""
+    """Raise AssertionError where torch does: for dimensions, widths and dtypes of masks."""
     dims = query.dim()
     if dims not in (2, 3) or not dims == key.dim() == value.dim():
         raise AssertionError(

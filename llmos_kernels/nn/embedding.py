@@ -30,9 +30,9 @@ class BertEmbedding(nn.Module):
         dtype: of the parameters.
 
     Returns:
-        ``forward(input_ids, token_type_ids, position_ids)`` takes integers [batch, length], and for the
-        last two any shape that broadcasts to it. Their defaults are type 0 and positions 0, 1, ... It
-        returns [batch, length, hidden_size].
+        ``forward(input_ids, token_type_ids, position_ids)`` takes integers [batch, length], and for
+        the last two any shape that broadcasts to it. Their defaults are type 0 and positions 0, 1,
+        ... It returns [batch, length, hidden_size].
 
     Raises:
         ValueError: ``dropout`` is outside [0, 1).

@@ -82,8 +82,8 @@ class FeedForward(nn.Module):
     def store_for_decode(self) -> None:
         """Store ``linear2.weight`` by columns, in place, for inputs of one to four rows.
 
-        After relu or relu2 many hidden values are 0. Their columns are not read then. Values, shape and
-        state dict stay as they are.
+        After relu or relu2 many hidden values are 0. Their columns are not read then. Values, shape
+        and state dict stay as they are.
 
         Raises:
             TypeError: the weight is int8.
@@ -103,7 +103,7 @@ def store_by_columns(weight: Tensor) -> None:
 
 
 def activation_name(activation: Callable) -> str | None:
-    """Return the name that ``feed_forward`` has for a function or module; None where it has none."""
+    """Return the name that ``feed_forward`` has for a function or module, or None."""
     if isinstance(activation, functools.partial) and activation.func is F.gelu:
         return _gelu_name(activation.keywords.get("approximate", "none"), activation.args)
     if isinstance(activation, nn.Module):

@@ -18,13 +18,14 @@ from llmos_kernels.ops.int8_linear import MODES, check_threshold, dense, int8_li
 class Int8Linear(nn.Linear):
     """``torch.nn.Linear`` with a frozen int8 weight, through ``llmos_kernels.int8_linear``.
 
-    The buffers are ``weight_int8`` [out, in] and ``weight_scale`` [out], which is float32 whatever the
-    module is cast to; ``bias`` is a parameter as in torch. ``weight`` is computed from the buffers each
-    time it is read, in the dtype that the module was made in or cast to. Input and bias get gradients.
+    The buffers are ``weight_int8`` [out, in] and ``weight_scale`` [out], which is float32 whatever
+    the module is cast to; ``bias`` is a parameter as in torch. ``weight`` is computed from the
+    buffers each time it is read, in the dtype that the module was made in or cast to. Input and
+    bias get gradients.
 
-    On CPUs that need the weight in VNNI layout a copy in that layout is stored as well. It is made again
-    when ``weight_int8`` is replaced or written to; a write through ``.data`` is not noticed. Compiled
-    graphs make it at each call.
+    On CPUs that need the weight in VNNI layout a copy in that layout is stored as well. It is made
+    again when ``weight_int8`` is replaced or written to; a write through ``.data`` is not noticed.
+    Compiled graphs make it at each call.
 
     Args:
         in_features: the width of the input.
@@ -33,8 +34,8 @@ class Int8Linear(nn.Linear):
         device: of buffers and bias.
         dtype: of ``weight`` and bias.
         mode: "dynamic" or "weight_only", see ``int8_linear``.
-        outlier_threshold: for "dynamic", the magnitude from which a column of the input stays float; 0
-            turns this off.
+        outlier_threshold: for "dynamic", the magnitude from which a column of the input stays
+            float; 0 turns this off.
 
     Returns:
         ``forward(input)`` takes [..., in_features] and returns [..., out_features].
@@ -125,7 +126,11 @@ class Int8Linear(nn.Linear):
         return f"{super().extra_repr()}, mode={self.mode!r}{shown}"
 
     def _current_vnni_weight(self, weight: Tensor) -> Tensor | None:
-        """Return ``weight`` in VNNI layout; None where it is not needed, or a change would go unseen."""
+        """Return ``weight`` in VNNI layout.
+
+        None where the layout is not needed, and where a later change of ``weight`` would go
+        unnoticed.
+        """
         if torch.compiler.is_compiling():  # A graph would store the copy that is made now.
             return None
         if self.mode != "dynamic" or weight.device.type != "cpu" or weight.is_inference():
@@ -152,8 +157,8 @@ def quantized_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return a weight [out, in] as int8 rows [out, in] and float32 scales [out].
 
     Raises:
-        ValueError: the weight is not finite, or has more columns than an int32 sum of int8 products can
-            have terms.
+        ValueError: the weight is not finite, or has more columns than an int32 sum of int8 products
+            can have terms.
     """
     if weight.shape[1] > MAX_INNER:
         raise ValueError(f"a weight of {weight.shape[1]} columns, at most {MAX_INNER} can be int8")
@@ -214,8 +219,9 @@ def activated(layer: nn.Module, input: Tensor, activation: str | None) -> Tensor
 class Int8MultiheadAttention(MultiheadAttention):
     """``MultiheadAttention`` with int8 projections, which are made by ``quantize``.
 
-    ``in_proj`` is an ``Int8Linear`` [3 * embed_dim, embed_dim] with the rows of query, key and value one
-    after the other, ``out_proj`` is another. ``in_proj_weight`` is computed each time it is read.
+    ``in_proj`` is an ``Int8Linear`` [3 * embed_dim, embed_dim] with the rows of query, key and
+    value one after the other, ``out_proj`` is another. ``in_proj_weight`` is computed each time it
+    is read.
     """
 
     @property

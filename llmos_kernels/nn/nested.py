@@ -1,6 +1,7 @@
 """Self-attention of nested tensors: batches of sequences of different lengths, without padding.
 
-The sequences are the rows of one tensor [total, width]; ``cu_seqlens`` holds where each of them begins.
+The sequences are the rows of one tensor [total, width]; ``cu_seqlens`` holds where each of them
+begins.
 """
 
 from typing import Any

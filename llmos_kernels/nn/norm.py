@@ -15,7 +15,8 @@ from llmos_kernels.ops.rms_norm import rms_norm
 class LayerNorm(torch.nn.LayerNorm):
     """``torch.nn.LayerNorm`` through ``llmos_kernels.layer_norm``.
 
-    Arguments, state dict and errors are those of ``torch.nn.LayerNorm``. Nested tensors go to torch.
+    Arguments, state dict and errors are those of ``torch.nn.LayerNorm``. Nested tensors go to
+    torch.
 
     Example:
         >>> LayerNorm(768)(torch.randn(8, 128, 768)).shape
@@ -51,8 +52,8 @@ class RMSNorm(torch.nn.RMSNorm):
 class AddLayerNorm(torch.nn.LayerNorm):
     """``h = residual + dropout(input)`` and ``y = LayerNorm(h)`` in one pass.
 
-    A post-norm block uses ``y`` alone, a pre-norm block also passes ``h`` on. The state dict is that of
-    ``torch.nn.LayerNorm``.
+    A post-norm block uses ``y`` alone, a pre-norm block also passes ``h`` on. The state dict is
+    that of ``torch.nn.LayerNorm``.
 
     Args:
         normalized_shape: the sizes of the last dimensions, which are normalised.
@@ -64,7 +65,8 @@ class AddLayerNorm(torch.nn.LayerNorm):
         dtype: of the parameters.
 
     Returns:
-        ``forward(input, residual)``, both [..., *normalized_shape], returns ``(y, h)`` of that shape.
+        ``forward(input, residual)``, both [..., *normalized_shape], returns ``(y, h)`` of that
+        shape.
 
     Raises:
         ValueError: ``dropout`` is outside [0, 1).
@@ -88,7 +90,9 @@ class AddLayerNorm(torch.nn.LayerNorm):
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         self.dropout = dropout
 
-    def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, input: Tensor, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return add_layer_norm(
             input,
             residual,
@@ -105,7 +109,9 @@ class AddLayerNorm(torch.nn.LayerNorm):
 
 
 def add_and_norm(input: Tensor, residual: Tensor, dropout: Any, norm: Any) -> tuple[Tensor, Tensor]:
-    """Return ``norm(h)`` and ``h = residual + dropout(input)``, fused where both modules are torch's.
+    """Return ``norm(h)`` and ``h = residual + dropout(input)``.
+
+    Both are computed in one pass where ``are_plain(dropout, norm)`` holds.
 
     Args:
         input: [..., d].
@@ -130,6 +136,6 @@ def add_and_norm(input: Tensor, residual: Tensor, dropout: Any, norm: Any) -> tu
 
 
 def are_plain(dropout: object, norm: Any) -> bool:
-    """Return whether both are torch's Dropout and LayerNorm, without hooks, so that they can be fused."""
+    """Return whether both are torch's Dropout and LayerNorm, without hooks."""
     is_layer_norm = type(norm) is torch.nn.LayerNorm or type(norm) is LayerNorm
     return is_layer_norm and not has_hooks(norm) and is_plain_dropout(dropout)

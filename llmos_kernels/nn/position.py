@@ -12,8 +12,8 @@ class SinusoidalPositionalEncoding(torch.nn.Module):
 
         table[t, 2i] = sin(t / 10000^(2i / d_model)),   table[t, 2i + 1] = cos of the same.
 
-    The table is computed in float64 and stored in float32, outside the state dict. Each call rounds it
-    to the dtype of ``input``.
+    The table is computed in float64 and stored in float32, outside the state dict. Each call rounds
+    it to the dtype of ``input``.
 
     Args:
         d_model: the width of the input.
@@ -23,8 +23,8 @@ class SinusoidalPositionalEncoding(torch.nn.Module):
         device: of the table.
 
     Returns:
-        ``forward(input, offset=0)`` takes and returns a tensor of the shape above, or [length, d_model].
-        ``offset`` is the position of the first token, for decoding with a KV cache.
+        ``forward(input, offset=0)`` takes and returns a tensor of the shape above, or [length,
+        d_model]. ``offset`` is the position of the first token, for decoding with a KV cache.
 
     Raises:
         ValueError: ``d_model`` or ``max_len`` is below 1, ``dropout`` outside [0, 1), the input has

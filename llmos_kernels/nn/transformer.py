@@ -50,9 +50,9 @@ class _Layer(nn.Module):
 class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
     """``torch.nn.TransformerEncoderLayer`` through the fused attention, feed-forward and norms.
 
-    Arguments, state dict and errors are those of torch, with every mask, activation, ``norm_first`` and
-    ``batch_first``, forward and backward. The nested tensors that ``nn.TransformerEncoder`` makes of
-    padded batches in inference stay nested: nothing is computed for padding.
+    Arguments, state dict and errors are those of torch, with every mask, activation, ``norm_first``
+    and ``batch_first``, forward and backward. The nested tensors that ``nn.TransformerEncoder``
+    makes of padded batches in inference stay nested: nothing is computed for padding.
 
     Example:
         >>> layer = TransformerEncoderLayer(512, 8, batch_first=True)
@@ -95,8 +95,8 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
 class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
     """``torch.nn.TransformerDecoderLayer`` through the fused attention, feed-forward and norms.
 
-    Arguments, state dict and errors are those of torch, with every mask, activation, ``norm_first`` and
-    ``batch_first``, forward and backward.
+    Arguments, state dict and errors are those of torch, with every mask, activation, ``norm_first``
+    and ``batch_first``, forward and backward.
 
     Example:
         >>> layer = TransformerDecoderLayer(512, 8, batch_first=True)

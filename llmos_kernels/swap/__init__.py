@@ -1,7 +1,7 @@
 """Swap the modules of an existing model for fused or int8 ones, in place, with proof, and back.
 
-``optimize`` swaps what a rule in ``rules/`` knows and ``proof`` finds right, where ``timing`` finds it not
-slower; ``restore`` undoes it. ``quantize`` gives linear layers int8 weights.
+``optimize`` swaps what a rule in ``rules/`` knows and ``proof`` finds right, where ``timing`` finds
+it not slower; ``restore`` undoes it. ``quantize`` gives linear layers int8 weights.
 """
 
 from llmos_kernels.swap.checkpoint import load_quantized, save_quantized

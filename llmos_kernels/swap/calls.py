@@ -1,4 +1,4 @@
-"""Calls of modules: their arguments, how a model calls its parts, and how a model runs repeatedly."""
+"""Calls of modules: arguments, the calls inside a model, and repeated runs of a model."""
 
 import contextlib
 import copy
@@ -89,8 +89,8 @@ def captured_calls(
 ) -> dict[nn.Module, list[ModuleCall]]:
     """Return how each of ``modules`` is called while ``run()`` runs ``model``, in eval mode.
 
-    Calls with other arguments than tensors, None, numbers and strings are left out, and so are calls
-    with nested tensors, which autograd supports in few places.
+    Calls with other arguments than tensors, None, numbers and strings are left out, and so are
+    calls with nested tensors, which autograd supports in few places.
 
     Args:
         model: the model that contains the modules.
@@ -98,8 +98,8 @@ def captured_calls(
         run: runs the model once.
 
     Returns:
-        For each module that was called at most three calls with copied tensors: the first; and where
-        others have fewer or more rows, those with the fewest and with the most.
+        For each module that was called at most three calls with copied tensors: the first; and
+        where others have fewer or more rows, those with the fewest and with the most.
     """
     found: dict[nn.Module, list[ModuleCall]] = {}
 
@@ -202,7 +202,10 @@ def _copy(value: Any) -> Any:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` in eval mode for a while, without calling its ``eval``, which may do other things."""
+    """Put ``model`` in eval mode inside a ``with`` block.
+
+    Its method ``eval`` is not called, because a model may have given it other effects.
+    """
     modes = {m: m.training for m in model.modules()}
     try:
         for module in modes:
@@ -214,7 +217,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the floating point tensors in what a model returns: tuples, lists, dicts, dataclasses."""
+    """Yield the floating point tensors in a result: in tuples, lists, dicts and dataclasses."""
     if isinstance(value, Tensor) and value.is_floating_point():
         yield value
     elif isinstance(value, (tuple, list, dict)):

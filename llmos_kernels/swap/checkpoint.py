@@ -25,8 +25,8 @@ _FORMAT = 1
 def save_quantized(model: nn.Module, folder: str | Path) -> None:
     """Write a model that ``quantize`` has changed into ``folder``.
 
-    ``model.safetensors`` holds its state dict, ``llmos_quantization.json`` which modules are int8 and how.
-    Needs the package safetensors.
+    ``model.safetensors`` holds its state dict, ``llmos_quantization.json`` which modules are int8
+    and how. Needs the package safetensors.
 
     Args:
         model: the model.
@@ -72,8 +72,8 @@ def load_quantized(model: nn.Module, folder: str | Path) -> None:
         FileNotFoundError: a file is missing.
         ImportError: safetensors is not installed.
         TypeError: ``model`` is no module.
-        ValueError: a file was not written by ``save_quantized``; a tensor or a module is missing, unknown
-            or of another shape; ``model`` is int8 already, or on the meta device.
+        ValueError: a file was not written by ``save_quantized``; a tensor or a module is missing,
+            unknown or of another shape; ``model`` is int8 already, or on the meta device.
 
         The model is unchanged after any of them.
 

@@ -13,8 +13,8 @@ import torch
 class GeneratedClass(torch.nn.Module):
     """Base of the fused forwards that ``generate_class`` mixes into other classes.
 
-    A subclass defines ``forward``.  Where its arguments are not what the fused computation takes, it
-    calls ``self._replaced.forward``.
+    A subclass defines ``forward``.  Where its arguments are not what the fused computation takes,
+    it calls ``self._replaced.forward``.
     """
 
     #: The original class, which is also the second base of the generated one.
@@ -38,8 +38,8 @@ def generate_class(
     Args:
         forward: the subclass of ``GeneratedClass`` that defines the fused forward.
         replaced: the original class.
-        made_by: the function that calls this one, and its arguments. They are pickled in place of the
-            class, so both must be picklable.
+        made_by: the function that calls this one, and its arguments. They are pickled in place of
+            the class, so both must be picklable.
         members: class attributes of the new class.
 
     Returns:

@@ -32,32 +32,35 @@ def optimize(
 ) -> Report:
     """Swap modules of ``model`` for fused ones, in place, where they are right and not slower.
 
-    With ``verify`` each module is compared with its replacement: outputs and gradients, in eval and in
-    train mode. Both are timed side by side. A module is kept that no rule can swap safely, whose
+    With ``verify`` each module is compared with its replacement: outputs and gradients, in eval and
+    in train mode. Both are timed side by side. A module is kept that no rule can swap safely, whose
     replacement misses its error budget, or whose replacement was measured to be slower here at any
-    number of rows: in its forward and, for a module in train mode, in forward and backward together.
-    Modules of one shape are timed once. At the end the whole model is timed before and after. Where it
-    became slower although its parts did not, the part to blame is kept. The report says all this.
+    number of rows: in its forward and, for a module in train mode, in forward and backward
+    together. Modules of one shape are timed once. At the end the whole model is timed before and
+    after. Where it became slower although its parts did not, the part to blame is kept. The report
+    says all this.
 
-    The attention of a Hugging Face model is chosen by name, "llmos". It is proved on the whole model:
-    the outputs in eval mode are compared with those of the model's own eager attention, and with those
-    of a copy in float64.
+    The attention of a Hugging Face model is chosen by name, "llmos". It is proved on the whole
+    model: the outputs in eval mode are compared with those of the model's own eager attention, and
+    with those of a copy in float64.
 
     Args:
         model: any ``torch.nn.Module``.
         verify: False proves and times nothing.
         strict: raise where a module would be kept for another reason than its speed.
-        inputs: a tuple of arguments of ``model``, or a dict of keyword arguments. The model runs them up
-            to some hundred times, in eval mode, so that each module is proved and timed on its real
-            inputs. Default: random numbers, 16 rows of them for proofs, 1 and 1024 rows for times; the
-            whole model is not timed then.
+        inputs: a tuple of arguments of ``model``, or a dict of keyword arguments. The model runs
+            them up to some hundred times, in eval mode, so that each module is proved and timed on
+            its real inputs. Default: random numbers, 16 rows of them for proofs, 1 and 1024 rows
+            for times; the whole model is not timed then.
         always: swap everything that is right, also where it is slower.
 
     Returns:
-        A ``Report``: ``print(report)`` summarises it, ``print(report.details())`` lists every module.
+        A ``Report``: ``print(report)`` summarises it, ``print(report.details())`` lists every
+        module.
 
     Raises:
-        TypeError: ``model`` is no module, ``inputs`` neither a tuple nor a dict, or a switch no bool.
+        TypeError: ``model`` is no module, ``inputs`` neither a tuple nor a dict, or a switch no
+        bool.
         ValueError: ``strict`` is set, and a module would be kept.
         Exception: whatever ``model`` itself raises on ``inputs``.
 
@@ -116,7 +119,7 @@ def _time_model(
     switches: dict[int, timing.Switch],
     search: bool,
 ) -> None:
-    """Add times of the whole model to ``report``, and the swaps that were turned off for their sake.
+    """Add times of the whole model to ``report``, and the swaps that are undone because of them.
 
     ``switches`` has the switch of each swap, by the index of its entry in the report.
     """
@@ -235,7 +238,8 @@ def restore(model: nn.Module) -> None:
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: another tool has changed the class of a swapped module since. The model is unchanged.
+        ValueError: another tool has changed the class of a swapped module since. The model is
+        unchanged.
 
     Example:
         >>> optimize(model)
@@ -266,5 +270,5 @@ def check_model(model: object, inputs: object = None) -> None:
 def capture(
     model: nn.Module, modules: list[nn.Module], run: ModelRun | None
 ) -> dict[nn.Module, list[ModuleCall]]:
-    """Return how each of ``modules`` is called when ``model`` runs its inputs; empty without them."""
+    """Return how each of ``modules`` is called in ``run`` of ``model``; nothing without ``run``."""
     return {} if run is None else captured_calls(model, modules, run)

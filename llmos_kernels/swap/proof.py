@@ -1,9 +1,9 @@
 """Proof that a swapped module computes what the original does.
 
-The original in float64, the original as it is and the drop-in run on the same inputs.  The error of the
-drop-in must be within the error budget: twice the error of the original, and one ulp of the largest
-value.  All three are replicas: parameters are copies, hooks are left out, dropout is off.  The model
-itself is not touched.
+The original in float64, the original as it is and the drop-in run on the same inputs.  The error of
+the drop-in must be within the error budget: twice the error of the original, and one ulp of the
+largest value.  All three are replicas: parameters are copies, hooks are left out, dropout is off.
+The model itself is not touched.
 """
 
 import itertools
@@ -19,7 +19,8 @@ from llmos_kernels.swap.calls import ModuleCall, permuted
 from llmos_kernels.swap.replica import replica
 from llmos_kernels.testing import judged_together, make_gradients
 
-#: What is compared, by name: the results of the drop-in, of the float64 replica, and of the original.
+#: What is compared, by name: the results of the drop-in, of the float64 replica, and of the
+#: original.
 Results = dict[str, tuple[Tensor, Tensor, Tensor]]
 #: Outputs and gradients; outputs alone; or outputs alone, but not where the original returns NaN.
 Compared = Literal["all", "outputs", "outputs without NaN"]
@@ -67,10 +68,11 @@ def judge(
 
 
 def largest_of(first: Results | None, draws: Iterable[Results | None]) -> float:
-    """Return the largest error over its budget of ``first``; where that misses, of all draws together.
+    """Return the largest error over its budget, of ``first``, or of all draws if that one misses.
 
     Judged together, the errors of an output or gradient are summed over the draws, and so are their
-    budgets. The error is infinite where results are None or have other names than those of ``first``.
+    budgets. The error is infinite where results are None or have other names than those of
+    ``first``.
     """
     if first is None:
         return math.inf
@@ -132,8 +134,8 @@ def outputs_and_gradients(
         dtype: what floating point inputs are cast to; None leaves them.
 
     Returns:
-        The output tensors, and the gradients of floating point inputs and of parameters, without those
-        that are None.
+        The output tensors, and the gradients of floating point inputs and of parameters, without
+        those that are None.
     """
 
     def leaf(t: Tensor) -> Tensor:

@@ -117,28 +117,29 @@ def quantize(
     """Give the linear layers of ``model`` int8 weights, in place; the float weights are gone then.
 
     ``nn.Linear``, the ``Conv1D`` of transformers and the projections of ``nn.MultiheadAttention``
-    become ``nn.Int8Linear``; names, biases and hooks stay. Each is timed against the original, equal
-    layers once. Optimize first and quantize then: a quantized layer is not swapped again.
+    become ``nn.Int8Linear``; names, biases and hooks stay. Each is timed against the original,
+    equal layers once. Optimize first and quantize then: a quantized layer is not swapped again.
 
     Args:
         model: any ``torch.nn.Module``.
         mode: "dynamic" or "weight_only", see ``int8_linear``.
-        outlier_threshold: for "dynamic", the magnitude from which a column of the input stays float; 0
-            turns this off.
+        outlier_threshold: for "dynamic", the magnitude from which a column of the input stays
+            float; 0 turns this off.
         skip: names, or last parts of names, of modules to leave out with everything in them.
         always: quantize a layer also where int8 is slower.
         rows: the numbers of rows of input at which a layer must be faster. Default: 1 and 128; with
             "weight_only" 1.
-        inputs: a tuple of arguments of ``model``, or a dict of keyword arguments. The model runs them
-            once, in eval mode, and errors are measured on what each layer gets. Default: random numbers.
+        inputs: a tuple of arguments of ``model``, or a dict of keyword arguments. The model runs
+            them once, in eval mode, and errors are measured on what each layer gets. Default:
+            random numbers.
 
     Returns:
         An ``Int8Report``. ``print(report)`` shows each layer with its error, speedups and size.
 
     Raises:
         TypeError: ``model`` is no module, or ``inputs`` neither a tuple nor a dict.
-        ValueError: another argument has a value that is not allowed; or a weight is not finite, or has
-            more than 131,071 columns.
+        ValueError: another argument has a value that is not allowed; or a weight is not finite, or
+            has more than 131,071 columns.
 
         The model is unchanged after any of them.
 
@@ -193,7 +194,12 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def is_skipped(name: str, skip: Sequence[str]) -> bool:
-    """Return whether ``skip`` names ``name`` or a module that contains it, in full or by its last part."""
+    """Return whether ``skip`` names a module, or a module that contains it.
+
+    Args:
+        name: the name of the module in its model.
+        skip: full names, or last parts of names.
+    """
     parts = name.split(".")
     outer = {".".join(parts[: i + 1]) for i in range(len(parts))}
     return any(s in outer or s in parts for s in skip)
@@ -244,7 +250,7 @@ def _why_no_attention(
 
 
 def layers(module: Any) -> list[tuple[Tensor, Tensor | None]]:
-    """Return weight [out, in] and bias of each linear layer in ``module``: one, or two of attention."""
+    """Return weight [out, in] and bias of a linear layer, or of the two in an attention."""
     if isinstance(module, nn.MultiheadAttention):
         out = module.out_proj
         return [(module.in_proj_weight, module.in_proj_bias), (out.weight, out.bias)]
@@ -321,7 +327,7 @@ def _judged(
 
 
 def _with_rows(x: Tensor, rows: int) -> Tensor:
-    """Return ``rows`` rows of ``x`` [n, width], which are repeated where n is less; zeros if n is 0."""
+    """Return ``rows`` rows of ``x`` [n, width], repeated as needed; zeros if n is 0."""
     if not len(x):
         return x.new_zeros(rows, x.shape[1])
     return x[torch.arange(rows, device=x.device) % len(x)]

@@ -25,7 +25,8 @@ def replica(
         cls: the class of the copy. Default: that of ``module``.
         dtype: the dtype of floating point parameters and buffers. Default: their own.
         device: the device of the copy. Default: that of each tensor.
-        made: copies that exist already, by their original. A module that occurs twice is copied once.
+        made: copies that exist already, by their original. A module that occurs twice is copied
+            once.
         classes: the classes of copies of modules inside, by their original.
         dropout: whether dropout stays on.
     """

@@ -28,7 +28,8 @@ class Entry:
         reason: why it was kept; or "not verified".
         error: the largest error of the drop-in over its budget; 1 or less passes. None: not proved.
         timings: times of the original and of the drop-in, for each number of rows.
-        slower: whether the drop-in is right, and the module was kept only because it is slower here.
+        slower: whether the drop-in is right, and the module was kept only because it is slower
+            here.
     """
 
     module: str
@@ -76,7 +77,7 @@ class Report:
         return asdict(self)
 
     def details(self) -> str:
-        """Return a table with a line for each module: its result and the reason, error and times."""
+        """Return a table with a line for each module: result, reason, error and times."""
         rows = [("module", "class", "result", "error/budget", "speedup", "rows: before -> after")]
         rows += [
             (

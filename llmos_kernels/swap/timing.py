@@ -1,4 +1,4 @@
-"""Times of a module against its drop-in, and of a whole model before and after, measured in turn."""
+"""Times of a module against its drop-in, and of a whole model before and after."""
 
 import statistics
 import time
@@ -14,7 +14,8 @@ from llmos_kernels.swap.calls import PLAIN, ModelRun, ModuleCall, evaluating
 from llmos_kernels.swap.replica import replica
 from llmos_kernels.testing import interval, samples
 
-#: Batch size and sequence length of the calls on which a module is timed whose inputs are not known.
+#: Batch size and sequence length of the calls on which a module is timed whose inputs are not
+#: known.
 SIZES = ((1, 1), (8, 128))
 #: A measurement is of so many rounds, and a round of one function takes at least so many seconds.
 _ROUNDS, _ROUND_SECONDS = 15, 3e-4
@@ -51,7 +52,7 @@ class Timing:
 
     @property
     def is_slower(self) -> bool:
-        """Whether the replacement was measured to be slower, by more than noise: the interval is below 1."""
+        """Whether the replacement is slower by more than noise: the interval is below 1."""
         return self.interval[1] < 1
 
     def __str__(self) -> str:
@@ -118,13 +119,14 @@ def of_module(
 ) -> list[Timing]:
     """Return times of ``module`` against its drop-in, for each call.
 
-    The forward is timed, and for a module in train mode forward and backward together. What runs are
-    copies.
+    The forward is timed, and for a module in train mode forward and backward together. What runs
+    are copies.
 
     Args:
         module: the original.
         drop_in: the class of the replacement.
-        classes: the drop-ins that were decided for modules inside ``module``. Both copies have them.
+        classes: the drop-ins that were decided for modules inside ``module``. Both copies have
+            them.
         calls: the inputs.
     """
     old = replica(module, classes=classes, dropout=True)
@@ -141,7 +143,7 @@ def of_module(
 
 
 def _step(copied: nn.Module, module: nn.Module, call: ModuleCall) -> Callable[[], object] | None:
-    """Return a function that runs forward and backward of ``copied``; None where nothing is trained.
+    """Return a function that runs forward and backward of ``copied``; None if nothing is trained.
 
     Gradients are those of the inputs, without masks, and of the parameters that ``module`` trains.
     """

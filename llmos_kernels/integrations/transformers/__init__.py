@@ -1,8 +1,8 @@
 """Hugging Face transformers: attention under the name "llmos", and int8 weights.
 
-Importing this package registers the attention function and its mask function with transformers, so that
-``model.set_attn_implementation("llmos")`` takes them.  Importing ``LlmosInt8Config`` from it registers the
-config and the quantizer of int8 weights, "llmos_int8".
+Importing this package registers the attention function and its mask function with transformers, so
+that ``model.set_attn_implementation("llmos")`` takes them.  Importing ``LlmosInt8Config`` from it
+registers the config and the quantizer of int8 weights, "llmos_int8".
 
 Example:
     >>> import llmos_kernels.integrations.transformers

@@ -1,4 +1,4 @@
-"""The attention function "llmos" of Hugging Face transformers, and the mask function that belongs to it.
+"""The attention function "llmos" for Hugging Face transformers, and its mask function.
 
 Importing this module registers both.
 """
@@ -61,8 +61,8 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Return attention and weights, as transformers' ``AttentionInterface`` asks for them.
 
-    Without a mask the attention is causal where ``is_causal`` says so, or ``module.is_causal`` if that is
-    None, and there is more than one query.
+    Without a mask the attention is causal where ``is_causal`` says so, or ``module.is_causal`` if
+    that is None, and there is more than one query.
 
     Args:
         module: the attention module of the model. Dropout is on where it is in train mode.
@@ -73,18 +73,21 @@ def attention(
         dropout: the probability of dropping a weight.
         scaling: the factor of the scores. Default: 1 / sqrt(head_dim).
         is_causal: whether a query sees no later key.
-        position_bias: [1 or batch, heads, q_len, k_len], is added to the scores and gets a gradient.
+        position_bias: [1 or batch, heads, q_len, k_len], is added to the scores and gets a
+            gradient.
         sliding_window: the width of a window, which the mask must apply.
-        cu_seq_lens_q: int [sequences + 1], where sequences begin that follow one another in a batch of 1.
+        cu_seq_lens_q: int [sequences + 1], where sequences begin that follow one another in a batch
+            of 1.
         cu_seq_lens_k: the same of the keys. Default: that of the queries.
         output_attentions: whether weights are returned.
 
     Returns:
-        The attention [batch, q_len, heads, v_dim]; and the weights [batch, heads, q_len, k_len], or None.
+        The attention [batch, q_len, heads, v_dim]; and the weights [batch, heads, q_len, k_len], or
+        None.
 
     Raises:
-        NotImplementedError: another argument is given that could change the result; no mask applies the
-            window; or ``cu_seq_lens_q`` comes with a larger batch or a ``position_bias``.
+        NotImplementedError: another argument is given that could change the result; no mask applies
+            the window; or ``cu_seq_lens_q`` comes with a larger batch or a ``position_bias``.
 
     Example:
         >>> q = k = v = torch.randn(2, 8, 128, 64)
@@ -145,7 +148,7 @@ def _are_weights_collected(module: nn.Module) -> bool:
 
 
 def _masks(mask: Tensor | None, batch: int) -> tuple[Tensor | None, Tensor | None]:
-    """Return ``mask`` as attn_mask; or as key_padding_mask, where it is alike for all heads and queries.
+    """Return ``mask`` as attn_mask; or as key_padding_mask, if all heads and queries have the same.
 
     The key_padding_mask is [batch, k_len], and True hides a key.
     """

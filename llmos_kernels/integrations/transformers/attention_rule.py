@@ -1,7 +1,7 @@
 """The rule of ``optimize`` for the attention of Hugging Face models.
 
-The attention is a name in the configs of a model.  The rule sets it to "llmos", and proves on the whole
-model that the outputs stay the same.
+The attention is a name in the configs of a model.  The rule sets it to "llmos", and proves on the
+whole model that the outputs stay the same.
 """
 
 import inspect
@@ -37,10 +37,10 @@ _SIZES = ((1, 8), (2, 128))
 
 
 class TransformersAttentionRule(ModelRule):
-    """Chooses the attention "llmos" in Hugging Face models that take it from ``AttentionInterface``."""
+    """Chooses the attention "llmos" in models that take theirs from ``AttentionInterface``."""
 
     def candidates(self, model: nn.Module) -> Iterator[ModelCandidate]:
-        """Yield the outermost Hugging Face models in ``model`` whose attention is not "llmos" yet."""
+        """Yield the outermost Hugging Face models in ``model`` that do not use "llmos" yet."""
         inside: set[nn.Module] = set()
         for name, module in model.named_modules():
             if not isinstance(module, PreTrainedModel) or module in inside:
@@ -116,10 +116,11 @@ def _why_not(model: Any, around: list[nn.Module]) -> str:
 def largest_error(model: Any, calls: list[ModuleCall]) -> float:
     """Return the largest error of the outputs over its budget, in eval mode.
 
-    The reference is a copy in float64 with transformers' eager attention, and the budget comes from that
-    attention in the model's dtype. Padded positions are left out: with left padding and a causal mask
-    they see no key, of which eager attention makes numbers without a meaning. A call that misses its
-    budget is judged together with others, whose positions are in another order (``proof.largest_of``).
+    The reference is a copy in float64 with transformers' eager attention, and the budget comes from
+    that attention in the model's dtype. Padded positions are left out: with left padding and a
+    causal mask they see no key, of which eager attention makes numbers without a meaning. A call
+    that misses its budget is judged together with others, whose positions are in another order
+    (``proof.largest_of``).
 
     Args:
         model: a Hugging Face model.
@@ -165,8 +166,8 @@ def _reordered(call: ModuleCall) -> ModuleCall:
 def _timings(model: Any, calls: list[ModuleCall]) -> list[Timing]:
     """Return times of attention modules with the attention of before and with "llmos".
 
-    One module of each kind is timed: a copy in eval mode, on the inputs that it gets when the model runs
-    ``calls``; for a model in train mode also with the gradients of its parameters.
+    One module of each kind is timed: a copy in eval mode, on the inputs that it gets when the model
+    runs ``calls``; for a model in train mode also with the gradients of its parameters.
     """
     copied: Any = _frozen(model)
     on, off = TransformersAttentionRule().switch(copied)

@@ -20,15 +20,15 @@ METHOD = "llmos_int8"
 
 @register_quantization_config(METHOD)
 class LlmosInt8Config(QuantizationConfigMixin):
-    """Makes ``from_pretrained`` quantize the linear layers of a model after loading its float weights.
+    """Makes ``from_pretrained`` quantize the linear layers of a model after it has loaded them.
 
     The layers become int8 whether that is faster or not, see ``llmos_kernels.quantize`` with
     ``always=True``. To load an int8 model that was saved, import this class first.
 
     Args:
         outlier_threshold: as for ``quantize``.
-        skip_modules: names, or last parts of names, of modules to leave out. None leaves out the output
-            embeddings, tied weights and the last layer, as transformers does.
+        skip_modules: names, or last parts of names, of modules to leave out. None leaves out the
+            output embeddings, tied weights and the last layer, as transformers does.
         mode: "dynamic" or "weight_only".
         modules: which modules are int8 in the file. ``save_pretrained`` writes it.
 

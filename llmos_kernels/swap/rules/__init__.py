@@ -1,7 +1,7 @@
 """The rules of ``optimize``: which modules can be swapped, for what, and why one cannot.
 
-Each module of this package holds one rule.  ``classify`` asks them in turn, once for each module of a
-model; the first that matches decides.
+Each module of this package holds one rule.  ``classify`` asks them in turn, once for each module of
+a model; the first that matches decides.
 """
 
 import sys
@@ -30,8 +30,8 @@ __all__ = [
     "why_not",
 ]
 
-#: All rules, in the order in which they are asked: first those that know classes by name, then those
-#: that look at what a module is made of, last those that run a copy of it.
+#: All rules, in the order in which they are asked: first those that know classes by name, then
+#: those that look at what a module is made of, last those that run a copy of it.
 RULES: list[Rule] = [
     NormRule(),
     LinearRule(),
@@ -47,7 +47,9 @@ _LIBRARIES: dict[tuple[str, str], Callable[[], ModelRule]] = {}
 def classify(
     module: nn.Module, name: str = "", around: Sequence[nn.Module] = ()
 ) -> Candidate | None:
-    """Return what the rules say about ``module``; None where no rule knows it, or it is fused already.
+    """Return what the rules say about ``module``.
+
+    None where no rule knows it, and where it is fused already.
 
     Args:
         module: the module.

@@ -22,9 +22,9 @@ _SIZE = (2, 4)
 def largest_error_without_kinks(candidate: Candidate, call: ModuleCall) -> float:
     """Return the largest error of outputs on ``call``, and of gradients on calls away from kinks.
 
-    A pre-activation next to 0 may be rounded to either side of it, where the derivative of ReLU jumps,
-    by torch as well as by us. So gradients are compared in float32, on example calls of few rows that
-    have no such value.
+    A pre-activation next to 0 may be rounded to either side of it, where the derivative of ReLU
+    jumps, by torch as well as by us. So gradients are compared in float32, on example calls of few
+    rows that have no such value.
     """
     replicas = candidate.rule.replicas(candidate)
     worst = judge(replicas, call, compared="outputs")
@@ -40,8 +40,12 @@ def largest_error_without_kinks(candidate: Candidate, call: ModuleCall) -> float
 
 
 def _without_kinks(exact: nn.Module) -> Callable[[ModuleCall], ModuleCall]:
-    """Return a function that permutes a call until no linear layer of ``exact`` returns a value next
-    to 0. After ``_ATTEMPTS`` permutations it returns the last one as it is.
+    """Return a function that permutes a call until no linear layer returns a value next to 0.
+
+    After ``_ATTEMPTS`` permutations the last one is returned as it is.
+
+    Args:
+        exact: the module whose linear layers are looked at, in float64.
     """
 
     def clear(call: ModuleCall) -> ModuleCall:

@@ -54,9 +54,9 @@ class AttentionRule(Rule):
     def largest_error(self, candidate: Candidate, call: ModuleCall) -> float:
         """Return the largest error, where torch's result can be compared.
 
-        Where every key of a query is masked, torch may return NaN, and all its gradients are NaN then;
-        ours are not. On such a call the outputs are compared elsewhere, and the gradients on example
-        calls.
+        Where every key of a query is masked, torch may return NaN, and all its gradients are NaN
+        then; ours are not. On such a call the outputs are compared elsewhere, and the gradients on
+        example calls.
         """
         replicas = self.replicas(candidate)
         if not _has_nan(replicas.exact, call):

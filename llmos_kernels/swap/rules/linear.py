@@ -1,4 +1,4 @@
-"""``torch.nn.Linear``, and the ``Conv1D`` of transformers: a linear layer whose weight is [in, out]."""
+"""``torch.nn.Linear``, and the ``Conv1D`` of transformers, whose weight is [in, out]."""
 
 import functools
 import sys

@@ -19,8 +19,8 @@ from llmos_kernels.swap.rules.rule import Candidate, Match, Rule, example_rows, 
 class FusedResidual(GeneratedClass):
     """A block of two tensors, ``LayerNorm(residual + Dropout(dense(input)))``.
 
-    Its parts are found by type: one LayerNorm, one Dropout, one other module. Where the parts or the
-    arguments are no longer what the fused computation takes, the original forward runs.
+    Its parts are found by type: one LayerNorm, one Dropout, one other module. Where the parts or
+    the arguments are no longer what the fused computation takes, the original forward runs.
     """
 
     #: The names of the two arguments of the original forward: input and residual.
@@ -75,7 +75,7 @@ class ResidualRule(Rule):
     def example_calls(
         self, candidate: Candidate, size: tuple[int, int] | None = None
     ) -> list[ModuleCall]:
-        """Return one call, with an input [rows, in_features] and a residual [rows, *normalized_shape]."""
+        """Return one call: input [rows, in_features] and residual [rows, *normalized_shape]."""
         parts = residual_parts(candidate.module)
         if parts is None:
             return super().example_calls(candidate, size)

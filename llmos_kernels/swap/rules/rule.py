@@ -1,7 +1,7 @@
 """What a rule is, and what every rule shares.
 
-``Rule`` swaps the class of a module, ``ModelRule`` changes something that belongs to a whole model of
-another library.  A rule is added to ``llmos_kernels.swap.rules.RULES``.
+``Rule`` swaps the class of a module, ``ModelRule`` changes something that belongs to a whole model
+of another library.  A rule is added to ``llmos_kernels.swap.rules.RULES``.
 """
 
 import math
@@ -101,8 +101,8 @@ class Rule:
 
         Args:
             candidate: the module.
-            size: batch size and sequence length. A module of rows gets their product as its number of
-                rows. Default: 16 rows, or a batch of 4 sequences of 33 positions.
+            size: batch size and sequence length. A module of rows gets their product as its number
+                of rows. Default: 16 rows, or a batch of 4 sequences of 33 positions.
 
         Raises:
             ValueError: the shape of the inputs cannot be known.
@@ -111,7 +111,9 @@ class Rule:
         raise ValueError(f"the inputs of {name} are unknown: pass inputs=")
 
     def largest_error(self, candidate: Candidate, call: ModuleCall) -> float:
-        """Return the largest error of outputs and gradients over their budget, in eval and train mode.
+        """Return the largest error of outputs and gradients over their budget.
+
+        They are compared in eval and in train mode.
 
         A rule overrides this where gradients or outputs are not comparable on every input.
         """
@@ -195,7 +197,7 @@ def why_untouchable(module: nn.Module, around: Sequence[nn.Module]) -> str:
 
 
 def tensor_options(module: nn.Module) -> dict[str, Any]:
-    """Return the device and dtype of the first parameter, as keyword arguments of ``torch.randn``."""
+    """Return device and dtype of the first parameter, as keyword arguments of ``torch.randn``."""
     parameter = next(module.parameters(), torch.empty(0))
     return {"device": parameter.device, "dtype": parameter.dtype}
 

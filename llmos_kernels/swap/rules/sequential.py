@@ -1,7 +1,7 @@
 """Modules that only call their children, one after the other, with a feed-forward part to fuse.
 
-They are recognised by watching a copy run on the meta device: hooks record which child is called with
-what, and a ``TorchFunctionMode`` sees whether anything else happens to the tensors.
+They are recognised by watching a copy run on the meta device: hooks record which child is called
+with what, and a ``TorchFunctionMode`` sees whether anything else happens to the tensors.
 """
 
 import functools
@@ -33,8 +33,8 @@ class SequentialStep(NamedTuple):
     """Children that are called in turn, as one fused computation or as they are.
 
     Args:
-        children: names of children: a linear layer and an activation; or these, perhaps a Dropout, and
-            a second linear layer; or any single child.
+        children: names of children: a linear layer and an activation; or these, perhaps a Dropout,
+            and a second linear layer; or any single child.
         activation: the name that ``feed_forward`` has for the activation; None for a single child.
         activation_type: the class of the activation, of which the name was found out.
     """
@@ -142,7 +142,7 @@ def find_steps(module: nn.Module) -> tuple[tuple[SequentialStep, ...], int]:
 
 
 def activation_of(module: nn.Module) -> str | None:
-    """Return the name of the activation that a module without parameters computes, by its values."""
+    """Return the name of the activation that ``module`` computes, found by its values, or None."""
     if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
         return None
     known = (nn.Dropout, nn.ModuleList, nn.ModuleDict)
@@ -206,8 +206,8 @@ def _order_of_calls(module: nn.Module) -> tuple[list[str], int]:
     """Return the children in the order in which each takes what the one before returned.
 
     The second value is the width of the input, which is the ``in_features`` of one of its linear
-    layers. The list is empty where anything else happens to the tensors, in eval or in train mode, for
-    a batch of sequences or a single token.
+    layers. The list is empty where anything else happens to the tensors, in eval or in train mode,
+    for a batch of sequences or a single token.
     """
     weights = [w[0] for m in module.children() if (w := weight_and_bias(m)) is not None]
     for width in dict.fromkeys(w.shape[1] for w in weights):
