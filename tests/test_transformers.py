@@ -213,3 +213,13 @@ def test_transformers_is_not_imported():
     code = "import sys, torch, llmos_kernels as lk; lk.optimize(torch.nn.LayerNorm(8), always=True); " \
         "assert not any(m.split('.')[0] == 'transformers' for m in sys.modules)"  # fmt: skip
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_int8_is_imported_on_demand():
+    code = (
+        "import sys, llmos_kernels.integrations.transformers as integration\n"
+        "name = 'llmos_kernels.integrations.transformers.int8'\n"
+        "assert name not in sys.modules\n"
+        "assert integration.LlmosInt8Config is sys.modules[name].LlmosInt8Config"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

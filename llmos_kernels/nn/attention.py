@@ -42,9 +42,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         if query.is_nested or key.is_nested or value.is_nested:
             return super().forward(
-                query, key, value, key_padding_mask, need_weights, attn_mask,
-                average_attn_weights, is_causal,
-            )  # fmt: skip
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
+            )
         _check(self, query, key, value, key_padding_mask, attn_mask)
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
@@ -65,12 +71,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         attn_mask, key_padding_mask = _masks(attn_mask, key_padding_mask, self.num_heads, added)
         kind = ("mean" if average_attn_weights else "per_head") if need_weights else None
         result = scaled_dot_product_attention(
-            q, k, v, attn_mask,
+            q,
+            k,
+            v,
+            attn_mask,
             self.dropout if self.training else 0.0,
             is_causal,
             key_padding_mask=key_padding_mask,
             return_weights=kind,
-        )  # fmt: skip
+        )
         out, weights = result if isinstance(result, tuple) else (result, None)
         out = (out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)).flatten(2)
         out = project_out(self, out)

@@ -75,9 +75,15 @@ class FeedForward(nn.Module):
         if hidden is not None:
             return second(F.dropout(hidden, self.dropout, self.training))
         return feed_forward(
-            input, first.weight, first.bias, second.weight, second.bias,
-            self.activation, self.dropout, self.training,
-        )  # fmt: skip
+            input,
+            first.weight,
+            first.bias,
+            second.weight,
+            second.bias,
+            self.activation,
+            self.dropout,
+            self.training,
+        )
 
     def store_for_decode(self) -> None:
         """Store ``linear2.weight`` by columns, in place, for inputs of one to four rows.

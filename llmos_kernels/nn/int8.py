@@ -108,18 +108,28 @@ class Int8Linear(nn.Linear):
         """Return ``activation`` of the layer's result, computed in the epilogue of its GEMM."""
         weight = self.weight_int8
         return int8_linear(
-            input, weight, self.weight_scale, self.bias, activation, self.outlier_threshold,
-            mode=self.mode, packed=self._current_vnni_weight(weight),
-        )  # fmt: skip
+            input,
+            weight,
+            self.weight_scale,
+            self.bias,
+            activation,
+            self.outlier_threshold,
+            mode=self.mode,
+            packed=self._current_vnni_weight(weight),
+        )
 
     def part(self, input: Tensor, begin: int, end: int) -> Tensor:
         """Return the columns [begin, end) of the layer's result."""
         rows = slice(begin, end)
         return int8_linear(
-            input, self.weight_int8[rows], self.weight_scale[rows],
-            None if self.bias is None else self.bias[rows], None, self.outlier_threshold,
+            input,
+            self.weight_int8[rows],
+            self.weight_scale[rows],
+            None if self.bias is None else self.bias[rows],
+            None,
+            self.outlier_threshold,
             mode=self.mode,
-        )  # fmt: skip
+        )
 
     def extra_repr(self) -> str:
         shown = f", outlier_threshold={self.outlier_threshold}" if self.outlier_threshold else ""

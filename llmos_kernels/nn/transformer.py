@@ -122,9 +122,14 @@ class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
 
         def attend_memory(x: Tensor) -> Tensor:
             return self.multihead_attn(
-                x, memory, memory, memory_key_padding_mask, False, memory_mask,
+                x,
+                memory,
+                memory,
+                memory_key_padding_mask,
+                False,
+                memory_mask,
                 is_causal=memory_is_causal,
-            )[0]  # fmt: skip
+            )[0]
 
         x = tgt
         if self.norm_first:

@@ -105,7 +105,7 @@ def optimize(
                 switch.on()
             if verify and run is not None and switches:
                 _time_model(report, model, run, switches, search=not always)
-        except BaseException:  # Ctrl-C: the model as it was.
+        except BaseException:  # An interrupt leaves the model as it was, too.
             for switch in switches.values():
                 switch.off()
             raise

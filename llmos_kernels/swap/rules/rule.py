@@ -1,4 +1,4 @@
-"""What a rule is, and what every rule shares.
+"""The base classes of rules, and helpers that rules share.
 
 ``Rule`` swaps the class of a module, ``ModelRule`` changes something that belongs to a whole model
 of another library.  A rule is added to ``llmos_kernels.swap.rules.RULES``.
@@ -21,7 +21,7 @@ _EXAMPLE_ROWS = 16
 
 
 class Match(NamedTuple):
-    """What a rule found out about a module.
+    """The result of a rule for a module that it knows.
 
     Args:
         drop_in: the class that replaces that of the module.
