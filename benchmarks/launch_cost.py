@@ -21,7 +21,7 @@ import torch
 import triton
 
 from llmos_kernels._tools import build_pack
-from llmos_kernels._triton.attention.forward import forward as attention
+from llmos_kernels._triton.attention import forward as attention
 from llmos_kernels._triton.gemm import linear
 from llmos_kernels._triton.norm import layer_norm
 from llmos_kernels._triton.runtime import kernel_pack, pack_shapes

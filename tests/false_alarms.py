@@ -20,12 +20,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from swap_models import Block
 from torch import nn
+from transformers import PreTrainedModel
 from transformers import models as hf
 from transformers.pytorch_utils import Conv1D
 
 from llmos_kernels import _C
-from llmos_kernels.swap import pretrained, proof, rules
-from llmos_kernels.swap.calls import example_calls
+from llmos_kernels.integrations.transformers import attention_rule
+from llmos_kernels.swap import rules
 
 D, HEADS, INNER = 32, 4, 48
 
@@ -76,10 +77,11 @@ def error_of(kind: str, dtype: torch.dtype, seed: int) -> float:
     for p in module.parameters():
         nn.init.normal_(p, std=0.3)
     module.to(dtype)
-    if pretrained.is_pretrained(module):
-        return pretrained.largest_error(module, pretrained.example_calls(module))
-    drop_in = rules.drop_in(module)
-    return max(proof.largest_error(module, drop_in, c) for c in example_calls(module))
+    if isinstance(module, PreTrainedModel):
+        return attention_rule.largest_error(module, attention_rule.example_calls(module))
+    candidate = rules.classify(module)
+    assert candidate is not None
+    return max(candidate.largest_error(call) for call in candidate.example_calls())
 
 
 def main() -> int:

@@ -88,8 +88,8 @@ MUTANTS = (
     Mutant(
         "stale VNNI weight",
         "llmos_kernels/nn/int8.py",
-        "if of is None or of[0] is not w or of[1] != now:",
-        "if of is None:",
+        "if source is None or source[0] is not weight or source[1] != state:",
+        "if source is None:",
         ("tests/test_int8_linear.py", "tests/test_quantize.py"),
     ),
     Mutant(

@@ -10,10 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import llmos_kernels as lk
-from llmos_kernels.nn.chain import FusedChain
-from llmos_kernels.nn.norm import FusedRMSNorm
-from llmos_kernels.swap.chains import activation_of, find_steps
-from llmos_kernels.swap.norms import rms_norm_eps
+from llmos_kernels.swap.rules.rms_norm import FusedRMSNorm, epsilon_name
+from llmos_kernels.swap.rules.sequential import FusedSequential, activation_of, find_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -110,7 +108,7 @@ class OwnParameter(Block):
         self.scale = nn.Parameter(torch.ones(1))
 
 
-CHAINS = {
+SEQUENTIAL = {
     "block": Block,
     "relu": lambda: Block(nn.ReLU()),
     "chunked": Chunked,
@@ -148,14 +146,14 @@ def spread(module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", CHAINS)
-def test_chains(name, dtype):
-    module = spread(CHAINS[name]()).to(dtype)
+@pytest.mark.parametrize("name", SEQUENTIAL)
+def test_sequential(name, dtype):
+    module = spread(SEQUENTIAL[name]()).to(dtype)
     old, x = copy.deepcopy(module).eval(), torch.randn(2, 3, 24, dtype=dtype)
     report = lk.optimize(module, always=True)
     (entry,) = (e for e in report.entries if not e.module)
     assert entry.swapped and entry.error <= 1 and not report.kept, report
-    assert isinstance(module, FusedChain) and isinstance(module, type(old))
+    assert isinstance(module, FusedSequential) and isinstance(module, type(old))
     module.eval()
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(module(x), old(x), atol=tolerance, rtol=tolerance)
@@ -177,17 +175,17 @@ def saved(module):
 )
 def test_what_only_looks_like_one(make):
     module = make()
-    assert not find_steps(module)
+    assert not find_steps(module)[0]
     lk.optimize(module, always=True)
-    assert not isinstance(module, FusedChain)
+    assert not isinstance(module, FusedSequential)
 
 
 def test_what_is_fused():
     def calls(module):
-        return [len(step.children) for step in find_steps(module) if step.activation]
+        return [len(step.children) for step in find_steps(module)[0] if step.activation]
 
     assert calls(Block()) == [4] and calls(Chunked()) == [3]
-    assert calls(CHAINS["three layers"]()) == [2, 3] and calls(CHAINS["one layer"]()) == [2]
+    assert calls(SEQUENTIAL["three layers"]()) == [2, 3] and calls(SEQUENTIAL["one layer"]()) == [2]
 
 
 def test_dropout_between_and_after():
@@ -287,7 +285,7 @@ def test_rms_norms(dtype):
     assert type(pickle.loads(pickle.dumps(norm))) is type(norm)
     lk.restore(norm)
     assert type(norm) is Root
-    assert not any(rms_norm_eps(other()) for other in (Centred, EpsOutside, PlusOne))
+    assert not any(epsilon_name(other()) for other in (Centred, EpsOutside, PlusOne))
 
 
 def test_linear_layers():

@@ -215,3 +215,13 @@ def test_transformers_is_not_imported():
         "assert not any(m.split('.')[0] == 'transformers' for m in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_int8_is_imported_on_demand():
+    code = (
+        "import sys, llmos_kernels.integrations.transformers as integration\n"
+        "name = 'llmos_kernels.integrations.transformers.int8'\n"
+        "assert name not in sys.modules\n"
+        "assert integration.LlmosInt8Config is sys.modules[name].LlmosInt8Config"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -26,9 +26,9 @@ from transformers_models import (  # noqa: E402
     t5,
 )
 
-from llmos_kernels.nn.chain import FusedChain  # noqa: E402
-from llmos_kernels.nn.norm import FusedRMSNorm  # noqa: E402
-from llmos_kernels.nn.residual import FusedResidual  # noqa: E402
+from llmos_kernels.swap.rules.residual import FusedResidual  # noqa: E402
+from llmos_kernels.swap.rules.rms_norm import FusedRMSNorm  # noqa: E402
+from llmos_kernels.swap.rules.sequential import FusedSequential  # noqa: E402
 from llmos_kernels.testing import assert_accurate  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,7 +47,7 @@ def swapped(make, dtype=torch.float32, **options):
 def test_what_is_swapped_by_structure():
     def count(make):
         _, model = swapped(make)
-        kinds = (FusedChain, FusedResidual, FusedRMSNorm, lk.nn.LayerNorm)
+        kinds = (FusedSequential, FusedResidual, FusedRMSNorm, lk.nn.LayerNorm)
         return tuple(sum(isinstance(m, kind) for m in model.modules()) for kind in kinds)
 
     # The numbers of feed-forward blocks, residual blocks, RMS norms and LayerNorms, in two layers.

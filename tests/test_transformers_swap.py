@@ -1,6 +1,7 @@
 """``optimize`` and ``restore`` of Hugging Face models, and of their attention."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -153,8 +154,9 @@ def test_what_is_kept(monkeypatch):
         .swapped
     )
 
-    right = integration.scaled_dot_product_attention
+    module = sys.modules["llmos_kernels.integrations.transformers.attention"]
+    right = module.scaled_dot_product_attention
     monkeypatch.setattr(
-        integration, "scaled_dot_product_attention", lambda *a, **k: right(*a, **k) * 1.001
+        module, "scaled_dot_product_attention", lambda *a, **k: right(*a, **k) * 1.001
     )
     assert "error budget" in reason(build(gpt2, "sdpa"))

@@ -14,7 +14,7 @@ pytest.importorskip("rich")
 from llmos_kernels._tools import build_pack, tune, tune_jobs
 from llmos_kernels._tools.tune_jobs import TuningJob
 from llmos_kernels._triton import rows
-from llmos_kernels._triton.attention.forward import scores
+from llmos_kernels._triton.attention import scores
 from llmos_kernels._triton.gemm import gemm, persistent
 from llmos_kernels._triton.norm import layer_norm
 from llmos_kernels._triton.runtime import settings

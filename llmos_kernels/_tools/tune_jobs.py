@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmos_kernels._triton.attention.forward import backward as attention_backward
-from llmos_kernels._triton.attention.forward import forward as attention
+from llmos_kernels._triton.attention import backward as attention_backward
+from llmos_kernels._triton.attention import forward as attention
 from llmos_kernels._triton.gemm import linear, linear_backward
-from llmos_kernels._triton.int8.linear import linear as int8
+from llmos_kernels._triton.int8 import linear as int8
 from llmos_kernels._triton.norm import layer_norm, layer_norm_backward
 from llmos_kernels._triton.runtime import pack_shapes
 from llmos_kernels.ops.activations import GELU

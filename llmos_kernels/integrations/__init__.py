@@ -1,1 +1,17 @@
-"""Where other libraries take functions of ours. Each module imports its library, none is needed."""
+"""Integrations with other libraries, one package each. None of them is imported here.
+
+Importing this package tells ``llmos_kernels.swap`` which rules belong to models of which library.
+A rule is imported when ``optimize`` or ``restore`` gets such a model.
+"""
+
+from llmos_kernels.swap.rules import register_library
+from llmos_kernels.swap.rules.rule import ModelRule
+
+
+def _transformers_attention() -> ModelRule:
+    from llmos_kernels.integrations.transformers.attention_rule import TransformersAttentionRule
+
+    return TransformersAttentionRule()
+
+
+register_library("transformers.modeling_utils", "PreTrainedModel", _transformers_attention)

@@ -1,4 +1,7 @@
-"""Drop-in modules: the names, arguments, state dicts and results of ``torch.nn``."""
+"""Drop-in modules: the names, arguments, state dicts and results of ``torch.nn``.
+
+A module here holds state and calls a function of ``llmos_kernels``, which does the work.
+"""
 
 from llmos_kernels.nn.attention import MultiheadAttention
 from llmos_kernels.nn.embedding import BertEmbedding

@@ -1,4 +1,7 @@
-"""Multi-head attention."""
+"""Multi-head attention, with the arguments, masks and errors of torch.
+
+Source: Vaswani et al. 2017, arXiv:1706.03762.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +14,19 @@ from llmos_kernels.ops.linear import project
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention`` through ``llmos_kernels.scaled_dot_product_attention``.
 
-    Masks of every kind, dropout and the weights stay on the fused path. A query whose keys are all
-    masked gets an attention of 0, also where torch, asked for weights, gives NaN.
+    Arguments and state dict are those of torch. Every mask, dropout and the attention weights are
+    computed by the fused kernels; nested tensors go to torch. A query whose keys are all masked
+    gets an attention of 0, also where torch returns NaN because weights are needed.
 
-    Raises what torch raises where shapes disagree, and ValueError for a head dim above 256 or, in
-    training, a ``dropout`` outside [0, 1).
+    Raises:
+        AssertionError, RuntimeError: where torch raises them: shapes disagree.
+        ValueError: the head dim is above 256 or, in training, ``dropout`` is outside [0, 1).
+
+    Example:
+        >>> x = torch.randn(8, 128, 512)
+        >>> out, weights = MultiheadAttention(512, 8, batch_first=True)(x, x, x)
+        >>> out.shape, weights.shape
+        (torch.Size([8, 128, 512]), torch.Size([8, 128, 128]))
     """
 
     def forward(
@@ -31,13 +42,19 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         if query.is_nested or key.is_nested or value.is_nested:
             return super().forward(
-                query, key, value, key_padding_mask, need_weights, attn_mask,
-                average_attn_weights, is_causal,
-            )  # fmt: skip
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
+            )
         _check(self, query, key, value, key_padding_mask, attn_mask)
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
-        # As in torch, the hint replaces the mask only here; elsewhere the mask is all that counts.
+        # As in torch, is_causal replaces attn_mask only in this case. Otherwise attn_mask decides.
         is_causal = is_causal and key_padding_mask is None and not need_weights
         batched, batch_first = query.dim() == 3, self.batch_first or query.dim() == 2
         q, k, v = (
@@ -54,12 +71,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         attn_mask, key_padding_mask = _masks(attn_mask, key_padding_mask, self.num_heads, added)
         kind = ("mean" if average_attn_weights else "per_head") if need_weights else None
         result = scaled_dot_product_attention(
-            q, k, v, attn_mask,
+            q,
+            k,
+            v,
+            attn_mask,
             self.dropout if self.training else 0.0,
             is_causal,
             key_padding_mask=key_padding_mask,
             return_weights=kind,
-        )  # fmt: skip
+        )
         out, weights = result if isinstance(result, tuple) else (result, None)
         out = (out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)).flatten(2)
         out = project_out(self, out)
@@ -67,8 +87,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             out, weights = out.squeeze(0), None if weights is None else weights.squeeze(0)
         return out, weights
 
-    def _project(self, query, key, value) -> tuple[Tensor, ...]:
-        """Query, key and value times their weights, in as few products as their identity allows."""
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Return the projections of query, key and value.
+
+        The same tensor given twice is multiplied with the weights of both in one GEMM.
+        """
         e, bias = self.embed_dim, self.in_proj_bias
         if self._qkv_same_embed_dim and query is key and key is value:
             return project_in(self, query).split(e, -1)
@@ -76,9 +99,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if weight is None:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         elif key is value:
-            b, bs = (None, None) if bias is None else bias.split([e, 2 * e])
-            w, ws = weight.split([e, 2 * e])
-            return project(query, w, b), *project(key, ws, bs).split(e, -1)
+            q_bias, kv_bias = (None, None) if bias is None else bias.split([e, 2 * e])
+            q_weight, kv_weight = weight.split([e, 2 * e])
+            keys_values = project(key, kv_weight, kv_bias)
+            return project(query, q_weight, q_bias), *keys_values.split(e, -1)
         else:
             weights = weight.chunk(3)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
@@ -86,22 +110,22 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
 
 def project_in(attention: torch.nn.MultiheadAttention, x: Tensor) -> Tensor:
-    """``x`` [..., embed_dim] times the weights of query, key and value, one after the other."""
-    layer = attention._modules.get("in_proj")  # Of int8.
+    """Return query, key and value of ``x`` [..., embed_dim], side by side: [..., 3 * embed_dim]."""
+    layer = attention._modules.get("in_proj")  # ``Int8MultiheadAttention`` has one.
     if layer is not None:
         return layer(x)
     return project(x, attention.in_proj_weight, attention.in_proj_bias)
 
 
 def project_out(attention: torch.nn.MultiheadAttention, x: Tensor) -> Tensor:
-    """``out_proj`` of ``x``. As in torch it lends its weights: its hooks do not run."""
+    """Return ``out_proj`` of ``x`` [..., embed_dim]. As in torch, its hooks do not run."""
     layer = attention.out_proj
     int8 = "weight_int8" in layer._buffers
     return layer.forward(x) if int8 else project(x, layer.weight, layer.bias)
 
 
 def _by_head(x: Tensor, heads: int, batch_first: bool) -> Tensor:
-    """A view [batch, heads, length, head_dim] of a projection."""
+    """Return a projection, 2-D or 3-D, as a view [batch, heads, length, head_dim]."""
     if x.dim() == 2:
         x = x.unsqueeze(0)
     x = x.unflatten(-1, (heads, -1))
@@ -109,13 +133,27 @@ def _by_head(x: Tensor, heads: int, batch_first: bool) -> Tensor:
 
 
 def _append(x: Tensor, row: Tensor) -> Tensor:
-    """``x`` [batch, heads, length, head_dim] and one key more, ``row`` [1, 1, embed_dim]."""
+    """Return ``x`` [batch, heads, length, head_dim], and ``row`` [1, 1, embed_dim] at its end."""
     batch, heads, _, dim = x.shape
     return torch.cat([x, row.to(x.dtype).view(1, heads, 1, dim).expand(batch, -1, -1, -1)], 2)
 
 
-def _masks(attn_mask, key_padding_mask, heads: int, added: int) -> tuple[Tensor | None, ...]:
-    """Both masks as the op takes them: visible where True or added; a bool padding apart."""
+def _masks(
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, heads: int, added: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return ``attn_mask`` and ``key_padding_mask`` as ``scaled_dot_product_attention`` takes them.
+
+    Args:
+        attn_mask: as in torch, [q_len, k_len] or [batch * heads, q_len, k_len]: bool, True hides a
+            key; or float, which is added to the scores.
+        key_padding_mask: as in torch, [batch, k_len] or [k_len], of the same kinds.
+        heads: the number of heads.
+        added: the number of keys that were appended. Every query sees them.
+
+    Returns:
+        ``attn_mask``, in which True shows a key, and ``key_padding_mask`` [batch, k_len], in which
+        True hides one. A float padding mask becomes part of ``attn_mask``.
+    """
     if attn_mask is not None:
         if attn_mask.dim() == 3:
             attn_mask = attn_mask.unflatten(0, (-1, heads))
@@ -126,9 +164,9 @@ def _masks(attn_mask, key_padding_mask, heads: int, added: int) -> tuple[Tensor 
         padding = F.pad(padding, (0, added)) if added else padding
         if padding.dtype == torch.bool:
             return attn_mask, padding
-        ignored = padding == float("-inf")
-        if _holds_only_zeros(padding, ignored):  # As nn.TransformerEncoder makes it of a bool mask.
-            return attn_mask, ignored
+        hidden = padding == float("-inf")
+        if _is_zero_elsewhere(padding, hidden):  # nn.TransformerEncoder makes this of a bool mask.
+            return attn_mask, hidden
         padding = padding[:, None, None]
         if attn_mask is None:
             return padding, None
@@ -138,16 +176,26 @@ def _masks(attn_mask, key_padding_mask, heads: int, added: int) -> tuple[Tensor 
     return attn_mask, None
 
 
-def _holds_only_zeros(padding: Tensor, but: Tensor) -> bool:
-    """Whether that is so and can be known at once: not on a GPU, and not where a graph is traced."""
+def _is_zero_elsewhere(padding: Tensor, hidden: Tensor) -> bool:
+    """Return whether ``padding`` is 0 where it is not ``hidden``.
+
+    Always False on CUDA and while tracing, where looking would synchronise or fail.
+    """
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if padding.is_cuda or padding.requires_grad or traced:
         return False
-    return not padding.masked_fill(but, 0).any()
+    return not padding.masked_fill(hidden, 0).any()
 
 
-def _check(module, query, key, value, key_padding_mask, attn_mask) -> None:
-    """Raises AssertionError where torch does."""
+def _check(
+    module: torch.nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+) -> None:
+    """Raise AssertionError where torch does: for dimensions, widths and dtypes of masks."""
     dims = query.dim()
     if dims not in (2, 3) or not dims == key.dim() == value.dim():
         raise AssertionError(
@@ -158,8 +206,8 @@ def _check(module, query, key, value, key_padding_mask, attn_mask) -> None:
         raise AssertionError(
             f"was expecting embedding dimension of {module.embed_dim}, but got {query.shape[-1]}"
         )
-    same = slice(None) if module._qkv_same_embed_dim else slice(-1)
-    if key.shape[same] != value.shape[same]:
+    alike = slice(None) if module._qkv_same_embed_dim else slice(-1)
+    if key.shape[alike] != value.shape[alike]:
         raise AssertionError(
             f"key shape {list(key.shape)} does not match value shape {list(value.shape)}"
         )
@@ -180,20 +228,29 @@ def _check(module, query, key, value, key_padding_mask, attn_mask) -> None:
             )
 
 
-def _check_sizes(q, k, attn_mask, key_padding_mask, batched: bool) -> None:
-    """Raises RuntimeError or AssertionError, each where torch does."""
+def _check_sizes(
+    q: Tensor,
+    k: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    batched: bool,
+) -> None:
+    """Raise RuntimeError or AssertionError, each where torch does: for sizes of batches and masks.
+
+    ``q`` is [batch, heads, q_len, head_dim] and ``k`` [batch, heads, k_len, head_dim].
+    """
     (batch, heads, q_len, _), k_len = q.shape, k.shape[2]
     if k.shape[0] != batch:
         raise RuntimeError(f"query has a batch of {batch}, key one of {k.shape[0]}")
-    wanted = [batch, k_len] if batched else [k_len]
-    if key_padding_mask is not None and list(key_padding_mask.shape) != wanted:
+    expected = [batch, k_len] if batched else [k_len]
+    if key_padding_mask is not None and list(key_padding_mask.shape) != expected:
         raise AssertionError(
-            f"key_padding_mask must be {wanted}, got {list(key_padding_mask.shape)}"
+            f"key_padding_mask must be {expected}, got {list(key_padding_mask.shape)}"
         )
     if attn_mask is not None:
-        whole = attn_mask.dim() == 3
-        wanted = [*([batch * heads] if whole else []), q_len, k_len]
-        if list(attn_mask.shape) != wanted:
-            raise (AssertionError if whole and not batched else RuntimeError)(
-                f"attn_mask must be {wanted}, got {list(attn_mask.shape)}"
+        by_head = attn_mask.dim() == 3
+        expected = [*([batch * heads] if by_head else []), q_len, k_len]
+        if list(attn_mask.shape) != expected:
+            raise (AssertionError if by_head and not batched else RuntimeError)(
+                f"attn_mask must be {expected}, got {list(attn_mask.shape)}"
             )

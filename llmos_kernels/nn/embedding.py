@@ -1,4 +1,9 @@
-"""The embeddings of BERT."""
+"""The embeddings of BERT.
+
+Source: Devlin et al. 2018, arXiv:1810.04805.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +14,34 @@ from llmos_kernels.ops.embedding import embedding_layer_norm
 
 
 class BertEmbedding(nn.Module):
-    """Word, token type and position embeddings, added, normalised and dropped out in one pass.
+    """Word, token type and position embeddings: added, normalised and dropped out in one pass.
 
-    The state dict is that of BERT's embeddings. ``forward`` takes ``input_ids`` [batch, length] and,
-    of shapes that broadcast to it, ``token_type_ids`` (default: type 0) and ``position_ids``
-    (default: 0, 1, ...); it returns [batch, length, hidden_size]. Raises ValueError for a
-    ``dropout`` outside [0, 1); indices as ``embedding_layer_norm``.
+    The state dict is that of BERT's embeddings.
+
+    Args:
+        vocab_size: the number of words.
+        hidden_size: the width of the embeddings.
+        max_position: the number of positions.
+        type_vocab_size: the number of token types.
+        padding_idx: the word whose embedding gets no gradient; None: there is none.
+        eps: is added to the variance in the norm.
+        dropout: the probability of dropping an element in training.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Returns:
+        ``forward(input_ids, token_type_ids, position_ids)`` takes integers [batch, length], and for
+        the last two any shape that broadcasts to it. Their defaults are type 0 and positions 0, 1,
+        ... It returns [batch, length, hidden_size].
+
+    Raises:
+        ValueError: ``dropout`` is outside [0, 1).
+
+        For indices that are out of range see ``embedding_layer_norm``.
+
+    Example:
+        >>> BertEmbedding(30522, 768)(torch.randint(30522, (8, 128))).shape
+        torch.Size([8, 128, 768])
     """
 
     def __init__(
@@ -26,12 +53,12 @@ class BertEmbedding(nn.Module):
         padding_idx: int | None = 0,
         eps: float = 1e-12,
         dropout: float = 0.1,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_dropout(dropout)
         super().__init__()
-        options = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.word_embeddings = nn.Embedding(vocab_size, hidden_size, padding_idx, **options)
         self.position_embeddings = nn.Embedding(max_position, hidden_size, **options)
         self.token_type_embeddings = nn.Embedding(type_vocab_size, hidden_size, **options)

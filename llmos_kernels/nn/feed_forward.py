@@ -1,7 +1,8 @@
-"""The feed-forward block."""
+"""The feed-forward block of the Transformer, and the activations that it can fuse."""
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from llmos_kernels.ops.activations import code_of
 from llmos_kernels.ops.dropout import check_dropout
 from llmos_kernels.ops.feed_forward import feed_forward
 
+#: The names that ``feed_forward`` has for functions and for classes of modules.
 _FUNCTIONS: dict[Callable, str] = {
     F.relu: "relu",
     torch.relu: "relu",
@@ -24,11 +26,28 @@ _MODULES = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: "none"}
 
 
 class FeedForward(nn.Module):
-    """``linear2(dropout(activation(linear1(x))))`` through ``llmos_kernels.feed_forward``.
+    """``linear2(dropout(activation(linear1(input))))`` through ``llmos_kernels.feed_forward``.
 
-    ``activation``: None, "relu", "relu2", "gelu", "gelu_tanh" or "silu". The state dict is that of
-    the two linear layers inside ``nn.TransformerEncoderLayer``. Raises ValueError for another
-    activation, or a ``dropout`` outside [0, 1).
+    The state dict is that of the two linear layers of ``nn.TransformerEncoderLayer``.
+
+    Args:
+        d_model: the width of input and output.
+        dim_feedforward: the width between the layers.
+        activation: None, "relu", "relu2", "gelu", "gelu_tanh" or "silu".
+        dropout: the probability of dropping an element between the layers in training.
+        bias: whether the layers have a bias.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Returns:
+        ``forward(input)`` takes and returns [..., d_model].
+
+    Raises:
+        ValueError: another activation, or a ``dropout`` outside [0, 1).
+
+    Example:
+        >>> FeedForward(512, 2048)(torch.randn(8, 128, 512)).shape
+        torch.Size([8, 128, 512])
     """
 
     def __init__(
@@ -38,13 +57,13 @@ class FeedForward(nn.Module):
         activation: str | None = "relu",
         dropout: float = 0.0,
         bias: bool = True,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         code_of(activation)
         check_dropout(dropout)
         super().__init__()
-        options = {"bias": bias, "device": device, "dtype": dtype}
+        options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         self.linear1 = nn.Linear(d_model, dim_feedforward, **options)
         self.linear2 = nn.Linear(dim_feedforward, d_model, **options)
         self.activation = activation
@@ -56,14 +75,24 @@ class FeedForward(nn.Module):
         if hidden is not None:
             return second(F.dropout(hidden, self.dropout, self.training))
         return feed_forward(
-            input, first.weight, first.bias, second.weight, second.bias,
-            self.activation, self.dropout, self.training,
-        )  # fmt: skip
+            input,
+            first.weight,
+            first.bias,
+            second.weight,
+            second.bias,
+            self.activation,
+            self.dropout,
+            self.training,
+        )
 
     def store_for_decode(self) -> None:
-        """Store ``linear2.weight`` by columns, in place, that one to four rows through relu or relu2
-        read only the columns they need. Values, shape and state dict stay as they are. Raises
-        TypeError for an int8 weight.
+        """Store ``linear2.weight`` by columns, in place, for inputs of one to four rows.
+
+        After relu or relu2 many hidden values are 0. Their columns are not read then. Values, shape
+        and state dict stay as they are.
+
+        Raises:
+            TypeError: the weight is int8.
         """
         if type(self.linear2) is Int8Linear:
             raise TypeError("store_for_decode is for floating point weights, linear2 is int8")
@@ -74,13 +103,13 @@ class FeedForward(nn.Module):
 
 
 def store_by_columns(weight: Tensor) -> None:
-    """Give ``weight`` [out, in] the strides (1, out); its values stay."""
+    """Give ``weight`` [out, in] the strides (1, out), in place. Its values stay as they are."""
     with torch.no_grad():
         weight.data = weight.data.mT.contiguous().mT
 
 
 def activation_name(activation: Callable) -> str | None:
-    """The name under which ``feed_forward`` knows a function or module; None where it does not."""
+    """Return the name that ``feed_forward`` has for a function or module, or None."""
     if isinstance(activation, functools.partial) and activation.func is F.gelu:
         return _gelu_name(activation.keywords.get("approximate", "none"), activation.args)
     if isinstance(activation, nn.Module):
@@ -92,5 +121,5 @@ def activation_name(activation: Callable) -> str | None:
     return _FUNCTIONS.get(activation)
 
 
-def _gelu_name(approximate: str, args: tuple = ()) -> str | None:
+def _gelu_name(approximate: str, args: tuple[Any, ...] = ()) -> str | None:
     return None if args else {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)

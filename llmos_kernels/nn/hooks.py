@@ -1,15 +1,15 @@
-"""What hangs on a module besides its forward."""
+"""Checks that a fused computation, which does not call a module, leaves nothing out."""
 
 import torch
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
-    """Whether a fused forward that does not call ``module`` would leave out a hook of it."""
-    return any(getattr(module, hooks) for hooks in HOOKS)
+    """Return whether ``module`` has a hook, which a fused computation would not call."""
+    return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def is_plain_dropout(dropout: object) -> bool:
-    """Whether a fused dropout can stand for this module."""
+    """Return whether a fused dropout computes what the module ``dropout`` does."""
     return type(dropout) is torch.nn.Dropout and dropout.p < 1 and not has_hooks(dropout)

@@ -1,5 +1,9 @@
-"""Linear layers and attention with int8 weights."""
+"""Linear layers and attention with int8 weights.
 
+Source: LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339, for the outlier columns.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,13 +18,35 @@ from llmos_kernels.ops.int8_linear import MODES, check_threshold, dense, int8_li
 class Int8Linear(nn.Linear):
     """``torch.nn.Linear`` with a frozen int8 weight, through ``llmos_kernels.int8_linear``.
 
-    Buffers ``weight_int8`` [out, in] and ``weight_scale`` [out], float32 whatever the module is cast
-    to; ``bias`` is a parameter as in torch. ``weight`` is computed from them at each look, in the dtype
-    that the module was made in or cast to. Input and bias get gradients. ``mode`` and
-    ``outlier_threshold`` as for ``int8_linear``.
+    The buffers are ``weight_int8`` [out, in] and ``weight_scale`` [out], which is float32 whatever
+    the module is cast to; ``bias`` is a parameter as in torch. ``weight`` is computed from the
+    buffers each time it is read, in the dtype that the module was made in or cast to. Input and
+    bias get gradients.
 
-    On CPUs that pack weights a packed copy is kept beside, made anew when ``weight_int8`` is replaced
-    or written to; what is written through ``.data`` goes unseen. Compiled graphs pack at each call.
+    On CPUs that need the weight in VNNI layout a copy in that layout is stored as well. It is made
+    again when ``weight_int8`` is replaced or written to; a write through ``.data`` is not noticed.
+    Compiled graphs make it at each call.
+
+    Args:
+        in_features: the width of the input.
+        out_features: the width of the output.
+        bias: whether there is a bias.
+        device: of buffers and bias.
+        dtype: of ``weight`` and bias.
+        mode: "dynamic" or "weight_only", see ``int8_linear``.
+        outlier_threshold: for "dynamic", the magnitude from which a column of the input stays
+            float; 0 turns this off.
+
+    Returns:
+        ``forward(input)`` takes [..., in_features] and returns [..., out_features].
+
+    Raises:
+        ValueError: another mode or threshold.
+
+    Example:
+        >>> layer = Int8Linear.from_linear(torch.nn.Linear(512, 2048))
+        >>> layer(torch.randn(8, 512)).shape
+        torch.Size([8, 2048])
     """
 
     weight_int8: Tensor
@@ -28,15 +54,16 @@ class Int8Linear(nn.Linear):
     mode: str
     outlier_threshold: float
     _dtype: Tensor
-    _packed: Tensor | None
-    _packed_of: tuple[Tensor, tuple] | None  # Which weight, and what it was like.
+    #: The weight in VNNI layout; and the weight that it was made from, with the state that it had.
+    _vnni_weight: Tensor | None
+    _vnni_source: tuple[Tensor, tuple[Any, ...]] | None
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
         bias: bool = True,
-        device=None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
         mode: str = "dynamic",
@@ -49,8 +76,15 @@ class Int8Linear(nn.Linear):
     def from_linear(
         cls, linear: nn.Linear, mode: str = "dynamic", outlier_threshold: float = 0.0
     ) -> "Int8Linear":
-        """A new layer with the weight of ``linear`` in int8, and its bias. Raises ValueError for a
-        weight that is not finite.
+        """Return a new layer with the weight of ``linear`` in int8, and with its bias.
+
+        Args:
+            linear: a float layer, which stays as it is.
+            mode: as for the class.
+            outlier_threshold: as for the class.
+
+        Raises:
+            ValueError: the weight is not finite, or has more than 131,071 columns.
         """
         with torch.device("meta"):
             made = cls(linear.in_features, linear.out_features, linear.bias is not None)
@@ -60,80 +94,109 @@ class Int8Linear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:
+        """The float weight [out, in], ``weight_int8 * weight_scale``."""
         return dense(self.weight_int8, self.weight_scale, self._dtype.dtype)
 
     @weight.setter
-    def weight(self, value) -> None:
+    def weight(self, value: object) -> None:
         raise AttributeError("the weight of Int8Linear is weight_int8 and weight_scale")
 
     def forward(self, input: Tensor) -> Tensor:
         return self.activated(input, None)
 
     def activated(self, input: Tensor, activation: str | None) -> Tensor:
-        """``activation`` of the layer's result, in the same pass."""
+        """Return ``activation`` of the layer's result, computed in the epilogue of its GEMM."""
         weight = self.weight_int8
         return int8_linear(
-            input, weight, self.weight_scale, self.bias, activation, self.outlier_threshold,
-            mode=self.mode, packed=self._packed_weight(weight),
-        )  # fmt: skip
+            input,
+            weight,
+            self.weight_scale,
+            self.bias,
+            activation,
+            self.outlier_threshold,
+            mode=self.mode,
+            packed=self._current_vnni_weight(weight),
+        )
 
     def part(self, input: Tensor, begin: int, end: int) -> Tensor:
-        """Columns [begin, end) of the layer's result."""
+        """Return the columns [begin, end) of the layer's result."""
         rows = slice(begin, end)
         return int8_linear(
-            input, self.weight_int8[rows], self.weight_scale[rows],
-            None if self.bias is None else self.bias[rows], None, self.outlier_threshold,
+            input,
+            self.weight_int8[rows],
+            self.weight_scale[rows],
+            None if self.bias is None else self.bias[rows],
+            None,
+            self.outlier_threshold,
             mode=self.mode,
-        )  # fmt: skip
+        )
 
     def extra_repr(self) -> str:
         shown = f", outlier_threshold={self.outlier_threshold}" if self.outlier_threshold else ""
         return f"{super().extra_repr()}, mode={self.mode!r}{shown}"
 
-    def _packed_weight(self, w: Tensor) -> Tensor | None:
-        if torch.compiler.is_compiling():  # A graph would keep what is packed now.
-            return None
-        if self.mode != "dynamic" or w.device.type != "cpu" or w.is_inference():
-            return None
-        # The tensor is held: the address of one that is gone may come again.
-        now, of = (w._version, w.data_ptr(), w.stride()), self._packed_of
-        if of is None or of[0] is not w or of[1] != now:
-            self._packed, self._packed_of = int8_pack(w), (w, now)
-        return self._packed
+    def _current_vnni_weight(self, weight: Tensor) -> Tensor | None:
+        """Return ``weight`` in VNNI layout.
 
-    def _apply(self, fn, recurse=True):
+        None where the layout is not needed, and where a later change of ``weight`` would go
+        unnoticed.
+        """
+        if torch.compiler.is_compiling():  # A graph would store the copy that is made now.
+            return None
+        if self.mode != "dynamic" or weight.device.type != "cpu" or weight.is_inference():
+            return None
+        # The source is held, so that no other tensor can get its address.
+        state, source = (weight._version, weight.data_ptr(), weight.stride()), self._vnni_source
+        if source is None or source[0] is not weight or source[1] != state:
+            self._vnni_weight, self._vnni_source = int8_pack(weight), (weight, state)
+        return self._vnni_weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
         scale = self.weight_scale
         super()._apply(fn, recurse)
         if self.weight_scale.dtype != torch.float32:
             self.weight_scale = scale.to(self.weight_scale.device)
-        self._packed = self._packed_of = None
+        self._vnni_weight = self._vnni_source = None
         return self
 
-    def __getstate__(self):
-        return self.__dict__ | {"_packed": None, "_packed_of": None}
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_vnni_weight": None, "_vnni_source": None}
 
 
 def quantized_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 rows and scales of a weight [out, in]. Raises ValueError where it is not finite, or has more
-    columns than sums of int8 products may.
+    """Return a weight [out, in] as int8 rows [out, in] and float32 scales [out].
+
+    Raises:
+        ValueError: the weight is not finite, or has more columns than an int32 sum of int8 products
+            can have terms.
     """
     if weight.shape[1] > MAX_INNER:
         raise ValueError(f"a weight of {weight.shape[1]} columns, at most {MAX_INNER} can be int8")
     rows, scale = int8_quantize(weight)
     if not scale.isfinite().all():
-        bad = scale.isfinite().logical_not().nonzero()[0].item()
-        raise ValueError(f"a weight that is not finite, first in row {bad}")
+        row = scale.isfinite().logical_not().nonzero()[0].item()
+        raise ValueError(f"a weight that is not finite, first in row {row}")
     return rows, scale
 
 
 def empty_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Zeros where ``quantized_rows`` has values."""
+    """Return zeros in the shapes and dtypes of ``quantized_rows(weight)``."""
     scale = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
     return torch.zeros_like(weight, dtype=torch.int8), scale
 
 
 def become_int8(layer: Any, weights: tuple[Tensor, Tensor], mode: str, threshold: float) -> None:
-    """Make an ``Int8Linear`` of the linear ``layer``, in place, with these rows [out, in] and scales."""
+    """Turn a linear layer into an ``Int8Linear``, in place.
+
+    Args:
+        layer: a linear layer with a parameter ``weight``, or a ``Conv1D`` of transformers.
+        weights: int8 rows [out, in] and scales [out].
+        mode: as for ``Int8Linear``.
+        threshold: its outlier threshold.
+
+    Raises:
+        ValueError: another mode or threshold.
+    """
     dtype = layer.weight.dtype
     layer.out_features, layer.in_features = weights[0].shape
     del layer._parameters["weight"]
@@ -141,7 +204,10 @@ def become_int8(layer: Any, weights: tuple[Tensor, Tensor], mode: str, threshold
     _set(layer, weights, dtype, mode, threshold)
 
 
-def _set(layer: Any, weights, dtype: torch.dtype, mode: str, threshold: float) -> None:
+def _set(
+    layer: Any, weights: tuple[Tensor, Tensor], dtype: torch.dtype, mode: str, threshold: float
+) -> None:
+    """Give an ``Int8Linear`` its buffers and options."""
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
     layer.mode = mode
@@ -150,43 +216,55 @@ def _set(layer: Any, weights, dtype: torch.dtype, mode: str, threshold: float) -
     layer.register_buffer("weight_int8", rows)
     layer.register_buffer("weight_scale", scale)
     layer.register_buffer("_dtype", scale.new_empty(0, dtype=dtype), persistent=False)
-    layer._packed = layer._packed_of = None
+    layer._vnni_weight = layer._vnni_source = None
 
 
 def activated(layer: nn.Module, input: Tensor, activation: str | None) -> Tensor | None:
-    """``activation`` of what an ``Int8Linear`` makes of ``input``; None for other layers."""
+    """Return ``activation`` of what an ``Int8Linear`` makes of ``input``; None for other layers."""
     if type(layer) is not Int8Linear or has_hooks(layer):
         return None
     return layer.activated(input, activation)
 
 
 class Int8MultiheadAttention(MultiheadAttention):
-    """``MultiheadAttention`` whose projections are ``Int8Linear``: ``in_proj``, of query, key and value
-    one after the other, and ``out_proj``. ``in_proj_weight`` is computed from them at each look.
+    """``MultiheadAttention`` with int8 projections, which are made by ``quantize``.
+
+    ``in_proj`` is an ``Int8Linear`` [3 * embed_dim, embed_dim] with the rows of query, key and
+    value one after the other, ``out_proj`` is another. ``in_proj_weight`` is computed each time it
+    is read.
     """
 
     @property
     def in_proj_weight(self) -> Tensor:  # type: ignore[override]
+        """The float weight [3 * embed_dim, embed_dim]."""
         return self.in_proj.weight  # type: ignore[union-attr, return-value]
 
     @property
     def in_proj_bias(self) -> Tensor | None:  # type: ignore[override]
+        """The bias [3 * embed_dim]."""
         return self.in_proj.bias  # type: ignore[union-attr, return-value]
 
-    def _project(self, query, key, value) -> tuple[Tensor, ...]:
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         if query is key and key is value:
             return project_in(self, query).split(self.embed_dim, -1)
         e, layer = self.embed_dim, self.in_proj
         if key is value:
-            both = layer.part(key, e, 3 * e)  # type: ignore[operator, union-attr]
-            return layer.part(query, 0, e), *both.split(e, -1)  # type: ignore[operator, union-attr]
+            keys_values = layer.part(key, e, 3 * e)  # type: ignore[operator, union-attr]
+            return layer.part(query, 0, e), *keys_values.split(e, -1)  # type: ignore
         given = enumerate((query, key, value))
         return tuple(layer.part(x, i * e, (i + 1) * e) for i, x in given)  # type: ignore
 
 
-def attention_becomes_int8(attention: Any, weights: list, mode: str, threshold: float) -> None:
-    """Make an ``Int8MultiheadAttention`` of ``attention``, in place. ``weights``: rows and scales of its
-    in_proj and of its out_proj.
+def attention_becomes_int8(
+    attention: Any, weights: list[tuple[Tensor, Tensor]], mode: str, threshold: float
+) -> None:
+    """Turn a multi-head attention into an ``Int8MultiheadAttention``, in place.
+
+    Args:
+        attention: a ``MultiheadAttention``, torch's or ours, with one ``in_proj_weight``.
+        weights: int8 rows and scales of ``in_proj_weight`` and of ``out_proj``.
+        mode: as for ``Int8Linear``.
+        threshold: its outlier threshold.
     """
     e = attention.embed_dim
     with torch.device("meta"):

@@ -1,19 +1,29 @@
-"""Normalisation modules."""
+"""Normalisation modules, alone and with the residual addition before them."""
 
-import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmos_kernels.nn.derived import Derived, derive
+from llmos_kernels.nn.hooks import has_hooks, is_plain_dropout
 from llmos_kernels.ops.dropout import check_dropout
 from llmos_kernels.ops.layer_norm import add_layer_norm, layer_norm
 from llmos_kernels.ops.rms_norm import rms_norm
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """``torch.nn.LayerNorm`` through ``llmos_kernels.layer_norm``."""
+    """``torch.nn.LayerNorm`` through ``llmos_kernels.layer_norm``.
+
+    Arguments, state dict and errors are those of ``torch.nn.LayerNorm``. Nested tensors go to
+    torch.
+
+    Example:
+        >>> LayerNorm(768)(torch.randn(8, 128, 768)).shape
+        torch.Size([8, 128, 768])
+
+    Source: Ba et al. 2016, arXiv:1607.06450.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         if input.is_nested:
@@ -22,7 +32,16 @@ class LayerNorm(torch.nn.LayerNorm):
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """``torch.nn.RMSNorm`` through ``llmos_kernels.rms_norm``."""
+    """``torch.nn.RMSNorm`` through ``llmos_kernels.rms_norm``.
+
+    Arguments, state dict and errors are those of ``torch.nn.RMSNorm``. Nested tensors go to torch.
+
+    Example:
+        >>> RMSNorm(768)(torch.randn(8, 128, 768)).shape
+        torch.Size([8, 128, 768])
+
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_nested:
@@ -30,33 +49,31 @@ class RMSNorm(torch.nn.RMSNorm):
         return rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
-class FusedRMSNorm(Derived):
-    """The RMS normalisation of a model of its own kind: a ``weight``, and an epsilon somewhere."""
-
-    weight: Tensor
-    _eps: str  # The name of the attribute.
-
-    def forward(self, *args, **kwargs):
-        given, weight = (*args, *kwargs.values()), self.weight
-        if len(given) == 1 and isinstance(given[0], Tensor) and given[0].dtype == weight.dtype:
-            (x,) = given
-            if x.dtype == torch.float32 or not torch.is_autocast_enabled(x.device.type):
-                return rms_norm(x, weight.shape, weight, getattr(self, self._eps))
-        # Each has its own way to mix dtypes.
-        return self._replaced.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
-
-
-@functools.cache
-def fused_rms_norm(replaced: type, eps: str) -> type:
-    """The drop-in subclass of ``replaced``, whose epsilon is its attribute ``eps``."""
-    return derive(FusedRMSNorm, replaced, (fused_rms_norm, (replaced, eps)), _eps=eps)
-
-
 class AddLayerNorm(torch.nn.LayerNorm):
-    """``h = residual + dropout(input)`` and ``LayerNorm(h)`` in one pass; returns ``(y, h)``.
+    """``h = residual + dropout(input)`` and ``y = LayerNorm(h)`` in one pass.
 
-    Post-norm blocks use ``y`` alone, pre-norm blocks carry ``h`` on. The state dict is that of
-    ``torch.nn.LayerNorm``. Raises ValueError for a ``dropout`` outside [0, 1).
+    A post-norm block uses ``y`` alone, a pre-norm block also passes ``h`` on. The state dict is
+    that of ``torch.nn.LayerNorm``.
+
+    Args:
+        normalized_shape: the sizes of the last dimensions, which are normalised.
+        eps: is added to the variance.
+        elementwise_affine: whether there are a weight and a bias.
+        bias: whether there is a bias.
+        dropout: the probability of dropping an element of ``input`` in training.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Returns:
+        ``forward(input, residual)``, both [..., *normalized_shape], returns ``(y, h)`` of that
+        shape.
+
+    Raises:
+        ValueError: ``dropout`` is outside [0, 1).
+
+    Example:
+        >>> x = torch.randn(8, 128, 768)
+        >>> y, h = AddLayerNorm(768, dropout=0.1)(x, residual=x)
     """
 
     def __init__(
@@ -66,14 +83,16 @@ class AddLayerNorm(torch.nn.LayerNorm):
         elementwise_affine: bool = True,
         bias: bool = True,
         dropout: float = 0.0,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_dropout(dropout)
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         self.dropout = dropout
 
-    def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, input: Tensor, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return add_layer_norm(
             input,
             residual,
@@ -87,3 +106,36 @@ class AddLayerNorm(torch.nn.LayerNorm):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, dropout={self.dropout}"
+
+
+def add_and_norm(input: Tensor, residual: Tensor, dropout: Any, norm: Any) -> tuple[Tensor, Tensor]:
+    """Return ``norm(h)`` and ``h = residual + dropout(input)``.
+
+    Both are computed in one pass where ``are_plain(dropout, norm)`` holds.
+
+    Args:
+        input: [..., d].
+        residual: [..., d].
+        dropout: a module that drops.
+        norm: a module that normalises.
+    """
+    same_shape = isinstance(residual, Tensor) and input.shape == residual.shape
+    if not (are_plain(dropout, norm) and same_shape):
+        h = dropout(input) + residual
+        return norm(h), h
+    return add_layer_norm(
+        input,
+        residual,
+        norm.normalized_shape,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        dropout.p,
+        dropout.training,
+    )
+
+
+def are_plain(dropout: object, norm: Any) -> bool:
+    """Return whether both are torch's Dropout and LayerNorm, without hooks."""
+    is_layer_norm = type(norm) is torch.nn.LayerNorm or type(norm) is LayerNorm
+    return is_layer_norm and not has_hooks(norm) and is_plain_dropout(dropout)

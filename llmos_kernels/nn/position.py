@@ -1,4 +1,4 @@
-"""Positions that are computed, not learned."""
+"""Position encodings that are computed, not learned."""
 
 import torch
 import torch.nn.functional as F
@@ -8,16 +8,33 @@ from llmos_kernels.ops.dropout import check_dropout
 
 
 class SinusoidalPositionalEncoding(torch.nn.Module):
-    """``dropout(input + table[offset : offset + length])``, with
+    """Adds a sinusoidal position encoding: ``dropout(input + table[offset : offset + length])``.
 
         table[t, 2i] = sin(t / 10000^(2i / d_model)),   table[t, 2i + 1] = cos of the same.
 
-    ``input`` is [batch, length, d_model], [length, batch, d_model] where not ``batch_first``, or
-    [length, d_model]. The table is computed in float64 and kept in float32 outside the state dict;
-    each call rounds what it adds to the dtype of ``input``. ``offset`` is the position of the first
-    token, for decoding with a cache. Raises ValueError for a ``d_model`` or ``max_len`` below 1, a
-    ``dropout`` outside [0, 1), another width or shape, or positions outside the table.
-    Vaswani et al. 2017, arXiv:1706.03762.
+    The table is computed in float64 and stored in float32, outside the state dict. Each call rounds
+    it to the dtype of ``input``.
+
+    Args:
+        d_model: the width of the input.
+        max_len: the number of positions in the table.
+        dropout: the probability of dropping an element in training.
+        batch_first: whether the input is [batch, length, d_model], else [length, batch, d_model].
+        device: of the table.
+
+    Returns:
+        ``forward(input, offset=0)`` takes and returns a tensor of the shape above, or [length,
+        d_model]. ``offset`` is the position of the first token, for decoding with a KV cache.
+
+    Raises:
+        ValueError: ``d_model`` or ``max_len`` is below 1, ``dropout`` outside [0, 1), the input has
+            another shape, or positions are outside of the table.
+
+    Example:
+        >>> SinusoidalPositionalEncoding(512)(torch.zeros(8, 128, 512)).shape
+        torch.Size([8, 128, 512])
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762.
     """
 
     table: Tensor
@@ -28,7 +45,7 @@ class SinusoidalPositionalEncoding(torch.nn.Module):
         max_len: int = 5000,
         dropout: float = 0.0,
         batch_first: bool = True,
-        device=None,
+        device: torch.device | str | None = None,
     ) -> None:
         if d_model < 1 or max_len < 1:
             raise ValueError(f"d_model and max_len must be at least 1, got {d_model}, {max_len}")
@@ -36,9 +53,9 @@ class SinusoidalPositionalEncoding(torch.nn.Module):
         super().__init__()
         self.d_model, self.max_len = d_model, max_len
         self.dropout, self.batch_first = dropout, batch_first
-        at = torch.arange(max_len, dtype=torch.float64)[:, None]
+        position = torch.arange(max_len, dtype=torch.float64)[:, None]
         even = torch.arange(0, d_model, 2, dtype=torch.float64)
-        angles = at * torch.pow(10000.0, -even / d_model)
+        angles = position * torch.pow(10000.0, -even / d_model)
         table = torch.stack((angles.sin(), angles.cos()), -1).flatten(1)[:, :d_model]
         self.register_buffer("table", table.float().to(device), persistent=False)
 

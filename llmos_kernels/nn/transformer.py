@@ -1,4 +1,7 @@
-"""Transformer layers."""
+"""The encoder and the decoder layer of the Transformer.
+
+Source: Vaswani et al. 2017, arXiv:1706.03762.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,29 +13,29 @@ from llmos_kernels.nn.feed_forward import activation_name
 from llmos_kernels.nn.hooks import is_plain_dropout
 from llmos_kernels.nn.int8 import activated
 from llmos_kernels.nn.linear import linear_parameters
-from llmos_kernels.nn.norm import LayerNorm
-from llmos_kernels.nn.packed import attend_packed, can_pack, nested_like, packed_rows
-from llmos_kernels.nn.residual import add_and_norm
+from llmos_kernels.nn.nested import attend_nested, can_attend_nested, nested_like, nested_rows
+from llmos_kernels.nn.norm import LayerNorm, add_and_norm
 from llmos_kernels.ops.feed_forward import feed_forward
 
+#: The drop-ins of the parts of a layer.
 _FUSED = {nn.MultiheadAttention: MultiheadAttention, nn.LayerNorm: LayerNorm}
 
 
 class _Layer(nn.Module):
-    """What encoder and decoder layers share."""
+    """Base of both layers: their parts, and the feed-forward block."""
 
     linear1: Any
     linear2: Any
     dropout: Any
     activation: Any
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for child in self.children():
             child.__class__ = _FUSED.get(type(child), type(child))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        """Its feed-forward block, without the last dropout."""
+        """Return what the feed-forward block makes of ``x``, before its last dropout."""
         first, second, dropout = self.linear1, self.linear2, self.dropout
         name = activation_name(self.activation)
         hidden = activated(first, x, name) if name else None
@@ -47,9 +50,14 @@ class _Layer(nn.Module):
 class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
     """``torch.nn.TransformerEncoderLayer`` through the fused attention, feed-forward and norms.
 
-    Every mask, activation, ``norm_first`` and ``batch_first`` of torch's, forward and backward. The
-    nested tensors that ``nn.TransformerEncoder`` makes of padded batches in inference stay packed:
-    nothing is computed for padding.
+    Arguments, state dict and errors are those of torch, with every mask, activation, ``norm_first``
+    and ``batch_first``, forward and backward. The nested tensors that ``nn.TransformerEncoder``
+    makes of padded batches in inference stay nested: nothing is computed for padding.
+
+    Example:
+        >>> layer = TransformerEncoderLayer(512, 8, batch_first=True)
+        >>> layer(torch.randn(8, 128, 512)).shape
+        torch.Size([8, 128, 512])
     """
 
     def forward(
@@ -61,15 +69,15 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
     ) -> Tensor:
         if src.is_nested:
             masked = src_mask is not None or src_key_padding_mask is not None
-            if masked or not src.is_contiguous() or not can_pack(self.self_attn):
+            if masked or not src.is_contiguous() or not can_attend_nested(self.self_attn):
                 return nn.TransformerEncoderLayer.forward(
                     self, src, src_mask, src_key_padding_mask, is_causal
                 )
-            rows, cu_seqlens = packed_rows(src)
-            rows = self._compute(rows, lambda x: attend_packed(self.self_attn, x, cu_seqlens))
+            rows, cu_seqlens = nested_rows(src)
+            rows = self._compute(rows, lambda x: attend_nested(self.self_attn, x, cu_seqlens))
             return nested_like(src, rows)
 
-        def attend(x):
+        def attend(x: Tensor) -> Tensor:
             return self.self_attn(
                 x, x, x, src_key_padding_mask, False, src_mask, is_causal=is_causal
             )[0]
@@ -87,7 +95,13 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
 class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
     """``torch.nn.TransformerDecoderLayer`` through the fused attention, feed-forward and norms.
 
-    Every mask, activation, ``norm_first`` and ``batch_first`` of torch's, forward and backward.
+    Arguments, state dict and errors are those of torch, with every mask, activation, ``norm_first``
+    and ``batch_first``, forward and backward.
+
+    Example:
+        >>> layer = TransformerDecoderLayer(512, 8, batch_first=True)
+        >>> layer(torch.randn(8, 32, 512), memory=torch.randn(8, 128, 512)).shape
+        torch.Size([8, 32, 512])
     """
 
     def forward(
@@ -101,16 +115,21 @@ class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
     ) -> Tensor:
-        def attend(x):
+        def attend(x: Tensor) -> Tensor:
             return self.self_attn(
                 x, x, x, tgt_key_padding_mask, False, tgt_mask, is_causal=tgt_is_causal
             )[0]
 
-        def attend_memory(x):
+        def attend_memory(x: Tensor) -> Tensor:
             return self.multihead_attn(
-                x, memory, memory, memory_key_padding_mask, False, memory_mask,
+                x,
+                memory,
+                memory,
+                memory_key_padding_mask,
+                False,
+                memory_mask,
                 is_causal=memory_is_causal,
-            )[0]  # fmt: skip
+            )[0]
 
         x = tgt
         if self.norm_first:

@@ -1,9 +1,13 @@
-"""Swap the modules of an existing model for fused ones, in place, with proof, and back."""
+"""Swap the modules of an existing model for fused or int8 ones, in place, with proof, and back.
 
-from llmos_kernels.swap.files import load_quantized, save_quantized
+``optimize`` swaps what a rule in ``rules/`` knows and ``proof`` finds right, where ``timing`` finds
+it not slower; ``restore`` undoes it. ``quantize`` gives linear layers int8 weights.
+"""
+
+from llmos_kernels.swap.checkpoint import load_quantized, save_quantized
 from llmos_kernels.swap.optimize import optimize, restore
 from llmos_kernels.swap.quantize import Int8Entry, Int8Report, quantize
-from llmos_kernels.swap.report import Entry, Report
+from llmos_kernels.swap.summary import Entry, Report
 
 __all__ = [
     "Entry",

@@ -4,7 +4,7 @@ Parameters, names, hooks, devices, optimizers and every reference to the module 
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from llmos_kernels._core.numerics import shifted
-from llmos_kernels.swap import pretrained, proof, rules, timing
-from llmos_kernels.swap.calls import Call, ModelRun, captured_calls, example_calls
-from llmos_kernels.swap.report import Entry, Report
+from llmos_kernels.swap import rules, timing
+from llmos_kernels.swap.calls import ModelRun, ModuleCall, captured_calls
+from llmos_kernels.swap.rules.rule import Candidate, ModelCandidate, ancestors
+from llmos_kernels.swap.summary import Entry, Report
 
+#: The attribute of a swapped module that holds its original class.
 MARK = "_llmos_swapped_from"
 
 
@@ -28,35 +30,41 @@ def optimize(
     inputs: tuple | dict | None = None,
     always: bool = False,
 ) -> Report:
-    """Swap what is right and not slower in ``model``, in place, each swap proved; ``restore`` undoes it.
+    """Swap modules of ``model`` for fused ones, in place, where they are right and not slower.
 
-    With ``verify`` each module is compared to its replacement, outputs and gradients, in eval and in train
-    mode, and both are timed side by side. A module stays that no rule can swap safely, whose replacement
-    misses its error budget, or whose replacement was measured to be slower here at any number of rows: in
-    its forward and, for a module in train mode, in forward and backward together. Modules of one shape are
-    timed once. At the end the whole model is timed before and after; where it became slower though its
-    parts did not, the part that is to blame stays. The report says all this.
+    With ``verify`` each module is compared with its replacement: outputs and gradients, in eval and
+    in train mode. Both are timed side by side. A module is kept that no rule can swap safely, whose
+    replacement misses its error budget, or whose replacement was measured to be slower here at any
+    number of rows: in its forward and, for a module in train mode, in forward and backward
+    together. Modules of one shape are timed once. At the end the whole model is timed before and
+    after. Where it became slower although its parts did not, the part to blame is kept. The report
+    says all this.
 
-    The attention of a Hugging Face model is chosen by name, "llmos", and proved on the whole model:
-    its outputs in eval mode against its own eager attention and a copy in float64.
+    The attention of a Hugging Face model is chosen by name, "llmos". It is proved on the whole
+    model: the outputs in eval mode are compared with those of the model's own eager attention, and
+    with those of a copy in float64.
 
     Args:
         model: any ``torch.nn.Module``.
         verify: False proves and times nothing.
-        strict: raise where a module would be kept for another reason than its speed, the model unchanged.
-        inputs: a tuple of arguments of ``model``, or a dict of keyword arguments. The model runs them up to
-            some hundred times, in eval mode, so that each module is proved and timed on what it really gets. Without,
-            random numbers are used, 16 rows of them for proofs, 1 and 1024 rows for times, and the whole
-            model is not timed.
-        always: swap all that is right, also where it is slower.
+        strict: raise where a module would be kept for another reason than its speed.
+        inputs: a tuple of arguments of ``model``, or a dict of keyword arguments. The model runs
+            them up to some hundred times, in eval mode, so that each module is proved and timed on
+            its real inputs. Default: random numbers, 16 rows of them for proofs, 1 and 1024 rows
+            for times; the whole model is not timed then.
+        always: swap everything that is right, also where it is slower.
 
     Returns:
-        A ``Report``: ``print(report)`` summarises it, ``print(report.details())`` lists every module.
+        A ``Report``: ``print(report)`` summarises it, ``print(report.details())`` lists every
+        module.
 
     Raises:
-        TypeError: ``model`` is no module, ``inputs`` neither a tuple nor a dict, or a switch no bool.
-        ValueError: ``strict``, and a module would be kept.
-        Exception: whatever ``model`` itself raises on ``inputs``. It is unchanged then.
+        TypeError: ``model`` is no module, ``inputs`` neither a tuple nor a dict, or a switch no
+        bool.
+        ValueError: ``strict`` is set, and a module would be kept.
+        Exception: whatever ``model`` itself raises on ``inputs``.
+
+        The model is unchanged after any of them.
 
     Example:
         >>> model = torch.nn.TransformerEncoderLayer(64, 4, batch_first=True).eval()
@@ -66,11 +74,9 @@ def optimize(
     for option, given in {"verify": verify, "strict": strict, "always": always}.items():
         if not isinstance(given, bool):
             raise TypeError(f"{option} must be a bool, got {given!r}")
-    plan = [(name, m, rules.why_not(m, around)) for name, m, around in _candidates(model)]
-    models = [
-        (name, m, pretrained.why_not(m, around(model, name)))
-        for name, m in pretrained.candidates(model)
-    ]
+    models = [c for rule in rules.model_rules(model) for c in rule.candidates(model)]
+    found = (rules.classify(m, n, ancestors(model, n)) for n, m in model.named_modules())
+    modules = [candidate for candidate in found if candidate is not None]
     gpus = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     with torch.inference_mode(False), torch.random.fork_rng(devices=gpus):
         for generator in (
@@ -78,50 +84,32 @@ def optimize(
             *(torch.cuda.default_generators[i] for i in gpus),
         ):
             generator.manual_seed(shifted(0))
-        run = None if inputs is None else ModelRun(model, Call.of(inputs))
-        judges = _Judges(
-            verify, always, capture(model, [m for _, m, why in plan + models if not why], run)
-        )
-        chosen = [judges.of_attention(*named) for named in models]
+        run = None if inputs is None else ModelRun(model, ModuleCall.of(inputs))
+        judged = [c.model for c in models if not c.why_not]
+        judged += [c.module for c in modules if not c.why_not]
+        judges = _Judges(verify, always, capture(model, judged, run))
+        of_models = [judges.of_model(c) for c in models]
         # Innermost first: a module is timed with what was decided for those in it.
-        entries = [judges.of_module(*named) for named in reversed(plan)][::-1]
-        report = Report(chosen + entries)
-        if strict and (kept := [e for e in report.kept if not e.slower]):
-            raise ValueError(f"modules that cannot be swapped:\n{Report(kept).details()}")
-        switches = {}
-        for i, (entry, (_, module, _)) in enumerate(
-            zip(report.entries, models + plan, strict=True)
-        ):
-            if entry.swapped:
-                switches[i] = _switch(module, pretrained_model=i < len(models), judges=judges)
+        of_modules = [judges.of_module(c) for c in reversed(modules)][::-1]
+        report = Report(of_models + of_modules)
+        if strict and (not_swapped := [e for e in report.kept if not e.slower]):
+            raise ValueError(f"modules that cannot be swapped:\n{Report(not_swapped).details()}")
+        candidates: list[Candidate | ModelCandidate] = [*models, *modules]
+        switches = {
+            i: judges.switch(candidate)
+            for i, candidate in enumerate(candidates)
+            if report.entries[i].swapped
+        }
         try:
             for switch in switches.values():
                 switch.on()
             if verify and run is not None and switches:
                 _time_model(report, model, run, switches, search=not always)
-        except BaseException:  # Ctrl-C: the model as it was.
+        except BaseException:  # An interrupt leaves the model as it was, too.
             for switch in switches.values():
                 switch.off()
             raise
     return report
-
-
-def _switch(module: Any, pretrained_model: bool, judges: "_Judges") -> timing.Switch:
-    """The swap of one module, which is off yet."""
-    group = judges.groups[module]
-    if pretrained_model:
-        return timing.Switch(group, *pretrained.switch(module))
-    original, drop_in = type(module), judges.classes[module]
-
-    def on() -> None:
-        module.__dict__[MARK] = original
-        module.__class__ = drop_in
-
-    def off() -> None:
-        module.__dict__.pop(MARK, None)
-        module.__class__ = original
-
-    return timing.Switch(group, on, off)
 
 
 def _time_model(
@@ -131,10 +119,13 @@ def _time_model(
     switches: dict[int, timing.Switch],
     search: bool,
 ) -> None:
-    """Add the whole model's times to ``report``, and what was turned off for their sake."""
+    """Add times of the whole model to ``report``, and the swaps that are undone because of them.
+
+    ``switches`` has the switch of each swap, by the index of its entry in the report.
+    """
     try:
         report.model, without = timing.of_model(model, run, list(switches.values()), search)
-    except Exception as e:  # It ran once. What it raises now is no reason to fail.
+    except Exception as e:  # The model has run once, so an error now is no error of ``optimize``.
         report.why_no_model = f"{type(e).__name__}: {_first_line(e)}"
         return
     for i, switch in switches.items():
@@ -147,51 +138,79 @@ def _time_model(
 
 
 class _Judges:
-    """What to do with each candidate, with what was found of those before it."""
+    """Decides what becomes of each candidate.
 
-    def __init__(self, verify: bool, always: bool, captured: dict):
+    Args:
+        verify: whether swaps are proved and timed.
+        always: whether what is slower is swapped, too.
+        captured: how modules were called when the user's inputs ran.
+    """
+
+    def __init__(
+        self, verify: bool, always: bool, captured: dict[nn.Module, list[ModuleCall]]
+    ) -> None:
         self.verify, self.always, self.captured = verify, always, captured
-        self.classes: dict[nn.Module, type] = {}  # Of modules that are to be swapped.
+        #: The drop-ins of the modules that are to be swapped.
+        self.classes: dict[nn.Module, type] = {}
         self.groups: dict[nn.Module, Hashable] = {}
         self.timed: dict[Hashable, list[timing.Timing]] = {}
 
-    def of_attention(self, name: str, model: Any, why: str) -> Entry:
-        """Of the attention of a Hugging Face model."""
-        self.groups[model] = "attention", name
-        prove = partial(pretrained.prove, model, self.captured.get(model, []))
-        return self._judge(name, f"attention of {type(model).__name__}", why, prove)
+    def of_model(self, candidate: ModelCandidate) -> Entry:
+        """Return what becomes of a candidate of a ``ModelRule``."""
+        model = candidate.model
+        self.groups[model] = candidate.shown, candidate.name
+        if candidate.why_not:
+            return Entry(candidate.name, candidate.shown, False, candidate.why_not)
+        prove = partial(candidate.rule.prove, model, self.captured.get(model, []))
+        return self._judge(candidate.name, candidate.shown, prove)
 
-    def of_module(self, name: str, module: nn.Module, why: str) -> Entry:
-        """Of a module that a rule knows."""
-        if why:
-            return Entry(name, type(module).__name__, False, why)
-        drop_in = rules.drop_in(module)
-        prove = partial(self._prove, module, drop_in)
-        entry = self._judge(name, type(module).__name__, "", prove)
+    def of_module(self, candidate: Candidate) -> Entry:
+        """Return what becomes of a candidate of a ``Rule``."""
+        module, cls = candidate.module, type(candidate.module)
+        if candidate.why_not:
+            return Entry(candidate.name, cls.__name__, False, candidate.why_not)
+        entry = self._judge(candidate.name, cls.__name__, partial(self._prove, candidate))
         if entry.swapped:
-            self.classes[module] = drop_in
-            self.groups.setdefault(module, (type(module), drop_in))
+            self.classes[module] = candidate.drop_in
+            self.groups.setdefault(module, (cls, candidate.drop_in))
         return entry
 
-    def _prove(self, module: nn.Module, drop_in: type) -> tuple[float, list[timing.Timing]]:
+    def switch(self, candidate: Candidate | ModelCandidate) -> timing.Switch:
+        """Return the switch of a swap, which is off yet."""
+        if isinstance(candidate, ModelCandidate):
+            group = self.groups[candidate.model]
+            return timing.Switch(group, *candidate.rule.switch(candidate.model))
+        module: Any = candidate.module
+        original, drop_in = type(module), candidate.drop_in
+
+        def on() -> None:
+            module.__dict__[MARK] = original
+            module.__class__ = drop_in
+
+        def off() -> None:
+            module.__dict__.pop(MARK, None)
+            module.__class__ = original
+
+        return timing.Switch(self.groups[module], on, off)
+
+    def _prove(self, candidate: Candidate) -> tuple[float, list[timing.Timing]]:
+        """Return the largest error over its budget and, where that passes, the times."""
+        module, drop_in = candidate.module, candidate.drop_in
         captured = self.captured.get(module, [])
-        errors = [
-            proof.largest_error(module, drop_in, c) for c in captured[:1] or example_calls(module)
-        ]
+        calls = captured[:1] or candidate.example_calls()
+        errors = [candidate.largest_error(call) for call in calls]
         error = max(errors, key=lambda e: math.inf if math.isnan(e) else e)
         kind = timing.kind(module, drop_in, self.classes, captured)
         self.groups[module] = kind
         if error <= 1 and kind not in self.timed:
-            sized = captured or [example_calls(module, s)[-1] for s in timing.SIZES]
-            self.timed[kind] = timing.of_module(module, drop_in, self.classes, sized)
+            timed_calls = captured or [candidate.example_calls(s)[-1] for s in timing.SIZES]
+            self.timed[kind] = timing.of_module(module, drop_in, self.classes, timed_calls)
         return error, self.timed.get(kind, [])
 
     def _judge(
-        self, name: str, shown: str, why: str, prove: Callable[[], tuple[float, list]]
+        self, name: str, shown: str, prove: Callable[[], tuple[float, list[timing.Timing]]]
     ) -> Entry:
-        """What to do with one candidate, by the error and the times that ``prove`` finds."""
-        if why:
-            return Entry(name, shown, False, why)
+        """Return what becomes of a candidate, by the error and the times that ``prove`` returns."""
         if not self.verify:
             return Entry(name, shown, True, "not verified")
         try:
@@ -214,7 +233,17 @@ def _first_line(e: Exception) -> str:
 def restore(model: nn.Module) -> None:
     """Give every module that ``optimize`` swapped in ``model`` its class or its attention back.
 
-    Raises ValueError, the model unchanged, where another tool has changed such a class since.
+    Args:
+        model: a model, or a part of one.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: another tool has changed the class of a swapped module since. The model is
+        unchanged.
+
+    Example:
+        >>> optimize(model)
+        >>> restore(model)
     """
     check_model(model)
     swapped = [(name, m) for name, m in model.named_modules() if MARK in m.__dict__]
@@ -226,32 +255,20 @@ def restore(model: nn.Module) -> None:
             )
     for _, module in swapped:
         module.__class__ = module.__dict__.pop(MARK)
-    pretrained.restore(model)
+    for rule in rules.model_rules(model):
+        rule.restore(model)
 
 
-def check_model(model, inputs=None) -> None:
-    """Raises TypeError where ``model`` is no module, or ``inputs`` no arguments for one."""
+def check_model(model: object, inputs: object = None) -> None:
+    """Raise TypeError where ``model`` is no module, or ``inputs`` no arguments for one."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if inputs is not None and not isinstance(inputs, (tuple, dict)):
         raise TypeError(f"inputs must be a tuple or a dict, got {type(inputs).__name__}")
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
-    """Each module that a rule knows, once: name, module, the modules around it."""
-    for name, module in model.named_modules():
-        if rules.is_candidate(module):
-            yield name, module, around(model, name)
-
-
-def around(model: nn.Module, name: str) -> list[nn.Module]:
-    """The modules that ``name`` lies in, outermost first."""
-    parts = name.split(".") if name else []
-    return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
-
-
 def capture(
     model: nn.Module, modules: list[nn.Module], run: ModelRun | None
-) -> dict[nn.Module, list[Call]]:
-    """How each of ``modules`` is called when ``model`` runs its inputs; empty without them."""
+) -> dict[nn.Module, list[ModuleCall]]:
+    """Return how each of ``modules`` is called in ``run`` of ``model``; nothing without ``run``."""
     return {} if run is None else captured_calls(model, modules, run)

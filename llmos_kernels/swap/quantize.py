@@ -1,7 +1,7 @@
-"""``quantize``: the linear layers of a model with int8 weights, where that is faster."""
+"""``quantize``: int8 weights for the linear layers of a model, where that is faster."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,24 +18,35 @@ from llmos_kernels.nn.int8 import (
     become_int8,
     quantized_rows,
 )
-from llmos_kernels.nn.linear import FusedConv1D, Linear, is_conv1d
+from llmos_kernels.nn.linear import Linear
 from llmos_kernels.nn.transformer import TransformerEncoderLayer
 from llmos_kernels.ops.int8_linear import MODES, check_threshold, int8_linear, int8_pack
 from llmos_kernels.ops.linear import project
-from llmos_kernels.swap.calls import Call, ModelRun
-from llmos_kernels.swap.optimize import MARK, around, capture, check_model
-from llmos_kernels.swap.report import table
-from llmos_kernels.swap.rules import why_untouchable
+from llmos_kernels.swap.calls import ModelRun, ModuleCall
+from llmos_kernels.swap.optimize import MARK, capture, check_model
+from llmos_kernels.swap.rules.linear import FusedConv1D, is_conv1d
+from llmos_kernels.swap.rules.rule import ancestors, why_untouchable
+from llmos_kernels.swap.summary import table
 
-_MOST_ROWS = 1024  # On which an error is measured, in float64.
-#: Rows of input at which a layer must be faster, if its user gives none.
+#: The number of rows on which an error is measured, in float64.
+_MAX_ERROR_ROWS = 1024
+#: Numbers of rows at which a layer must be faster, by mode, if the user gives none.
 ROWS = {"dynamic": (1, 128), "weight_only": (1,)}
 
 
 @dataclass(frozen=True)
 class Int8Entry:
-    """One layer. ``error`` is the norm of its results' error over the norm of the results,
-    ``speedups`` the original's time over that of int8 for each number of rows; sizes in bytes.
+    """One layer that ``quantize`` looked at.
+
+    Args:
+        module: its name in the model; empty for the model itself.
+        cls: its class before.
+        quantized: whether it is int8 now.
+        reason: why it was kept.
+        error: the norm of the error of its results over the norm of the results.
+        speedups: the time of the original over that of int8, for each number of rows.
+        before: the size of its weights in bytes.
+        after: the size of the int8 weights and scales in bytes.
     """
 
     module: str
@@ -50,10 +61,16 @@ class Int8Entry:
 
 @dataclass
 class Int8Report:
-    """Every linear layer that ``quantize`` looked at. ``print(report)`` shows it as a table."""
+    """Every linear layer that ``quantize`` looked at. ``print(report)`` shows it as a table.
+
+    Args:
+        entries: the layers.
+        before: the size of all parameters and buffers of the model before, in bytes.
+        after: their size after it.
+    """
 
     entries: list[Int8Entry]
-    before: int  # Bytes of all parameters and buffers of the model.
+    before: int
     after: int
 
     @property
@@ -66,8 +83,8 @@ class Int8Report:
         """The layers that stayed as they were; ``reason`` says why."""
         return [e for e in self.entries if not e.quantized]
 
-    def to_dict(self) -> dict:
-        """The same as plain data, for JSON."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -100,16 +117,37 @@ def quantize(
     """Give the linear layers of ``model`` int8 weights, in place; the float weights are gone then.
 
     ``nn.Linear``, the ``Conv1D`` of transformers and the projections of ``nn.MultiheadAttention``
-    become ``Int8Linear`` of ``mode`` and ``outlier_threshold`` (of "dynamic" alone); names, biases and
-    hooks stay. Each is timed against the original at each number of ``rows`` of input (1 and 128; with
-    "weight_only" 1), equal layers once, and kept where it is slower at any, unless ``always``.
-    ``skip``: names, or last parts of names, of layers to leave out, with all in them. ``inputs`` (a tuple
-    of arguments, or a dict of keyword arguments) are run through the model once, in eval mode, so that
-    errors are measured on what each layer really gets; random numbers are used otherwise.
+    become ``nn.Int8Linear``; names, biases and hooks stay. Each is timed against the original,
+    equal layers once. Optimize first and quantize then: a quantized layer is not swapped again.
 
-    Optimize first and quantize then: a quantized layer is not swapped again. Raises TypeError for a
-    ``model`` that is no module, ValueError for other arguments and for a weight that is not finite or has
-    more than 131,071 columns, the model unchanged.
+    Args:
+        model: any ``torch.nn.Module``.
+        mode: "dynamic" or "weight_only", see ``int8_linear``.
+        outlier_threshold: for "dynamic", the magnitude from which a column of the input stays
+            float; 0 turns this off.
+        skip: names, or last parts of names, of modules to leave out with everything in them.
+        always: quantize a layer also where int8 is slower.
+        rows: the numbers of rows of input at which a layer must be faster. Default: 1 and 128; with
+            "weight_only" 1.
+        inputs: a tuple of arguments of ``model``, or a dict of keyword arguments. The model runs
+            them once, in eval mode, and errors are measured on what each layer gets. Default:
+            random numbers.
+
+    Returns:
+        An ``Int8Report``. ``print(report)`` shows each layer with its error, speedups and size.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``inputs`` neither a tuple nor a dict.
+        ValueError: another argument has a value that is not allowed; or a weight is not finite, or
+            has more than 131,071 columns.
+
+        The model is unchanged after any of them.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.ReLU())
+        >>> print(quantize(model, inputs=(torch.randn(8, 512),)))
+
+    Source: LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339, for the outlier columns.
     """
     check_model(model, inputs)
     threshold = check_threshold(outlier_threshold)
@@ -120,19 +158,20 @@ def quantize(
     if not rows or any(type(n) is not int or n < 1 for n in rows):
         raise ValueError(f"rows must be whole numbers of 1 or more, got {rows!r}")
     threshold = threshold if mode == "dynamic" else 0.0
+    options = _Options(mode, threshold, rows, always)
     before = _size(model)
     plan = [(name, m, _why_not(model, name, m, skip)) for name, m in _candidates(model)]
     with torch.inference_mode(False), torch.no_grad():
         weights = {m: _quantized(name, m) for name, m, why in plan if not why}
-        run = None if inputs is None else ModelRun(model, Call.of(inputs))
+        run = None if inputs is None else ModelRun(model, ModuleCall.of(inputs))
         seen = capture(model, [m for _, m, why in plan if not why], run)
-        timed: dict[tuple, dict[int, float]] = {}
+        timed: dict[tuple[Any, ...], dict[int, float]] = {}
         entries = []
         for name, module, why in plan:
             entry = Int8Entry(name, type(module).__name__, False, why)
             if not why:
-                entry = _judged(name, module, weights[module], mode, threshold, always, rows,
-                                seen.get(module, []), timed)  # fmt: skip
+                calls = seen.get(module, [])
+                entry = _judged(name, module, weights[module], options, calls, timed)
             entries.append(entry)
         for entry, (_, module, _) in zip(entries, plan, strict=True):
             if entry.quantized:
@@ -142,7 +181,7 @@ def quantize(
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Linear layers, and attention modules with what is in them, once each."""
+    """Yield each attention module, and each linear layer that is not part of one, once."""
     inside: set[nn.Module] = set()
     kinds = nn.Linear, FusedConv1D
     for name, module in model.named_modules():
@@ -155,7 +194,12 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def is_skipped(name: str, skip: Sequence[str]) -> bool:
-    """Whether ``name`` or a module it lies in is named in ``skip``, in full or by its last part."""
+    """Return whether ``skip`` names a module, or a module that contains it.
+
+    Args:
+        name: the name of the module in its model.
+        skip: full names, or last parts of names.
+    """
     parts = name.split(".")
     outer = {".".join(parts[: i + 1]) for i in range(len(parts))}
     return any(s in outer or s in parts for s in skip)
@@ -164,7 +208,7 @@ def is_skipped(name: str, skip: Sequence[str]) -> bool:
 def _why_not(model: nn.Module, name: str, module: Any, skip: Sequence[str]) -> str:
     if is_skipped(name, skip):
         return "skip names it"
-    whys = [why_untouchable(module, around(model, name))]
+    whys = [why_untouchable(module, ancestors(model, name))]
     if isinstance(module, nn.MultiheadAttention):
         whys += _why_no_attention(model, name, module, skip)
     elif "weight" not in module._parameters:
@@ -176,10 +220,10 @@ def _why_not(model: nn.Module, name: str, module: Any, skip: Sequence[str]) -> s
     why = next(filter(None, whys), "")
     if why:
         return why
-    mine = {id(p) for p in module.parameters()}
-    own = set(module.modules())
+    parameters = {id(p) for p in module.parameters()}
+    inside = set(module.modules())
     for other_name, other in model.named_modules():
-        if other not in own and mine & {id(p) for p in other._parameters.values()}:
+        if other not in inside and parameters & {id(p) for p in other._parameters.values()}:
             return f"its weight is that of {other_name or 'the model'} too"
     for p in module.parameters():
         if p.dtype not in KERNEL_DTYPES:
@@ -187,7 +231,9 @@ def _why_not(model: nn.Module, name: str, module: Any, skip: Sequence[str]) -> s
     return ""
 
 
-def _why_no_attention(model: nn.Module, name: str, module: Any, skip) -> Iterator[str]:
+def _why_no_attention(
+    model: nn.Module, name: str, module: Any, skip: Sequence[str]
+) -> Iterator[str]:
     out = module.out_proj
     if type(module) not in (nn.MultiheadAttention, MultiheadAttention):
         yield f"{type(module).__name__} is a subclass of MultiheadAttention"
@@ -204,7 +250,7 @@ def _why_no_attention(model: nn.Module, name: str, module: Any, skip) -> Iterato
 
 
 def layers(module: Any) -> list[tuple[Tensor, Tensor | None]]:
-    """weight [out, in] and bias of each linear layer that ``module`` stands for."""
+    """Return weight [out, in] and bias of a linear layer, or of the two in an attention."""
     if isinstance(module, nn.MultiheadAttention):
         out = module.out_proj
         return [(module.in_proj_weight, module.in_proj_bias), (out.weight, out.bias)]
@@ -220,43 +266,87 @@ def _quantized(name: str, module: nn.Module) -> list[tuple[Tensor, Tensor]]:
         raise ValueError(f"{name or 'the model'} has {e}: name it in skip to keep it") from None
 
 
-def _judged(name, module, weights, mode, threshold, always, rows, calls, timed) -> Int8Entry:
-    """What to do with one module, by its speed and its error."""
+@dataclass(frozen=True)
+class _Options:
+    """Arguments of ``quantize`` that are the same for every layer."""
+
+    mode: str
+    threshold: float
+    rows: tuple[int, ...]
+    always: bool
+
+
+def _judged(
+    name: str,
+    module: nn.Module,
+    weights: list[tuple[Tensor, Tensor]],
+    options: _Options,
+    calls: list[ModuleCall],
+    timed: dict[tuple[Any, ...], dict[int, float]],
+) -> Int8Entry:
+    """Return what becomes of one module, by its speed, with its error.
+
+    Args:
+        name: its name.
+        module: a linear layer or an attention.
+        weights: int8 rows and scales of each of its ``layers``.
+        options: how it becomes int8.
+        calls: how it was called; empty where that is unknown.
+        timed: speedups of layers that were timed before, to which those of this one are added.
+    """
     # The input of an attention is that of its first layer.
     given = calls[0].args[0] if calls and calls[0].args else None
     error, before, after = 0.0, 0, 0
+    rows, mode, threshold = options.rows, options.mode, options.threshold
     speedups = dict.fromkeys(rows, math.inf)
     for (weight, bias), (q, scale) in zip(layers(module), weights, strict=True):
         x = given
         if not (isinstance(x, Tensor) and x.is_floating_point() and x.shape[-1] == q.shape[1]):
             x = torch.randn(max(rows), q.shape[1], dtype=weight.dtype, device=weight.device)
         given = None
-        x = x.reshape(math.prod(x.shape[:-1]), q.shape[1])[:_MOST_ROWS].to(weight.dtype)
+        x = x.reshape(math.prod(x.shape[:-1]), q.shape[1])[:_MAX_ERROR_ROWS].to(weight.dtype)
         exact = nn.functional.linear(x.double(), weight.double())
         made = int8_linear(x, q, scale, None, None, threshold, mode=mode).double()
         norm = exact.norm().item()
         error = max(error, (made - exact).norm().item() / norm if norm else 0.0)
         ours = isinstance(module, (Linear, MultiheadAttention, FusedConv1D))
-        original = project if ours else nn.functional.linear
+        original: Callable[..., Tensor] = project if ours else nn.functional.linear
         key = (original, *weight.shape, weight.stride(), weight.dtype, weight.device, bias is None)
         if key not in timed:
             timed[key] = {
-                n: _speedup(original, weight, bias, q, scale, mode, threshold, n, x) for n in rows
+                n: _speedup(original, weight, bias, (q, scale), options, _with_rows(x, n))
+                for n in rows
             }
         speedups = {n: min(s, timed[key][n]) for n, s in speedups.items()}
         before += weight.nbytes
         after += q.nbytes + scale.nbytes
     slow = [f"{s:.2f}x at {n} row{'s' * (n > 1)}" for n, s in speedups.items() if s <= 1]
-    reason = f"int8 is not faster: {', '.join(slow)}" if slow and not always else ""
+    reason = "" if not slow or options.always else f"int8 is not faster: {', '.join(slow)}"
     cls = type(module).__name__
     return Int8Entry(name, cls, not reason, reason, error, speedups, before, after)
 
 
-def _speedup(original, weight, bias, q, scale, mode, threshold, rows: int, x: Tensor) -> float:
-    """The original's time over that of int8, for rows like those of ``x``."""
-    x = x[torch.arange(rows, device=x.device) % max(len(x), 1)] if len(x) else x.new_zeros(
-        rows, x.shape[1]
-    )  # fmt: skip
+def _with_rows(x: Tensor, rows: int) -> Tensor:
+    """Return ``rows`` rows of ``x`` [n, width], repeated as needed; zeros if n is 0."""
+    if not len(x):
+        return x.new_zeros(rows, x.shape[1])
+    return x[torch.arange(rows, device=x.device) % len(x)]
+
+
+def _speedup(
+    original: Callable[..., Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    int8_weight: tuple[Tensor, Tensor],
+    options: _Options,
+    x: Tensor,
+) -> float:
+    """Return the time of ``original`` over that of int8, on the input ``x`` [rows, in].
+
+    ``int8_weight`` holds the int8 rows [out, in] of ``weight``, and their scales.
+    """
+    q, scale = int8_weight
+    mode, threshold = options.mode, options.threshold
     packed = int8_pack(q) if mode == "dynamic" else None
     old, new = interleaved(
         [
@@ -269,8 +359,15 @@ def _speedup(original, weight, bias, q, scale, mode, threshold, rows: int, x: Te
     return old / new
 
 
-def replace(module: Any, weights: list, mode: str, threshold: float) -> None:
-    """Make ``module`` int8, with rows and scales for each of its ``layers``."""
+def replace(module: Any, weights: list[tuple[Tensor, Tensor]], mode: str, threshold: float) -> None:
+    """Make ``module`` int8, in place.
+
+    Args:
+        module: a linear layer or an attention.
+        weights: int8 rows [out, in] and scales [out] of each of its ``layers``.
+        mode: as for ``quantize``.
+        threshold: the outlier threshold.
+    """
     module.__dict__.pop(MARK, None)
     if isinstance(module, nn.MultiheadAttention):
         attention_becomes_int8(module, weights, mode, threshold)
@@ -279,8 +376,10 @@ def replace(module: Any, weights: list, mode: str, threshold: float) -> None:
 
 
 def leave_fast_path(model: nn.Module) -> None:
-    """Turn torch's own fused layer off where it would read float weights past the int8 layers, and the
-    nested tensors that torch's layer takes there alone.
+    """Turn off torch's fused Transformer layer, and nested tensors, where layers in it are int8.
+
+    torch's fused layer would read the float weights past the int8 layers. Nested tensors are taken
+    nowhere else by torch's own encoder layer.
     """
     int8 = {
         m

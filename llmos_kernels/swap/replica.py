@@ -1,10 +1,10 @@
-"""Copies of modules to run instead of them."""
+"""Copies of modules that run in their place, in proofs and in timings."""
 
 from collections import OrderedDict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmos_kernels.nn.int8 import Int8Linear
 
@@ -18,22 +18,31 @@ def replica(
     classes: dict[nn.Module, type] | None = None,
     dropout: bool = False,
 ) -> nn.Module:
-    """A copy of ``module`` without its hooks, as ``cls``, in ``dtype`` and on ``device`` where they
-    are given. ``classes``: what modules in it are to be instead; ``made``: copies of modules that may
-    come again in it. Without ``dropout`` nothing in it drops."""
+    """Return a copy of ``module`` without its hooks, whose parameters and buffers are copies.
+
+    Args:
+        module: what is copied; its own methods are not called.
+        cls: the class of the copy. Default: that of ``module``.
+        dtype: the dtype of floating point parameters and buffers. Default: their own.
+        device: the device of the copy. Default: that of each tensor.
+        made: copies that exist already, by their original. A module that occurs twice is copied
+            once.
+        classes: the classes of copies of modules inside, by their original.
+        dropout: whether dropout stays on.
+    """
     made = {} if made is None else made
     if module in made:
         return made[module]
-    new: Any = cls or (classes or {}).get(module, type(module))
+    new_class: Any = cls or (classes or {}).get(module, type(module))
 
-    def copy(t):
+    def copy(t: Tensor | None) -> Tensor | None:
         if t is None:
             return None
-        wanted = dtype if dtype and t.is_floating_point() else t.dtype
-        data = t.detach().to(device or t.device, wanted, copy=True)
+        new_dtype = dtype if dtype and t.is_floating_point() else t.dtype
+        data = t.detach().to(device or t.device, new_dtype, copy=True)
         return nn.Parameter(data, t.is_floating_point()) if isinstance(t, nn.Parameter) else data
 
-    clone = made[module] = new.__new__(new)
+    clone = made[module] = new_class.__new__(new_class)
     clone.__dict__.update(module.__dict__)
     for name in module.__dict__:
         if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
@@ -47,8 +56,8 @@ def replica(
     if isinstance(clone, Int8Linear):  # Its scales are float32 in every dtype.
         scale: Any = module.weight_scale
         clone._buffers["weight_scale"] = scale.to(device or scale.device, copy=True)
-        clone.__dict__["_packed_of"] = None
-    # Another generator draws other masks; the op's own tests compare those.
+        clone.__dict__["_vnni_source"] = None
+    # Each implementation draws other dropout masks. The tests of the ops compare those.
     if isinstance(clone, nn.Dropout) and not dropout:
         clone.p = 0.0
     if isinstance(clone, nn.MultiheadAttention) and not dropout:

@@ -1,4 +1,4 @@
-"""How long a module and its drop-in take, and the whole model before and after, measured in turn."""
+"""Times of a module against its drop-in, and of a whole model before and after."""
 
 import statistics
 import time
@@ -11,24 +11,32 @@ import torch
 from torch import Tensor, nn
 
 from llmos_kernels._core.timing import interval, samples
-from llmos_kernels.swap.calls import PLAIN, Call, ModelRun, evaluating
+from llmos_kernels.swap.calls import PLAIN, ModelRun, ModuleCall, evaluating
 from llmos_kernels.swap.replica import replica
 
-#: Numbers of rows at which a module is timed whose inputs are not known, as [batch, length].
+#: Batch size and sequence length of the calls on which a module is timed whose inputs are not
+#: known.
 SIZES = ((1, 1), (8, 128))
-_ROUNDS, _SECONDS, _MOST, _REPEATS, _SURE = 15, 3e-4, 0.5, 6, 6
-#: A whole model's calls are long, and few.
-_MODEL_MOST = 3.0
-#: What modules call their place in a model.
+#: A measurement is of so many rounds, and a round of one function takes at least so many seconds.
+_ROUNDS, _ROUND_SECONDS = 15, 3e-4
+#: About how long one measurement takes, of a module and of a whole model.
+_MODULE_SECONDS, _MODEL_SECONDS = 0.5, 3.0
+#: How often a measurement may be repeated, and how many samples an interval of 95 % takes.
+_MAX_REPEATS, _MIN_SAMPLES = 6, 6
+#: Attributes that hold the place of a module in its model. No time depends on them.
 _PLACES = ("layer_idx", "layer_id")
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Median times of the original and of what replaces it, in seconds, at one number of ``rows``.
+    """Times of an original and of its replacement, at one number of rows.
 
-    ``interval`` holds the original's time over the other with 95 % confidence. ``backward``: of forward
-    and backward together, for a module in train mode.
+    Args:
+        rows: the number of rows of the input.
+        backward: whether forward and backward were timed together, else the forward alone.
+        before: the median time of the original, in seconds.
+        after: the median time of the replacement, in seconds.
+        interval: where the ratio ``before / after`` lies with a confidence of 95 %.
     """
 
     rows: int
@@ -39,12 +47,12 @@ class Timing:
 
     @property
     def speedup(self) -> float:
-        """The original's time over the other."""
+        """The time of the original over that of the replacement."""
         return self.before / self.after
 
     @property
     def is_slower(self) -> bool:
-        """Whether the replacement was measured to be slower, by more than noise."""
+        """Whether the replacement is slower by more than noise: the interval is below 1."""
         return self.interval[1] < 1
 
     def __str__(self) -> str:
@@ -53,7 +61,7 @@ class Timing:
 
 
 def span(before: float, after: float) -> str:
-    """Two times in one unit."""
+    """Return two times, given in seconds, as text in one unit."""
     unit, scale = ("ms", 1e3) if min(before, after) >= 1e-3 else ("us", 1e6)
     digits = 1 if max(before, after) * scale < 100 else 0
     return f"{before * scale:.{digits}f} -> {after * scale:.{digits}f} {unit}"
@@ -64,40 +72,62 @@ def compare(
     after: Callable[[], object],
     rows: int,
     backward: bool = False,
-    most: float = _MOST,
-    least: int = 3,
+    seconds: float = _MODULE_SECONDS,
+    min_samples: int = 3,
 ) -> Timing:
-    """Time two calls in turn, ``least`` times at least and for about ``most`` seconds, and again, up to
-    ``_REPEATS`` times in all, where the replacement seems to be slower but may not be."""
+    """Time two calls in turn.
+
+    Where the replacement seems to be slower but may not be, they are timed again, up to
+    ``_MAX_REPEATS`` times in all.
+
+    Args:
+        before: runs the original.
+        after: runs the replacement.
+        rows: the number of rows, for the result.
+        backward: whether the calls include a backward, for the result.
+        seconds: about how long one measurement takes.
+        min_samples: how many samples it takes at least.
+    """
     old: list[float] = []
     new: list[float] = []
-    end = time.perf_counter() + _REPEATS * most
-    for _ in range(_REPEATS):
-        taken = samples([before, after], _ROUNDS, _SECONDS, most, least)
+    end = time.perf_counter() + _MAX_REPEATS * seconds
+    for _ in range(_MAX_REPEATS):
+        taken = samples([before, after], _ROUNDS, _ROUND_SECONDS, seconds, min_samples)
         old += taken[0]
         new += taken[1]
         found = timing(old, new, rows, backward)
         if found.speedup >= 1:
             break
-        # Of fewer than six samples the interval is not one of 95 %.
-        if len(old) >= _SURE and (found.is_slower or time.perf_counter() >= end):
+        enough = len(old) >= _MIN_SAMPLES
+        if enough and (found.is_slower or time.perf_counter() >= end):
             break
-        least = _SURE
+        min_samples = _MIN_SAMPLES
     return found
 
 
 def timing(old: Sequence[float], new: Sequence[float], rows: int, backward: bool = False) -> Timing:
-    """What two lists of samples say that were taken in turn."""
+    """Return the ``Timing`` of two lists of times in seconds, which were taken in turn."""
     low, high = interval([a / b for a, b in zip(old, new, strict=True)])
     return Timing(rows, backward, statistics.median(old), statistics.median(new), (low, high))
 
 
 def of_module(
-    module: nn.Module, drop_in: type, classes: dict[nn.Module, type], calls: Sequence[Call]
+    module: nn.Module,
+    drop_in: type,
+    classes: dict[nn.Module, type],
+    calls: Sequence[ModuleCall],
 ) -> list[Timing]:
-    """Time ``module`` against ``drop_in`` on each call: forward, and with its backward if it is training.
+    """Return times of ``module`` against its drop-in, for each call.
 
-    Both are copies whose inner modules have the ``classes`` that were decided for them.
+    The forward is timed, and for a module in train mode forward and backward together. What runs
+    are copies.
+
+    Args:
+        module: the original.
+        drop_in: the class of the replacement.
+        classes: the drop-ins that were decided for modules inside ``module``. Both copies have
+            them.
+        calls: the inputs.
     """
     old = replica(module, classes=classes, dropout=True)
     new = replica(module, classes=classes | {module: drop_in}, dropout=True)
@@ -112,8 +142,11 @@ def of_module(
     return found
 
 
-def _step(copied: nn.Module, module: nn.Module, call: Call) -> Callable[[], object] | None:
-    """The forward and the backward of ``copied``, by what can be trained of ``module``; None if nothing."""
+def _step(copied: nn.Module, module: nn.Module, call: ModuleCall) -> Callable[[], object] | None:
+    """Return a function that runs forward and backward of ``copied``; None if nothing is trained.
+
+    Gradients are those of the inputs, without masks, and of the parameters that ``module`` trains.
+    """
     masks = [v for k, v in call.kwargs.items() if "mask" in k]
 
     def leaf(t: Tensor) -> Tensor:
@@ -121,28 +154,38 @@ def _step(copied: nn.Module, module: nn.Module, call: Call) -> Callable[[], obje
         return t.detach().requires_grad_(trained)
 
     leaves = call.map(leaf)
-    wanted = [v for v in leaves.values if isinstance(v, Tensor) and v.requires_grad]
+    trained = [v for v in leaves.values if isinstance(v, Tensor) and v.requires_grad]
     # A tied parameter is two in a copy.
     named = (m.named_parameters(remove_duplicate=False) for m in (copied, module))
-    for (_, p), (_, own) in zip(*named, strict=True):
-        p.requires_grad_(own.requires_grad)
-        wanted += [p] * own.requires_grad
-    if not wanted:
+    for (_, p), (_, original) in zip(*named, strict=True):
+        p.requires_grad_(original.requires_grad)
+        trained += [p] * original.requires_grad
+    if not trained:
         return None
 
     def step() -> object:
         with torch.enable_grad():
             out = leaves.on(copied)
             first = out[0] if isinstance(out, tuple) else out
-            return torch.autograd.grad(first.sum(), wanted, allow_unused=True)
+            return torch.autograd.grad(first.sum(), trained, allow_unused=True)
 
     return step
 
 
 def kind(
-    module: nn.Module, drop_in: type, classes: dict[nn.Module, type], calls: Sequence[Call]
+    module: nn.Module,
+    drop_in: type,
+    classes: dict[nn.Module, type],
+    calls: Sequence[ModuleCall],
 ) -> Hashable:
-    """What a time depends on: two modules of one kind are timed once."""
+    """Return everything that a time depends on. Modules with equal kinds are timed once.
+
+    Args:
+        module: the original.
+        drop_in: the class of the replacement.
+        classes: the drop-ins that were decided for modules inside ``module``.
+        calls: the inputs.
+    """
 
     def options(m: nn.Module) -> tuple:
         plain = {k: v for k, v in vars(m).items() if isinstance(v, (bool, int, float, str, tuple))}
@@ -161,7 +204,13 @@ def kind(
 
 @dataclass(frozen=True)
 class Switch:
-    """A swap that can be turned ``on`` and ``off``, and the ``group`` of swaps that it is judged with."""
+    """A swap that can be turned on and off.
+
+    Args:
+        group: the swaps of one group are turned on and off together.
+        on: makes the swap.
+        off: undoes it.
+    """
 
     group: Hashable
     on: Callable[[], object]
@@ -171,11 +220,20 @@ class Switch:
 def of_model(
     model: nn.Module, run: ModelRun, switches: Sequence[Switch], search: bool
 ) -> tuple[list[Timing], dict[Hashable, Timing]]:
-    """Time ``run`` of ``model`` with all swaps off and on: its forward and, where it is training and its
-    parameters get gradients, forward and backward, in eval mode.
+    """Return times of a whole model, in eval mode, with all swaps off and on.
 
-    With ``search``, and where the model is slower with them, the group without which it is fastest is
-    turned off until it is not; those groups are returned with the model's times with and without them.
+    The forward is timed, and for a model in train mode whose parameters get gradients forward and
+    backward together.
+
+    Args:
+        model: the model.
+        run: runs it.
+        switches: its swaps.
+        search: where the model is slower with them, turn off the group without which it is fastest,
+            until it is no longer slower.
+
+    Returns:
+        The times, and for each group that was turned off the model's times with and without it.
     """
     groups = dict.fromkeys(s.group for s in switches)
     without: dict[Hashable, Timing] = {}
@@ -195,7 +253,7 @@ def of_model(
 
     def compared(backward: bool) -> Timing:
         calls = runs(groups, backward), runs(set(without), backward)
-        return compare(*calls, rows, backward, _MODEL_MOST, least=1)
+        return compare(*calls, rows, backward, _MODEL_SECONDS, min_samples=1)
 
     try:
         with evaluating(model):
@@ -206,7 +264,7 @@ def of_model(
                 left = [g for g in groups if g not in without]
                 offs = [set(without), *(set(without) | {g} for g in left)]
                 calls = [runs(off, backward) for off in offs]
-                taken = samples(calls, _ROUNDS, _SECONDS, 2 * _MODEL_MOST, least=3)
+                taken = samples(calls, _ROUNDS, _ROUND_SECONDS, 2 * _MODEL_SECONDS, 3)
                 best = min(range(len(left)), key=lambda i: statistics.median(taken[i + 1]))
                 without[left[best]] = timing(taken[0], taken[best + 1], rows, backward)
                 found = [compared(backward) for backward in directions]
@@ -216,7 +274,7 @@ def of_model(
 
 
 def _has_backward(run: ModelRun) -> bool:
-    """Whether parameters get gradients; not where they are frozen, or of inference mode."""
+    """Return whether parameters get gradients. Frozen ones and those of inference mode get none."""
     try:
         return run(backward=True)
     except RuntimeError:

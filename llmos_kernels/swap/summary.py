@@ -1,13 +1,14 @@
-"""What ``optimize`` did to each module, as data, as a summary and as a table."""
+"""The report of ``optimize``: what became of each module, as data, as a summary and as a table."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from llmos_kernels.swap.timing import Timing, span
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Text in columns; the first row is their heads."""
+    """Return ``rows`` as text in columns. The first row is the header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -25,9 +26,10 @@ class Entry:
         cls: its class before the swap.
         swapped: whether it was swapped.
         reason: why it was kept; or "not verified".
-        error: the largest error of the drop-in over its budget; 1 or less passes.
-        timings: the times of the original and of the drop-in, by number of rows.
-        slower: whether it was kept only because the drop-in, though right, is slower here.
+        error: the largest error of the drop-in over its budget; 1 or less passes. None: not proved.
+        timings: times of the original and of the drop-in, for each number of rows.
+        slower: whether the drop-in is right, and the module was kept only because it is slower
+            here.
     """
 
     module: str
@@ -40,19 +42,20 @@ class Entry:
 
     @property
     def speedup(self) -> float | None:
-        """The original's time over the drop-in's, the smallest of all timings; None without any."""
+        """The smallest speedup of all timings; None where there are none."""
         return min((t.speedup for t in self.timings), default=None)
 
 
 @dataclass
 class Report:
-    """Every module that ``optimize`` looked at. ``print(report)`` summarises them by class,
-    ``print(report.details())`` has a line for each.
+    """Every module that ``optimize`` looked at.
+
+    ``print(report)`` summarises them by class, ``print(report.details())`` has a line for each.
 
     Args:
         entries: the modules.
-        model: the times of the whole model before and after, where ``inputs`` were given.
-        why_no_model: why it was not timed all the same.
+        model: times of the whole model before and after, where ``inputs`` were given.
+        why_no_model: why the whole model could not be timed although they were given.
     """
 
     entries: list[Entry] = field(default_factory=list)
@@ -69,12 +72,12 @@ class Report:
         """The modules that stayed as they were; ``reason`` says why."""
         return [e for e in self.entries if not e.swapped]
 
-    def to_dict(self) -> dict:
-        """The same as plain data, for JSON."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data, for JSON."""
         return asdict(self)
 
     def details(self) -> str:
-        """A table with a line for each module: what became of it and why, its error and its times."""
+        """Return a table with a line for each module: result, reason, error and times."""
         rows = [("module", "class", "result", "error/budget", "speedup", "rows: before -> after")]
         rows += [
             (

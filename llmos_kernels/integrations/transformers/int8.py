@@ -1,6 +1,6 @@
 """int8 weights for Hugging Face transformers: ``quantization_config=LlmosInt8Config()``.
 
-Importing this registers the config and its quantizer under "llmos_int8".
+Importing this module registers the config and its quantizer with transformers, as "llmos_int8".
 """
 
 from collections.abc import Sequence
@@ -11,20 +11,34 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmos_kernels.ops.int8_linear import MODES, check_threshold
-from llmos_kernels.swap.files import describe, prepare
+from llmos_kernels.swap.checkpoint import describe, prepare
 from llmos_kernels.swap.quantize import quantize
 
+#: The quantization method in the config of a saved model.
 METHOD = "llmos_int8"
 
 
 @register_quantization_config(METHOD)
 class LlmosInt8Config(QuantizationConfigMixin):
-    """How ``from_pretrained`` makes a model int8: as ``quantize(model, mode, outlier_threshold,
-    skip_modules, always=True)`` does, after its float weights are loaded.
+    """Makes ``from_pretrained`` quantize the linear layers of a model after it has loaded them.
 
-    ``skip_modules``: names, or last parts of names; None leaves out the output embeddings, tied weights
-    and the last layer, as transformers does. ``modules`` is written by ``save_pretrained``: what is int8
-    in the file. Raises ValueError for another mode or threshold.
+    The layers become int8 whether that is faster or not, see ``llmos_kernels.quantize`` with
+    ``always=True``. To load an int8 model that was saved, import this class first.
+
+    Args:
+        outlier_threshold: as for ``quantize``.
+        skip_modules: names, or last parts of names, of modules to leave out. None leaves out the
+            output embeddings, tied weights and the last layer, as transformers does.
+        mode: "dynamic" or "weight_only".
+        modules: which modules are int8 in the file. ``save_pretrained`` writes it.
+
+    Raises:
+        ValueError: another mode or threshold.
+
+    Example:
+        >>> config = LlmosInt8Config(outlier_threshold=6.0)
+        >>> model = AutoModel.from_pretrained(path, quantization_config=config)
+        >>> model.save_pretrained("folder")
     """
 
     def __init__(
@@ -32,8 +46,8 @@ class LlmosInt8Config(QuantizationConfigMixin):
         outlier_threshold: float = 6.0,
         skip_modules: Sequence[str] | None = None,
         mode: str = "dynamic",
-        modules: dict[str, dict] | None = None,
-        **_: Any,  # quant_method, of a file.
+        modules: dict[str, dict[str, Any]] | None = None,
+        **_: Any,  # A saved config also has quant_method.
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
@@ -46,18 +60,18 @@ class LlmosInt8Config(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class LlmosInt8Quantizer(HfQuantizer):
-    """What ``from_pretrained`` and ``save_pretrained`` ask for a ``LlmosInt8Config``."""
+    """Does the work of a ``LlmosInt8Config`` for ``from_pretrained`` and ``save_pretrained``."""
 
     quantization_config: LlmosInt8Config
 
-    def _process_model_before_weight_loading(self, model, **kwargs):
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pre_quantized:
             if not self.quantization_config.modules:
                 raise ValueError("the quantization_config of the file names no int8 modules")
             prepare(model, self.quantization_config.modules)
         return model
 
-    def _process_model_after_weight_loading(self, model, **kwargs):
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.pre_quantized:
             config = self.quantization_config
             skip = self.get_modules_to_not_convert(
@@ -68,15 +82,18 @@ class LlmosInt8Quantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
+        """True: int8 models can be saved."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        return True  # What is float: biases, norms, adapters.
+        """True: biases, norms and adapters are float and can be trained."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
+        """True: ``torch.compile`` takes int8 layers."""
         return True
 
-    def _dequantize(self, model: nn.Module, dtype=None):
+    def _dequantize(self, model: nn.Module, dtype: Any = None) -> Any:
         raise NotImplementedError("int8 models keep no float weights: load the original")

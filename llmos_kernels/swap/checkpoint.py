@@ -1,6 +1,7 @@
-"""Quantized models as files: safetensors and JSON."""
+"""``save_quantized`` and ``load_quantized``: quantized models as files of safetensors and JSON."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +10,36 @@ from torch import Tensor, nn
 
 from llmos_kernels.nn.attention import MultiheadAttention
 from llmos_kernels.nn.int8 import Int8Linear, Int8MultiheadAttention, empty_rows
-from llmos_kernels.nn.linear import FusedConv1D, Linear, is_conv1d
+from llmos_kernels.nn.linear import Linear
 from llmos_kernels.ops.int8_linear import MODES, check_threshold
 from llmos_kernels.swap.optimize import check_model
 from llmos_kernels.swap.quantize import layers, leave_fast_path, replace
 from llmos_kernels.swap.replica import replica
+from llmos_kernels.swap.rules.linear import FusedConv1D, is_conv1d
 
+#: Names of the files in a folder: the state dict, and which modules are int8.
 TENSORS, INDEX = "model.safetensors", "llmos_quantization.json"
 _FORMAT = 1
 
 
 def save_quantized(model: nn.Module, folder: str | Path) -> None:
-    """Write a model that ``quantize`` has changed into ``folder``, which is made if need be.
+    """Write a model that ``quantize`` has changed into ``folder``.
 
-    ``model.safetensors`` has its state dict, ``llmos_quantization.json`` which modules are int8 and how.
-    Needs the package safetensors. Raises ValueError for a model without int8 layers, and for one with
-    state that is no tensor.
+    ``model.safetensors`` holds its state dict, ``llmos_quantization.json`` which modules are int8
+    and how. Needs the package safetensors.
+
+    Args:
+        model: the model.
+        folder: is made if it does not exist.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        TypeError: ``model`` is no module.
+        ValueError: the model has no int8 layers, or state that is no tensor.
+
+    Example:
+        >>> quantize(model)
+        >>> save_quantized(model, "folder")
     """
     save_file, _ = _safetensors()
     check_model(model)
@@ -32,7 +47,7 @@ def save_quantized(model: nn.Module, folder: str | Path) -> None:
     if not index["modules"]:
         raise ValueError("the model has no int8 layers: quantize it first")
     tensors: dict[str, Tensor] = {}
-    seen: set[tuple] = set()
+    seen: set[tuple[Any, ...]] = set()
     for name, t in model.state_dict().items():
         if not isinstance(t, Tensor):
             raise ValueError(f"{name} is no tensor but a {type(t).__name__}")
@@ -47,11 +62,23 @@ def save_quantized(model: nn.Module, folder: str | Path) -> None:
 
 
 def load_quantized(model: nn.Module, folder: str | Path) -> None:
-    """Give ``model``, made with float weights of any values, what ``save_quantized`` wrote, in place.
+    """Load what ``save_quantized`` wrote into ``model``, in place.
 
-    Raises ValueError for a file that is not one of ours, for missing, foreign or misshapen tensors
-    and modules, for a model that is int8 already and for parameters on the meta device, the model
-    unchanged; FileNotFoundError where there is no such file.
+    Args:
+        model: a model of the same structure, with float weights of any values.
+        folder: what was written.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ImportError: safetensors is not installed.
+        TypeError: ``model`` is no module.
+        ValueError: a file was not written by ``save_quantized``; a tensor or a module is missing,
+            unknown or of another shape; ``model`` is int8 already, or on the meta device.
+
+        The model is unchanged after any of them.
+
+    Example:
+        >>> load_quantized(fresh_model, "folder")
     """
     _, load_file = _safetensors()
     check_model(model)
@@ -64,14 +91,15 @@ def load_quantized(model: nn.Module, folder: str | Path) -> None:
         given = load_file(folder / TENSORS)
     except FileNotFoundError:
         raise
-    except Exception as e:  # Of json, of safetensors, or a key that is not there.
+    except Exception as e:  # json and safetensors have errors of their own, a missing key is one.
         raise ValueError(f"{folder}: cannot be read: {type(e).__name__}: {e}") from e
     for name, p in model.named_parameters():
         if p.is_meta:
             raise ValueError(f"{name} is on the meta device: give it memory first")
-    wanted = replica(model, device="meta")
-    prepare(wanted, modules)
-    expected = wanted.state_dict()
+    # A copy without memory shows what the files must hold, before the model is changed.
+    prepared = replica(model, device="meta")
+    prepare(prepared, modules)
+    expected = prepared.state_dict()
     _compare(folder / TENSORS, expected, given)
     prepare(model, modules)
     with torch.no_grad():
@@ -79,9 +107,9 @@ def load_quantized(model: nn.Module, folder: str | Path) -> None:
             t.copy_(given[name])
 
 
-def describe(model: nn.Module) -> dict[str, dict]:
-    """The int8 modules of ``model``, as JSON: name to class, mode and threshold."""
-    found: dict[str, dict] = {}
+def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the int8 modules of ``model``, as JSON: class, mode and threshold by name."""
+    found: dict[str, dict[str, Any]] = {}
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
         layer: Any = module
@@ -98,9 +126,15 @@ def describe(model: nn.Module) -> dict[str, dict]:
     return found
 
 
-def prepare(model: nn.Module, modules: dict[str, dict]) -> None:
-    """Make the modules that ``describe`` named int8, of zeros. Raises ValueError, nothing changed,
-    where one is not there, or not what it was.
+def prepare(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
+    """Make the modules that ``describe`` named int8, with weights of zeros.
+
+    Args:
+        model: a model with float weights.
+        modules: what ``describe`` returned.
+
+    Raises:
+        ValueError: a module is missing, of another class, or int8 already. The model is unchanged.
     """
     plan: list[tuple[Any, str, float]] = []
     if not isinstance(modules, dict):
@@ -135,13 +169,14 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 
 def _compare(path: Path, expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
+    """Raise ValueError where names, shapes or dtypes of two state dicts differ."""
     for problem, names in (
         ("lacks", sorted(expected.keys() - given.keys())),
         ("has foreign tensors", sorted(given.keys() - expected.keys())),
     ):
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(f"{path} {problem}: {', '.join(names[:3])}{more}")
+            rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"{path} {problem}: {', '.join(names[:3])}{rest}")
     for name, t in expected.items():
         if given[name].shape != t.shape or given[name].dtype != t.dtype:
             raise ValueError(
@@ -150,7 +185,8 @@ def _compare(path: Path, expected: dict[str, Tensor], given: dict[str, Tensor]) 
             )
 
 
-def _safetensors():
+def _safetensors() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return the functions of safetensors that save and load a file."""
     try:
         from safetensors.torch import load_file, save_file
     except ImportError as e:

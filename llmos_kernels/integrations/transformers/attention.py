@@ -1,7 +1,6 @@
-"""Attention of Hugging Face transformers through ``llmos_kernels``, under the name "llmos".
+"""The attention function "llmos" for Hugging Face transformers, and its mask function.
 
-Importing this registers the attention function and the mask function that belongs to it; after that
-``model.set_attn_implementation("llmos")`` takes them. ``LlmosInt8Config`` is for int8 weights.
+Importing this module registers both.
 """
 
 from typing import Any
@@ -11,19 +10,19 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from llmos_kernels.integrations.transformers_int8 import LlmosInt8Config
 from llmos_kernels.ops.attention import scaled_dot_product_attention
 
 try:
     from transformers.utils.output_capturing import _active_collector
-except ImportError:  # It is private there.
+except ImportError:  # It is private to transformers, and may be gone.
     _active_collector = None  # type: ignore[assignment]
 
-__all__ = ["NAME", "LlmosInt8Config", "attention"]
+__all__ = ["NAME", "attention"]
 
+#: The name under which transformers knows the attention function.
 NAME = "llmos"
 
-#: What models pass along that changes no attention.
+#: Arguments that models pass along although they change no attention.
 _HARMLESS = frozenset(
     (
         "cache_position",
@@ -58,17 +57,41 @@ def attention(
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     output_attentions: bool | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function of transformers' interface.
+    """Return attention and weights, as transformers' ``AttentionInterface`` asks for them.
 
-    ``query`` [batch, heads, q_len, head_dim]; ``key`` and ``value`` may have fewer heads. Without a
-    mask the attention is causal where ``is_causal`` or ``module.is_causal`` says so and there is
-    more than one query. ``position_bias`` [1 or batch, heads, q_len, k_len] gets a gradient.
+    Without a mask the attention is causal where ``is_causal`` says so, or ``module.is_causal`` if
+    that is None, and there is more than one query.
 
-    Returns the attention [batch, q_len, heads, v_dim], and with ``output_attentions`` the weights
-    [batch, heads, q_len, k_len]. Raises NotImplementedError for any other argument that is not
-    None and could change the result, and for a window that no mask applies.
+    Args:
+        module: the attention module of the model. Dropout is on where it is in train mode.
+        query: [batch, heads, q_len, head_dim].
+        key: [batch, kv_heads, k_len, head_dim]; ``heads`` is a multiple of ``kv_heads``.
+        value: [batch, kv_heads, k_len, v_dim].
+        attention_mask: bool or float, broadcastable to [batch, heads, q_len, k_len].
+        dropout: the probability of dropping a weight.
+        scaling: the factor of the scores. Default: 1 / sqrt(head_dim).
+        is_causal: whether a query sees no later key.
+        position_bias: [1 or batch, heads, q_len, k_len], is added to the scores and gets a
+            gradient.
+        sliding_window: the width of a window, which the mask must apply.
+        cu_seq_lens_q: int [sequences + 1], where sequences begin that follow one another in a batch
+            of 1.
+        cu_seq_lens_k: the same of the keys. Default: that of the queries.
+        output_attentions: whether weights are returned.
+
+    Returns:
+        The attention [batch, q_len, heads, v_dim]; and the weights [batch, heads, q_len, k_len], or
+        None.
+
+    Raises:
+        NotImplementedError: another argument is given that could change the result; no mask applies
+            the window; or ``cu_seq_lens_q`` comes with a larger batch or a ``position_bias``.
+
+    Example:
+        >>> q = k = v = torch.randn(2, 8, 128, 64)
+        >>> out, weights = attention(torch.nn.Module(), q, k, v, None)
     """
     for name, given in kwargs.items():
         if name not in _HARMLESS and given is not None and given is not False:
@@ -80,7 +103,7 @@ def attention(
         )
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    # One query without a mask sees all keys: it is the newest.
+    # A single query without a mask is the newest position of a KV cache, which sees all keys.
     is_causal = query.shape[2] > 1 and attention_mask is None and is_causal
     options: dict[str, Any] = {
         "dropout_p": dropout if module.training else 0.0,
@@ -89,20 +112,23 @@ def attention(
         "enable_gqa": True,
     }
     if cu_seq_lens_q is not None and attention_mask is None:
-        return _packed(
-            query, key, value, cu_seq_lens_q, cu_seq_lens_k, position_bias, options
-        ), None
+        if query.shape[0] != 1 or position_bias is not None:
+            raise NotImplementedError(
+                "cu_seq_lens_q goes with a batch of 1 and no position_bias,"
+                f" got {query.shape[0]} and {'one' if position_bias is not None else 'none'}"
+            )
+        return _varlen(query, key, value, cu_seq_lens_q, cu_seq_lens_k, options), None
     attn_mask, padding = _masks(attention_mask, query.shape[0])
     if position_bias is not None:
         attn_mask = _biased(position_bias, attn_mask)
-    wanted = output_attentions or _are_weights_collected(module)
+    needs_weights = output_attentions or _are_weights_collected(module)
     result = scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask,
         key_padding_mask=padding,
-        return_weights="per_head" if wanted else None,
+        return_weights="per_head" if needs_weights else None,
         **options,
     )
     out, weights = result if isinstance(result, tuple) else (result, None)
@@ -110,7 +136,10 @@ def attention(
 
 
 def _are_weights_collected(module: nn.Module) -> bool:
-    """Layers of GPT-2, OPT and others keep ``output_attentions`` to themselves."""
+    """Return whether transformers collects attention weights without saying so to the attention.
+
+    Layers of GPT-2, OPT and others do not pass ``output_attentions`` on.
+    """
     if getattr(getattr(module, "config", None), "output_attentions", False):
         return True
     if _active_collector is None or torch.compiler.is_compiling():
@@ -119,7 +148,10 @@ def _are_weights_collected(module: nn.Module) -> bool:
 
 
 def _masks(mask: Tensor | None, batch: int) -> tuple[Tensor | None, Tensor | None]:
-    """``mask`` as attn_mask, or as key_padding_mask where it is alike for all heads and queries."""
+    """Return ``mask`` as attn_mask; or as key_padding_mask, if all heads and queries have the same.
+
+    The key_padding_mask is [batch, k_len], and True hides a key.
+    """
     if mask is None or mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1:
         return mask, None
     if mask.shape[2] > 1 and mask.stride(2) != 0:
@@ -128,6 +160,7 @@ def _masks(mask: Tensor | None, batch: int) -> tuple[Tensor | None, Tensor | Non
 
 
 def _biased(position_bias: Tensor, mask: Tensor | None) -> Tensor:
+    """Return ``position_bias`` with ``mask`` applied, as a float mask."""
     if mask is None:
         return position_bias
     if mask.dtype == torch.bool:
@@ -135,13 +168,19 @@ def _biased(position_bias: Tensor, mask: Tensor | None) -> Tensor:
     return position_bias + mask
 
 
-def _packed(query, key, value, cu_q, cu_k, position_bias, options) -> Tensor:
-    """Several sequences behind one another in a batch of one, as FlashAttention takes them."""
-    if query.shape[0] != 1 or position_bias is not None:
-        raise NotImplementedError(
-            "cu_seq_lens_q goes with a batch of 1 and no position_bias,"
-            f" got {query.shape[0]} and {'one' if position_bias is not None else 'none'}"
-        )
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """Return the attention of packed sequences, which follow one another in a batch of 1.
+
+    ``query``, ``key`` and ``value`` are [1, heads, total, head_dim]; the result is
+    [1, total, heads, v_dim].
+    """
     cu_q, cu_k = cu_q.int(), (cu_q if cu_k is None else cu_k).int()
     query, key, value = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
     out = scaled_dot_product_attention(

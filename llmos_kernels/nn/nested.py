@@ -1,4 +1,8 @@
-"""Batches without their padding: rows of all sequences one after the other."""
+"""Self-attention of nested tensors: batches of sequences of different lengths, without padding.
+
+The sequences are the rows of one tensor [total, width]; ``cu_seqlens`` holds where each of them
+begins.
+"""
 
 from typing import Any
 
@@ -12,8 +16,8 @@ from llmos_kernels.ops.attention import scaled_dot_product_attention
 from llmos_kernels.ops.attention_arguments import MAX_DIM
 
 
-def packed_rows(nested: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows [total, width] of a contiguous nested tensor, and its cu_seqlens."""
+def nested_rows(nested: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows [total, width] of a contiguous nested tensor, and its cu_seqlens (int32)."""
     lengths = nested._nested_tensor_size()[:, 0]
     cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     cu_seqlens[1:] = lengths.cumsum(0)
@@ -21,7 +25,7 @@ def packed_rows(nested: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nested_like(nested: Tensor, rows: Tensor) -> Tensor:
-    """``rows`` with the sequences of ``nested``."""
+    """Return ``rows`` [total, width] as a nested tensor with the lengths of ``nested``."""
     return torch._nested_view_from_buffer(
         rows.reshape(-1),
         nested._nested_tensor_size(),
@@ -30,8 +34,8 @@ def nested_like(nested: Tensor, rows: Tensor) -> Tensor:
     )
 
 
-def can_pack(attention: nn.Module) -> bool:
-    """Whether ``attend_packed`` computes what ``attention`` does."""
+def can_attend_nested(attention: nn.Module) -> bool:
+    """Return whether ``attend_nested`` computes what ``attention`` does."""
     return (
         type(attention) in (nn.MultiheadAttention, MultiheadAttention, Int8MultiheadAttention)
         and bool(attention._qkv_same_embed_dim)
@@ -42,8 +46,17 @@ def can_pack(attention: nn.Module) -> bool:
     )
 
 
-def attend_packed(attention: nn.MultiheadAttention, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The self-attention of packed sequences ``x`` [total, embed_dim], each to itself."""
+def attend_nested(attention: nn.MultiheadAttention, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Return the self-attention of sequences of different lengths, each to itself.
+
+    Args:
+        attention: a module for which ``can_attend_nested`` holds.
+        x: [total, embed_dim], the rows of all sequences.
+        cu_seqlens: int32 [sequences + 1], where each sequence begins, and ``total``.
+
+    Returns:
+        [total, embed_dim].
+    """
     q, k, v = project_in(attention, x).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
     p = attention.dropout if attention.training else 0.0
     out: Any = scaled_dot_product_attention(

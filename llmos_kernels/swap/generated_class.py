@@ -1,0 +1,54 @@
+"""Classes made at run time: a fused forward mixed into the class whose modules it takes over.
+
+A model's own class (a residual block, an RMS norm) keeps its name, attributes and methods; only its
+``forward`` is another one.  ``isinstance`` with the original class holds.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class GeneratedClass(torch.nn.Module):
+    """Base of the fused forwards that ``generate_class`` mixes into other classes.
+
+    A subclass defines ``forward``.  Where its arguments are not what the fused computation takes,
+    it calls ``self._replaced.forward``.
+    """
+
+    #: The original class, which is also the second base of the generated one.
+    _replaced: Any
+    #: The function that generated the class, and its arguments.
+    _made_by: tuple[Callable[..., type], tuple[Any, ...]]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # pickle and deepcopy cannot find the class by its name, so they generate it again.
+        return _new_instance, self._made_by, self.__dict__.copy()
+
+
+def generate_class(
+    forward: type[GeneratedClass],
+    replaced: type,
+    made_by: tuple[Callable[..., type], tuple[Any, ...]],
+    **members: Any,
+) -> type:
+    """Return a subclass of ``replaced`` with the ``forward`` of another class.
+
+    Args:
+        forward: the subclass of ``GeneratedClass`` that defines the fused forward.
+        replaced: the original class.
+        made_by: the function that calls this one, and its arguments. They are pickled in place of
+            the class, so both must be picklable.
+        members: class attributes of the new class.
+
+    Returns:
+        The class ``Fused<name of replaced>``.
+    """
+    attributes = {"_replaced": replaced, "_made_by": made_by, **members}
+    return type(f"Fused{replaced.__name__}", (forward, replaced), attributes)
+
+
+def _new_instance(make: Callable[..., type], arguments: tuple[Any, ...]) -> torch.nn.Module:
+    cls: Any = make(*arguments)
+    return cls.__new__(cls)

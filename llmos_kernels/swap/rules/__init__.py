@@ -1,0 +1,129 @@
+"""The rules of ``optimize``: which modules can be swapped, for what, and why one cannot.
+
+Each module of this package holds one rule.  ``classify`` asks them in turn, once for each module of
+a model; the first that matches decides.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from llmos_kernels._core.registry import KERNEL_DTYPES
+from llmos_kernels.swap.generated_class import GeneratedClass
+from llmos_kernels.swap.rules.attention import AttentionRule
+from llmos_kernels.swap.rules.linear import LinearRule
+from llmos_kernels.swap.rules.norm import NormRule
+from llmos_kernels.swap.rules.residual import ResidualRule
+from llmos_kernels.swap.rules.rms_norm import ModelRMSNormRule
+from llmos_kernels.swap.rules.rule import Candidate, ModelRule, Rule, why_untouchable
+from llmos_kernels.swap.rules.sequential import SequentialRule
+from llmos_kernels.swap.rules.transformer_layer import TransformerLayerRule
+
+__all__ = [
+    "RULES",
+    "classify",
+    "is_swap",
+    "model_rules",
+    "register_library",
+    "why_not",
+]
+
+#: All rules, in the order in which they are asked: first those that know classes by name, then
+#: those that look at what a module is made of, last those that run a copy of it.
+RULES: list[Rule] = [
+    NormRule(),
+    LinearRule(),
+    AttentionRule(),
+    TransformerLayerRule(),
+    ResidualRule(),
+    ModelRMSNormRule(),
+    SequentialRule(),
+]
+_LIBRARIES: dict[tuple[str, str], Callable[[], ModelRule]] = {}
+
+
+def classify(
+    module: nn.Module, name: str = "", around: Sequence[nn.Module] = ()
+) -> Candidate | None:
+    """Return what the rules say about ``module``.
+
+    None where no rule knows it, and where it is fused already.
+
+    Args:
+        module: the module.
+        name: its name in its model.
+        around: the modules that contain it, outermost first.
+    """
+    if _is_fused(module):
+        return None
+    for rule in RULES:
+        match = rule.match(module)
+        if match is not None:
+            why = why_not(module, rule, around)
+            return Candidate(name, module, rule, match.drop_in, why, match.input_width)
+    return None
+
+
+def why_not(module: nn.Module, rule: Rule, around: Sequence[nn.Module] = ()) -> str:
+    """Return why a ``module`` that ``rule`` matches cannot be swapped, or an empty string."""
+    cls, known = type(module), tuple(_drop_ins())
+    if isinstance(module, LazyModuleMixin):
+        return "it has no shape before it has run: run the model once, then optimize"
+    original = next((c for c in known if isinstance(module, c)), None)
+    if original is not None and cls is not original:
+        return f"{cls.__name__} is a subclass of {original.__name__} with a forward of its own"
+    if "forward" in module.__dict__:
+        return "its forward has been replaced on the instance"
+    why = why_untouchable(module, around)
+    if why:
+        return why
+    parts = [m for m in module.modules() if isinstance(m, known)]
+    for p in (p for m in parts or [module] for p in m.parameters()):
+        if p.dtype not in KERNEL_DTYPES:
+            return f"no kernel for {p.dtype}"
+    return rule.why_not(module)
+
+
+def is_swap(module: nn.Module, original: type) -> bool:
+    """Return whether the class of ``module`` is still the drop-in of ``original``."""
+    replaced = type(module).__dict__.get("_replaced")
+    return replaced is original or type(module) is _drop_ins().get(original)
+
+
+def register_library(module: str, name: str, load: Callable[[], ModelRule]) -> None:
+    """Add the rule of an integration, for models of another library.
+
+    The library and the rule are not imported before such a model is optimized.
+
+    Args:
+        module: the module of the library that defines the base class of its models.
+        name: the name of that base class.
+        load: imports and returns the rule.
+
+    Example:
+        >>> register_library("transformers.modeling_utils", "PreTrainedModel", load_attention_rule)
+    """
+    _LIBRARIES[module, name] = load
+
+
+def model_rules(model: nn.Module) -> list[ModelRule]:
+    """Return the rules of the libraries that modules in ``model`` come from."""
+    imported = {base: load for base, load in _LIBRARIES.items() if base[0] in sys.modules}
+    if not imported:
+        return []
+    classes = {c for m in model.modules() for c in type(m).__mro__}
+    bases = {(c.__module__, c.__name__) for c in classes}
+    return [load() for base, load in imported.items() if base in bases]
+
+
+def _drop_ins() -> dict[type, type]:
+    """Return the drop-in of every class that a rule knows by name."""
+    return {original: drop_in for rule in RULES for original, drop_in in rule.classes.items()}
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Return whether ``module`` is one of this package already."""
+    fused = [cls for rule in RULES for cls in (*rule.classes.values(), *rule.fused)]
+    return isinstance(module, (GeneratedClass, *fused))
