@@ -27,8 +27,8 @@ from llmos_kernels._triton.norm import layer_norm
 from llmos_kernels._triton.runtime import kernel_pack, pack_shapes
 from llmos_kernels._triton.runtime import launch as launching
 from llmos_kernels._triton.runtime.launch import OPTIONS, Kernel, parameters
-from llmos_kernels.ops.activations import GELU
-from llmos_kernels.ops.attention_arguments import NOT_CAUSAL
+from llmos_kernels.ops._activations import GELU
+from llmos_kernels.ops._attention_arguments import NOT_CAUSAL
 from llmos_kernels.testing import interleaved
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,7 +25,7 @@ from llmos_kernels._tools import build_pack
 from llmos_kernels._triton.runtime import kernel_pack
 from llmos_kernels._triton.runtime import launch as launching
 from llmos_kernels._triton.runtime.launch import OPTIONS, Kernel, parameters
-from llmos_kernels.ops.activations import GELU, GELU_TANH, RELU
+from llmos_kernels.ops._activations import GELU, GELU_TANH, RELU
 
 
 def keys(arch: str) -> None:

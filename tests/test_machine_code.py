@@ -18,7 +18,7 @@ from llmos_kernels._tools import inspect
 from llmos_kernels._tools.build_pack import recorded_launches
 from llmos_kernels._core.registry import DEFINED
 from llmos_kernels._triton.runtime import settings
-from llmos_kernels.ops.activations import GELU_TANH, NONE
+from llmos_kernels.ops._activations import GELU_TANH, NONE
 bf16 = torch.bfloat16
 op = lambda name: DEFINED[f"llmos::{name}"].launch
 def compiled(launches):

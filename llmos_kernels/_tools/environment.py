@@ -16,7 +16,7 @@ import llmos_kernels
 from llmos_kernels._core.registry import _FORCED, DEFINED, HAS_TRITON
 from llmos_kernels._tools import checksums
 from llmos_kernels._triton.runtime import kernel_pack
-from llmos_kernels.ops.products import torch_from
+from llmos_kernels.ops._products import torch_from
 
 #: The dispatch keys that are reported, one for each kind of device.
 KEYS = ("CPU", "CUDA")

@@ -14,8 +14,8 @@ from llmos_kernels._triton.gemm import linear, linear_backward
 from llmos_kernels._triton.int8 import linear as int8
 from llmos_kernels._triton.norm import layer_norm, layer_norm_backward
 from llmos_kernels._triton.runtime import pack_shapes
-from llmos_kernels.ops.activations import GELU
-from llmos_kernels.ops.attention_arguments import NOT_CAUSAL
+from llmos_kernels.ops._activations import GELU
+from llmos_kernels.ops._attention_arguments import NOT_CAUSAL
 
 #: Returns a tensor of a shape; the caller fixes its dtype, device and contents.
 Empty = Callable[..., Tensor]

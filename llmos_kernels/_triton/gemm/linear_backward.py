@@ -27,7 +27,7 @@ from llmos_kernels._triton.gemm.gemm import (
 from llmos_kernels._triton.rows import dropout_factors
 from llmos_kernels._triton.runtime import pack_shapes
 from llmos_kernels._triton.runtime.launch import kernel
-from llmos_kernels.ops.activations import GELU, GELU_TANH, RELU
+from llmos_kernels.ops._activations import GELU, GELU_TANH, RELU
 
 
 @triton.jit

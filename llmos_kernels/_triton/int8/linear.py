@@ -16,7 +16,7 @@ from llmos_kernels._triton.gemm.activation import activate
 from llmos_kernels._triton.gemm.gemm import TILE, halves, place
 from llmos_kernels._triton.runtime import pack_shapes, settings
 from llmos_kernels._triton.runtime.launch import kernel
-from llmos_kernels.ops.activations import GELU, GELU_TANH, NONE, RELU, RELU2
+from llmos_kernels.ops._activations import GELU, GELU_TANH, NONE, RELU, RELU2
 from llmos_kernels.ops.int8 import SMALLEST
 from llmos_kernels.ops.int8_linear import WEIGHT_ONLY_ROWS
 

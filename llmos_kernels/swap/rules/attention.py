@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import llmos_kernels.nn as fused
-from llmos_kernels.ops.attention_arguments import MAX_DIM
+from llmos_kernels.ops._attention_arguments import MAX_DIM
 from llmos_kernels.swap.calls import ModuleCall
 from llmos_kernels.swap.proof import judge, outputs_and_gradients
 from llmos_kernels.swap.rules.rule import Candidate, Rule, example_batch, tensor_options

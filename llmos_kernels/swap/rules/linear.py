@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import llmos_kernels.nn as fused
 from llmos_kernels.nn.hooks import has_hooks
 from llmos_kernels.nn.linear import linear_parameters
+from llmos_kernels.ops._products import faster_between
 from llmos_kernels.ops.linear import project
-from llmos_kernels.ops.products import faster_between
 from llmos_kernels.swap.calls import ModuleCall
 from llmos_kernels.swap.generated_class import GeneratedClass, generate_class
 from llmos_kernels.swap.rules.rule import Candidate, Match, Rule, example_rows, tensor_options

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from llmos_kernels.nn.feed_forward import activation_name
 from llmos_kernels.nn.hooks import has_hooks, is_plain_dropout
 from llmos_kernels.nn.int8 import activated
-from llmos_kernels.ops import activations
+from llmos_kernels.ops import _activations
 from llmos_kernels.ops.feed_forward import feed_forward
 from llmos_kernels.ops.linear import linear
 from llmos_kernels.swap.calls import ModuleCall
@@ -156,8 +156,8 @@ def activation_of(module: nn.Module) -> str | None:
         return None
     if not isinstance(y, Tensor) or y.shape != z.shape or y.dtype != z.dtype:
         return None
-    for code, name in enumerate(activations.NAMES):
-        if code != activations.NONE and (y - activations.activate(z, code)).abs().max() < 1e-9:
+    for code, name in enumerate(_activations.NAMES):
+        if code != _activations.NONE and (y - _activations.activate(z, code)).abs().max() < 1e-9:
             return name
     return None
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmos_kernels.ops import attention
-from llmos_kernels.ops.dropout import draw_seed
+from llmos_kernels.ops._dropout import draw_seed
 from llmos_kernels.testing.cases.case import Case
 
 

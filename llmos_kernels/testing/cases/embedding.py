@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmos_kernels.ops import embedding
-from llmos_kernels.ops.dropout import draw_seed, dropout_reference
+from llmos_kernels.ops._dropout import draw_seed, dropout_reference
 from llmos_kernels.testing.cases.case import Case
 
 #: Rows of the word and type tables, and the index of padding.

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmos_kernels.ops import activations, feed_forward, linear
-from llmos_kernels.ops.dropout import draw_seed, dropout_reference
+from llmos_kernels.ops import _activations, feed_forward, linear
+from llmos_kernels.ops._dropout import draw_seed, dropout_reference
 from llmos_kernels.testing.cases.case import Case
 
 
@@ -38,7 +38,7 @@ def _make(shape: tuple[int, ...], layers: int = 1, bias: bool = True, **options:
 
 def _eager_linear(activation: str | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``activation(x @ weight.T + bias)`` by torch's ops."""
-    return activations.activate(F.linear(x, weight, bias), activations.code_of(activation))
+    return _activations.activate(F.linear(x, weight, bias), _activations.code_of(activation))
 
 
 def _eager_block(
