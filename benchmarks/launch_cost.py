@@ -22,8 +22,8 @@ from llmos_kernels import _compile, _pack
 from llmos_kernels._triton import attention, examples, layer_norm, linear
 from llmos_kernels._triton import launch as launching
 from llmos_kernels._triton.launch import OPTIONS, Kernel, parameters
-from llmos_kernels.ops.activations import GELU
-from llmos_kernels.ops.attention_arguments import NOT_CAUSAL
+from llmos_kernels.ops._activations import GELU
+from llmos_kernels.ops._attention_arguments import NOT_CAUSAL
 from llmos_kernels.testing import interleaved
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,7 +7,7 @@ if PathFinder.find_spec("llmos_kernels._C", __path__):
     from llmos_kernels import _extension  # noqa: F401
 
 from llmos_kernels import nn
-from llmos_kernels.ops import device  # noqa: F401  defines its op
+from llmos_kernels.ops import _device  # noqa: F401  defines its op
 from llmos_kernels.ops.attention import scaled_dot_product_attention
 from llmos_kernels.ops.embedding import embedding_layer_norm
 from llmos_kernels.ops.feed_forward import feed_forward

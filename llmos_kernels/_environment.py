@@ -14,7 +14,7 @@ import torch
 import llmos_kernels
 from llmos_kernels import _files, _pack
 from llmos_kernels._registry import _FORCED, DEFINED, HAS_TRITON
-from llmos_kernels.ops.products import torch_from
+from llmos_kernels.ops._products import torch_from
 
 #: A dispatch key, and the devices that it stands for.
 KEYS = ("CPU", "CUDA")

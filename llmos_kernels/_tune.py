@@ -29,8 +29,8 @@ from llmos_kernels._triton import (
     linear_backward,
     tuned,
 )
-from llmos_kernels.ops.activations import GELU
-from llmos_kernels.ops.attention_arguments import NOT_CAUSAL
+from llmos_kernels.ops._activations import GELU
+from llmos_kernels.ops._attention_arguments import NOT_CAUSAL
 
 #: A setting that is not faster than the rule by so much is noise.
 GAIN = 0.03

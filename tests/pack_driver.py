@@ -22,7 +22,7 @@ from llmos_kernels import _compile, _pack
 from llmos_kernels._registry import DEFINED
 from llmos_kernels._triton import launch as launching
 from llmos_kernels._triton.launch import OPTIONS, Kernel, parameters
-from llmos_kernels.ops.activations import RELU
+from llmos_kernels.ops._activations import RELU
 
 STREAM = 0x5EED
 

@@ -23,7 +23,7 @@ from llmos_kernels import _C, _compile, _pack
 from llmos_kernels._registry import DEFINED, CannotCompile
 from llmos_kernels._triton import launch as launching
 from llmos_kernels._triton.launch import OPTIONS, Kernel, parameters
-from llmos_kernels.ops.activations import GELU, GELU_TANH, RELU
+from llmos_kernels.ops._activations import GELU, GELU_TANH, RELU
 
 
 def keys(arch: str) -> None:

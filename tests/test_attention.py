@@ -18,7 +18,7 @@ from attention_checks import (
 
 from llmos_kernels import scaled_dot_product_attention as attention
 from llmos_kernels import testing
-from llmos_kernels.ops.dropout import draw_seed, keep_mask
+from llmos_kernels.ops._dropout import draw_seed, keep_mask
 from llmos_kernels.testing import DTYPES, assert_accurate
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

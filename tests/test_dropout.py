@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import llmos_kernels as lk
-from llmos_kernels.ops.dropout import draw_seed, keep_mask, philox
+from llmos_kernels.ops._dropout import draw_seed, keep_mask, philox
 
 # Random123's known answers for Philox4x32-10: counter, key, result.
 KNOWN = [

@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 import llmos_kernels as lk
 from llmos_kernels._registry import DEFINED
-from llmos_kernels.ops import activations
+from llmos_kernels.ops import _activations
 from llmos_kernels.ops.int8_linear import WEIGHT_ONLY_ROWS, int8_linear_reference
 from llmos_kernels.testing import DTYPES, assert_accurate, cast
 
@@ -46,7 +46,7 @@ def test_triton_linear(shape, dtype):
     few = DEFINED["llmos::int8_weight_only"].launch
 
     def linear(x, weight, scale, bias, activation=None, outlier_threshold=0.0):
-        code = activations.code_of(activation)
+        code = _activations.code_of(activation)
         return launch(x, weight, scale, None, bias, code, outlier_threshold)
 
     expected = lk.int8_linear(x, weight, scale, bias)

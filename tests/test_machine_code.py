@@ -16,7 +16,7 @@ from llmos_kernels import _inspect
 from llmos_kernels._compile import recorded_launches
 from llmos_kernels._registry import DEFINED
 from llmos_kernels._triton import tuned
-from llmos_kernels.ops.activations import GELU_TANH, NONE
+from llmos_kernels.ops._activations import GELU_TANH, NONE
 bf16 = torch.bfloat16
 op = lambda name: DEFINED[f"llmos::{name}"].launch
 def compiled(launches):

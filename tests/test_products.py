@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import llmos_kernels as lk
 from llmos_kernels import _environment, testing
-from llmos_kernels.ops import products
-from llmos_kernels.ops.activations import NONE
+from llmos_kernels.ops import _products
+from llmos_kernels.ops._activations import NONE
 from llmos_kernels.ops.linear import project
 from llmos_kernels.testing import assert_accurate, cast, make_gradients
 
@@ -22,7 +22,7 @@ ACTIVATIONS = {
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
     "silu": F.silu,
 }
-onednn = pytest.mark.skipif(not products.has_onednn(), reason="torch has no oneDNN for this CPU")
+onednn = pytest.mark.skipif(not _products.has_onednn(), reason="torch has no oneDNN for this CPU")
 
 
 class Ops(TorchDispatchMode):
@@ -52,7 +52,7 @@ def pretend(monkeypatch, level, tiles=False, mkl=False):
     """Choose as on a CPU of that level, with tiles for oneDNN, of Intel's."""
     values = {"_LEVEL": level, "_HAS_TILES": tiles, "_HAS_MKL": mkl, "_HAS_FLOAT16": False}
     for name, value in values.items():
-        monkeypatch.setattr(products, name, value)
+        monkeypatch.setattr(_products, name, value)
 
 
 @onednn
@@ -114,7 +114,7 @@ def test_gradients(activation, cpu, dtype, monkeypatch):
 
 def test_own_product_without_onednn(monkeypatch):
     x, w, b, *_ = arguments(torch.bfloat16)
-    monkeypatch.setattr(products, "_HAS_ONEDNN", False)
+    monkeypatch.setattr(_products, "_HAS_ONEDNN", False)
     with torch.no_grad(), Ops() as ops:
         y = lk.linear(x, w, b, "relu")
     assert "linear_forward" in ops.seen and "_linear_pointwise" not in ops.seen
@@ -154,7 +154,7 @@ def test_project(level, monkeypatch):
         (large, torch.float32, not tiles),
         (large[:64], torch.float32, True),
         (small, torch.bfloat16, True),
-        (large, torch.bfloat16, level != "avx512_bf16" or not products.has_onednn()),
+        (large, torch.bfloat16, level != "avx512_bf16" or not _products.has_onednn()),
         (large, torch.float16, True),
     ):
         x = x.to(dtype)
@@ -184,9 +184,9 @@ def test_whole_numbers(inner, dtype):
 
     for rows, outer in ((5, 17), (16, 64), (17, 1), (31, 33), (33, 128), (97, 130), (260, 40)):
         x, w, dz = whole(rows, inner), whole(outer, inner), whole(rows, outer)
-        y, _ = products.linear_forward(x, w, None, NONE, 0.0, None, False)
-        dx, _ = products.linear_dinput(dz, w, None, NONE, 0.0, None)
-        dw, db = products.linear_dweight(dz, x, True)
+        y, _ = _products.linear_forward(x, w, None, NONE, 0.0, None, False)
+        dx, _ = _products.linear_dinput(dz, w, None, NONE, 0.0, None)
+        dw, db = _products.linear_dweight(dz, x, True)
         x, w, dz = x.double(), w.double(), dz.double()
         pairs = (y, x @ w.mT), (dx, dz @ w), (dw, dz.mT @ x), (db, dz.sum(0))
         for name, (actual, exact) in zip(("y", "dx", "dw", "db"), pairs, strict=True):
@@ -198,12 +198,12 @@ def test_tiles_are_left_as_they_were():
     """Others' products on the same threads, before and after ours."""
     x, w, *_ = arguments(torch.bfloat16)
     x = x[0]
-    before, ours = F.linear(x, w), products.linear_forward(x, w, None, NONE, 0.0, None, False)[0]
+    before, ours = F.linear(x, w), _products.linear_forward(x, w, None, NONE, 0.0, None, False)[0]
     heads = x.view(1, 8, -1, 65)[..., :64]
     attention = F.scaled_dot_product_attention(heads, heads, heads)
     for _ in range(3):
-        products.linear_forward(x[:33], w, None, NONE, 0.0, None, False)
+        _products.linear_forward(x[:33], w, None, NONE, 0.0, None, False)
         assert torch.equal(F.linear(x, w), before)
         lk.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
         assert torch.equal(F.scaled_dot_product_attention(heads, heads, heads), attention)
-        assert torch.equal(products.linear_forward(x, w, None, NONE, 0.0, None, False)[0], ours)
+        assert torch.equal(_products.linear_forward(x, w, None, NONE, 0.0, None, False)[0], ours)

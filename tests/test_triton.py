@@ -61,7 +61,7 @@ LINEAR = """
 import sys, torch
 from llmos_kernels import _inspect
 from llmos_kernels._registry import DEFINED
-from llmos_kernels.ops.activations import GELU, NONE, RELU
+from llmos_kernels.ops._activations import GELU, NONE, RELU
 forward, dinput, dweight = (
     DEFINED[f"llmos::linear_{name}"].launch for name in ("forward", "dinput", "dweight")
 )
@@ -170,7 +170,7 @@ import sys, torch
 from llmos_kernels import _inspect
 from llmos_kernels._registry import DEFINED
 from llmos_kernels._triton import launch
-from llmos_kernels.ops.activations import GELU, RELU
+from llmos_kernels.ops._activations import GELU, RELU
 launch.has_engine = lambda device: True
 forward, dinput = (DEFINED[f"llmos::linear_{name}"].launch for name in ("forward", "dinput"))
 with _inspect.recorded_launches() as launches:
@@ -204,8 +204,8 @@ def test_persistent_products_compile(arch):
 def test_persistent_products(monkeypatch):
     """Tiles past the edges, two for a program; and what the other kernels answer."""
     from llmos_kernels._triton import launch, persistent
-    from llmos_kernels.ops import products
-    from llmos_kernels.ops.activations import GELU
+    from llmos_kernels.ops import _products
+    from llmos_kernels.ops._activations import GELU
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not launch.has_engine(torch.device(device)):
@@ -226,9 +226,9 @@ def test_persistent_products(monkeypatch):
         assert persistent.plan("linear", x, weight, turned=True)[0] == (2,)
         assert persistent.plan("linear", dout, weight, turned=False)[0] == (2,)
         calls = (
-            (forward, products._forward_reference, (x, weight, bias, *dropout, True)),
-            (forward, products._forward_reference, (x, weight, None, GELU, 0.0, None, False)),
-            (dinput, products._dinput_reference, (dout, weight, kept, *dropout)),
+            (forward, _products._forward_reference, (x, weight, bias, *dropout, True)),
+            (forward, _products._forward_reference, (x, weight, None, GELU, 0.0, None, False)),
+            (dinput, _products._dinput_reference, (dout, weight, kept, *dropout)),
         )
         for launcher, reference, args in calls:
             exact = reference(

@@ -9,7 +9,7 @@
 
 namespace llmos {
 
-// The places in NAMES of llmos_kernels/ops/activations.py.
+// The places in NAMES of llmos_kernels/ops/_activations.py.
 enum class Activation : int64_t { None, Relu, Relu2, Gelu, GeluTanh, Silu };
 
 // Element [i][j] of a matrix: distances in elements.

@@ -1,4 +1,4 @@
-"""The activations of ``ops/activations.py`` in Triton, and the kernels that apply them alone.
+"""The activations of ``ops/_activations.py`` in Triton, and the kernels that apply them alone.
 
 Bytes: each tensor once.
 """
@@ -10,13 +10,13 @@ import triton.language as tl
 from llmos_kernels._triton import examples
 from llmos_kernels._triton.launch import kernel
 from llmos_kernels._triton.rows import dropout_arguments, dropout_factors
-from llmos_kernels.ops import activations
+from llmos_kernels.ops import _activations
 
-_RELU = tl.constexpr(activations.RELU)
-_RELU2 = tl.constexpr(activations.RELU2)
-_GELU = tl.constexpr(activations.GELU)
-_GELU_TANH = tl.constexpr(activations.GELU_TANH)
-_SILU = tl.constexpr(activations.SILU)
+_RELU = tl.constexpr(_activations.RELU)
+_RELU2 = tl.constexpr(_activations.RELU2)
+_GELU = tl.constexpr(_activations.GELU)
+_GELU_TANH = tl.constexpr(_activations.GELU_TANH)
+_SILU = tl.constexpr(_activations.SILU)
 
 _SQRT_HALF = tl.constexpr(0.5**0.5)
 _DENSITY = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
@@ -145,7 +145,7 @@ def variants():
     for dtype in examples.DTYPES:
         for _, hidden in examples.FEED_FORWARDS:
             z = torch.empty(64, hidden, dtype=dtype)
-            for activation in (activations.RELU, activations.GELU, activations.GELU_TANH):
+            for activation in (_activations.RELU, _activations.GELU, _activations.GELU_TANH):
                 for p in (0.0, 0.1):
                     yield forward, (z, activation, p, examples.seed())
                     yield backward, (z, z, activation, p, examples.seed())

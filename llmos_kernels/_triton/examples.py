@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmos_kernels.ops.attention_arguments import BOTTOM_RIGHT, NOT_CAUSAL, TOP_LEFT
+from llmos_kernels.ops._attention_arguments import BOTTOM_RIGHT, NOT_CAUSAL, TOP_LEFT
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: Widths of hidden states, one for each block of the row-wise kernels.

@@ -16,7 +16,7 @@ from llmos_kernels._triton import examples, tuned
 from llmos_kernels._triton.activation import activate
 from llmos_kernels._triton.launch import kernel
 from llmos_kernels._triton.products import TILE, halves, place
-from llmos_kernels.ops.activations import GELU, GELU_TANH, NONE, RELU, RELU2
+from llmos_kernels.ops._activations import GELU, GELU_TANH, NONE, RELU, RELU2
 from llmos_kernels.ops.int8 import SMALLEST
 from llmos_kernels.ops.int8_linear import WEIGHT_ONLY_ROWS
 

@@ -24,7 +24,7 @@ from llmos_kernels._triton.products import (
     store_part,
 )
 from llmos_kernels._triton.rows import dropout_factors
-from llmos_kernels.ops.activations import GELU, GELU_TANH, NONE, RELU, keeps_input
+from llmos_kernels.ops._activations import GELU, GELU_TANH, NONE, RELU, keeps_input
 
 #: Up to so many rows a weight stored by columns is read only where input is not 0.
 _SKIP_ROWS = 4

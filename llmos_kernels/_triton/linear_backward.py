@@ -26,7 +26,7 @@ from llmos_kernels._triton.products import (
     sum_parts,
 )
 from llmos_kernels._triton.rows import dropout_factors
-from llmos_kernels.ops.activations import GELU, GELU_TANH, RELU
+from llmos_kernels.ops._activations import GELU, GELU_TANH, RELU
 
 
 @triton.jit

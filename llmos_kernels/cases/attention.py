@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llmos_kernels.cases.case import Case
 from llmos_kernels.ops import attention
-from llmos_kernels.ops.dropout import draw_seed
+from llmos_kernels.ops._dropout import draw_seed
 
 
 def _make(shape, mask=None, padding=None, kv_heads=None, v_dim=None, packed=False, **options):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from llmos_kernels.cases.case import Case
 from llmos_kernels.ops import embedding
-from llmos_kernels.ops.dropout import draw_seed, dropout_reference
+from llmos_kernels.ops._dropout import draw_seed, dropout_reference
 
 _WORDS, _TYPES, _PADDING = 29, 2, 0
 

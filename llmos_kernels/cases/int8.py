@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from llmos_kernels.ops.activations import GELU, NONE, RELU
+from llmos_kernels.ops._activations import GELU, NONE, RELU
 from llmos_kernels.ops.int8 import int8_quantize
 from llmos_kernels.ops.int8_linear import (
     WEIGHT_ONLY_ROWS,

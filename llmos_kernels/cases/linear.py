@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from llmos_kernels.cases.case import Case
-from llmos_kernels.ops import activations, feed_forward, linear
-from llmos_kernels.ops.dropout import draw_seed, dropout_reference
+from llmos_kernels.ops import _activations, feed_forward, linear
+from llmos_kernels.ops._dropout import draw_seed, dropout_reference
 
 
 def _layer(inner, outer, bias, requires_grad=False, **options):
@@ -27,7 +27,7 @@ def _make(shape, layers=1, bias=True, **options):
 
 
 def _eager_linear(activation, x, weight, bias):
-    return activations.activate(F.linear(x, weight, bias), activations.code_of(activation))
+    return _activations.activate(F.linear(x, weight, bias), _activations.code_of(activation))
 
 
 def _eager_block(activation, x, weight1, bias1, weight2, bias2, drop=None):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from llmos_kernels.nn.norm import LayerNorm
-from llmos_kernels.ops.dropout import check_dropout
+from llmos_kernels.ops._dropout import check_dropout
 from llmos_kernels.ops.embedding import embedding_layer_norm
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from llmos_kernels.nn.hooks import has_hooks
 from llmos_kernels.nn.int8 import Int8Linear, activated
-from llmos_kernels.ops.activations import code_of
-from llmos_kernels.ops.dropout import check_dropout
+from llmos_kernels.ops._activations import code_of
+from llmos_kernels.ops._dropout import check_dropout
 from llmos_kernels.ops.feed_forward import feed_forward
 
 _FUNCTIONS: dict[Callable, str] = {

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llmos_kernels.nn.derived import Derived, derive
-from llmos_kernels.ops.dropout import check_dropout
+from llmos_kernels.ops._dropout import check_dropout
 from llmos_kernels.ops.layer_norm import add_layer_norm, layer_norm
 from llmos_kernels.ops.rms_norm import rms_norm
 

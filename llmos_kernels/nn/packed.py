@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from llmos_kernels.nn.attention import MultiheadAttention, project_in, project_out
 from llmos_kernels.nn.hooks import has_hooks
 from llmos_kernels.nn.int8 import Int8MultiheadAttention
+from llmos_kernels.ops._attention_arguments import MAX_DIM
 from llmos_kernels.ops.attention import scaled_dot_product_attention
-from llmos_kernels.ops.attention_arguments import MAX_DIM
 
 
 def packed_rows(nested: Tensor) -> tuple[Tensor, Tensor]:

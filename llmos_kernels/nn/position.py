@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmos_kernels.ops.dropout import check_dropout
+from llmos_kernels.ops._dropout import check_dropout
 
 
 class SinusoidalPositionalEncoding(torch.nn.Module):

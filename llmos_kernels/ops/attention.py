@@ -17,7 +17,7 @@ Backward, with p = weights, f = the dropout factors (0 or 1 / (1 - dropout_p)):
 Kernels take p from the saved statistics, and where a row has many keys sum(dout * out) for
 sum(p * dp).
 
-The mask of dropout is that of ``ops/dropout.py``: row (b * heads + h) * q_len + i, column j, where j
+The mask of dropout is that of ``ops/_dropout.py``: row (b * heads + h) * q_len + i, column j, where j
 counts from the start of its own sequence.
 """
 
@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from llmos_kernels._registry import define, needs_grad, use_reference
-from llmos_kernels.ops.attention_arguments import NOT_CAUSAL, TOP_LEFT, check_attention
-from llmos_kernels.ops.dropout import draw_seed, keep_mask
+from llmos_kernels.ops._attention_arguments import NOT_CAUSAL, TOP_LEFT, check_attention
+from llmos_kernels.ops._dropout import draw_seed, keep_mask
 
 
 def attend(tensors: Sequence, options: tuple, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmos_kernels._registry import define, needs_grad, use_reference
-from llmos_kernels.ops.dropout import check_dropout, draw_seed, dropout_reference
+from llmos_kernels.ops._dropout import check_dropout, draw_seed, dropout_reference
 from llmos_kernels.ops.layer_norm import (
     autocasts,
     check_norm,

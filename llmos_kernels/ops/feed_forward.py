@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from llmos_kernels._registry import needs_grad, use_reference
-from llmos_kernels.ops import products
-from llmos_kernels.ops.activations import NONE, code_of, keeps_input
-from llmos_kernels.ops.autocast import autocast
-from llmos_kernels.ops.dropout import check_dropout, draw_seed
+from llmos_kernels.ops import _products
+from llmos_kernels.ops._activations import NONE, code_of, keeps_input
+from llmos_kernels.ops._autocast import autocast
+from llmos_kernels.ops._dropout import check_dropout, draw_seed
 from llmos_kernels.ops.linear import as_rows, check_linear
 
 
@@ -26,34 +26,34 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight1, bias1, weight2, bias2, activation, dropout_p, seed):
         keep = keeps_input(activation)
-        h, z = products.forward(input, weight1, bias1, activation, dropout_p, seed, keep)
+        h, z = _products.forward(input, weight1, bias1, activation, dropout_p, seed, keep)
         ctx.save_for_backward(input, weight1, bias1, weight2, bias2, z if keep else h, seed)
         ctx.activation, ctx.dropout_p = activation, dropout_p
-        return products.forward(h, weight2, bias2, NONE, 0.0, None, False)[0]
+        return _products.forward(h, weight2, bias2, NONE, 0.0, None, False)[0]
 
     @staticmethod
     def backward(ctx, dout):
         input, weight1, bias1, weight2, bias2, kept, seed = ctx.saved_tensors
         dropout = ctx.activation, ctx.dropout_p, seed
         if torch.is_grad_enabled():
-            z = products.transform(input, weight1, bias1, NONE, 0.0, None)[1]
-            h = products.activate_rows(z, *dropout)
-            dh, *second = products.linear_gradients(dout, h, weight2, bias2)
-            first = products.linear_gradients(
-                dh * products.slopes(z, *dropout), input, weight1, bias1
+            z = _products.transform(input, weight1, bias1, NONE, 0.0, None)[1]
+            h = _products.activate_rows(z, *dropout)
+            dh, *second = _products.linear_gradients(dout, h, weight2, bias2)
+            first = _products.linear_gradients(
+                dh * _products.slopes(z, *dropout), input, weight1, bias1
             )
             return *first, *second, None, None, None
         of_input, of_weight1, of_bias1, of_weight2, of_bias2, *_ = ctx.needs_input_grad
         h = kept
         if of_weight2 and keeps_input(ctx.activation):
-            h = products.activation_forward(kept, *dropout)
-        dweight2, dbias2 = products.parameter_gradients(dout, h, of_weight2, of_bias2)
+            h = _products.activation_forward(kept, *dropout)
+        dweight2, dbias2 = _products.parameter_gradients(dout, h, of_weight2, of_bias2)
         dinput = dweight1 = dbias1 = None
         if of_input or of_weight1 or of_bias1:
-            dz, dbias1 = products.dinput(dout, weight2, kept, *dropout)
-            dweight1 = products.parameter_gradients(dz, input, of_weight1, False)[0]
+            dz, dbias1 = _products.dinput(dout, weight2, kept, *dropout)
+            dweight1 = _products.parameter_gradients(dz, input, of_weight1, False)[0]
             if of_input:
-                dinput = products.dinput(dz, weight1, None, NONE, 0.0, None)[0]
+                dinput = _products.dinput(dz, weight1, None, NONE, 0.0, None)[0]
         dbias1 = dbias1 if of_bias1 else None
         return dinput, dweight1, dbias1, dweight2, dbias2, None, None, None
 
@@ -96,13 +96,13 @@ def feed_forward(
     seed = draw_seed(input.device) if p else None
     rows = as_rows(input)
     if use_reference(backend, input.dtype):
-        h = products.transform(rows, weight1, bias1, code, p, seed)[0]
-        out = products.transform(h, weight2, bias2, NONE, 0.0, None)[0]
+        h = _products.transform(rows, weight1, bias1, code, p, seed)[0]
+        out = _products.transform(h, weight2, bias2, NONE, 0.0, None)[0]
     elif needs_grad(input, weight1, bias1, weight2, bias2):
         out = _FeedForward.apply(rows, weight1, bias1, weight2, bias2, code, p, seed)
     else:
-        h = products.forward(rows, weight1, bias1, code, p, seed, False)[0]
-        out = products.forward(h, weight2, bias2, NONE, 0.0, None, False)[0]
+        h = _products.forward(rows, weight1, bias1, code, p, seed, False)[0]
+        out = _products.forward(h, weight2, bias2, NONE, 0.0, None, False)[0]
     return out if input.ndim == 2 else out.view(*input.shape[:-1], weight2.shape[0])
 
 

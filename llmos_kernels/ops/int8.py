@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmos_kernels._registry import KERNEL_DTYPES, define, use_reference
-from llmos_kernels.ops import activations, products
+from llmos_kernels.ops import _activations, _products
 from llmos_kernels.ops.linear import as_rows
 
 #: A longer sum of products, each up to 128^2, could leave int32.
@@ -46,7 +46,7 @@ def matmul_reference(a, b, a_scale, b_scale, packed, bias, activation, dtype, mo
     z = ((a.double() @ b.double().mT).float() * a_scale[:, None] + more) * b_scale[None, :]
     if bias is not None:
         z = z + bias.float()
-    return products.activate_rows(z.to(dtype), activation, 0.0, None).contiguous()
+    return _products.activate_rows(z.to(dtype), activation, 0.0, None).contiguous()
 
 
 _quantize = define(
@@ -140,7 +140,7 @@ def int8_matmul(
     for shapes, devices or names and for more than 131,071 columns (65,793 of uint8), whose sums could
     leave int32, TypeError for dtypes.
     """
-    code = activations.code_of(activation)
+    code = _activations.code_of(activation)
     if out_dtype not in KERNEL_DTYPES:
         raise TypeError(f"out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
     if a.dtype != torch.uint8:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from llmos_kernels._registry import KERNEL_DTYPES, define, needs_grad, use_reference
-from llmos_kernels.ops import activations, products
-from llmos_kernels.ops.activations import NONE, RELU, RELU2
-from llmos_kernels.ops.autocast import autocast
+from llmos_kernels.ops import _activations, _products
+from llmos_kernels.ops._activations import NONE, RELU, RELU2
+from llmos_kernels.ops._autocast import autocast
 from llmos_kernels.ops.int8 import (
     STRIP,
     UNIT,
@@ -80,7 +80,7 @@ def _weight_only_reference(input, weight_int8, weight_scale, bias, activation):
     z = (input.float() @ weight_int8.float().mT) * weight_scale
     if bias is not None:
         z = z + bias.float()
-    return products.activate_rows(z.to(input.dtype), activation, 0.0, None).contiguous()
+    return _products.activate_rows(z.to(input.dtype), activation, 0.0, None).contiguous()
 
 
 def _pack_reference(weight_int8):
@@ -155,7 +155,7 @@ def _definition(rows, weight_int8, weight_scale, bias, activation, threshold, mo
     z = x @ (weight_int8.to(acc) * weight_scale.to(acc)[:, None]).mT
     if bias is not None:
         z = z + bias.to(acc)
-    return products.activate_rows(z.to(rows.dtype), activation, 0.0, None)
+    return _products.activate_rows(z.to(rows.dtype), activation, 0.0, None)
 
 
 def dense(weight_int8: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -170,7 +170,7 @@ def _linear(rows, weight_int8, weight_scale, packed, bias, activation, threshold
     if rows.shape[0] <= WEIGHT_ONLY_ROWS:
         return _weight_only(rows, weight_int8, weight_scale, bias, activation)
     weight = dense(weight_int8, weight_scale, rows.dtype)
-    return linear(rows, weight, bias, activations.NAMES[activation])
+    return linear(rows, weight, bias, _activations.NAMES[activation])
 
 
 class _Int8Linear(torch.autograd.Function):
@@ -179,8 +179,8 @@ class _Int8Linear(torch.autograd.Function):
         args = rows, weight_int8, weight_scale, packed, bias
         y = z = _linear(*args, NONE, threshold, mode)
         if activation != NONE:
-            y = products.activation_forward(z, activation, 0.0, None)
-        keep = activations.keeps_input(activation)
+            y = _products.activation_forward(z, activation, 0.0, None)
+        keep = _activations.keeps_input(activation)
         kept = z if keep else y if activation == RELU else None
         # The input is for second derivatives alone.
         again = (rows, bias) if keep else (None, None)
@@ -196,13 +196,13 @@ class _Int8Linear(torch.autograd.Function):
         elif torch.is_grad_enabled():
             if rows is not None:
                 kept = _definition(rows, weight_int8, weight_scale, bias, *ctx.rest)
-            dz = (dout * products.slopes(kept, ctx.activation, 0.0, None)).to(dout.dtype)
+            dz = (dout * _products.slopes(kept, ctx.activation, 0.0, None)).to(dout.dtype)
         else:
-            dz = products.activation_backward(dout, kept, ctx.activation, 0.0, None)
+            dz = _products.activation_backward(dout, kept, ctx.activation, 0.0, None)
         dinput = None
         if ctx.needs_input_grad[0]:
             dinput = dz @ dense(weight_int8, weight_scale, dz.dtype)
-        dbias = products.sum_of_rows(dz) if ctx.needs_input_grad[4] else None
+        dbias = _products.sum_of_rows(dz) if ctx.needs_input_grad[4] else None
         return dinput, None, None, None, dbias, None, None, None
 
 
@@ -234,7 +234,7 @@ def int8_linear(
     devices, names or a threshold that is not a finite number of 0 or more, and for more than 131,071
     columns, TypeError for dtypes.
     """
-    code = activations.code_of(activation)
+    code = _activations.code_of(activation)
     threshold = check_threshold(outlier_threshold)
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
@@ -287,7 +287,7 @@ def int8_linear_rows(
     floating point result of a few rows lives in the cache alone. Arguments and errors are those of
     ``int8_linear``, in "dynamic" mode without outliers; float64 raises. Not differentiable.
     """
-    code = activations.code_of(activation)
+    code = _activations.code_of(activation)
     input, bias = autocast(input, bias)
     _check(input, weight_int8, weight_scale, bias, packed)
     if input.dtype not in KERNEL_DTYPES:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llmos_kernels._registry import define, needs_grad, use_reference
-from llmos_kernels.ops.dropout import check_dropout, draw_seed, dropout_reference
+from llmos_kernels.ops._dropout import check_dropout, draw_seed, dropout_reference
 
 
 def layer_norm_reference(
@@ -362,7 +362,7 @@ def add_layer_norm(
     ``residual`` has the shape of ``input``; where their dtypes differ, both are taken in the
     common one (under CUDA autocast a lower one stays that of ``h``, unfused, and ``y`` is float32, as
     in torch). Dropout acts when ``training``, with probability ``dropout_p`` in [0, 1). The other
-    arguments, dtypes and errors are those of ``layer_norm``; the mask is that of ``ops.dropout``.
+    arguments, dtypes and errors are those of ``layer_norm``; the mask is that of ``ops._dropout``.
     """
     check_dropout(dropout_p)
     input, residual = check_residual(input, residual)

@@ -1,20 +1,20 @@
-"""``linear``: a matrix product with its bias and activation; formulas in ``ops/products.py``."""
+"""``linear``: a matrix product with its bias and activation; formulas in ``ops/_products.py``."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llmos_kernels._registry import KERNEL_DTYPES, needs_grad, use_reference
-from llmos_kernels.ops import activations, products
-from llmos_kernels.ops.activations import NONE, RELU, keeps_input
-from llmos_kernels.ops.autocast import autocast
+from llmos_kernels.ops import _activations, _products
+from llmos_kernels.ops._activations import NONE, RELU, keeps_input
+from llmos_kernels.ops._autocast import autocast
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, activation):
         keep = keeps_input(activation)
-        out, z = products.forward(input, weight, bias, activation, 0.0, None, keep)
+        out, z = _products.forward(input, weight, bias, activation, 0.0, None, keep)
         kept = z if keep else out if activation == RELU else None
         ctx.save_for_backward(input, weight, bias, kept)
         ctx.activation = activation
@@ -25,15 +25,15 @@ class _Linear(torch.autograd.Function):
         input, weight, bias, kept = ctx.saved_tensors
         activation = ctx.activation
         if torch.is_grad_enabled():
-            z = products.transform(input, weight, bias, NONE, 0.0, None)[1]
-            dz = dout * products.slopes(z, activation, 0.0, None)
-            return (*products.linear_gradients(dz, input, weight, bias), None)
+            z = _products.transform(input, weight, bias, NONE, 0.0, None)[1]
+            dz = dout * _products.slopes(z, activation, 0.0, None)
+            return (*_products.linear_gradients(dz, input, weight, bias), None)
         dz = dout
         if kept is not None:
-            dz = products.activation_backward(dout, kept, activation, 0.0, None)
+            dz = _products.activation_backward(dout, kept, activation, 0.0, None)
         of_input, of_weight, of_bias, _ = ctx.needs_input_grad
-        dinput = products.dinput(dz, weight, None, NONE, 0.0, None)[0] if of_input else None
-        dweight, dbias = products.parameter_gradients(dz, input, of_weight, of_bias)
+        dinput = _products.dinput(dz, weight, None, NONE, 0.0, None)[0] if of_input else None
+        dweight, dbias = _products.parameter_gradients(dz, input, of_weight, of_bias)
         return dinput, dweight, dbias, None
 
 
@@ -86,16 +86,16 @@ def linear(
     not, but never touched. Under autocast the arguments are cast, as torch does. Raises ValueError
     for shapes, devices or names, TypeError for dtypes.
     """
-    code = activations.code_of(activation)
+    code = _activations.code_of(activation)
     input, weight, bias = autocast(input, weight, bias)
     check_linear(input, weight, bias)
     rows = as_rows(input)
     if use_reference(backend, input.dtype):
-        out = products.transform(rows, weight, bias, code, 0.0, None)[0]
+        out = _products.transform(rows, weight, bias, code, 0.0, None)[0]
     elif needs_grad(input, weight, bias):
         out = _Linear.apply(rows, weight, bias, code)
     else:
-        out = products.forward(rows, weight, bias, code, 0.0, None, False)[0]
+        out = _products.forward(rows, weight, bias, code, 0.0, None, False)[0]
     return out if input.ndim == 2 else out.view(*input.shape[:-1], weight.shape[0])
 
 
@@ -104,7 +104,7 @@ def project(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     ``F.linear``."""
     plain = type(weight) in (Tensor, torch.nn.Parameter)  # And nothing quantized or sharded.
     if input.is_cpu and plain and not torch.is_autocast_enabled("cpu"):
-        least, stop = products.faster_between(input.dtype)
+        least, stop = _products.faster_between(input.dtype)
         if least <= input.numel() * weight.shape[0] < stop:
             return linear(input, weight, bias)
     return F.linear(input, weight, bias)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmos_kernels._registry import use_reference
-from llmos_kernels.ops.dropout import check_dropout
+from llmos_kernels.ops._dropout import check_dropout
 from llmos_kernels.ops.layer_norm import (
     add_dropped,
     add_norm,

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from llmos_kernels.nn.chain import Step
 from llmos_kernels.nn.linear import linear_parameters
-from llmos_kernels.ops import activations
+from llmos_kernels.ops import _activations
 from llmos_kernels.swap.replica import replica
 
 _MOST_CHILDREN = 16
@@ -51,8 +51,8 @@ def activation_of(module: nn.Module) -> str | None:
         return None
     if not isinstance(y, Tensor) or y.shape != z.shape or y.dtype != z.dtype:
         return None
-    for code, name in enumerate(activations.NAMES):
-        if code != activations.NONE and (y - activations.activate(z, code)).abs().max() < 1e-9:
+    for code, name in enumerate(_activations.NAMES):
+        if code != _activations.NONE and (y - _activations.activate(z, code)).abs().max() < 1e-9:
             return name
     return None
 

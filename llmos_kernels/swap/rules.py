@@ -19,8 +19,8 @@ from llmos_kernels.nn.residual import (
     residual_parts,
     takes_two_tensors,
 )
-from llmos_kernels.ops.attention_arguments import MAX_DIM
-from llmos_kernels.ops.products import faster_between
+from llmos_kernels.ops._attention_arguments import MAX_DIM
+from llmos_kernels.ops._products import faster_between
 from llmos_kernels.swap.chains import find_steps
 from llmos_kernels.swap.norms import rms_norm_eps
 

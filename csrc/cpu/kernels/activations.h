@@ -1,4 +1,4 @@
-// Activations and their derivatives on vectors; llmos_kernels/ops/activations.py names them.
+// Activations and their derivatives on vectors; llmos_kernels/ops/_activations.py names them.
 #pragma once
 
 #include "../linear.h"

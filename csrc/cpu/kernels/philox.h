@@ -1,5 +1,5 @@
 // Philox4x32-10 (Salmon et al., SC 2011), vectorised over consecutive counters.
-// The definition that this repeats bit for bit is llmos_kernels/ops/dropout.py.
+// The definition that this repeats bit for bit is llmos_kernels/ops/_dropout.py.
 #pragma once
 
 #include "../philox.h"

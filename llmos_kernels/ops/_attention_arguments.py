@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from llmos_kernels._registry import KERNEL_DTYPES
-from llmos_kernels.ops.autocast import autocast, autocast_dtype
-from llmos_kernels.ops.dropout import check_dropout
+from llmos_kernels.ops._autocast import autocast, autocast_dtype
+from llmos_kernels.ops._dropout import check_dropout
 
 NOT_CAUSAL, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
 MAX_DIM = 256

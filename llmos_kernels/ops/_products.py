@@ -3,13 +3,13 @@
     z = input weight^T + bias,   y = dropout(activation(z))
 
 z is rounded to the dtype of ``input`` before the activation, as in torch; sums are float32.
-Backward, with f the dropout factors (0 or 1 / (1 - p)) and ``kept`` as ``ops/activations.py`` says:
+Backward, with f the dropout factors (0 or 1 / (1 - p)) and ``kept`` as ``ops/_activations.py`` says:
 
     dz = dy f activation'(kept),   dinput = dz weight,   dweight = dz^T input,   dbias = sum(dz)
 
 A chain of two (``ops/feed_forward.py``) multiplies by f activation' of the first where dinput of the
 second leaves its product, and sums it up for the bias there. The mask of dropout is that of
-``ops/dropout.py`` on the rows of y.
+``ops/_dropout.py`` on the rows of y.
 
 On CPUs torch's own products answer where they were measured to be faster (``torch_from``): oneDNN's for
 large ones in bfloat16, MKL's on Intel's CPUs in float32. On GPUs cuBLAS answers where there is nothing to
@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmos_kernels._registry import define
-from llmos_kernels.ops import activations
-from llmos_kernels.ops.activations import NONE
-from llmos_kernels.ops.dropout import dropout_reference, keep_mask
+from llmos_kernels.ops import _activations
+from llmos_kernels.ops._activations import NONE
+from llmos_kernels.ops._dropout import dropout_reference, keep_mask
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -48,14 +48,14 @@ def transform(
 def activate_rows(z: Tensor, activation: int, p: float, seed: Tensor | None) -> Tensor:
     """dropout(activation(z)) of ``z`` [rows, out], rounded once; differentiable."""
     acc = torch.promote_types(z.dtype, torch.float32)
-    y = activations.activate(z.to(acc), activation)
+    y = _activations.activate(z.to(acc), activation)
     return (y if seed is None else dropout_reference(y, seed, p)).to(z.dtype)
 
 
 def slopes(kept: Tensor, activation: int, p: float, seed: Tensor | None) -> Tensor:
     """f activation'(kept), in the accumulation dtype; differentiable."""
     acc = torch.promote_types(kept.dtype, torch.float32)
-    slope = activations.derivative(kept.to(acc), activation)
+    slope = _activations.derivative(kept.to(acc), activation)
     if seed is not None:
         slope = slope * keep_mask(seed, kept.shape[0], kept.shape[1], p) / (1 - p)
     return slope
@@ -134,10 +134,10 @@ activation_backward = define(
 
 _ONEDNN_NAMES = {
     NONE: ("none", ""),
-    activations.RELU: ("relu", ""),
-    activations.GELU: ("gelu", "none"),
-    activations.GELU_TANH: ("gelu", "tanh"),
-    activations.SILU: ("swish", ""),
+    _activations.RELU: ("relu", ""),
+    _activations.GELU: ("gelu", "none"),
+    _activations.GELU_TANH: ("gelu", "tanh"),
+    _activations.SILU: ("swish", ""),
 }
 _HAS_ONEDNN = (
     torch.backends.mkldnn.is_available()
