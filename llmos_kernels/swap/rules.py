@@ -20,7 +20,7 @@ from llmos_kernels.nn.residual import (
     takes_two_tensors,
 )
 from llmos_kernels.ops._attention_arguments import MAX_DIM
-from llmos_kernels.ops._products import faster_between
+from llmos_kernels.ops._product_policy import LAYER, rules
 from llmos_kernels.swap.chains import find_steps
 from llmos_kernels.swap.norms import rms_norm_eps
 
@@ -84,7 +84,7 @@ def _gains_by_own_product(layer: nn.Module) -> bool:
     return (
         weight is not None
         and weight.is_cpu
-        and any(faster_between(weight.dtype))
+        and bool(rules(LAYER, weight.dtype, weight.device))
         and not isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
     )
 
