@@ -8,7 +8,13 @@ from torch import Tensor, nn
 from llmos_kernels.nn.attention import MultiheadAttention, project_in
 from llmos_kernels.nn.hooks import has_hooks
 from llmos_kernels.ops.int8 import MAX_INNER, int8_quantize
-from llmos_kernels.ops.int8_linear import MODES, check_threshold, dense, int8_linear, int8_pack
+from llmos_kernels.ops.int8_linear import (
+    MODES,
+    check_threshold,
+    dense,
+    int8_linear,
+    int8_vnni_weight,
+)
 
 
 class Int8Linear(nn.Linear):
@@ -28,8 +34,8 @@ class Int8Linear(nn.Linear):
     mode: str
     outlier_threshold: float
     _dtype: Tensor
-    _packed: Tensor | None
-    _packed_of: tuple[Tensor, tuple] | None  # Which weight, and what it was like.
+    _vnni_weight: Tensor | None
+    _vnni_source: tuple[Tensor, tuple] | None  # Which weight, and what it was like.
 
     def __init__(
         self,
@@ -74,7 +80,7 @@ class Int8Linear(nn.Linear):
         weight = self.weight_int8
         return int8_linear(
             input, weight, self.weight_scale, self.bias, activation, self.outlier_threshold,
-            mode=self.mode, packed=self._packed_weight(weight),
+            mode=self.mode, vnni_weight=self._vnni_copy(weight),
         )  # fmt: skip
 
     def part(self, input: Tensor, begin: int, end: int) -> Tensor:
@@ -90,27 +96,27 @@ class Int8Linear(nn.Linear):
         shown = f", outlier_threshold={self.outlier_threshold}" if self.outlier_threshold else ""
         return f"{super().extra_repr()}, mode={self.mode!r}{shown}"
 
-    def _packed_weight(self, w: Tensor) -> Tensor | None:
+    def _vnni_copy(self, w: Tensor) -> Tensor | None:
         if torch.compiler.is_compiling():  # A graph would keep what is packed now.
             return None
         if self.mode != "dynamic" or w.device.type != "cpu" or w.is_inference():
             return None
         # The tensor is held: the address of one that is gone may come again.
-        now, of = (w._version, w.data_ptr(), w.stride()), self._packed_of
+        now, of = (w._version, w.data_ptr(), w.stride()), self._vnni_source
         if of is None or of[0] is not w or of[1] != now:
-            self._packed, self._packed_of = int8_pack(w), (w, now)
-        return self._packed
+            self._vnni_weight, self._vnni_source = int8_vnni_weight(w), (w, now)
+        return self._vnni_weight
 
     def _apply(self, fn, recurse=True):
         scale = self.weight_scale
         super()._apply(fn, recurse)
         if self.weight_scale.dtype != torch.float32:
             self.weight_scale = scale.to(self.weight_scale.device)
-        self._packed = self._packed_of = None
+        self._vnni_weight = self._vnni_source = None
         return self
 
     def __getstate__(self):
-        return self.__dict__ | {"_packed": None, "_packed_of": None}
+        return self.__dict__ | {"_vnni_weight": None, "_vnni_source": None}
 
 
 def quantized_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,7 +156,7 @@ def _set(layer: Any, weights, dtype: torch.dtype, mode: str, threshold: float) -
     layer.register_buffer("weight_int8", rows)
     layer.register_buffer("weight_scale", scale)
     layer.register_buffer("_dtype", scale.new_empty(0, dtype=dtype), persistent=False)
-    layer._packed = layer._packed_of = None
+    layer._vnni_weight = layer._vnni_source = None
 
 
 def activated(layer: nn.Module, input: Tensor, activation: str | None) -> Tensor | None:

@@ -19,7 +19,7 @@ from llmos_kernels.nn.int8 import (
 )
 from llmos_kernels.nn.linear import FusedConv1D, Linear, is_conv1d
 from llmos_kernels.nn.transformer import TransformerEncoderLayer
-from llmos_kernels.ops.int8_linear import MODES, check_threshold, int8_linear, int8_pack
+from llmos_kernels.ops.int8_linear import MODES, check_threshold, int8_linear, int8_vnni_weight
 from llmos_kernels.ops.linear import project
 from llmos_kernels.swap.calls import Call, ModelRun
 from llmos_kernels.swap.optimize import MARK, around, capture, check_model
@@ -257,11 +257,13 @@ def _speedup(original, weight, bias, q, scale, mode, threshold, rows: int, x: Te
     x = x[torch.arange(rows, device=x.device) % max(len(x), 1)] if len(x) else x.new_zeros(
         rows, x.shape[1]
     )  # fmt: skip
-    packed = int8_pack(q) if mode == "dynamic" else None
+    vnni_weight = int8_vnni_weight(q) if mode == "dynamic" else None
     old, new = interleaved(
         [
             lambda: original(x, weight, bias),
-            lambda: int8_linear(x, q, scale, bias, None, threshold, mode=mode, packed=packed),
+            lambda: int8_linear(
+                x, q, scale, bias, None, threshold, mode=mode, vnni_weight=vnni_weight
+            ),
         ],
         rounds=9,
         seconds=5e-4,

@@ -47,7 +47,7 @@ def replica(
     if isinstance(clone, Int8Linear):  # Its scales are float32 in every dtype.
         scale: Any = module.weight_scale
         clone._buffers["weight_scale"] = scale.to(device or scale.device, copy=True)
-        clone.__dict__["_packed_of"] = None
+        clone.__dict__["_vnni_source"] = None
     # Another generator draws other masks; the op's own tests compare those.
     if isinstance(clone, nn.Dropout) and not dropout:
         clone.p = 0.0
