@@ -72,7 +72,8 @@ def _linear_reference(
     activation: int,
     threshold: float,
 ) -> Tensor:
-    rows, outlier_sums = input, 0
+    rows: Tensor = input
+    outlier_sums: Tensor | float = 0
     columns = _outliers(input, threshold)
     if columns is not None:
         rows = input.where(~columns, 0)
