@@ -184,7 +184,7 @@ def limits(device: str) -> dict[str, float]:
         calls = (lambda a=a, b=b: F.linear(a, b)), (lambda a=a, b=b: lk.linear(a, b))
         found[str(dtype).removeprefix("torch.")] = _rate(2.0 * n**3, *calls)
     a, b = (torch.ones(n, n, dtype=torch.int8, device=device) for _ in range(2))
-    scale, packed = torch.ones(n, device=device), lk.int8_pack(b)
-    ours = lambda: lk.int8_matmul(a, b, scale, scale, packed=packed)
+    scale, packed = torch.ones(n, device=device), lk.int8_vnni_weight(b)
+    ours = lambda: lk.int8_matmul(a, b, scale, scale, vnni_weight=packed)
     found["int8"] = _rate(2.0 * n**3, lambda: torch._int_mm(a, b.mT), ours)
     return {k: round(v, 1) for k, v in found.items()}

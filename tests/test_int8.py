@@ -61,18 +61,18 @@ def test_triton(shape, dtype):
 def test_rows_of_a_layer(shape, dtype, device):
     """``int8_linear_rows`` gives the bits of ``int8_linear`` followed by quantisation."""
     x, weight, scale, bias = arguments(*shape, dtype, device)
-    packed = lk.int8_pack(weight)
+    packed = lk.int8_vnni_weight(weight)
     for activation, unsigned in (("relu", True), (None, False)):
         y = lk.int8_linear(x, weight, scale, bias, activation)
         expected = quantize_reference(y, unsigned)
-        for options in ({}, {"packed": packed}, {"backend": "reference"}):
+        for options in ({}, {"vnni_weight": packed}, {"backend": "reference"}):
             made = lk.int8_linear_rows(x, weight, scale, bias, activation, **options)
             for actual, wanted in zip(made, expected, strict=True):
                 assert actual.dtype == wanted.dtype and torch.equal(actual, wanted)
     if y.shape[1]:
         second = torch.randint(-128, 128, (9, y.shape[1]), dtype=torch.int8, device=device)
         rows, row_scale = lk.int8_linear_rows(x, weight, scale, bias, "relu")
-        for options in ({}, {"packed": lk.int8_pack(second)}, {"backend": "reference"}):
+        for options in ({}, {"vnni_weight": lk.int8_vnni_weight(second)}, {"backend": "reference"}):
             actual = lk.int8_matmul(rows, second, row_scale, scale.new_ones(9), **options)
             assert torch.equal(
                 actual, exact(rows, second, row_scale, scale.new_ones(9), None, torch.float32)
@@ -176,8 +176,8 @@ def test_opcheck():
     torch.library.opcheck(
         torch.ops.llmos.int8_weight_only.default, (x[:16], weight, scale, bias, 1)
     )
-    if lk.int8_pack(weight) is not None:
-        torch.library.opcheck(torch.ops.llmos.int8_pack.default, (weight,))
+    if lk.int8_vnni_weight(weight) is not None:
+        torch.library.opcheck(torch.ops.llmos.int8_vnni_weight.default, (weight,))
 
 
 def test_bad_input():
@@ -203,8 +203,8 @@ def test_bad_input():
         ),
         (
             ValueError,
-            r"packed must be \[1, 2, 64, 4\], got \[1, 3",
-            lambda: lk.int8_linear(x, weight, scale, packed=rows.new_zeros(1, 3, 64, 4)),
+            r"vnni_weight must be \[1, 2, 64, 4\], got \[1, 3",
+            lambda: lk.int8_linear(x, weight, scale, vnni_weight=rows.new_zeros(1, 3, 64, 4)),
         ),
         (ValueError, "'tanh'", lambda: lk.int8_linear(x, weight, scale, bias, "tanh")),
         (

@@ -21,10 +21,10 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_outliers_and_weight_only(shape, dtype, device):
     x, weight, scale, bias = arguments(*shape, dtype, device)
     x = with_outliers(x)
-    packed = lk.int8_pack(weight)
+    packed = lk.int8_vnni_weight(weight)
 
     def linear(*args, **options):
-        return lk.int8_linear(*args, **options, packed=packed)
+        return lk.int8_linear(*args, **options, vnni_weight=packed)
 
     for activation in (None, "gelu"):
         for fn in (lk.int8_linear, linear):
@@ -32,7 +32,7 @@ def test_outliers_and_weight_only(shape, dtype, device):
         judged(lk.int8_linear, x, weight, scale, bias, activation=activation, mode="weight_only")
     none = linear(x, weight, scale, bias, outlier_threshold=1e9)
     for b in (packed, None):
-        assert torch.equal(lk.int8_linear(x, weight, scale, bias, packed=b), none)
+        assert torch.equal(lk.int8_linear(x, weight, scale, bias, vnni_weight=b), none)
 
 
 # Triton's interpreter multiplies bfloat16 wrongly.
@@ -58,27 +58,27 @@ def test_triton_linear(shape, dtype):
 
 
 def test_pack():
-    packs = torch.ops.llmos.int8_pack.default
-    reference = DEFINED["llmos::int8_pack"].reference
+    packs = torch.ops.llmos.int8_vnni_weight.default
+    reference = DEFINED["llmos::int8_vnni_weight"].reference
     for shape in ((1, 1), (64, 4), (65, 7), (130, 300), (0, 5), (5, 0)):
         weight = torch.randint(-128, 128, shape, dtype=torch.int8)
-        packed = lk.int8_pack(weight)
+        packed = lk.int8_vnni_weight(weight)
         if packed is None:
-            with pytest.raises(RuntimeError, match="packs no weights"):
+            with pytest.raises(RuntimeError, match="has no VNNI"):
                 packs(weight)
         else:
             assert torch.equal(packed, reference(weight))
-            assert torch.equal(lk.int8_pack(weight.mT.contiguous().mT), packed)
-    packed = lk.int8_pack(weight := torch.randint(-128, 128, (130, 300), dtype=torch.int8))
+            assert torch.equal(lk.int8_vnni_weight(weight.mT.contiguous().mT), packed)
+    packed = lk.int8_vnni_weight(weight := torch.randint(-128, 128, (130, 300), dtype=torch.int8))
     if packed is not None:
         x, scale = torch.randn(20, 300), torch.ones(130)
         strided = packed.mT.contiguous().mT
         expected = lk.int8_linear(x, weight, scale)
-        assert torch.equal(lk.int8_linear(x, weight, scale, packed=strided), expected)
+        assert torch.equal(lk.int8_linear(x, weight, scale, vnni_weight=strided), expected)
     with pytest.raises(TypeError, match="float32"):
-        lk.int8_pack(torch.zeros(2, 2))
+        lk.int8_vnni_weight(torch.zeros(2, 2))
     with pytest.raises(ValueError, match=r"\[3\]"):
-        lk.int8_pack(torch.zeros(3, dtype=torch.int8))
+        lk.int8_vnni_weight(torch.zeros(3, dtype=torch.int8))
 
 
 def test_outliers_that_are_not_numbers(device):

@@ -1,5 +1,7 @@
 """Products by our GEMM or torch's libraries: the choice, results, gradients, error budget."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import llmos_kernels as lk
 from llmos_kernels import testing
 from llmos_kernels._tools import environment
-from llmos_kernels.ops import _products
+from llmos_kernels.ops import _product_policy, _products
 from llmos_kernels.ops._activations import NONE
 from llmos_kernels.ops.linear import project
 from llmos_kernels.testing import assert_accurate, cast, make_gradients
@@ -23,7 +25,9 @@ ACTIVATIONS = {
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
     "silu": F.silu,
 }
-onednn = pytest.mark.skipif(not _products.has_onednn(), reason="torch has no oneDNN for this CPU")
+CPU = torch.device("cpu")
+HAS_ONEDNN = torch.bfloat16 in _product_policy.cpu().onednn
+onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="torch has no oneDNN for this CPU")
 
 
 class Ops(TorchDispatchMode):
@@ -49,11 +53,14 @@ def arguments(dtype, columns=False, bias=True, requires_grad=False):
     return [a if a is None else a.requires_grad_(requires_grad) for a in args]
 
 
-def pretend(monkeypatch, level, tiles=False, mkl=False):
-    """Make the policy choose as on a CPU of that ISA, with AMX for oneDNN and with MKL."""
-    values = {"_LEVEL": level, "_HAS_TILES": tiles, "_HAS_MKL": mkl, "_HAS_FLOAT16": False}
-    for name, value in values.items():
-        monkeypatch.setattr(products, name, value)
+def pretend(monkeypatch, isa, amx=False, intel=False, onednn=HAS_ONEDNN):
+    """Choose as on a CPU with that ISA for our kernels, with AMX for oneDNN, of Intel's."""
+    known = _product_policy.Cpu(
+        "GenuineIntel" if intel else "AuthenticAMD", None, isa, amx, torch.get_num_threads(),
+        frozenset([torch.bfloat16] if onednn else []), torch.backends.mkl.is_available(),
+    )  # fmt: skip
+    monkeypatch.setattr(_product_policy, "cpu", lambda: known)
+    monkeypatch.setattr(_product_policy, "_tables", {})
 
 
 @onednn
@@ -115,7 +122,7 @@ def test_gradients(activation, cpu, dtype, monkeypatch):
 
 def test_own_product_without_onednn(monkeypatch):
     x, w, b, *_ = arguments(torch.bfloat16)
-    monkeypatch.setattr(products, "_HAS_ONEDNN", False)
+    pretend(monkeypatch, "avx512_bf16", onednn=False)
     with torch.no_grad(), Ops() as ops:
         y = lk.linear(x, w, b, "relu")
     assert "linear_forward" in ops.seen and "_linear_pointwise" not in ops.seen
@@ -130,6 +137,102 @@ def test_few_rows_stay_here():
     with torch.no_grad(), Ops() as ops:
         y = lk.linear(x, w)
     assert "linear_forward" in ops.seen and torch.equal(y[0], w[:, 5])
+
+
+def layers(dtype=torch.float32):
+    """Each product of the library, as a function of its rows [rows, 32]."""
+    torch.manual_seed(0)
+    w, up, down = (torch.randn(n, m, dtype=dtype) for n, m in ((32, 32), (48, 32), (32, 48)))
+    w8, scale = lk.int8_quantize(w)
+    return {
+        "linear": lambda x: lk.linear(x, w, None, "gelu"),
+        "linear of nn": lambda x: project(x, w, None),
+        "feed_forward": lambda x: lk.feed_forward(x, up, None, down, None),
+        "int8 dynamic": lambda x: lk.int8_linear(x, w8, scale),
+        "int8 weight_only": lambda x: lk.int8_linear(x, w8, scale, mode="weight_only"),
+    }
+
+
+@pytest.mark.parametrize("name", layers())
+def test_no_guard_on_rows(name):
+    """One graph for all numbers of rows, which says nothing of them; the policy is asked in its op."""
+    layer = layers()[name]
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
+    torch._dynamo.reset()
+    for compiled_with_grad in (False, True):
+        graphs.clear()
+        compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
+        for rows in (2, 5, 17, 300, 9000):
+            x, other = (torch.ones(rows, 32, requires_grad=compiled_with_grad) for _ in range(2))
+            with torch.set_grad_enabled(compiled_with_grad):
+                y, expected = compiled(x), layer(other)
+            torch.testing.assert_close(y, expected)
+            if compiled_with_grad:
+                y.sum().backward()
+                expected.sum().backward()
+                torch.testing.assert_close(x.grad, other.grad)
+            if rows == 2:
+                count = len(graphs)
+        assert len(graphs) == count > 0
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return layer(x)
+
+    rows = torch.export.Dim("rows", min=2, max=1 << 40)
+    with torch.no_grad():
+        program = torch.export.export(
+            Model(), (torch.ones(6, 32),), dynamic_shapes=({0: rows},), strict=False
+        )
+    assert [(r.lower, r.upper) for r in program.range_constraints.values()] == [(2, 1 << 40)]
+    torch.testing.assert_close(program.module()(torch.ones(700, 32)), layer(torch.ones(700, 32)))
+
+
+def test_policy_is_asked_once_a_call(monkeypatch):
+    """And not while a graph is traced, but when that graph runs."""
+    asked = []
+
+    def choose(*args):
+        asked.append(args)
+        return _product_policy.choose(*args)
+
+    for module in (_products, sys.modules["llmos_kernels.ops.linear"]):
+        monkeypatch.setattr(module, "choose", choose)
+    x, w = torch.randn(128, 64), torch.randn(64, 64)
+    for call in (lambda: lk.linear(x, w), lambda: project(x, w, None)):
+        call()
+        assert len(asked) == 1
+        asked.clear()
+    with torch.no_grad():
+        program = torch.export.export(lk.nn.Linear(64, 64), (x,), strict=False)
+    assert not asked
+    program.module()(x)
+    assert len(asked) == 1
+
+
+def test_tables():
+    """Each entry has its fields, and one that has not is refused with the file's name."""
+    for kind in ("cpu", "gpu"):
+        assert _product_policy._entries(kind)
+        for entry in _product_policy._entries(kind):
+            assert {*entry["measured"]} == {"machine", "commit"}
+    assert _product_policy.rules(_product_policy.LAYER, torch.float64, CPU) == ()
+
+
+def test_malformed_table(tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text('{"format": 1, "products": [{"direction": "forward"}]}')
+    with pytest.raises(ValueError, match=r"table\.json"):
+        _product_policy.read(path, "cpu")
+    path.write_text('{"format": 2, "products": []}')
+    with pytest.raises(ValueError, match="format 2"):
+        _product_policy.read(path, "cpu")
 
 
 @onednn
@@ -155,7 +258,7 @@ def test_project(level, monkeypatch):
         (large, torch.float32, not tiles),
         (large[:64], torch.float32, True),
         (small, torch.bfloat16, True),
-        (large, torch.bfloat16, level != "avx512_bf16" or not _products.has_onednn()),
+        (large, torch.bfloat16, level != "avx512_bf16" or not HAS_ONEDNN),
         (large, torch.float16, True),
     ):
         x = x.to(dtype)
@@ -169,7 +272,7 @@ def test_project(level, monkeypatch):
 def test_what_env_says(monkeypatch):
     pretend(monkeypatch, "amx", True, True)
     said = "\n".join(environment.describe())
-    assert "torch's MKL, from 2^26 multiplications on" in said
+    assert "torch's MKL, from 2^26 multiply-accumulates on" in said
     pretend(monkeypatch, "avx512_bf16")
     assert "MKL" not in "\n".join(environment.describe())
 

@@ -31,7 +31,7 @@ void pack_into(const Matrix<int8_t>& weight, void* packed, int64_t inner, int64_
 }
 
 Tensor pack(const Tensor& weight_) {
-  STD_TORCH_CHECK(multiplies_quads(), "int8_pack: this CPU level packs no weights");
+  STD_TORCH_CHECK(multiplies_quads(), "int8_vnni_weight: the ISA in use has no VNNI");
   const Tensor weight = llmos::contiguous(weight_);
   const int64_t outer = weight.size(0), inner = weight.size(1);
   const int64_t columns = task_kernel<Int8Pack>.best()->block;
@@ -308,7 +308,7 @@ STABLE_TORCH_LIBRARY_IMPL(llmos, CPU, m) {
   m.impl("int8_linear", TORCH_BOX(&int8_linear));
   m.impl("int8_linear_rows", TORCH_BOX(&int8_linear_rows));
   m.impl("int8_weight_only", TORCH_BOX(&int8_weight_only));
-  m.impl("int8_pack", TORCH_BOX(&pack));
+  m.impl("int8_vnni_weight", TORCH_BOX(&pack));
 }
 
 }  // namespace llmos

@@ -82,13 +82,20 @@ def define(schema: str, *, reference: Callable, fake: Callable, triton: str | No
     ``reference`` takes the schema's arguments, and answers where no kernel does. ``fake`` returns
     outputs of the right shape and dtype. ``triton``, ``"module:launcher"``, answers on CUDA.
     """
+    overload = define_composite(schema, run=reference, fake=fake)
     name = schema.partition("(")[0]
-    _LIB.define(schema)
-    _LIB.impl(name, torch.no_grad()(reference), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"llmos::{name}", fake, lib=_LIB)
     op = DEFINED[f"llmos::{name}"] = Op(reference, triton)
     if triton:
         _LIB.impl(name, _on_device(op), "CUDA")
+    return overload
+
+
+def define_composite(schema: str, *, run: Callable, fake: Callable) -> torch._ops.OpOverload:
+    """Register ``llmos::<name>``, which runs other ops and has no kernel, and return its overload."""
+    name = schema.partition("(")[0]
+    _LIB.define(schema)
+    _LIB.impl(name, torch.no_grad()(run), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"llmos::{name}", fake, lib=_LIB)
     return getattr(torch.ops.llmos, name).default
 
 

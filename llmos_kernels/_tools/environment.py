@@ -16,7 +16,7 @@ import llmos_kernels
 from llmos_kernels._core.registry import _FORCED, DEFINED, HAS_TRITON
 from llmos_kernels._tools import checksums
 from llmos_kernels._triton.runtime import kernel_pack
-from llmos_kernels.ops._products import torch_from
+from llmos_kernels.ops._product_policy import FORWARD, PROVIDERS, rules
 
 #: The dispatch keys that are reported, one for each kind of device.
 KEYS = ("CPU", "CUDA")
@@ -148,11 +148,11 @@ def describe() -> Iterator[str]:
                 if why and (key == "CPU" or torch.cuda.is_available()):
                     slow.add(f"{key}: {why}")
             yield f"{op:32} {key:6} {file}{f' ({why})' if why else ''}"
-    for dtype, library in ((torch.bfloat16, "oneDNN"), (torch.float32, "MKL")):
-        rows, work = torch_from(dtype)
-        if work < 1 << 62:
-            what = f"{str(dtype)[6:]} linear, {rows} rows or more"
-            yield f"{what:32} {'CPU':6} torch's {library}, from 2^{work.bit_length() - 1} multiplications on"
+    for dtype in (torch.bfloat16, torch.float32):
+        for rule in rules(FORWARD, dtype, torch.device("cpu")):
+            what = f"{str(dtype)[6:]} linear, {rule.rows_from} rows or more"
+            macs = f"from 2^{rule.macs_from.bit_length() - 1} multiply-accumulates on"
+            yield f"{what:32} {'CPU':6} torch's {PROVIDERS[rule.provider]}, {macs}"
     yield ""
     verdict = "every op has a kernel for every device of this machine"
     yield f"verdict: {'the reference answers on ' + '; '.join(sorted(slow)) if slow else verdict}"

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from llmos_kernels.nn.attention import MultiheadAttention, project_in
 from llmos_kernels.nn.hooks import has_hooks
 from llmos_kernels.ops.int8 import MAX_INNER, int8_quantize
-from llmos_kernels.ops.int8_linear import MODES, check_threshold, dense, int8_linear, int8_pack
+from llmos_kernels.ops.int8_linear import (
+    MODES,
+    check_threshold,
+    dense,
+    int8_linear,
+    int8_vnni_weight,
+)
 
 
 class Int8Linear(nn.Linear):
@@ -115,7 +121,7 @@ class Int8Linear(nn.Linear):
             activation,
             self.outlier_threshold,
             mode=self.mode,
-            packed=self._current_vnni_weight(weight),
+            vnni_weight=self._current_vnni_weight(weight),
         )
 
     def part(self, input: Tensor, begin: int, end: int) -> Tensor:
@@ -148,7 +154,7 @@ class Int8Linear(nn.Linear):
         # The source is held, so that no other tensor can get its address.
         state, source = (weight._version, weight.data_ptr(), weight.stride()), self._vnni_source
         if source is None or source[0] is not weight or source[1] != state:
-            self._vnni_weight, self._vnni_source = int8_pack(weight), (weight, state)
+            self._vnni_weight, self._vnni_source = int8_vnni_weight(weight), (weight, state)
         return self._vnni_weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":

@@ -1,9 +1,12 @@
-"""The activations of feed-forward blocks, and what their gradients need.
+"""The activations of linear layers, and the tensors that their gradients need.
 
-Each is torch's: relu, relu2 (So et al. 2021, arXiv:2109.08668), gelu and gelu_tanh (Hendrycks and
-Gimpel 2016, arXiv:1606.08415), silu. Under autograd one tensor is kept of an activation's input z
-and result y: for relu y itself, whose sign is the mask, for the others z. Kernels know an
-activation by its place in ``NAMES``.
+    relu(z) = max(z, 0)                 relu2(z) = max(z, 0)^2
+    gelu(z) = z Phi(z)                  gelu_tanh(z) = z (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) / 2
+    silu(z) = z / (1 + exp(-z))         Phi: the distribution function of the standard normal
+
+So et al. 2021, arXiv:2109.08668 (relu2); Hendrycks and Gimpel 2016, arXiv:1606.08415 (the gelus, silu).
+For the gradient one tensor is saved of the pre-activation z and the result y: y for relu, whose sign
+is the mask, z for the others. Kernels take an activation as its index in ``NAMES``.
 """
 
 import math
@@ -12,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+__all__: list[str] = []
+
 NAMES = ("none", "relu", "relu2", "gelu", "gelu_tanh", "silu")
 NONE, RELU, RELU2, GELU, GELU_TANH, SILU = range(len(NAMES))
 
@@ -19,7 +24,7 @@ _TANH_SCALE, _TANH_CUBE = math.sqrt(2 / math.pi), 0.044715
 
 
 def code_of(activation: str | None) -> int:
-    """The place of ``activation`` in ``NAMES``; None is "none". Raises ValueError for other names."""
+    """Return the index of ``activation`` in ``NAMES``; None is "none". Raise ValueError for others."""
     name = "none" if activation is None else activation
     if name not in NAMES:
         raise ValueError(f"activation must be None or one of {', '.join(NAMES)}, got {name!r}")
@@ -27,12 +32,12 @@ def code_of(activation: str | None) -> int:
 
 
 def keeps_input(activation: int) -> bool:
-    """Whether it is z that a gradient needs."""
+    """Return True if the gradient needs the pre-activation z, False if y or nothing."""
     return activation > RELU
 
 
 def activate(z: Tensor, activation: int) -> Tensor:
-    """The activation of ``z``, by torch ops."""
+    """Return the activation of ``z``, by differentiable torch ops."""
     if activation == RELU:
         return F.relu(z)
     if activation == RELU2:
@@ -44,11 +49,11 @@ def activate(z: Tensor, activation: int) -> Tensor:
     return F.silu(z) if activation == SILU else z
 
 
-def derivative(kept: Tensor, activation: int) -> Tensor:
-    """The derivative of the activation, from what is kept; by torch ops, differentiable again."""
-    z = kept
+def derivative(saved: Tensor, activation: int) -> Tensor:
+    """Return the activation's derivative from its saved tensor, by differentiable torch ops."""
+    z = saved
     if activation == RELU:
-        return (~(z <= 0)).to(z.dtype)  # NaN passes, as in torch.
+        return (~(z <= 0)).to(z.dtype)  # NaN gives 1, as in torch.
     if activation == RELU2:
         return 2 * F.relu(z)
     if activation == GELU:

@@ -1,7 +1,8 @@
-"""What ``scaled_dot_product_attention`` is called with: checked, and in the one form kernels take."""
+"""The arguments of ``scaled_dot_product_attention``, checked and in the form that kernels take."""
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,43 +11,78 @@ from llmos_kernels._core.registry import KERNEL_DTYPES
 from llmos_kernels.ops._autocast import autocast, autocast_dtype
 from llmos_kernels.ops._dropout import check_dropout
 
+__all__: list[str] = []
+
+#: The values of ``causal``: no mask, or a diagonal from the top left or to the bottom right corner.
 NOT_CAUSAL, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
+#: The largest head dim that kernels take.
 MAX_DIM = 256
+
+
+class AttentionTensors(NamedTuple):
+    """The tensor arguments of kernels; varlen (packed) sequences are a batch of 1."""
+
+    query: Tensor  # [batch, heads, q_len, head_dim]
+    key: Tensor  # [batch, kv_heads, k_len, head_dim]
+    value: Tensor  # [batch, kv_heads, k_len, v_dim]
+    attn_mask: Tensor | None  # Four dimensions that broadcast to [batch, heads, q_len, k_len].
+    key_padding_mask: Tensor | None  # [batch, k_len], bool, True where a key is ignored.
+    cu_seqlens_q: Tensor | None  # [sequences + 1], int32.
+    cu_seqlens_k: Tensor | None
+
+
+class AttentionOptions(NamedTuple):
+    """The other arguments of kernels."""
+
+    scale: float  # 0 or more.
+    causal: int  # NOT_CAUSAL, TOP_LEFT or BOTTOM_RIGHT.
+    dropout_p: float
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """``tensors``: query, key, value [batch, heads, length, dim]; attn_mask of four dimensions,
-    key_padding_mask, cu_seqlens_q, cu_seqlens_k, or None. Packed sequences are a batch of 1.
-    """
+    """A checked call: what kernels take, and the form in which the caller gets the results."""
 
-    tensors: tuple
-    options: tuple  # scale (0 or more), causal, dropout_p
-    weights: str | None
-    form: str  # "heads", "no heads" or "packed": the form of what the user gave.
+    tensors: AttentionTensors
+    options: AttentionOptions
+    return_weights: str | None  # None, "mean" or "per_head".
+    form: str  # "heads", "no heads" or "varlen": the form of the caller's query.
 
-    def shaped(self, out: Tensor, weights: Tensor | None = None):
-        """``out`` [batch, q_len, heads, v_dim] in the user's form, with the weights if asked for."""
-        if self.form == "packed":
+    def shaped(self, out: Tensor, weights: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Return ``out`` [batch, q_len, heads, v_dim] in the caller's form, with weights if wanted."""
+        if self.form == "varlen":
             return out.squeeze(0)
         out = out.squeeze(2) if self.form == "no heads" else out.transpose(1, 2)
-        if self.weights is None:
+        if self.return_weights is None:
             return out
-        if self.form == "no heads" and self.weights == "per_head":
-            weights = weights.squeeze(1)  # type: ignore[union-attr]
+        assert weights is not None
+        if self.form == "no heads" and self.return_weights == "per_head":
+            weights = weights.squeeze(1)
         return out, weights
 
     def with_views(self) -> "Arguments":
-        """The same with query, key and value three tensor objects, whatever they were."""
-        q, k, v, *rest = self.tensors
-        return replace(self, tensors=(q, k.view_as(k), v.view_as(v), *rest))
+        """Return the same call with query, key and value three different tensor objects."""
+        key, value = self.tensors.key, self.tensors.value
+        tensors = self.tensors._replace(key=key.view_as(key), value=value.view_as(value))
+        return replace(self, tensors=tensors)
 
 
 def check_attention(
-    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_padding_mask,
-    cu_seqlens_q, cu_seqlens_k, bottom_right, return_weights,
-) -> Arguments:  # fmt: skip
-    """The arguments as kernels take them; raises where they disagree."""
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    key_padding_mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    bottom_right: bool,
+    return_weights: str | None,
+) -> Arguments:
+    """Return the arguments as kernels take them, or raise ValueError or TypeError."""
     check_dropout(dropout_p)
     _check_dtypes(query, key, value, attn_mask)
     query, key, value, attn_mask = autocast(query, key, value, attn_mask)
@@ -57,8 +93,8 @@ def check_attention(
         )
     form = "heads" if query.ndim == 4 else "no heads"
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
-        form = "packed"
-        _check_packed(
+        form = "varlen"
+        _check_varlen(
             query, cu_seqlens_q, cu_seqlens_k, attn_mask, key_padding_mask, return_weights
         )
         query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
@@ -78,18 +114,21 @@ def check_attention(
             f"return_weights must be None, 'mean' or 'per_head', got {return_weights!r}"
         )
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    if scale < 0:  # Kernels take the maximum before they scale.
+    if scale < 0:  # Kernels scale after they took the maximum of a row.
         query, scale = -query, -scale
     causal = (BOTTOM_RIGHT if bottom_right else TOP_LEFT) if is_causal else NOT_CAUSAL
     return Arguments(
-        (query, key, value, attn_mask, key_padding_mask, cu_seqlens_q, cu_seqlens_k),
-        (scale, causal, dropout_p),
+        AttentionTensors(
+            query, key, value, attn_mask, key_padding_mask, cu_seqlens_q, cu_seqlens_k
+        ),
+        AttentionOptions(scale, causal, dropout_p),
         return_weights,
         form,
     )
 
 
-def _check_dtypes(query, key, value, attn_mask) -> None:
+def _check_dtypes(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
+    """Raise where dtypes or devices disagree."""
     if query.dtype not in KERNEL_DTYPES and query.dtype != torch.float64:
         raise TypeError(
             f"expected float32, bfloat16, float16 or float64 tensors, got {query.dtype}"
@@ -108,7 +147,8 @@ def _check_dtypes(query, key, value, attn_mask) -> None:
         raise ValueError(f"attn_mask is on {attn_mask.device}, query on {query.device}")
 
 
-def _check_shapes(query, key, value, enable_gqa) -> None:
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    """Raise where tensors [batch, heads, length, head_dim] disagree."""
     batch, heads, _, dim = query.shape
     shown = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     if key.shape[0] != batch or key.shape[3] != dim or value.shape[:3] != key.shape[:3]:
@@ -123,7 +163,8 @@ def _check_shapes(query, key, value, enable_gqa) -> None:
         raise ValueError(f"{heads} query heads cannot share {kv_heads} key heads")
 
 
-def _check_mask(attn_mask, query, key) -> Tensor:
+def _check_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Return the mask with four dimensions, or raise where it does not broadcast."""
     full = (*query.shape[:3], key.shape[2])
     while attn_mask.ndim < 4:
         attn_mask = attn_mask.unsqueeze(0)
@@ -133,7 +174,8 @@ def _check_mask(attn_mask, query, key) -> Tensor:
     return attn_mask
 
 
-def _check_padding(key_padding_mask, query, key) -> None:
+def _check_padding(key_padding_mask: Tensor, query: Tensor, key: Tensor) -> None:
+    """Raise unless the mask is bool [batch, k_len], beside the query."""
     shape = (query.shape[0], key.shape[2])
     if key_padding_mask.dtype != torch.bool:
         raise TypeError(f"key_padding_mask must be bool, got {key_padding_mask.dtype}")
@@ -148,7 +190,15 @@ def _check_padding(key_padding_mask, query, key) -> None:
         )
 
 
-def _check_packed(query, cu_q, cu_k, attn_mask, key_padding_mask, return_weights) -> None:
+def _check_varlen(
+    query: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    return_weights: str | None,
+) -> None:
+    """Raise where the arguments of packed sequences disagree."""
     if cu_q is None or cu_k is None:
         raise ValueError("packed sequences take both cu_seqlens_q and cu_seqlens_k")
     if query.ndim != 3:

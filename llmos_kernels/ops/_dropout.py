@@ -1,38 +1,41 @@
-"""The one dropout mask: Philox4x32-10, the same bits from the reference, Triton and C++.
+"""The dropout mask of all ops: Philox4x32-10, the same bits in the reference, Triton, CUDA and C++.
 
     word(row, col) = philox(counter=(col // 4, row, row >> 32, offset), key=seed)[col % 4]
     dropped        = word < floor(p * 2^32)
     dropout(x)     = 0 where dropped, else x / (1 - p)
 
-A mask belongs to a ``seed`` tensor [2] (int64: seed, offset) on the device of ``x``, drawn from
-torch's default generator. Nothing else is stored: the backward makes the mask again, and a
-replayed CUDA graph draws a new seed. Salmon et al., SC 2011.
+``x`` is [rows, cols]. A mask is determined by a ``seed`` tensor [2] (int64: seed, offset) on the device
+of ``x``, drawn from torch's default generator, and saved as nothing else: the backward computes it
+again, and a replayed CUDA graph draws a new seed. Salmon et al., SC 2011.
 """
 
 import torch
 from torch import Tensor
 
-_LOW = 0xFFFFFFFF
+__all__: list[str] = []
+
+_LOW = 0xFFFFFFFF  # The lower 32 bits of an int64.
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A seed and an offset [2], from the default generator of ``device``."""
+    """Return a seed and an offset [2], int64, from the default generator of ``device``."""
     return torch.randint(torch.iinfo(torch.int64).max, (2,), device=device)
 
 
 def check_dropout(p: float) -> None:
+    """Raise ValueError unless ``p`` is in [0, 1)."""
     if not 0 <= p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {p}")
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Four words of 32 bits for each counter, in int64 tensors; broadcasts."""
+    """Return four words of 32 bits for each counter, as int64 tensors; arguments broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # The products wrap in int64; masking after the shift leaves the unsigned high half.
+        # The products wrap in int64; the mask after the shift leaves the unsigned upper half.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             (p1 >> 32 & _LOW) ^ c1 ^ k0,
@@ -45,7 +48,7 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Ten
 
 
 def keep_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
-    """The elements [rows, cols] that dropout with ``seed`` keeps, bool."""
+    """Return which elements [rows, cols] dropout with ``seed`` keeps, bool."""
     row = torch.arange(rows, device=seed.device)[:, None]
     group = torch.arange((cols + 3) // 4, device=seed.device)[None]
     counter = (group, row & _LOW, row >> 32 & _LOW, seed[1] & _LOW)
@@ -55,7 +58,7 @@ def keep_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
 
 
 def dropout_reference(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """Dropout of the rows ``x [rows, cols]``, rounded to the dtype of ``x``."""
+    """Return dropout of ``x`` [rows, cols], rounded once to the dtype of ``x``."""
     acc = torch.promote_types(x.dtype, torch.float32)
     factor = keep_mask(seed, x.shape[0], x.shape[1], p).to(acc) * (1 / (1 - p))
     return (x.to(acc) * factor).to(x.dtype)

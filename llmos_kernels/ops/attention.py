@@ -1,4 +1,4 @@
-"""Scaled dot-product attention that keeps masks, bias gradients, dropout and weights fused.
+"""Scaled dot-product attention with masks, bias gradients, dropout and weights in fused kernels.
 
     logits  = query key^T * scale + attn_mask,   -inf where a key is not visible to a query
     weights = exp(logits - m) / l,   m = max(logits),   l = sum(exp(logits - m))
@@ -9,46 +9,56 @@ A key is visible to a query unless a bool ``attn_mask`` is False there, ``key_pa
 has weights, output and gradients 0. ``m`` and ``l`` are float32 whatever the dtype.
 Vaswani et al. 2017, arXiv:1706.03762; tiled as in Dao 2023, arXiv:2307.08691.
 
-Backward, with p = weights, f = the dropout factors (0 or 1 / (1 - dropout_p)):
+The gradients, with p = weights, f = the dropout factors (0 or 1 / (1 - dropout_p)):
 
     dvalue = (f p)^T dout,   dp = f (dout value^T),   ds = p (dp - sum(p * dp))
     dquery = ds key * scale,   dkey = ds^T query * scale,   dattn_mask = ds summed to its shape
 
-Kernels take p from the saved statistics, and where a row has many keys sum(dout * out) for
-sum(p * dp).
+Kernels recompute p from the saved statistics ``stats``, m and 1 / l. For rows with many keys they take
+sum(dout * out), which is equal, for sum(p * dp).
 
 The mask of dropout is that of ``ops/_dropout.py``: row (b * heads + h) * q_len + i, column j, where j
 counts from the start of its own sequence.
 """
 
-from collections.abc import Sequence
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmos_kernels._core.registry import define, needs_grad, use_reference
-from llmos_kernels.ops._attention_arguments import NOT_CAUSAL, TOP_LEFT, check_attention
+from llmos_kernels.ops._attention_arguments import (
+    NOT_CAUSAL,
+    TOP_LEFT,
+    AttentionOptions,
+    AttentionTensors,
+    check_attention,
+)
 from llmos_kernels.ops._dropout import draw_seed, keep_mask
 
+__all__ = ["scaled_dot_product_attention", "scaled_dot_product_attention_reference"]
 
-def attend(tensors: Sequence, options: tuple, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """out [batch, q_len, heads, v_dim], stats (m, 1 / l) and the dropped weights, per head.
 
-    ``tensors`` and ``options`` are those of ``Arguments``.
+def attend(
+    tensors: AttentionTensors, options: AttentionOptions, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return out [batch, q_len, heads, v_dim], stats [2, batch, heads, q_len] and the weights.
+
+    The weights [batch, heads, q_len, k_len] are those after dropout.
     """
-    query, key, value, attn_mask, key_padding_mask, cu_q, cu_k = tensors
-    scale, causal, dropout_p = options
-    query, key, value = _widened(query, key, value, key_padding_mask)
-    logits = _logits(query, key, attn_mask, key_padding_mask, cu_q, cu_k, scale, causal)
-    weights, stats = _softmax(logits)
+    query, key, value = _widened(
+        tensors.query, tensors.key, tensors.value, tensors.key_padding_mask
+    )
+    weights, stats = _softmax(_logits(query, key, tensors, options))
     if seed is not None:
-        weights = weights * dropout_factors(weights, seed, dropout_p, cu_k)
+        factors = dropout_factors(weights, seed, options.dropout_p, tensors.cu_seqlens_k)
+        weights = weights * factors
     return (weights @ value).transpose(1, 2), stats, weights
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights, 0 in rows where every logit is -inf, and stats."""
+    """Return the weights, 0 in rows where every logit is -inf, and stats (m, 1 / l)."""
     m = logits.detach().amax(-1) if logits.shape[-1] else logits.detach().sum(-1)
     m = m.masked_fill(m == float("-inf"), 0)
     p = torch.exp(logits - m[..., None])
@@ -58,9 +68,11 @@ def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     return p * inverse[..., None], torch.stack((m, inverse.detach()))
 
 
-def _widened(query, key, value, key_padding_mask):
-    """All three in the accumulation dtype with a key and value for each query head."""
-    if key_padding_mask is not None:  # What is ignored may be anything, NaN included.
+def _widened(
+    query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return all three in the accumulation dtype, with a key and value head for each query head."""
+    if key_padding_mask is not None:  # Ignored keys and values may hold anything, also NaN.
         ignored = key_padding_mask[:, None, :, None]
         key, value = key.masked_fill(ignored, 0), value.masked_fill(ignored, 0)
     group = query.shape[1] // key.shape[1]
@@ -70,35 +82,40 @@ def _widened(query, key, value, key_padding_mask):
     return query.to(acc), key.to(acc), value.to(acc)
 
 
-def _logits(query, key, attn_mask, key_padding_mask, cu_q, cu_k, scale, causal):
-    logits = query @ key.mT * scale
+def _logits(
+    query: Tensor, key: Tensor, tensors: AttentionTensors, options: AttentionOptions
+) -> Tensor:
+    """Return the masked logits of ``query`` and ``key``, which are ``_widened``."""
+    attn_mask, key_padding_mask, cu_q, cu_k = tensors[3:]
+    logits = query @ key.mT * options.scale
     if attn_mask is not None:
-        logits = logits.masked_fill(~attn_mask, float("-inf")) if (
-            attn_mask.dtype == torch.bool
-        ) else logits + attn_mask.to(logits.dtype)  # fmt: skip
+        if attn_mask.dtype == torch.bool:
+            logits = logits.masked_fill(~attn_mask, float("-inf"))
+        else:
+            logits = logits + attn_mask.to(logits.dtype)
     if key_padding_mask is not None:
         logits = logits.masked_fill(key_padding_mask[:, None, None], float("-inf"))
     rows = torch.arange(query.shape[2], device=query.device)[:, None]
     cols = torch.arange(key.shape[2], device=query.device)[None]
     offset: int | Tensor = key.shape[2] - query.shape[2]
-    if cu_q is not None:
+    if cu_q is not None and cu_k is not None:
         of_row, of_col = _sequence(cu_q, rows), _sequence(cu_k, cols)
         logits = logits.masked_fill(of_row != of_col, float("-inf"))
         offset = (cu_k.diff() - cu_q.diff())[of_row]
         rows, cols = rows - cu_q[of_row], cols - cu_k[of_col]
-    if causal != NOT_CAUSAL:
-        last = rows if causal == TOP_LEFT else rows + offset
+    if options.causal != NOT_CAUSAL:
+        last = rows if options.causal == TOP_LEFT else rows + offset
         logits = logits.masked_fill(cols > last, float("-inf"))
     return logits
 
 
 def _sequence(cu_seqlens: Tensor, at: Tensor) -> Tensor:
-    """The packed sequence that each position belongs to."""
+    """Return the index of the packed sequence that each position belongs to."""
     return torch.searchsorted(cu_seqlens[1:-1].contiguous(), at.int().contiguous(), right=True)
 
 
 def dropout_factors(weights: Tensor, seed: Tensor, p: float, cu_k: Tensor | None) -> Tensor:
-    """0 or 1 / (1 - p) for each of the ``weights`` [batch, heads, q_len, k_len]."""
+    """Return 0 or 1 / (1 - p) for each of the ``weights`` [batch, heads, q_len, k_len]."""
     cols = weights.shape[-1]
     keep = keep_mask(seed, weights.shape[:-1].numel(), cols, p).view(weights.shape)
     if cu_k is not None:
@@ -107,35 +124,68 @@ def dropout_factors(weights: Tensor, seed: Tensor, p: float, cu_k: Tensor | None
     return keep.to(weights.dtype) * (1 / (1 - p))
 
 
-def _forward_reference(q, k, v, attn_mask, padding, cu_q, cu_k, scale, causal, dropout_p, seed):
-    tensors, options = (q, k, v, attn_mask, padding, cu_q, cu_k), (scale, causal, dropout_p)
-    out, stats, _ = attend(tensors, options, seed)
-    return out.to(q.dtype).contiguous(), stats
+def _forward_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    scale: float,
+    causal: int,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    tensors = AttentionTensors(query, key, value, attn_mask, key_padding_mask, cu_q, cu_k)
+    out, stats, _ = attend(tensors, AttentionOptions(scale, causal, dropout_p), seed)
+    return out.to(query.dtype).contiguous(), stats
 
 
-def _weights_reference(q, k, attn_mask, padding, stats, scale, causal, dropout_p, seed, mean):
-    query, key, _ = _widened(q, k, k, padding)
-    logits = _logits(query, key, attn_mask, padding, None, None, scale, causal)
+def _weights_reference(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    stats: Tensor,
+    scale: float,
+    causal: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    mean: bool,
+) -> Tensor:
+    tensors = AttentionTensors(query, key, key, attn_mask, key_padding_mask, None, None)
+    wide_query, wide_key, _ = _widened(query, key, key, key_padding_mask)
+    logits = _logits(wide_query, wide_key, tensors, AttentionOptions(scale, causal, dropout_p))
     weights = torch.exp(logits - stats[0, ..., None]) * stats[1, ..., None]
     if seed is not None:
         weights = weights * dropout_factors(weights, seed, dropout_p, None)
-    return (weights.mean(1) if mean else weights).to(q.dtype)
+    return (weights.mean(1) if mean else weights).to(query.dtype)
 
 
-def _gradients(dout, dweights, tensors, options, seed, stats=None) -> list[Tensor]:
-    """Of query, key, value and attn_mask, in the dtype of each; through differentiable torch ops.
+def _gradients(
+    dout: Tensor | None,
+    dweights: Tensor | None,
+    tensors: AttentionTensors,
+    options: AttentionOptions,
+    seed: Tensor | None,
+    stats: Tensor | None = None,
+) -> list[Tensor]:
+    """Return the gradients of query, key, value and a float attn_mask, by differentiable torch ops.
 
-    ``dout`` [batch, heads, q_len, v_dim] and ``dweights``, per head, may be None, not both. ``p``
-    comes from the ``stats`` of a forward where they are given.
+    ``dout`` is [batch, heads, q_len, v_dim], ``dweights`` [batch, heads, q_len, k_len]; one of them
+    may be None. The weights are recomputed from ``stats`` where it is given.
     """
-    q, k, v, attn_mask, padding, cu_q, cu_k = tensors
-    scale, causal, dropout_p = options
-    query, key, value = _widened(q, k, v, padding)
-    logits = _logits(query, key, attn_mask, padding, cu_q, cu_k, scale, causal)
-    p = _softmax(logits)[0] if stats is None else (
-        torch.exp(logits - stats[0, ..., None]) * stats[1, ..., None]
-    )  # fmt: skip
-    factors = 1 if seed is None else dropout_factors(p, seed, dropout_p, cu_k)
+    q, k, v, attn_mask, key_padding_mask, _, cu_k = tensors
+    query, key, value = _widened(q, k, v, key_padding_mask)
+    logits = _logits(query, key, tensors, options)
+    if stats is None:
+        p = _softmax(logits)[0]
+    else:
+        p = torch.exp(logits - stats[0, ..., None]) * stats[1, ..., None]
+    factors: Tensor | int = 1
+    if seed is not None:
+        factors = dropout_factors(p, seed, options.dropout_p, cu_k)
     dp = torch.zeros_like(p) if dweights is None else dweights.to(p.dtype)
     dvalue = torch.zeros_like(value)
     if dout is not None:
@@ -143,12 +193,13 @@ def _gradients(dout, dweights, tensors, options, seed, stats=None) -> list[Tenso
         dp = dp + dout @ value.mT
         dvalue = (p * factors).mT @ dout
     dp = dp * factors
-    # The sum of p is 1, or what rounded stats make of it; 0 where nothing is seen.
+    # A row of p sums to 1 but for the rounding of stats, or to 0 where no key is visible.
     ds = p * (dp - (p * dp).sum(-1, keepdim=True) / p.sum(-1, keepdim=True).clamp_min(0.5))
 
-    def of_heads(gradient, t):
+    def of_heads(gradient: Tensor, t: Tensor) -> Tensor:
         return gradient.unflatten(1, (t.shape[1], -1)).sum(2).to(t.dtype)
 
+    scale = options.scale
     gradients = [of_heads(ds @ key * scale, q), of_heads(ds.mT @ query * scale, k)]
     gradients.append(of_heads(dvalue, v))
     if attn_mask is not None and attn_mask.is_floating_point():
@@ -157,34 +208,89 @@ def _gradients(dout, dweights, tensors, options, seed, stats=None) -> list[Tenso
 
 
 def _backward_reference(
-    dout, q, k, v, attn_mask, padding, cu_q, cu_k, out, stats, scale, causal, dropout_p, seed,
-    mask_grad,
-):  # fmt: skip
-    tensors, options = (q, k, v, attn_mask, padding, cu_q, cu_k), (scale, causal, dropout_p)
-    dq, dk, dv, *dmask = _gradients(dout, None, tensors, options, seed, stats)
-    heads = (d.transpose(1, 2).contiguous() for d in (dq, dk, dv))
-    return *heads, dmask[0].contiguous() if mask_grad else q.new_empty(0)
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    out: Tensor,
+    stats: Tensor,
+    scale: float,
+    causal: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    mask_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tensors = AttentionTensors(query, key, value, attn_mask, key_padding_mask, cu_q, cu_k)
+    options = AttentionOptions(scale, causal, dropout_p)
+    gradients = _gradients(dout, None, tensors, options, seed, stats)
+    dquery, dkey, dvalue = (d.transpose(1, 2).contiguous() for d in gradients[:3])
+    dmask = gradients[3].contiguous() if mask_grad else query.new_empty(0)
+    return dquery, dkey, dvalue, dmask
 
 
-def _forward_fake(q, k, v, attn_mask, padding, cu_q, cu_k, scale, causal, dropout_p, seed):
-    batch, heads, q_len, _ = q.shape
-    acc = torch.promote_types(q.dtype, torch.float32)
-    out = q.new_empty((batch, q_len, heads, v.shape[-1]))
-    return out, q.new_empty((2, batch, heads, q_len), dtype=acc)
+def _forward_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    scale: float,
+    causal: int,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, q_len, _ = query.shape
+    acc = torch.promote_types(query.dtype, torch.float32)
+    out = query.new_empty((batch, q_len, heads, value.shape[-1]))
+    return out, query.new_empty((2, batch, heads, q_len), dtype=acc)
 
 
-def _weights_fake(q, k, attn_mask, padding, stats, scale, causal, dropout_p, seed, mean):
-    batch, heads, q_len, _ = q.shape
-    return q.new_empty((batch, *(() if mean else (heads,)), q_len, k.shape[2]))
+def _weights_fake(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    stats: Tensor,
+    scale: float,
+    causal: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    mean: bool,
+) -> Tensor:
+    batch, heads, q_len, _ = query.shape
+    return query.new_empty((batch, *(() if mean else (heads,)), q_len, key.shape[2]))
 
 
 def _backward_fake(
-    dout, q, k, v, attn_mask, padding, cu_q, cu_k, out, stats, scale, causal, dropout_p, seed,
-    mask_grad,
-):  # fmt: skip
-    mask = (attn_mask.shape, attn_mask.dtype) if mask_grad else ((0,), q.dtype)
-    shapes = [(t.shape[0], t.shape[2], t.shape[1], t.shape[3]) for t in (q, k, v)]
-    return *(q.new_empty(s) for s in shapes), q.new_empty(mask[0], dtype=mask[1])
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    out: Tensor,
+    stats: Tensor,
+    scale: float,
+    causal: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    mask_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dquery, dkey, dvalue = (
+        query.new_empty((t.shape[0], t.shape[2], t.shape[1], t.shape[3]))
+        for t in (query, key, value)
+    )
+    if not mask_grad or attn_mask is None:
+        return dquery, dkey, dvalue, query.new_empty(0)
+    return dquery, dkey, dvalue, query.new_empty(attn_mask.shape, dtype=attn_mask.dtype)
 
 
 _TENSORS = (
@@ -218,53 +324,79 @@ _backward = define(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, query, key, value, attn_mask, padding, cu_q, cu_k, scale, causal, dropout_p, seed, kind
-    ):
-        tensors, options = (
-            (query, key, value, attn_mask, padding, cu_q, cu_k),
-            (scale, causal, dropout_p),
-        )
-        out, stats, weights = _fused(tensors, options, seed, kind)
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        cu_q: Tensor | None,
+        cu_k: Tensor | None,
+        scale: float,
+        causal: int,
+        dropout_p: float,
+        seed: Tensor | None,
+        return_weights: str | None,
+    ) -> tuple[Tensor | None, ...]:
+        tensors = AttentionTensors(query, key, value, attn_mask, key_padding_mask, cu_q, cu_k)
+        options = AttentionOptions(scale, causal, dropout_p)
+        out, stats, weights = _fused(tensors, options, seed, return_weights)
         ctx.save_for_backward(*tensors, out, stats, seed)
         ctx.set_materialize_grads(False)
-        ctx.options, ctx.kind = options, kind
-        return (out,) if kind is None else (out, weights)
+        ctx.options, ctx.return_weights = options, return_weights
+        return (out,) if return_weights is None else (out, weights)
 
     @staticmethod
-    def backward(ctx, dout, dweights=None):
-        *tensors, out, stats, seed = ctx.saved_tensors
+    def backward(
+        ctx: Any, dout: Tensor | None, dweights: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        *saved, out, stats, seed = ctx.saved_tensors
+        tensors = AttentionTensors(*saved)
         wanted = ctx.needs_input_grad[:4]
-        none = (None,) * 8
+        none_of_the_rest = (None,) * 8
         if dout is None and dweights is None:
-            return (None,) * 4 + none
-        if dweights is not None or torch.is_grad_enabled():
-            # The weights' own gradient, and one to be differentiated again, are plain torch ops.
-            if ctx.kind == "mean" and dweights is not None:
-                heads = tensors[0].shape[1]
+            return (None,) * 4 + none_of_the_rest
+        if dout is None or dweights is not None or torch.is_grad_enabled():
+            # There is no kernel for the gradient of the weights, nor for second derivatives.
+            if ctx.return_weights == "mean" and dweights is not None:
+                heads = tensors.query.shape[1]
                 dweights = (dweights / heads).unsqueeze(1).expand(-1, heads, -1, -1)
             dout = None if dout is None else dout.transpose(1, 2)
             gradients = _gradients(dout, dweights, tensors, ctx.options, seed)
-            return *[g if w else None for g, w in zip_longest(gradients, wanted)], *none
+            of_inputs = [g if w else None for g, w in zip_longest(gradients, wanted)]
+            return *of_inputs, *none_of_the_rest
         dquery, dkey, dvalue, dmask = _backward(
             dout.transpose(1, 2), *tensors, out, stats, *ctx.options, seed, wanted[3]
         )
-        grads = [d.transpose(1, 2) for d in (dquery, dkey, dvalue)]
-        return *grads, dmask if wanted[3] else None, *none
+        of_heads = [d.transpose(1, 2) for d in (dquery, dkey, dvalue)]
+        return *of_heads, dmask if wanted[3] else None, *none_of_the_rest
 
 
-def _fused(tensors, options, seed, kind) -> tuple[Tensor, Tensor, Tensor | None]:
+def _fused(
+    tensors: AttentionTensors,
+    options: AttentionOptions,
+    seed: Tensor | None,
+    return_weights: str | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return out, stats and, where they are wanted, the weights, by the ops."""
     out, stats = _forward(*tensors, *options, seed)
-    if kind is None:
+    if return_weights is None:
         return out, stats, None
     query, key, _, attn_mask, padding, *_ = tensors
-    mean = kind == "mean"
+    mean = return_weights == "mean"
     return out, stats, _weights(query, key, attn_mask, padding, stats, *options, seed, mean)
 
 
-def _by_reference(tensors, options, seed, kind) -> tuple[Tensor, Tensor]:
+def _by_reference(
+    tensors: AttentionTensors,
+    options: AttentionOptions,
+    seed: Tensor | None,
+    return_weights: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Return out and the weights by the reference, in the dtype of the query."""
     out, _, weights = attend(tensors, options, seed)
-    weights = weights.mean(1) if kind == "mean" else weights
-    dtype = tensors[0].dtype
+    weights = weights.mean(1) if return_weights == "mean" else weights
+    dtype = tensors.query.dtype
     return out.to(dtype), weights.to(dtype)
 
 
@@ -285,44 +417,69 @@ def scaled_dot_product_attention(
     return_weights: str | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``torch.nn.functional.scaled_dot_product_attention``, with every mask on the fused path.
+    """Return attention as ``torch.nn.functional.scaled_dot_product_attention``; all masks are fused.
 
-    ``query`` [batch, heads, q_len, head_dim], ``key`` [batch, heads, k_len, head_dim], ``value``
-    [batch, heads, k_len, v_dim], any strides, of one dtype: float32, bfloat16 or float16 (float64: the
-    reference answers); or all of three dimensions, without heads. Dims from 1 to 256.
+    Unlike torch's, all masks may be combined, and a query that sees no key gets 0.
 
-    ``attn_mask`` broadcasts to [batch, heads, q_len, k_len]: bool, True where attended, or a float
-    that is added, and gets a gradient. ``is_causal`` lets query i see keys up to i, with
-    ``bottom_right`` up to i + k_len - q_len. ``enable_gqa`` lets groups of query heads share a key
-    head. Dropout acts whenever ``dropout_p`` is not 0, as in torch. ``key_padding_mask``
-    [batch, k_len] is True where a key is IGNORED; unlike torch, all masks combine.
+    Args:
+        query: [batch, heads, q_len, head_dim]; or [batch, q_len, head_dim], without heads, as then
+            key and value; or [total_q, heads, head_dim] with ``cu_seqlens_q``. float32, bfloat16 or
+            float16 (float64: the reference computes it), any strides, head_dim from 1 to 256.
+        key: [batch, heads, k_len, head_dim], of the dtype of ``query``.
+        value: [batch, heads, k_len, v_dim], of the dtype of ``query``, v_dim from 1 to 256.
+        attn_mask: Broadcasts to [batch, heads, q_len, k_len]. bool, True where a key is seen; or
+            floating point, which is added to the logits and gets a gradient.
+        dropout_p: The probability, in [0, 1), that a weight is set to 0. Applied whenever it is not
+            0, as in torch.
+        is_causal: Whether query i sees keys up to i alone.
+        scale: The factor of the logits; None is 1 / sqrt(head_dim).
+        enable_gqa: Whether groups of query heads may share a key and value head.
+        key_padding_mask: [batch, k_len], bool, True where a key is IGNORED.
+        cu_seqlens_q: [sequences + 1], int32, from 0 to total_q: where packed sequences begin.
+        cu_seqlens_k: The same for ``key`` and ``value`` [total_k, heads, head_dim].
+        bottom_right: Whether ``is_causal`` lets query i see keys up to i + k_len - q_len.
+        return_weights: None, "per_head" or "mean".
+        backend: "reference" for the plain torch definition, else None.
 
-    ``cu_seqlens_q`` and ``cu_seqlens_k`` ([sequences + 1], int32, from 0 to the total) mark packed
-    sequences: then ``query`` is [total_q, heads, head_dim], ``key`` and ``value`` likewise.
+    Returns:
+        The attention, like ``query`` but with v_dim for head_dim. With ``return_weights`` also the
+        weights after dropout, as in ``nn.MultiheadAttention``: [batch, heads, q_len, k_len] for
+        "per_head", their mean over heads [batch, q_len, k_len] for "mean". Under autocast the
+        arguments are cast to its dtype first, as torch does.
 
-    Returns the attention like ``query`` with v_dim; with ``return_weights`` also the weights
-    [batch, heads, q_len, k_len] ("per_head") or their mean over heads [batch, q_len, k_len]
-    ("mean"), after dropout as in ``nn.MultiheadAttention``. Under autocast the inputs are cast, as
-    torch does. Raises ValueError for shapes, devices or options that disagree, TypeError for dtypes.
+    Raises:
+        ValueError: Shapes, devices or options disagree, or a name is unknown.
+        TypeError: A dtype is not as above.
+
+    Example:
+        >>> query, key, value = (torch.randn(2, 8, 128, 64) for _ in range(3))
+        >>> padding = torch.arange(128) >= torch.tensor([[128], [90]])
+        >>> out = scaled_dot_product_attention(query, key, value, key_padding_mask=padding)
+        >>> out.shape
+        torch.Size([2, 8, 128, 64])
+
+    Vaswani et al. 2017, arXiv:1706.03762.
     """
-    a = check_attention(
+    call = check_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_padding_mask,
         cu_seqlens_q, cu_seqlens_k, bottom_right, return_weights,
     )  # fmt: skip
     seed = draw_seed(query.device) if dropout_p else None
-    if use_reference(backend, a.tensors[0].dtype):
-        return a.shaped(*_by_reference(a.tensors, a.options, seed, a.weights))
-    if needs_grad(*a.tensors[:4]):
-        if torch.compiler.is_compiling():  # It refuses the same tensor twice.
-            a = a.with_views()
-        return a.shaped(*_Attention.apply(*a.tensors, *a.options, seed, a.weights))
-    out, _, weights = _fused(a.tensors, a.options, seed, a.weights)
-    return a.shaped(out, weights)
+    if use_reference(backend, call.tensors.query.dtype):
+        return call.shaped(*_by_reference(call.tensors, call.options, seed, return_weights))
+    if needs_grad(*call.tensors[:4]):
+        if torch.compiler.is_compiling():  # torch.compile refuses the same tensor twice.
+            call = call.with_views()
+        return call.shaped(*_Attention.apply(*call.tensors, *call.options, seed, return_weights))
+    out, _, weights = _fused(call.tensors, call.options, seed, return_weights)
+    return call.shaped(out, weights)
 
 
-def scaled_dot_product_attention_reference(*args, **options) -> Tensor | tuple[Tensor, Tensor]:
-    """The definition of ``scaled_dot_product_attention``: plain, differentiable, any device and dtype.
+def scaled_dot_product_attention_reference(
+    *args: Any, **options: Any
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return ``scaled_dot_product_attention`` by its definition, for any device and dtype.
 
-    Takes what that takes, but ``backend``.
+    Takes the same arguments but ``backend``; plain, differentiable torch ops.
     """
     return scaled_dot_product_attention(*args, **options, backend="reference")

@@ -4,14 +4,15 @@
     y = dropout((h - mean(h)) * rstd * weight + bias),   rstd = rsqrt(var(h) + eps)
 
 ``h`` is rounded to the dtype of the tables after each addition, ``y`` before its dropout, as in
-torch. The backward looks the rows up again: of all that has the size of ``y``, nothing is kept.
+torch. Nothing of the size of ``y`` is saved for the gradient: the backward looks the rows up again.
 Devlin et al. 2019, arXiv:1810.04805.
 
-Backward: dh is that of ``ops/layer_norm.py`` for dropout(dy); a table's gradient sums the rows of
+The gradient dh is that of ``ops/layer_norm.py`` for dropout(dy); a table's gradient sums the rows of
 dh that share an index.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,42 +29,68 @@ from llmos_kernels.ops.layer_norm import (
     rows_of,
 )
 
-_MOST = 3
+__all__ = ["embedding_layer_norm", "embedding_layer_norm_reference"]
+
+MAX_TABLES = 3
 
 
 def embedding_sum(
     indices: Sequence[Tensor | None],
     tables: Sequence[Tensor | None],
-    padding_idx: Sequence[int | None] = (None,) * _MOST,
+    padding_idx: Sequence[int | None] = (None,) * MAX_TABLES,
 ) -> Tensor:
-    """The sum of the rows, added in order; an index or table may be None after the first."""
+    """Return the sum of the looked-up rows, added in order; all but the first pair may be None."""
     pairs = zip(indices, tables, padding_idx, strict=True)
     rows = [F.embedding(i, t, p) for i, t, p in pairs if i is not None and t is not None]
     return sum(rows[1:], start=rows[0])
 
 
-def _normalize_and_drop(h, weight, bias, eps, p):
+def _normalize_and_drop(
+    h: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, p: float
+) -> Tensor:
+    """Return dropout(layer_norm(h)) by the reference, with a newly drawn seed."""
     seed = draw_seed(h.device) if p else None
     return _drop(normalize(h, weight, bias, h.shape[-1], eps, center=True)[0], p, seed)
 
 
 def _drop(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """Return dropout of ``x`` [..., d], or ``x`` itself without a seed."""
     if not p or seed is None:
         return x
     return dropout_reference(rows_of(x, x.shape[-1]), seed, p).reshape(x.shape)
 
 
 def _forward_reference(
-    index0, index1, index2, table0, table1, table2, weight, bias, eps, dropout_p, seed
-):
+    index0: Tensor,
+    index1: Tensor | None,
+    index2: Tensor | None,
+    table0: Tensor,
+    table1: Tensor | None,
+    table2: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     h = embedding_sum((index0, index1, index2), (table0, table1, table2))
     y, stats = normalize(h, weight, bias, h.shape[-1], eps, center=True)
     return _drop(y, dropout_p, seed).contiguous(), stats
 
 
 def _forward_fake(
-    index0, index1, index2, table0, table1, table2, weight, bias, eps, dropout_p, seed
-):
+    index0: Tensor,
+    index1: Tensor | None,
+    index2: Tensor | None,
+    table0: Tensor,
+    table1: Tensor | None,
+    table2: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     d = table0.shape[1]
     rows = index0.numel() if d else 0
     dtype = torch.promote_types(table0.dtype, torch.float32)
@@ -71,9 +98,20 @@ def _forward_fake(
 
 
 def _backward_reference(
-    dy, index0, index1, index2, table0, table1, table2, weight, stats, dropout_p, seed,
-    weight_grad, bias_grad,
-):  # fmt: skip
+    dy: Tensor,
+    index0: Tensor,
+    index1: Tensor | None,
+    index2: Tensor | None,
+    table0: Tensor,
+    table1: Tensor | None,
+    table2: Tensor | None,
+    weight: Tensor | None,
+    stats: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     h = embedding_sum((index0, index1, index2), (table0, table1, table2))
     dh, _, dweight, dbias = norm_backward_reference(
         _drop(dy, dropout_p, seed), None, h, weight, stats, h.shape[-1], True, 0.0, None,
@@ -83,9 +121,20 @@ def _backward_reference(
 
 
 def _backward_fake(
-    dy, index0, index1, index2, table0, table1, table2, weight, stats, dropout_p, seed,
-    weight_grad, bias_grad,
-):  # fmt: skip
+    dy: Tensor,
+    index0: Tensor,
+    index1: Tensor | None,
+    index2: Tensor | None,
+    table0: Tensor,
+    table1: Tensor | None,
+    table2: Tensor | None,
+    weight: Tensor | None,
+    stats: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     d, dtype = dy.shape[-1], stats.dtype if weight is None else weight.dtype
     return (
         dy.new_empty(dy.shape),
@@ -118,7 +167,16 @@ _backward = define(
 
 class _EmbeddingNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, padding_idx, eps, dropout_p, seed, weight, bias, *sources):
+    def forward(
+        ctx: Any,
+        padding_idx: tuple[int | None, ...],
+        eps: float,
+        dropout_p: float,
+        seed: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *sources: Tensor | None,
+    ) -> Tensor:
         y, stats = _forward(*sources, weight, bias, eps, dropout_p, seed)
         ctx.save_for_backward(seed, weight, bias, stats, *sources)
         ctx.padding_idx, ctx.dropout_p = padding_idx, dropout_p
@@ -126,9 +184,9 @@ class _EmbeddingNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         seed, weight, bias, stats, *sources = ctx.saved_tensors
-        indices, tables = sources[:_MOST], sources[_MOST:]
+        indices, tables = sources[:MAX_TABLES], sources[MAX_TABLES:]
         wanted = ctx.needs_input_grad[4:6]
         if torch.is_grad_enabled():
             h = embedding_sum(indices, tables, ctx.padding_idx)
@@ -143,26 +201,28 @@ class _EmbeddingNorm(torch.autograd.Function):
         dtables = [
             _table_gradient(dh, i, t, p) if w else None
             for i, t, p, w in zip(
-                indices, tables, ctx.padding_idx, ctx.needs_input_grad[-_MOST:], strict=True
+                indices, tables, ctx.padding_idx, ctx.needs_input_grad[-MAX_TABLES:], strict=True
             )
         ]
-        return None, None, None, None, *affine, *(None,) * _MOST, *dtables
+        return None, None, None, None, *affine, *(None,) * MAX_TABLES, *dtables
 
 
 def _table_gradient(dh: Tensor, index: Tensor, table: Tensor, padding_idx: int | None) -> Tensor:
+    """Return the gradient of a table [rows, d] from dh [..., d]."""
     rows, d = table.shape
     dh = dh.sum_to_size(*index.shape, d)
     if index.is_cuda:
-        # Nothing has checked these; theirs is a NaN, to be written inside the table.
+        # CUDA indices are not checked. An invalid one has NaN in dh, which must stay in the table.
         index = index.clamp(0, rows - 1)
     padding = -1 if padding_idx is None else padding_idx
     return torch.ops.aten.embedding_dense_backward(dh, index, rows, padding, False)
 
 
 def _check_sources(indices: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
-    if not 1 <= len(indices) == len(tables) <= _MOST:
+    """Raise where number, shapes, dtypes or devices of the indices and tables disagree."""
+    if not 1 <= len(indices) == len(tables) <= MAX_TABLES:
         raise ValueError(
-            f"expected one to {_MOST} indices and as many tables, got {len(indices)} and {len(tables)}"
+            f"expected one to {MAX_TABLES} indices and as many tables, got {len(indices)} and {len(tables)}"
         )
     first = tables[0]
     for i, (index, table) in enumerate(zip(indices, tables, strict=True)):
@@ -182,8 +242,10 @@ def _check_sources(indices: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
             )
 
 
-def _check_padding(padding_idx, tables: Sequence[Tensor]) -> list[int | None]:
-    """The row of each table that gets no gradient, counted from 0, or None."""
+def _check_padding(
+    padding_idx: Sequence[int | None] | None, tables: Sequence[Tensor]
+) -> list[int | None]:
+    """Return the row of each table that gets no gradient, counted from 0, or None."""
     if padding_idx is None:
         return [None] * len(tables)
     if len(padding_idx) != len(tables):
@@ -197,6 +259,7 @@ def _check_padding(padding_idx, tables: Sequence[Tensor]) -> list[int | None]:
 
 
 def _shape(indices: Sequence[Tensor]) -> torch.Size:
+    """Return the shape that the indices broadcast to."""
     shapes = [i.shape for i in indices]
     try:
         return torch.broadcast_shapes(*shapes)
@@ -207,12 +270,12 @@ def _shape(indices: Sequence[Tensor]) -> torch.Size:
 
 
 def _repeating(index: Tensor, shape: torch.Size) -> Tensor:
-    """``index`` without leading ones where ``shape`` only repeats it, else expanded."""
-    own = index.shape
-    while own and own[0] == 1:
-        own = own[1:]
-    if own == shape[len(shape) - len(own) :]:
-        return index.reshape(own).contiguous()
+    """Return ``index`` in the end of ``shape`` if the rest of ``shape`` repeats it, else expanded."""
+    unrepeated = index.shape
+    while unrepeated and unrepeated[0] == 1:
+        unrepeated = unrepeated[1:]
+    if unrepeated == shape[len(shape) - len(unrepeated) :]:
+        return index.reshape(unrepeated).contiguous()
     return index.expand(shape).contiguous()
 
 
@@ -228,15 +291,36 @@ def embedding_layer_norm(
     padding_idx: Sequence[int | None] | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """``dropout(layer_norm(sum of tables[i][indices[i]]))`` in one pass: BERT's embeddings.
+    """Return ``dropout(layer_norm(sum of tables[i][indices[i]]))``, BERT's embeddings, in one pass.
 
-    ``indices``: one to three int64 or int32 tensors that broadcast to one shape [...]; ``tables``:
-    as many [rows, d] of one dtype, float32, bfloat16 or float16 (float64: the reference answers);
-    ``weight`` and ``bias`` [d] have that dtype or are float32. Returns y [..., d]. Dropout acts when
-    ``training``, with probability ``dropout_p`` in [0, 1). ``padding_idx`` names for each table a row
-    that gets no gradient, or None. Raises ValueError for shapes or devices that disagree, TypeError
-    for dtypes, and on the CPU IndexError for an index that its table does not have; on a GPU, where
-    nothing waits to look at it, its row of y is NaN.  Devlin et al. 2019, arXiv:1810.04805.
+    Args:
+        indices: One to three int64 or int32 tensors that broadcast to one shape [...].
+        tables: As many tensors [rows, d] of one dtype: float32, bfloat16 or float16 (float64: the
+            reference computes it).
+        weight: [d], of the dtype of the tables or float32; or None.
+        bias: Like ``weight``, and of its dtype.
+        eps: Added to the variance.
+        dropout_p: The probability, in [0, 1), that an element is set to 0.
+        training: Whether dropout is applied.
+        padding_idx: For each table the row that gets no gradient, or None.
+        backend: "reference" for the plain torch definition, else None.
+
+    Returns:
+        [..., d], of the dtype of the tables. On a GPU, which is not waited for, the row of an index
+        that its table does not have is NaN.
+
+    Raises:
+        ValueError: Shapes or devices disagree, or ``dropout_p`` is not in [0, 1).
+        TypeError: A dtype is not as above.
+        IndexError: On the CPU, a table does not have an index.
+
+    Example:
+        >>> words, positions = torch.randn(30522, 768), torch.randn(512, 768)
+        >>> tokens = torch.randint(30522, (8, 128))
+        >>> embedding_layer_norm((tokens, torch.arange(128)), (words, positions)).shape
+        torch.Size([8, 128, 768])
+
+    Devlin et al. 2019, arXiv:1810.04805.
     """
     _check_sources(indices, tables)
     check_dropout(dropout_p)
@@ -251,7 +335,7 @@ def embedding_layer_norm(
         return _normalize_and_drop(h.float(), weight, bias, eps, p)
     shape = _shape(indices)
     first, *others = (i.long() for i in indices)
-    absent = (None,) * (_MOST - len(tables))
+    absent = (None,) * (MAX_TABLES - len(tables))
     sources = (
         first.expand(shape).contiguous(),
         *(_repeating(i, shape) for i in others),
@@ -265,6 +349,6 @@ def embedding_layer_norm(
     return _EmbeddingNorm.apply((*padding, *absent), eps, p, seed, weight, bias, *sources)
 
 
-def embedding_layer_norm_reference(*args, **options) -> Tensor:
-    """The definition of ``embedding_layer_norm``: plain, differentiable, any device and dtype."""
+def embedding_layer_norm_reference(*args: Any, **options: Any) -> Tensor:
+    """Return ``embedding_layer_norm`` by its definition: plain, differentiable torch ops."""
     return embedding_layer_norm(*args, **options, backend="reference")

@@ -1,15 +1,18 @@
-"""The feed-forward block: two matrix products with an activation and dropout between them.
+"""The feed-forward block: two linear layers with an activation and dropout between them.
 
     h   = dropout(activation(input weight1^T + bias1))
     out = h weight2^T + bias2
 
-Vaswani et al. 2017, arXiv:1706.03762 (with relu). Of what lies between input and output one tensor is
-kept under autograd: h for relu, the input of the activation for the others. Backward, with f the
-dropout factors:
+Vaswani et al. 2017, arXiv:1706.03762 (with relu). Between input and output one tensor is saved for the
+gradient: h for relu, the pre-activation for the others. With f the dropout factors (0 or 1 / (1 - p)):
 
     dz = (dout weight2) f activation',   dinput = dz weight1
     dweight2 = dout^T h,   dbias2 = sum(dout),   dweight1 = dz^T input,   dbias1 = sum(dz)
+
+References and ops are in ``ops/_products.py``; ``ops/_product_policy.py`` says who computes a product.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,36 +24,47 @@ from llmos_kernels.ops._autocast import autocast
 from llmos_kernels.ops._dropout import check_dropout, draw_seed
 from llmos_kernels.ops.linear import as_rows, check_linear
 
+__all__ = ["feed_forward", "feed_forward_reference"]
+
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, weight1, bias1, weight2, bias2, activation, dropout_p, seed):
-        keep = keeps_input(activation)
-        h, z = _products.forward(input, weight1, bias1, activation, dropout_p, seed, keep)
-        ctx.save_for_backward(input, weight1, bias1, weight2, bias2, z if keep else h, seed)
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight1: Tensor,
+        bias1: Tensor | None,
+        weight2: Tensor,
+        bias2: Tensor | None,
+        activation: int,
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> Tensor:
+        save_z = keeps_input(activation)
+        h, z = _products.forward(input, weight1, bias1, activation, dropout_p, seed, save_z)
+        ctx.save_for_backward(input, weight1, bias1, weight2, bias2, z if save_z else h, seed)
         ctx.activation, ctx.dropout_p = activation, dropout_p
         return _products.forward(h, weight2, bias2, NONE, 0.0, None, False)[0]
 
     @staticmethod
-    def backward(ctx, dout):
-        input, weight1, bias1, weight2, bias2, kept, seed = ctx.saved_tensors
-        dropout = ctx.activation, ctx.dropout_p, seed
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight1, bias1, weight2, bias2, saved, seed = ctx.saved_tensors
+        epilogue = ctx.activation, ctx.dropout_p, seed
         if torch.is_grad_enabled():
             z = _products.transform(input, weight1, bias1, NONE, 0.0, None)[1]
-            h = _products.activate_rows(z, *dropout)
+            h = _products.activate_rows(z, *epilogue)
             dh, *second = _products.linear_gradients(dout, h, weight2, bias2)
-            first = _products.linear_gradients(
-                dh * _products.slopes(z, *dropout), input, weight1, bias1
-            )
+            dz = dh * _products.slopes(z, *epilogue)
+            first = _products.linear_gradients(dz, input, weight1, bias1)
             return *first, *second, None, None, None
         of_input, of_weight1, of_bias1, of_weight2, of_bias2, *_ = ctx.needs_input_grad
-        h = kept
+        h = saved
         if of_weight2 and keeps_input(ctx.activation):
-            h = _products.activation_forward(kept, *dropout)
+            h = _products.activation_forward(saved, *epilogue)
         dweight2, dbias2 = _products.parameter_gradients(dout, h, of_weight2, of_bias2)
         dinput = dweight1 = dbias1 = None
         if of_input or of_weight1 or of_bias1:
-            dz, dbias1 = _products.dinput(dout, weight2, kept, *dropout)
+            dz, dbias1 = _products.dinput(dout, weight2, saved, *epilogue)
             dweight1 = _products.parameter_gradients(dz, input, of_weight1, False)[0]
             if of_input:
                 dinput = _products.dinput(dz, weight1, None, NONE, 0.0, None)[0]
@@ -70,19 +84,39 @@ def feed_forward(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """``linear(dropout(activation(linear(input, weight1, bias1))), weight2, bias2)``, fused.
+    """Return ``linear(dropout(activation(linear(input, weight1, bias1))), weight2, bias2)``, fused.
 
-    ``input`` [..., d_model], ``weight1`` [hidden, d_model], ``bias1`` [hidden], ``weight2``
-    [d_model, hidden] and ``bias2`` [d_model], of one dtype: float32, bfloat16 or float16 (float64: the
-    reference answers), any strides. ``activation`` is None, "relu", "relu2", "gelu", "gelu_tanh" or
-    "silu". Dropout acts when ``training``, with probability ``dropout_p`` in [0, 1). Returns
-    [..., d_model], contiguous.
+    For at most 4 rows of input with relu or relu2, a ``weight2`` stored by columns
+    (``nn.FeedForward.store_for_decode``) is read only in the columns whose hidden value is not 0 in
+    every row: an infinity or NaN in a column that is not read stays unseen.
 
-    At most 4 rows with relu or relu2 read only those columns of ``weight2`` whose hidden value is
-    not 0 in all of them, if ``weight2`` is stored by columns (``nn.FeedForward.store_for_decode``).
-    The result is the same, but that an infinity or NaN in a column that is not read stays unseen.
-    Under autocast the arguments are cast, as torch does. Raises ValueError for shapes, devices,
-    names or ``dropout_p``, TypeError for dtypes. Vaswani et al. 2017, arXiv:1706.03762.
+    Args:
+        input: [..., d_model], float32, bfloat16 or float16 (float64: the reference computes it), any
+            strides.
+        weight1: [hidden, d_model], of the dtype of ``input`` like all that follow.
+        bias1: [hidden], or None.
+        weight2: [d_model, hidden].
+        bias2: [d_model], or None.
+        activation: None, "relu", "relu2", "gelu", "gelu_tanh" or "silu".
+        dropout_p: The probability, in [0, 1), that a hidden value is set to 0.
+        training: Whether dropout is applied.
+        backend: "reference" for the plain torch definition, else None.
+
+    Returns:
+        [..., d_model], contiguous, of the dtype of ``input``. Under autocast the arguments are cast
+        to its dtype first, as torch does.
+
+    Raises:
+        ValueError: Shapes or devices disagree, the activation or backend has no such name, or
+            ``dropout_p`` is not in [0, 1).
+        TypeError: A dtype is not supported, or the dtypes differ.
+
+    Example:
+        >>> x, up, down = torch.randn(8, 128, 768), torch.randn(3072, 768), torch.randn(768, 3072)
+        >>> feed_forward(x, up, None, down, None, "gelu").shape
+        torch.Size([8, 128, 768])
+
+    Vaswani et al. 2017, arXiv:1706.03762.
     """
     code = code_of(activation)
     check_dropout(dropout_p)
@@ -106,6 +140,6 @@ def feed_forward(
     return out if input.ndim == 2 else out.view(*input.shape[:-1], weight2.shape[0])
 
 
-def feed_forward_reference(*args, **options) -> Tensor:
-    """The definition of ``feed_forward``: plain, differentiable, any device and dtype."""
+def feed_forward_reference(*args: Any, **options: Any) -> Tensor:
+    """Return ``feed_forward`` by its definition: plain, differentiable torch ops, any device."""
     return feed_forward(*args, **options, backend="reference")

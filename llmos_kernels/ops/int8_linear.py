@@ -3,10 +3,10 @@
     dynamic:      y = activation((sum_k q_ik w_jk * x_scale_i + sum_o x_io w_jo) * w_scale_j + bias_j)
     weight_only:  y = activation(sum_k x_ik w_jk * w_scale_j + bias_j)
 
-In "dynamic" mode rows of the input become int8, q, as they come (``int8_quantize``), but for the outliers
-o: the columns in which a magnitude reaches ``outlier_threshold`` in any row. These are 0 in q, do not
-count for the scale, and are multiplied as they are, in float32, as LLM.int8() does (Dettmers et al. 2022,
-https://arxiv.org/abs/2208.07339). NaN reaches no threshold.
+In "dynamic" mode the input's rows are quantized to int8, q, at each call (``int8_quantize``), but for the
+outliers o: the columns in which any row has a magnitude of ``outlier_threshold`` or more. These are 0 in
+q, do not count for the scale, and are multiplied in float32 unquantized, as in LLM.int8() (Dettmers et
+al. 2022, arXiv:2208.07339). NaN is no outlier.
 
 The gradient is that of a linear layer with the weight ``weight_int8 * weight_scale``: rounding passes
 gradients through, the weight has none.
@@ -14,35 +14,44 @@ gradients through, the weight has none.
 
 import math
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmos_kernels._core.registry import KERNEL_DTYPES, define, needs_grad, use_reference
+from llmos_kernels._core.registry import (
+    KERNEL_DTYPES,
+    define,
+    define_composite,
+    needs_grad,
+    use_reference,
+)
 from llmos_kernels.ops import _activations, _products
 from llmos_kernels.ops._activations import NONE, RELU, RELU2
 from llmos_kernels.ops._autocast import autocast
 from llmos_kernels.ops.int8 import (
-    STRIP,
-    UNIT,
+    VNNI_INPUTS,
+    VNNI_OUTPUTS,
     check_beside,
     check_int8,
     check_shapes,
     matmul_reference,
-    packed_shape,
     quantize_reference,
+    vnni_shape,
 )
 from llmos_kernels.ops.linear import as_rows, linear
 
+__all__ = ["int8_linear", "int8_linear_reference", "int8_linear_rows", "int8_vnni_weight"]
+
 MODES = ("dynamic", "weight_only")
-#: Rows of input that a kernel multiplies with an int8 weight without making them int8.
+#: The most rows of input that the kernel for ``weight_only`` takes.
 WEIGHT_ONLY_ROWS = 16
 #: Activations without negative results.
 _POSITIVE = RELU, RELU2
 
 
 def check_threshold(outlier_threshold: float) -> float:
-    """It as a float, or ValueError where it is negative or not finite."""
+    """Return the threshold as a float, or raise ValueError if it is negative or not finite."""
     threshold = float(outlier_threshold)
     if not 0 <= threshold < math.inf:
         raise ValueError(f"outlier_threshold must be 0 or more and finite, got {threshold}")
@@ -50,85 +59,132 @@ def check_threshold(outlier_threshold: float) -> float:
 
 
 def _outliers(rows: Tensor, threshold: float) -> Tensor | None:
-    """[in], bool: the columns that stay as they are; None where none is asked for."""
+    """Return which columns [in] of ``rows`` hold an outlier, bool; None for threshold 0."""
     return (rows.float().abs() >= threshold).any(0) if threshold else None
 
 
-def _linear_reference(input, weight_int8, weight_scale, packed, bias, activation, threshold):
-    columns, more = _outliers(input, threshold), 0
-    rows = input if columns is None else input.where(~columns, 0)
+def _linear_reference(
+    input: Tensor,
+    weight_int8: Tensor,
+    weight_scale: Tensor,
+    vnni_weight: Tensor | None,
+    bias: Tensor | None,
+    activation: int,
+    threshold: float,
+) -> Tensor:
+    rows: Tensor = input
+    outlier_sums: Tensor | float = 0
+    columns = _outliers(input, threshold)
     if columns is not None:
-        more = input[:, columns].float() @ weight_int8[:, columns].float().mT
+        rows = input.where(~columns, 0)
+        outlier_sums = input[:, columns].float() @ weight_int8[:, columns].float().mT
     a, a_scale = quantize_reference(rows)
     return matmul_reference(
-        a, weight_int8, a_scale, weight_scale, packed, bias, activation, input.dtype, more
-    )
+        a, weight_int8, a_scale, weight_scale, vnni_weight, bias, activation, input.dtype,
+        outlier_sums,
+    )  # fmt: skip
 
 
-def _linear_rows_reference(input, weight_int8, weight_scale, packed, bias, activation):
-    y = _linear_reference(input, weight_int8, weight_scale, packed, bias, activation, 0.0)
+def _linear_rows_reference(
+    input: Tensor,
+    weight_int8: Tensor,
+    weight_scale: Tensor,
+    vnni_weight: Tensor | None,
+    bias: Tensor | None,
+    activation: int,
+) -> tuple[Tensor, Tensor]:
+    y = _linear_reference(input, weight_int8, weight_scale, vnni_weight, bias, activation, 0.0)
     return quantize_reference(y, activation in _POSITIVE)
 
 
-def _linear_rows_fake(input, weight_int8, weight_scale, packed, bias, activation):
+def _linear_rows_fake(
+    input: Tensor,
+    weight_int8: Tensor,
+    weight_scale: Tensor,
+    vnni_weight: Tensor | None,
+    bias: Tensor | None,
+    activation: int,
+) -> tuple[Tensor, Tensor]:
     dtype = torch.uint8 if activation in _POSITIVE else torch.int8
     rows = input.new_empty(input.shape[0], weight_int8.shape[0], dtype=dtype)
     return rows, input.new_empty(input.shape[0], dtype=torch.float32)
 
 
-def _weight_only_reference(input, weight_int8, weight_scale, bias, activation):
+def _weight_only_reference(
+    input: Tensor,
+    weight_int8: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    activation: int,
+) -> Tensor:
     z = (input.float() @ weight_int8.float().mT) * weight_scale
     if bias is not None:
         z = z + bias.float()
     return _products.activate_rows(z.to(input.dtype), activation, 0.0, None).contiguous()
 
 
-def _pack_reference(weight_int8):
-    (outer, inner), (strips, units, *_) = weight_int8.shape, packed_shape(weight_int8)
-    packed = weight_int8.new_zeros(strips * STRIP, units * UNIT)
-    packed[:outer, :inner] = weight_int8
-    # The instruction takes it as uint8: 128 more, which turns the highest bit.
-    return (packed ^ -128).view(strips, STRIP, units, UNIT).transpose(1, 2).contiguous()
+def _vnni_reference(weight_int8: Tensor) -> Tensor:
+    outputs, inputs = weight_int8.shape
+    panels, groups, *_ = vnni_shape(weight_int8)
+    padded = weight_int8.new_zeros(panels * VNNI_OUTPUTS, groups * VNNI_INPUTS)
+    padded[:outputs, :inputs] = weight_int8
+    # The instruction multiplies uint8 by int8: it gets the weight plus 128, which flips the top bit.
+    blocks = (padded ^ -128).view(panels, VNNI_OUTPUTS, groups, VNNI_INPUTS)
+    return blocks.transpose(1, 2).contiguous()
 
 
-def _out(input, weight_int8, *_):
+def _out(input: Tensor, weight_int8: Tensor, *_: Any) -> Tensor:
     return input.new_empty(input.shape[0], weight_int8.shape[0])
 
 
+_WEIGHT = "Tensor input, Tensor weight_int8, Tensor weight_scale"
 _dynamic = define(
-    "int8_linear(Tensor input, Tensor weight_int8, Tensor weight_scale, Tensor? packed, Tensor? bias,"
-    " int activation, float outlier_threshold) -> Tensor",
+    f"int8_linear({_WEIGHT}, Tensor? vnni_weight, Tensor? bias, int activation,"
+    " float outlier_threshold) -> Tensor",
     reference=_linear_reference,
     fake=_out,
     triton="int8.linear:linear",
 )
 _linear_rows = define(
-    "int8_linear_rows(Tensor input, Tensor weight_int8, Tensor weight_scale, Tensor? packed,"
-    " Tensor? bias, int activation) -> (Tensor rows, Tensor scale)",
+    f"int8_linear_rows({_WEIGHT}, Tensor? vnni_weight, Tensor? bias, int activation)"
+    " -> (Tensor rows, Tensor scale)",
     reference=_linear_rows_reference,
     fake=_linear_rows_fake,
     triton="int8.linear:linear_rows",
 )
 _weight_only = define(
-    "int8_weight_only(Tensor input, Tensor weight_int8, Tensor weight_scale, Tensor? bias,"
-    " int activation) -> Tensor",
+    f"int8_weight_only({_WEIGHT}, Tensor? bias, int activation) -> Tensor",
     reference=_weight_only_reference,
     fake=_out,
     triton="int8.linear:weight_only",
 )
-_pack = define(
-    "int8_pack(Tensor weight_int8) -> Tensor",
-    reference=_pack_reference,
-    fake=lambda weight_int8: weight_int8.new_empty(packed_shape(weight_int8)),
+_to_vnni = define(
+    "int8_vnni_weight(Tensor weight_int8) -> Tensor",
+    reference=_vnni_reference,
+    fake=lambda weight_int8: weight_int8.new_empty(vnni_shape(weight_int8)),
 )
 
 
-def int8_pack(weight_int8: Tensor) -> Tensor | None:
-    """``weight_int8`` [out, in] as products read it on this device; None where they read it as it is.
+def int8_vnni_weight(weight_int8: Tensor) -> Tensor | None:
+    """Return a weight in the VNNI layout that products on this device read, or None if they read none.
 
-    Opaque, of the weight's own size, and good for this process alone. Without it ``int8_linear`` packs
-    the weight at each call of more than 16 rows. Raises TypeError for another dtype, ValueError for
-    another number of dimensions.
+    Without it ``int8_linear`` makes that copy at each call of more than 16 rows.
+
+    Args:
+        weight_int8: [out, in], int8, any strides.
+
+    Returns:
+        A copy of the weight's size, for this process alone: its layout is not an interface. None on
+        devices other than the CPU, and on CPUs whose ISA has no VNNI.
+
+    Raises:
+        TypeError: The weight is not int8.
+        ValueError: The weight does not have two dimensions.
+
+    Example:
+        >>> rows, scale = int8_quantize(torch.randn(512, 768))
+        >>> vnni = int8_vnni_weight(rows)
+        >>> y = int8_linear(torch.randn(32, 768), rows, scale, vnni_weight=vnni)
     """
     check_int8(weight_int8=weight_int8)
     if weight_int8.ndim != 2:
@@ -136,11 +192,19 @@ def int8_pack(weight_int8: Tensor) -> Tensor | None:
     extension = sys.modules.get("llmos_kernels._C")
     if weight_int8.device.type != "cpu" or extension is None or not extension.packs_int8():
         return None
-    return _pack(weight_int8.detach())
+    return _to_vnni(weight_int8.detach())
 
 
-def _definition(rows, weight_int8, weight_scale, bias, activation, threshold, mode) -> Tensor:
-    """By differentiable torch ops; rounding passes derivatives through."""
+def _definition(
+    rows: Tensor,
+    weight_int8: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    activation: int,
+    threshold: float,
+    mode: str,
+) -> Tensor:
+    """Return the layer by differentiable torch ops; rounding passes derivatives through."""
     acc = torch.promote_types(rows.dtype, torch.float32)
     x = rows.to(acc)
     if mode == "dynamic":
@@ -159,46 +223,82 @@ def _definition(rows, weight_int8, weight_scale, bias, activation, threshold, mo
 
 
 def dense(weight_int8: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The float weight that they stand for."""
+    """Return the weight [out, in] as floats of ``dtype``."""
     return (weight_int8 * weight_scale[:, None]).to(dtype)
 
 
-def _linear(rows, weight_int8, weight_scale, packed, bias, activation, threshold, mode) -> Tensor:
-    if mode == "dynamic":
-        args = rows, weight_int8, weight_scale, packed, bias, activation, threshold
-        return _dynamic(*args)
+def _weight_only_by_rows(
+    rows: Tensor, weight_int8: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: int
+) -> Tensor:
+    """Return the "weight_only" layer: by its kernel for few rows, else with a float weight."""
+    if _products.is_traced(rows):
+        return _weight_only_of_any_rows(rows, weight_int8, weight_scale, bias, activation)
     if rows.shape[0] <= WEIGHT_ONLY_ROWS:
         return _weight_only(rows, weight_int8, weight_scale, bias, activation)
     weight = dense(weight_int8, weight_scale, rows.dtype)
     return linear(rows, weight, bias, _activations.NAMES[activation])
 
 
+#: What graphs record, since they must not compare the number of rows.
+_weight_only_of_any_rows = define_composite(
+    f"int8_weight_only_of_any_rows({_WEIGHT}, Tensor? bias, int activation) -> Tensor",
+    run=_weight_only_by_rows,
+    fake=_out,
+)
+
+
+def _linear(
+    rows: Tensor,
+    weight_int8: Tensor,
+    weight_scale: Tensor,
+    vnni_weight: Tensor | None,
+    bias: Tensor | None,
+    activation: int,
+    threshold: float,
+    mode: str,
+) -> Tensor:
+    if mode == "dynamic":
+        args = rows, weight_int8, weight_scale, vnni_weight, bias, activation, threshold
+        return _dynamic(*args)
+    return _weight_only_by_rows(rows, weight_int8, weight_scale, bias, activation)
+
+
 class _Int8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, weight_int8, weight_scale, packed, bias, activation, threshold, mode):
-        args = rows, weight_int8, weight_scale, packed, bias
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight_int8: Tensor,
+        weight_scale: Tensor,
+        vnni_weight: Tensor | None,
+        bias: Tensor | None,
+        activation: int,
+        threshold: float,
+        mode: str,
+    ) -> Tensor:
+        args = rows, weight_int8, weight_scale, vnni_weight, bias
         y = z = _linear(*args, NONE, threshold, mode)
         if activation != NONE:
             y = _products.activation_forward(z, activation, 0.0, None)
-        keep = _activations.keeps_input(activation)
-        kept = z if keep else y if activation == RELU else None
-        # The input is for second derivatives alone.
-        again = (rows, bias) if keep else (None, None)
-        ctx.save_for_backward(*again, weight_int8, weight_scale, kept)
-        ctx.activation, ctx.rest = activation, (NONE, threshold, mode)
+        save_z = _activations.keeps_input(activation)
+        saved = z if save_z else y if activation == RELU else None
+        # Only second derivatives need the input.
+        for_second_derivatives = (rows, bias) if save_z else (None, None)
+        ctx.save_for_backward(*for_second_derivatives, weight_int8, weight_scale, saved)
+        ctx.activation, ctx.quantization = activation, (NONE, threshold, mode)
         return y
 
     @staticmethod
-    def backward(ctx, dout):
-        rows, bias, weight_int8, weight_scale, kept = ctx.saved_tensors
-        if kept is None:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        rows, bias, weight_int8, weight_scale, saved = ctx.saved_tensors
+        if saved is None:
             dz = dout
         elif torch.is_grad_enabled():
             if rows is not None:
-                kept = _definition(rows, weight_int8, weight_scale, bias, *ctx.rest)
-            dz = (dout * _products.slopes(kept, ctx.activation, 0.0, None)).to(dout.dtype)
+                saved = _definition(rows, weight_int8, weight_scale, bias, *ctx.quantization)
+            dz = (dout * _products.slopes(saved, ctx.activation, 0.0, None)).to(dout.dtype)
         else:
-            dz = _products.activation_backward(dout, kept, ctx.activation, 0.0, None)
+            dz = _products.activation_backward(dout, saved, ctx.activation, 0.0, None)
         dinput = None
         if ctx.needs_input_grad[0]:
             dinput = dz @ dense(weight_int8, weight_scale, dz.dtype)
@@ -215,24 +315,40 @@ def int8_linear(
     outlier_threshold: float = 0.0,
     *,
     mode: str = "dynamic",
-    packed: Tensor | None = None,
+    vnni_weight: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """A linear layer with an int8 weight.
+    """Return a linear layer with an int8 weight and its activation.
 
-    ``input`` [..., in] and ``bias`` [out] of one dtype: float32, bfloat16 or float16, any strides
-    (float64: the reference answers, which quantises in float32);
-    ``weight_int8`` [out, in], int8, and ``weight_scale`` [out], float32, as ``int8_quantize`` makes
-    them. ``activation`` as for ``linear``. Returns [..., out]. Gradients reach ``input`` and ``bias``.
+    Args:
+        input: [..., in], float32, bfloat16 or float16 (float64: the reference computes it, and
+            quantizes in float32), any strides.
+        weight_int8: [out, in], int8, as ``int8_quantize`` makes it.
+        weight_scale: [out], float32, as ``int8_quantize`` makes it.
+        bias: [out], of the dtype of ``input``, or None.
+        activation: None, "relu", "relu2", "gelu", "gelu_tanh" or "silu".
+        outlier_threshold: Columns of ``input`` (over all rows) with a magnitude of this or more are
+            not quantized; 0 means none. For mode "dynamic" alone.
+        mode: "dynamic" quantizes the rows of ``input``. "weight_only" does not: up to 16 rows are
+            computed by one kernel that reads the int8 weight, more with a float copy of it.
+        vnni_weight: ``int8_vnni_weight(weight_int8)``, or None.
+        backend: "reference" for the plain torch definition, else None.
 
-    ``mode`` "dynamic" makes rows of the input int8 as they come; columns of it (over all rows) with a
-    magnitude of ``outlier_threshold`` or more stay in the input's dtype, 0 means none. "weight_only"
-    leaves the input as it is, for up to 16 rows in one kernel that reads the int8 weight; more rows are
-    multiplied with the weight in their dtype. ``packed``: what ``int8_pack`` made of this very weight.
+    Returns:
+        [..., out], of the dtype of ``input``. Gradients reach ``input`` and ``bias``. Under autocast
+        the floating point arguments are cast to its dtype first, as torch does.
 
-    Under autocast the floating point arguments are cast, as torch does. Raises ValueError for shapes,
-    devices, names or a threshold that is not a finite number of 0 or more, and for more than 131,071
-    columns, TypeError for dtypes.
+    Raises:
+        ValueError: Shapes or devices disagree, a name is unknown, the threshold is negative or not
+            finite, or ``in`` is above 131,071.
+        TypeError: A dtype is not as above.
+
+    Example:
+        >>> weight, scale = int8_quantize(torch.randn(512, 768))
+        >>> int8_linear(torch.randn(4, 768), weight, scale, activation="gelu").shape
+        torch.Size([4, 512])
+
+    Outliers as in Dettmers et al. 2022, arXiv:2208.07339.
     """
     code = _activations.code_of(activation)
     threshold = check_threshold(outlier_threshold)
@@ -241,32 +357,39 @@ def int8_linear(
     if threshold and mode != "dynamic":
         raise ValueError(f"outlier_threshold is for mode 'dynamic', got {threshold} with {mode!r}")
     input, bias = autocast(input, bias)
-    _check(input, weight_int8, weight_scale, bias, packed)
+    _check(input, weight_int8, weight_scale, bias, vnni_weight)
     rows = as_rows(input)
-    rest = code, threshold, mode
+    quantization = code, threshold, mode
     if use_reference(backend, input.dtype):
-        out = _definition(rows, weight_int8, weight_scale, bias, *rest)
+        out = _definition(rows, weight_int8, weight_scale, bias, *quantization)
     elif needs_grad(input, bias):
-        out = _Int8Linear.apply(rows, weight_int8, weight_scale, packed, bias, *rest)
+        out = _Int8Linear.apply(rows, weight_int8, weight_scale, vnni_weight, bias, *quantization)
     else:
-        out = _linear(rows, weight_int8, weight_scale, packed, bias, *rest)
+        out = _linear(rows, weight_int8, weight_scale, vnni_weight, bias, *quantization)
     return out.view(*input.shape[:-1], weight_int8.shape[0])
 
 
-def _check(input, weight_int8, weight_scale, bias, packed) -> None:
+def _check(
+    input: Tensor,
+    weight_int8: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    vnni_weight: Tensor | None,
+) -> None:
+    """Raise ValueError or TypeError where the arguments of ``int8_linear`` disagree."""
     if input.is_nested:
         raise ValueError("input must not be a nested tensor: pad it, or optimize its layer")
     if input.dtype not in KERNEL_DTYPES and input.dtype != torch.float64:
         raise TypeError(f"input must be float32, bfloat16, float16 or float64, got {input.dtype}")
     check_int8(weight_int8=weight_int8)
     check_shapes(input, weight_int8, ("input", "weight_int8"))
-    outer = weight_int8.shape[0]
+    outputs = weight_int8.shape[0]
     check_beside(
         input,
         weight_int8=(weight_int8, weight_int8.shape, torch.int8),
-        weight_scale=(weight_scale, (outer,), torch.float32),
-        bias=(bias, (outer,), input.dtype),
-        packed=(packed, packed_shape(weight_int8), torch.int8),
+        weight_scale=(weight_scale, (outputs,), torch.float32),
+        bias=(bias, (outputs,), input.dtype),
+        vnni_weight=(vnni_weight, vnni_shape(weight_int8), torch.int8),
     )
 
 
@@ -277,27 +400,47 @@ def int8_linear_rows(
     bias: Tensor | None = None,
     activation: str | None = None,
     *,
-    packed: Tensor | None = None,
+    vnni_weight: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``int8_linear`` whose result becomes int8 where it is made: rows and scales for ``int8_matmul``.
+    """Return ``int8_quantize(int8_linear(...))``: int8 rows and scales for ``int8_matmul``.
 
-    Returns [..., out] and float32 scales [...], as ``int8_quantize`` makes them of ``int8_linear``;
-    after relu or relu2, which leave nothing negative, uint8 with 255 steps in place of 127. On CPUs the
-    floating point result of a few rows lives in the cache alone. Arguments and errors are those of
-    ``int8_linear``, in "dynamic" mode without outliers; float64 raises. Not differentiable.
+    On CPUs only a few rows of the floating point result exist at a time, in the cache.
+
+    Args:
+        input: [..., in], float32, bfloat16 or float16, any strides.
+        weight_int8: [out, in], int8, as ``int8_quantize`` makes it.
+        weight_scale: [out], float32, as ``int8_quantize`` makes it.
+        bias: [out], of the dtype of ``input``, or None.
+        activation: None, "relu", "relu2", "gelu", "gelu_tanh" or "silu".
+        vnni_weight: ``int8_vnni_weight(weight_int8)``, or None.
+        backend: "reference" for the plain torch definition, else None.
+
+    Returns:
+        The rows [..., out], int8, and the scales [...], float32. After relu and relu2, which leave
+        nothing negative, the rows are uint8 with 255 steps in place of 127. Not differentiable.
+
+    Raises:
+        ValueError: As for ``int8_linear``.
+        TypeError: As for ``int8_linear``; float64 raises.
+
+    Example:
+        >>> weight, scale = int8_quantize(torch.randn(512, 768))
+        >>> rows, row_scale = int8_linear_rows(torch.randn(4, 768), weight, scale)
+        >>> rows.shape, row_scale.shape
+        (torch.Size([4, 512]), torch.Size([4]))
     """
     code = _activations.code_of(activation)
     input, bias = autocast(input, bias)
-    _check(input, weight_int8, weight_scale, bias, packed)
+    _check(input, weight_int8, weight_scale, bias, vnni_weight)
     if input.dtype not in KERNEL_DTYPES:
         raise TypeError(f"input must be float32, bfloat16 or float16, got {input.dtype}")
     made = _linear_rows_reference if use_reference(backend, input.dtype) else _linear_rows
     bias = None if bias is None else bias.detach()
-    rows, scale = made(as_rows(input.detach()), weight_int8, weight_scale, packed, bias, code)
+    rows, scale = made(as_rows(input.detach()), weight_int8, weight_scale, vnni_weight, bias, code)
     return rows.view(*input.shape[:-1], weight_int8.shape[0]), scale.view(input.shape[:-1])
 
 
-def int8_linear_reference(*args, **options) -> Tensor:
-    """The definition of ``int8_linear``: plain torch ops, any device."""
+def int8_linear_reference(*args: Any, **options: Any) -> Tensor:
+    """Return ``int8_linear`` by its definition: plain torch ops, any device."""
     return int8_linear(*args, **options, backend="reference")

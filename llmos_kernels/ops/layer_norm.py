@@ -7,19 +7,22 @@ RMS normalisation (``ops/rms_norm.py``) is the same with mean 0 and no bias: ``c
 ``mean`` and ``rstd`` are float32 whatever the dtype of ``x``; ``h`` is rounded to that dtype before
 it is normalised, as in torch.  Ba et al. 2016, arXiv:1607.06450.
 
-Backward, with g = dy * weight and x_hat = (h - mean) * rstd:
+The gradients, with g = dy * weight and x_hat = (h - mean) * rstd:
 
     dresidual = (g - mean(g) - x_hat * mean(g * x_hat)) * rstd + dh,   dx = dropout(dresidual)
     dweight = sum(dy * x_hat),   dbias = sum(dy)
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmos_kernels._core.registry import define, needs_grad, use_reference
 from llmos_kernels.ops._dropout import check_dropout, draw_seed, dropout_reference
+
+__all__ = ["add_layer_norm", "add_layer_norm_reference", "layer_norm", "layer_norm_reference"]
 
 
 def layer_norm_reference(
@@ -29,7 +32,7 @@ def layer_norm_reference(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """The definition of ``layer_norm``: plain, differentiable, any device and dtype."""
+    """Return ``layer_norm`` by its definition: plain, differentiable torch ops, any device."""
     return normalize(input, weight, bias, _width(normalized_shape), eps, center=True)[0]
 
 
@@ -43,7 +46,7 @@ def add_layer_norm_reference(
     dropout_p: float = 0.0,
     training: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The definition of ``add_layer_norm``: plain, differentiable, any device and dtype."""
+    """Return ``add_layer_norm`` by its definition: plain, differentiable torch ops, any device."""
     h = add_dropped(input, residual, normalized_shape, dropout_p, training)
     return normalize(h, weight, bias, _width(normalized_shape), eps, center=True)[0], h
 
@@ -51,14 +54,14 @@ def add_layer_norm_reference(
 def add_dropped(
     x: Tensor, residual: Tensor, normalized_shape: Sequence[int], dropout_p: float, training: bool
 ) -> Tensor:
-    """``residual + dropout(x)`` by torch ops, with a seed of its own."""
+    """Return ``residual + dropout(x)`` by torch ops, with a newly drawn seed."""
     p = dropout_p if training else 0.0
     seed = draw_seed(x.device) if p else None
     return add_residual(x, residual, _width(normalized_shape), p, seed)
 
 
 def add_residual(x: Tensor, residual: Tensor, d: int, p: float, seed: Tensor | None) -> Tensor:
-    """``residual + dropout(x)``, in the dtype of both."""
+    """Return ``residual + dropout(x)``, in the dtype of both."""
     if seed is not None:
         x = dropout_reference(rows_of(x, d), seed, p).reshape(x.shape)
     return residual + x
@@ -67,7 +70,7 @@ def add_residual(x: Tensor, residual: Tensor, d: int, p: float, seed: Tensor | N
 def normalize(
     h: Tensor, weight: Tensor | None, bias: Tensor | None, d: int, eps: float, center: bool
 ) -> tuple[Tensor, Tensor]:
-    """``y`` like ``h``, and the statistics [mean and rstd, or rstd alone; rows]."""
+    """Return ``y`` like ``h``, and stats: mean and rstd [2, rows], or with RMS rstd alone [1, rows]."""
     acc = torch.promote_types(h.dtype, torch.float32)
     rows = rows_of(h, d).to(acc)
     mean, rstd = _moments(rows, eps, center)
@@ -81,12 +84,14 @@ def normalize(
 
 
 def _moments(rows: Tensor, eps: float, center: bool) -> tuple[Tensor, Tensor]:
+    """Return mean and rstd [rows, 1] of ``rows`` [rows, d]; without ``center`` the mean is 0, []."""
     mean = rows.mean(-1, keepdim=True) if center else rows.new_zeros(())
     variance = (rows - mean if center else rows).square().mean(-1, keepdim=True)
     return mean, torch.rsqrt(variance + eps)
 
 
 def _width(normalized_shape: Sequence[int]) -> int:
+    """Return the number of elements of a row."""
     d = 1
     for size in normalized_shape:
         d *= size
@@ -94,25 +99,46 @@ def _width(normalized_shape: Sequence[int]) -> int:
 
 
 def rows_of(x: Tensor, d: int) -> Tensor:
+    """Return ``x`` as rows [rows, d]; no rows where d is 0."""
     return x.reshape(x.numel() // d if d else 0, d)
 
 
-def _forward_reference(x, weight, bias, d, eps, center):
+def _forward_reference(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, d: int, eps: float, center: bool
+) -> tuple[Tensor, Tensor]:
     y, stats = normalize(x, weight, bias, d, eps, center)
     return y.contiguous(), stats
 
 
-def _add_forward_reference(x, residual, weight, bias, d, eps, center, dropout_p, seed):
+def _add_forward_reference(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    d: int,
+    eps: float,
+    center: bool,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     h = add_residual(x, residual, d, dropout_p, seed).contiguous()
-    return (_forward_reference(h, weight, bias, d, eps, center)[0], h, _stats(h, d, eps, center))
+    y, stats = _forward_reference(h, weight, bias, d, eps, center)
+    return y, h, stats
 
 
-def _stats(h, d, eps, center):
-    return normalize(h, None, None, d, eps, center)[1]
+def _gradients(
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    d: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dresidual in the dtype of ``h``, dweight and dbias in the accumulation dtype.
 
-
-def _gradients(dy, dh, h, weight, mean, rstd, d):
-    """dresidual, dweight and dbias, in the accumulation dtype; ``mean`` is None for RMS."""
+    ``mean`` is None for RMS.
+    """
     acc = rstd.dtype
     x_hat = rows_of(h, d).to(acc)
     x_hat = (x_hat if mean is None else x_hat - mean) * rstd
@@ -128,12 +154,23 @@ def _gradients(dy, dh, h, weight, mean, rstd, d):
 
 
 def norm_backward_reference(
-    dy, dh, h, weight, stats, d, center, dropout_p, seed, weight_grad, bias_grad
-):
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    d: int,
+    center: bool,
+    dropout_p: float,
+    seed: Tensor | None,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return dresidual, dx, dweight and dbias; empty where not wanted, dx also without dropout."""
     mean = stats[0, :, None] if center else None
     dresidual, dweight, dbias = _gradients(dy, dh, h, weight, mean, stats[-1, :, None], d)
     dtype = stats.dtype if weight is None else weight.dtype
-    dx = dropout_reference(dresidual, seed, dropout_p) if dropout_p else None
+    dx = dropout_reference(dresidual, seed, dropout_p) if dropout_p and seed is not None else None
     return (
         dresidual.reshape(h.shape).contiguous(),
         h.new_empty(0) if dx is None else dx.reshape(h.shape).contiguous(),
@@ -142,14 +179,27 @@ def norm_backward_reference(
     )
 
 
-def _empty_stats(x, d, center):
+def _empty_stats(x: Tensor, d: int, center: bool) -> Tensor:
+    """Return statistics of the right shape and dtype, not initialised."""
     rows = x.numel() // d if d else 0
     return x.new_empty(
         (2 if center else 1, rows), dtype=torch.promote_types(x.dtype, torch.float32)
     )
 
 
-def _backward_fake(dy, dh, h, weight, stats, d, center, dropout_p, seed, weight_grad, bias_grad):
+def _backward_fake(
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    d: int,
+    center: bool,
+    dropout_p: float,
+    seed: Tensor | None,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = stats.dtype if weight is None else weight.dtype
     return (
         h.new_empty(h.shape),
@@ -190,8 +240,17 @@ _backward = define(
 )
 
 
-def gradients_of(ctx, dy, dh, h, weight, bias, stats, seed):
-    """dresidual, dx, dweight, dbias; by differentiable torch ops where a graph is asked for."""
+def gradients_of(
+    ctx: Any,
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return dresidual, dx, dweight and dbias; by differentiable torch ops for second derivatives."""
     weight_grad = weight is not None and weight.requires_grad
     bias_grad = bias is not None and bias.requires_grad
     if torch.is_grad_enabled():
@@ -210,21 +269,29 @@ def gradients_of(ctx, dy, dh, h, weight, bias, stats, seed):
     return (
         dresidual,
         dx,
-        dweight.to(weight.dtype).view_as(weight) if weight_grad else None,
-        dbias.to(bias.dtype).view_as(bias) if bias_grad else None,
+        dweight.to(weight.dtype).view_as(weight) if weight is not None and weight_grad else None,
+        dbias.to(bias.dtype).view_as(bias) if bias is not None and bias_grad else None,
     )
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, d, eps, center):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        d: int,
+        eps: float,
+        center: bool,
+    ) -> Tensor:
         y, stats = _forward(x, weight, bias, d, eps, center)
         ctx.save_for_backward(x, weight, bias, stats)
         ctx.d, ctx.eps, ctx.center, ctx.dropout_p = d, eps, center, 0.0
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, stats = ctx.saved_tensors
         dx, _, dweight, dbias = gradients_of(ctx, dy, None, x, weight, bias, stats, None)
         return dx, dweight, dbias, None, None, None
@@ -232,7 +299,18 @@ class _Norm(torch.autograd.Function):
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, d, eps, center, dropout_p, seed):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        d: int,
+        eps: float,
+        center: bool,
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         y, h, stats = _add_forward(x, residual, weight, bias, d, eps, center, dropout_p, seed)
         ctx.save_for_backward(h, weight, bias, stats, seed)
         ctx.set_materialize_grads(False)
@@ -240,8 +318,10 @@ class _AddNorm(torch.autograd.Function):
         return y, h
 
     @staticmethod
-    def backward(ctx, dy, dh):
-        if dy is None:  # Only h is used: neither the norm nor its parameters have a part in it.
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:  # Only h is used: the norm and its parameters get no gradient.
+            if dh is None:
+                return (None,) * 9
             seed, p = ctx.saved_tensors[-1], ctx.dropout_p
             rows = rows_of(dh, ctx.d)
             dx = dh if seed is None else dropout_reference(rows, seed, p).reshape(dh.shape)
@@ -250,15 +330,26 @@ class _AddNorm(torch.autograd.Function):
         return dx, dresidual, dweight, dbias, None, None, None, None, None
 
 
-def norm(x, weight, bias, d, eps, center) -> Tensor:
-    """LayerNorm or RMSNorm of rows of ``d``, through autograd where it is needed."""
+def norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, d: int, eps: float, center: bool
+) -> Tensor:
+    """Return LayerNorm or RMSNorm of rows of ``d`` elements, through autograd if it is needed."""
     if needs_grad(x, weight, bias):
         return _Norm.apply(x, weight, bias, d, eps, center)
     return _forward(x, weight, bias, d, eps, center)[0]
 
 
-def add_norm(x, residual, weight, bias, d, eps, center, dropout_p) -> tuple[Tensor, Tensor]:
-    """The same of ``residual + dropout(x)``; returns both."""
+def add_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    d: int,
+    eps: float,
+    center: bool,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """Return ``norm`` of h and h = residual + dropout(x), through autograd if it is needed."""
     seed = draw_seed(x.device) if dropout_p else None
     if needs_grad(x, residual, weight, bias):
         return _AddNorm.apply(x, residual, weight, bias, d, eps, center, dropout_p, seed)
@@ -268,7 +359,7 @@ def add_norm(x, residual, weight, bias, d, eps, center, dropout_p) -> tuple[Tens
 def check_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
 ) -> int:
-    """The number of elements that one row of ``input`` has; raises where arguments disagree."""
+    """Return the number of elements of a row, or raise ValueError or TypeError."""
     shape = tuple(normalized_shape)
     if not shape or input.shape[-len(shape) :] != shape:
         raise ValueError(
@@ -286,7 +377,8 @@ def check_norm(
     return shape[0] if len(shape) == 1 else _width(shape)
 
 
-def _check_parameter(name, parameter, shape, input) -> None:
+def _check_parameter(name: str, parameter: Tensor, shape: tuple[int, ...], input: Tensor) -> None:
+    """Raise where ``parameter`` has the wrong shape, device or dtype for ``input``."""
     if parameter.shape != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(parameter.shape)}")
     if parameter.device != input.device:
@@ -297,7 +389,7 @@ def _check_parameter(name, parameter, shape, input) -> None:
 
 
 def check_residual(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """``input`` and ``residual`` in their common dtype; raises where shape or device differ."""
+    """Return both in their common dtype, or raise ValueError where shape or device differ."""
     if residual.shape != input.shape:
         raise ValueError(
             f"residual must have the shape of input, {list(input.shape)}, got {list(residual.shape)}"
@@ -311,12 +403,12 @@ def check_residual(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def autocasts(input: Tensor) -> bool:
-    """Whether autocast takes a normalisation of ``input`` to float32, as torch does on CUDA alone."""
+    """Return True if autocast runs a norm of ``input`` in float32, which torch does on CUDA alone."""
     return input.is_cuda and torch.is_autocast_enabled("cuda") and input.dtype != torch.float64
 
 
-def as_float32(*tensors: Tensor | None) -> tuple:
-    """The tensors in float32."""
+def as_float32(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Return the tensors in float32; None stays None."""
     return tuple(t if t is None else t.float() for t in tensors)
 
 
@@ -329,12 +421,28 @@ def layer_norm(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """``torch.nn.functional.layer_norm`` in one pass over ``input``.
+    """Return ``torch.nn.functional.layer_norm`` of the arguments, in one pass over ``input``.
 
-    ``input`` [..., *normalized_shape] may be float32, bfloat16 or float16 (float64: the reference
-    answers), with any strides; ``weight`` and ``bias`` [*normalized_shape] have its dtype or are
-    float32. Returns a contiguous tensor like ``input``. ``backend="reference"`` asks for the plain
-    torch definition; under CUDA autocast the result is float32, as torch's. Raises ValueError for shapes or devices that disagree, TypeError for dtypes.
+    Args:
+        input: [..., *normalized_shape], float32, bfloat16 or float16 (float64: the reference computes
+            it), any strides.
+        normalized_shape: The last dimensions of ``input``.
+        weight: [*normalized_shape], of the dtype of ``input`` or float32; or None.
+        bias: Like ``weight``, and of its dtype.
+        eps: Added to the variance.
+        backend: "reference" for the plain torch definition, else None.
+
+    Returns:
+        A contiguous tensor of the shape and dtype of ``input``; float32 under CUDA autocast, as in torch.
+
+    Raises:
+        ValueError: Shapes or devices disagree.
+        TypeError: A dtype is not as above.
+
+    Example:
+        >>> layer_norm(torch.randn(8, 128, 768), (768,)).shape
+        torch.Size([8, 128, 768])
+
     Ba et al. 2016, arXiv:1607.06450.
     """
     if autocasts(input):
@@ -357,12 +465,33 @@ def add_layer_norm(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``h = residual + dropout(input)`` and ``layer_norm(h)`` in one pass; returns ``(y, h)``.
+    """Return ``layer_norm(h)`` and ``h = residual + dropout(input)``, in one pass.
 
-    ``residual`` has the shape of ``input``; where their dtypes differ, both are taken in the
-    common one (under CUDA autocast a lower one stays that of ``h``, unfused, and ``y`` is float32, as
-    in torch). Dropout acts when ``training``, with probability ``dropout_p`` in [0, 1). The other
-    arguments, dtypes and errors are those of ``layer_norm``; the mask is that of ``ops._dropout``.
+    Args:
+        input: [..., *normalized_shape], float32, bfloat16 or float16 (float64: the reference computes
+            it), any strides.
+        residual: Of the shape of ``input``; where the dtypes differ, both are taken in the common one.
+        normalized_shape: The last dimensions of ``input``.
+        weight: [*normalized_shape], of the dtype of ``h`` or float32; or None.
+        bias: Like ``weight``, and of its dtype.
+        eps: Added to the variance.
+        dropout_p: The probability, in [0, 1), that an element of ``input`` is set to 0.
+        training: Whether dropout is applied.
+        backend: "reference" for the plain torch definition, else None.
+
+    Returns:
+        ``(y, h)``, both of the shape of ``input``. Under CUDA autocast ``y`` is float32, as in torch;
+        16-bit arguments are then added in their dtype, unfused.
+
+    Raises:
+        ValueError: Shapes or devices disagree, or ``dropout_p`` is not in [0, 1).
+        TypeError: A dtype is not as above.
+
+    Example:
+        >>> x = torch.randn(8, 128, 768)
+        >>> y, h = add_layer_norm(x, x, (768,), dropout_p=0.1, training=True)
+
+    Ba et al. 2016, arXiv:1607.06450. The dropout mask is that of ``ops/_dropout.py``.
     """
     check_dropout(dropout_p)
     input, residual = check_residual(input, residual)

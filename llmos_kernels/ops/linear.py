@@ -1,46 +1,81 @@
-"""``linear``: a matrix product with its bias and activation; formulas in ``ops/_products.py``."""
+"""A linear layer with its activation in the product's epilogue.
+
+    z = input weight^T + bias,   y = activation(z)
+
+z is rounded to the dtype of ``input`` before the activation, as in torch; sums are float32. For the
+gradient one tensor is saved besides the arguments: y for relu, z for the other activations:
+
+    dz = dy activation'(saved),   dinput = dz weight,   dweight = dz^T input,   dbias = sum(dz)
+
+References and ops are in ``ops/_products.py``; ``ops/_product_policy.py`` says who computes a product.
+"""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from llmos_kernels._core.registry import KERNEL_DTYPES, needs_grad, use_reference
 from llmos_kernels.ops import _activations, _products
 from llmos_kernels.ops._activations import NONE, RELU, keeps_input
 from llmos_kernels.ops._autocast import autocast
+from llmos_kernels.ops._product_policy import FORWARD, TORCH, choose
+
+__all__ = ["linear", "linear_reference"]
+
+#: The types of a weight that is neither quantized nor sharded.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor))
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, weight, bias, activation):
-        keep = keeps_input(activation)
-        out, z = _products.forward(input, weight, bias, activation, 0.0, None, keep)
-        kept = z if keep else out if activation == RELU else None
-        ctx.save_for_backward(input, weight, bias, kept)
-        ctx.activation = activation
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: int,
+        layer: bool,
+        provider: str | None,
+    ) -> Tensor:
+        save_z = keeps_input(activation)
+        out, z = _products.forward(
+            input, weight, bias, activation, 0.0, None, save_z, layer, provider
+        )
+        saved = z if save_z else out if activation == RELU else None
+        ctx.save_for_backward(input, weight, bias, saved)
+        ctx.activation, ctx.layer = activation, layer
         return out
 
     @staticmethod
-    def backward(ctx, dout):
-        input, weight, bias, kept = ctx.saved_tensors
-        activation = ctx.activation
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, bias, saved = ctx.saved_tensors
+        activation, layer = ctx.activation, ctx.layer
         if torch.is_grad_enabled():
             z = _products.transform(input, weight, bias, NONE, 0.0, None)[1]
             dz = dout * _products.slopes(z, activation, 0.0, None)
-            return (*_products.linear_gradients(dz, input, weight, bias), None)
+            return (*_products.linear_gradients(dz, input, weight, bias), None, None, None)
         dz = dout
-        if kept is not None:
-            dz = _products.activation_backward(dout, kept, activation, 0.0, None)
-        of_input, of_weight, of_bias, _ = ctx.needs_input_grad
-        dinput = _products.dinput(dz, weight, None, NONE, 0.0, None)[0] if of_input else None
-        dweight, dbias = _products.parameter_gradients(dz, input, of_weight, of_bias)
-        return dinput, dweight, dbias, None
+        if saved is not None:
+            dz = _products.activation_backward(dout, saved, activation, 0.0, None)
+        of_input, of_weight, of_bias, *_ = ctx.needs_input_grad
+        dinput = None
+        if of_input:
+            dinput = _products.dinput(dz, weight, None, NONE, 0.0, None, layer)[0]
+        dweight, dbias = _products.parameter_gradients(dz, input, of_weight, of_bias, layer)
+        return dinput, dweight, dbias, None, None, None
 
 
 def check_linear(
     input: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str] = ("weight", "bias")
 ) -> None:
-    """Raises where a layer's arguments disagree."""
+    """Raise ValueError or TypeError where the arguments of a linear layer disagree.
+
+    ``names`` are those of ``weight`` and ``bias`` in the message.
+    """
     name, bias_name = names
     if input.dtype not in KERNEL_DTYPES and input.dtype != torch.float64:
         raise TypeError(
@@ -63,10 +98,33 @@ def check_linear(
 
 
 def as_rows(input: Tensor) -> Tensor:
-    """``input`` [..., in] as [rows, in]."""
+    """Return ``input`` [..., in] as [rows, in]."""
     if input.ndim == 2:
         return input
     return input.reshape(input.shape[:-1].numel(), input.shape[-1])
+
+
+def _compute(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: int,
+    backend: str | None,
+    layer: bool = False,
+    provider: str | None = None,
+) -> Tensor:
+    """Return the checked linear layer; the last two arguments are those of ``_products.forward``."""
+    check_linear(input, weight, bias)
+    rows = as_rows(input)
+    if use_reference(backend, input.dtype):
+        out = _products.transform(rows, weight, bias, activation, 0.0, None)[0]
+    elif needs_grad(input, weight, bias):
+        out = _Linear.apply(rows, weight, bias, activation, layer, provider)
+    else:
+        out = _products.forward(rows, weight, bias, activation, 0.0, None, False, layer, provider)[
+            0
+        ]
+    return out if input.ndim == 2 else out.view(*input.shape[:-1], weight.shape[0])
 
 
 def linear(
@@ -77,39 +135,59 @@ def linear(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """``torch.nn.functional.linear`` with its activation in one pass.
+    """Return ``activation(torch.nn.functional.linear(input, weight, bias))``, in one pass.
 
-    ``input`` [..., in], ``weight`` [out, in] and ``bias`` [out], of one dtype: float32, bfloat16 or
-    float16 (float64: the reference answers), any strides. ``activation`` is None, "relu", "relu2",
-    "gelu", "gelu_tanh" or "silu". Returns [..., out], contiguous. Up to 4 rows, a weight stored by
-    columns (``weight.stride(0) == 1``) is read only where ``input`` is not 0: the rest is finite or
-    not, but never touched. Under autocast the arguments are cast, as torch does. Raises ValueError
-    for shapes, devices or names, TypeError for dtypes.
+    For at most 4 rows of input, a weight stored by columns (``weight.stride(0) == 1``) is read only
+    where ``input`` is not 0: an infinity or NaN that is not read stays unseen.
+
+    Args:
+        input: [..., in], float32, bfloat16 or float16 (float64: the reference computes it), any
+            strides.
+        weight: [out, in], of the dtype of ``input``, any strides.
+        bias: [out], of the dtype of ``input``, or None.
+        activation: None, "relu", "relu2", "gelu", "gelu_tanh" or "silu".
+        backend: "reference" for the plain torch definition, else None.
+
+    Returns:
+        [..., out], contiguous, of the dtype of ``input``. Under autocast the arguments are cast to
+        its dtype first, as torch does.
+
+    Raises:
+        ValueError: Shapes or devices disagree, or the activation or backend has no such name.
+        TypeError: A dtype is not supported, or the dtypes differ.
+
+    Example:
+        >>> y = linear(torch.randn(8, 128, 768), torch.randn(3072, 768), activation="gelu")
+        >>> y.shape
+        torch.Size([8, 128, 3072])
+
+    The activations' sources are named in ``ops/_activations.py``.
     """
     code = _activations.code_of(activation)
     input, weight, bias = autocast(input, weight, bias)
-    check_linear(input, weight, bias)
-    rows = as_rows(input)
-    if use_reference(backend, input.dtype):
-        out = _products.transform(rows, weight, bias, code, 0.0, None)[0]
-    elif needs_grad(input, weight, bias):
-        out = _Linear.apply(rows, weight, bias, code)
-    else:
-        out = _products.forward(rows, weight, bias, code, 0.0, None, False)[0]
-    return out if input.ndim == 2 else out.view(*input.shape[:-1], weight.shape[0])
+    return _compute(input, weight, bias, code, backend)
 
 
 def project(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A product with nothing to fuse, by whoever is faster: ``linear`` on CPUs at some sizes, else
-    ``F.linear``."""
-    plain = type(weight) in (Tensor, torch.nn.Parameter)  # And nothing quantized or sharded.
-    if input.is_cpu and plain and not torch.is_autocast_enabled("cpu"):
-        least, stop = _products.faster_between(input.dtype)
-        if least <= input.numel() * weight.shape[0] < stop:
-            return linear(input, weight, bias)
-    return F.linear(input, weight, bias)
+    """Return a plain linear layer: by our kernels or torch's, as the policy says for its size.
+
+    Takes what ``torch.nn.functional.linear`` takes. Quantized and sharded weights, and calls under
+    CPU autocast, are torch's.
+    """
+    if type(weight) not in _PLAIN or (input.is_cpu and torch.is_autocast_enabled("cpu")):
+        return F.linear(input, weight, bias)
+    if _products.is_traced(input):
+        if not input.is_cpu:  # A compiler can fuse and tune torch's.
+            return F.linear(input, weight, bias)
+        return _compute(input, weight, bias, NONE, None, True)
+    elements, (width, depth) = input.numel(), weight.shape
+    rows = elements // depth if depth else 0
+    provider = choose(FORWARD, input.dtype, input.device, rows, elements * width, True)
+    if provider == TORCH:
+        return F.linear(input, weight, bias)
+    return _compute(input, weight, bias, NONE, None, True, provider)
 
 
-def linear_reference(*args, **options) -> Tensor:
-    """The definition of ``linear``: plain, differentiable, any device and dtype."""
+def linear_reference(*args: Any, **options: Any) -> Tensor:
+    """Return ``linear`` by its definition: plain, differentiable torch ops, any device and dtype."""
     return linear(*args, **options, backend="reference")

@@ -3,8 +3,8 @@
     h = residual + dropout(x)
     y = h * rstd * weight,   rstd = rsqrt(mean(h^2) + eps)
 
-The ops are those of ``ops/layer_norm.py`` without centring.  Zhang and Sennrich 2019,
-arXiv:1910.07467.
+The reference and the ops are those of ``ops/layer_norm.py`` with ``center=False``. ``rstd`` is float32
+whatever the dtype.  Zhang and Sennrich 2019, arXiv:1910.07467.
 """
 
 from collections.abc import Sequence
@@ -25,6 +25,8 @@ from llmos_kernels.ops.layer_norm import (
     normalize,
 )
 
+__all__ = ["add_rms_norm", "add_rms_norm_reference", "rms_norm", "rms_norm_reference"]
+
 
 def rms_norm_reference(
     input: Tensor,
@@ -32,7 +34,7 @@ def rms_norm_reference(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    """The definition of ``rms_norm``: plain, differentiable, any device and dtype."""
+    """Return ``rms_norm`` by its definition: plain, differentiable torch ops, any device and dtype."""
     d = check_norm(input, normalized_shape, weight, None)
     return normalize(input, weight, None, d, _eps(eps, input.dtype), center=False)[0]
 
@@ -46,21 +48,24 @@ def add_rms_norm_reference(
     dropout_p: float = 0.0,
     training: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The definition of ``add_rms_norm``: plain, differentiable, any device and dtype."""
+    """Return ``add_rms_norm`` by its definition: plain, differentiable torch ops, any device."""
     d = check_norm(input, normalized_shape, weight, None)
     h = add_dropped(input, residual, normalized_shape, dropout_p, training)
     return normalize(h, weight, None, d, _eps(eps, h.dtype), center=False)[0], h
 
 
 def _in_accumulation_dtype(weight: Tensor | None, input: Tensor) -> Tensor | None:
-    # torch lets RMSNorm's weight have any dtype, and multiplies before it rounds.
+    """Return the weight as kernels take it: of the dtype of ``input``, or float32.
+
+    torch takes a weight of any floating dtype, and multiplies before it rounds.
+    """
     if weight is None or weight.dtype == input.dtype:
         return weight
     return weight.to(torch.promote_types(input.dtype, torch.float32))
 
 
 def _eps(eps: float | None, dtype: torch.dtype) -> float:
-    # torch takes the epsilon of the dtype it accumulates in.
+    """Return ``eps``, or for None, as torch does, the epsilon of the accumulation dtype."""
     return torch.finfo(torch.promote_types(dtype, torch.float32)).eps if eps is None else eps
 
 
@@ -72,13 +77,28 @@ def rms_norm(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """``torch.nn.functional.rms_norm`` in one pass over ``input``.
+    """Return ``torch.nn.functional.rms_norm`` of the arguments, in one pass over ``input``.
 
-    ``input`` [..., *normalized_shape] may be float32, bfloat16 or float16 (float64: the reference
-    answers), with any strides; ``weight`` [*normalized_shape] may have another floating
-    dtype. ``eps``
-    defaults to the epsilon of float32 (of float64 for float64), as in torch. Raises ValueError for
-    shapes or devices that disagree, TypeError for dtypes.  Zhang and Sennrich 2019.
+    Args:
+        input: [..., *normalized_shape], float32, bfloat16 or float16 (float64: the reference computes
+            it), any strides.
+        normalized_shape: The last dimensions of ``input``.
+        weight: [*normalized_shape], of any floating dtype, or None.
+        eps: Added to the mean square; None is the epsilon of float32 (of float64 for float64).
+        backend: "reference" for the plain torch definition, else None.
+
+    Returns:
+        A contiguous tensor of the shape and dtype of ``input``; float32 under CUDA autocast, as in torch.
+
+    Raises:
+        ValueError: Shapes or devices disagree.
+        TypeError: A dtype is not as above.
+
+    Example:
+        >>> rms_norm(torch.randn(8, 128, 768), (768,)).shape
+        torch.Size([8, 128, 768])
+
+    Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     if autocasts(input):
         input, weight = as_float32(input, weight)
@@ -100,9 +120,32 @@ def add_rms_norm(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``h = residual + dropout(input)`` and ``rms_norm(h)`` in one pass; returns ``(y, h)``.
+    """Return ``rms_norm(h)`` and ``h = residual + dropout(input)``, in one pass.
 
-    Arguments and errors are those of ``add_layer_norm`` and ``rms_norm``.
+    Args:
+        input: [..., *normalized_shape], float32, bfloat16 or float16 (float64: the reference computes
+            it), any strides.
+        residual: Of the shape of ``input``; where the dtypes differ, both are taken in the common one.
+        normalized_shape: The last dimensions of ``input``.
+        weight: [*normalized_shape], of any floating dtype, or None.
+        eps: Added to the mean square; None is the epsilon of float32 (of float64 for float64).
+        dropout_p: The probability, in [0, 1), that an element of ``input`` is set to 0.
+        training: Whether dropout is applied.
+        backend: "reference" for the plain torch definition, else None.
+
+    Returns:
+        ``(y, h)``, both of the shape of ``input``. Under CUDA autocast ``y`` is
+        float32, as in torch.
+
+    Raises:
+        ValueError: Shapes or devices disagree, or ``dropout_p`` is not in [0, 1).
+        TypeError: A dtype is not as above.
+
+    Example:
+        >>> x = torch.randn(8, 128, 768)
+        >>> y, h = add_rms_norm(x, x, (768,))
+
+    Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     check_dropout(dropout_p)
     input, residual = check_residual(input, residual)

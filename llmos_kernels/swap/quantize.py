@@ -20,7 +20,7 @@ from llmos_kernels.nn.int8 import (
 )
 from llmos_kernels.nn.linear import Linear
 from llmos_kernels.nn.transformer import TransformerEncoderLayer
-from llmos_kernels.ops.int8_linear import MODES, check_threshold, int8_linear, int8_pack
+from llmos_kernels.ops.int8_linear import MODES, check_threshold, int8_linear, int8_vnni_weight
 from llmos_kernels.ops.linear import project
 from llmos_kernels.swap.calls import ModelRun, ModuleCall
 from llmos_kernels.swap.optimize import MARK, capture, check_model
@@ -347,11 +347,13 @@ def _speedup(
     """
     q, scale = int8_weight
     mode, threshold = options.mode, options.threshold
-    packed = int8_pack(q) if mode == "dynamic" else None
+    vnni_weight = int8_vnni_weight(q) if mode == "dynamic" else None
     old, new = interleaved(
         [
             lambda: original(x, weight, bias),
-            lambda: int8_linear(x, q, scale, bias, None, threshold, mode=mode, packed=packed),
+            lambda: int8_linear(
+                x, q, scale, bias, None, threshold, mode=mode, vnni_weight=vnni_weight
+            ),
         ],
         rounds=9,
         seconds=5e-4,

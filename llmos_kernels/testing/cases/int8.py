@@ -15,7 +15,7 @@ from llmos_kernels.ops.int8_linear import (
     WEIGHT_ONLY_ROWS,
     int8_linear,
     int8_linear_reference,
-    int8_pack,
+    int8_vnni_weight,
 )
 
 #: (rows, inner, outer) for ``verify``.
@@ -37,8 +37,8 @@ def worst_error(dtype: torch.dtype, device: str) -> float:
         for options in OPTIONS:
             exact = int8_linear_reference(x.double(), weight, scale, bias.double(), **options)
             eager = int8_linear_reference(x, weight, scale, bias, **options)
-            for packed in (None, int8_pack(weight)):
-                actual = int8_linear(x, weight, scale, bias, **options, packed=packed)
+            for vnni_weight in (None, int8_vnni_weight(weight)):
+                actual = int8_linear(x, weight, scale, bias, **options, vnni_weight=vnni_weight)
                 worst = max(worst, error_over_budget(actual, exact, eager))
     return worst
 

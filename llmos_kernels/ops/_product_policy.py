@@ -1,0 +1,207 @@
+"""Which library computes a matrix product: this one, or the one that torch calls.
+
+A product of [rows, depth] by [depth, width] takes rows * depth * width multiply-accumulates (MACs).
+The answers are measurements, kept as data: ``tuned/cpu/products.json`` and ``tuned/gpu/products.json``
+hold one entry for each direction and dtype with the machines and sizes that it is for, the library
+that was fastest there, and where that was measured (null: not known). A field that is null matches
+everything; ``rows`` and ``macs`` are ranges ``[from, below]``. The first entry that matches answers.
+
+The directions are the forward product, the gradients of its input (``dinput``; with the derivative of
+an activation fused, ``dinput_activation``) and of its weight, and ``layer``: the range of a whole
+``nn.Linear``, with its gradients, outside of which torch's own layer is faster.
+"""
+
+import functools
+import json
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+__all__: list[str] = []
+
+FORWARD, DINPUT, DINPUT_ACTIVATION = "forward", "dinput", "dinput_activation"
+DWEIGHT, LAYER = "dweight", "layer"
+DIRECTIONS = (FORWARD, DINPUT, DINPUT_ACTIVATION, DWEIGHT, LAYER)
+
+OURS, CUBLAS, ONEDNN, MKL, ATEN = "ours", "cublas", "onednn", "mkl", "aten"
+#: torch's own linear layer and its gradients, whichever library these call.
+TORCH = "torch"
+#: The providers that a table may name, as they are written for people.
+PROVIDERS = {OURS: "llmos_kernels", CUBLAS: "cuBLAS", ONEDNN: "oneDNN", MKL: "MKL"}
+
+FOLDER = Path(__file__).parent.parent / "tuned"
+FORMAT = 1
+_SIZES = {"rows", "macs", "depth", "width"}
+_COMMON = {"direction", "dtype", "provider", "measured", *_SIZES}
+_FIELDS = {
+    "cpu": {*_COMMON, "vendor", "family", "isa", "amx", "threads", "torch_library"},
+    "gpu": {*_COMMON, "gpu", "arch"},
+}
+
+
+class Cpu(NamedTuple):
+    """What the entries for CPUs are matched with."""
+
+    vendor: str | None  # As CPUID spells it: GenuineIntel, AuthenticAMD.
+    family: int | None
+    isa: str  # The instruction set that our kernels use; "none" without the extension.
+    amx: bool  # Whether the CPU has AMX, which oneDNN uses whatever our kernels do.
+    threads: int
+    onednn: frozenset[torch.dtype]  # The dtypes whose products torch gives to oneDNN.
+    mkl: bool
+
+
+class Rule(NamedTuple):
+    """The provider of products whose rows and MACs lie in these ranges, the upper ends excluded."""
+
+    provider: str
+    rows_from: int
+    rows_below: int
+    macs_from: int
+    macs_below: int
+
+
+@functools.cache
+def cpu() -> Cpu:
+    """Return what this CPU and this torch are, as seen when the first product asks."""
+    extension = sys.modules.get("llmos_kernels._C")
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    vendor = re.search(r"^vendor_id\s*: (\S+)", text, re.MULTILINE)
+    family = re.search(r"^cpu family\s*: (\d+)", text, re.MULTILINE)
+    onednn = []
+    mkldnn = torch.ops.mkldnn
+    usable = torch.backends.mkldnn.is_available() and hasattr(mkldnn, "_linear_pointwise")
+    if usable and mkldnn._is_mkldnn_bf16_supported():
+        onednn.append(torch.bfloat16)
+        if mkldnn._is_mkldnn_fp16_supported():
+            onednn.append(torch.float16)
+    return Cpu(
+        "GenuineIntel" if extension and extension.is_intel() else vendor and vendor[1],
+        int(family[1]) if family else None,
+        extension.cpu_level() if extension else "none",
+        torch.cpu._is_amx_tile_supported(),
+        torch.get_num_threads(),
+        frozenset(onednn),
+        torch.backends.mkl.is_available(),
+    )
+
+
+def torch_library(dtype: torch.dtype, onednn_enabled: bool = True) -> str:
+    """Return which library computes torch's CPU products of ``dtype``; ATEN is a loop of its own."""
+    if dtype in cpu().onednn:
+        # torch.backends.mkldnn.enabled governs bfloat16 alone; float16 stays with oneDNN.
+        return ONEDNN if onednn_enabled or dtype == torch.float16 else ATEN
+    return MKL if cpu().mkl and dtype in (torch.float32, torch.float64) else ATEN
+
+
+def read(path: Path, kind: str) -> list[dict]:
+    """Return the entries of a table for ``kind``, "cpu" or "gpu"; ValueError for a malformed one."""
+    table = json.loads(path.read_text())
+    if table["format"] != FORMAT:
+        raise ValueError(f"{path}: format {table['format']}, expected {FORMAT}")
+    for entry in table["products"]:
+        if {*entry} != _FIELDS[kind]:
+            raise ValueError(f"{path}: fields {sorted(entry)}, expected {sorted(_FIELDS[kind])}")
+        if entry["direction"] not in DIRECTIONS or entry["provider"] not in PROVIDERS:
+            raise ValueError(f"{path}: {entry['direction']} by {entry['provider']}")
+        if entry["depth"] is not None or entry["width"] is not None:
+            raise ValueError(f"{path}: depth and width must be null, rows and macs are compared")
+    return table["products"]
+
+
+@functools.cache
+def _entries(kind: str) -> list[dict]:
+    return [e for path in sorted((FOLDER / kind).glob("*.json")) for e in read(path, kind)]
+
+
+def _facts(device: torch.device, dtype: torch.dtype, onednn_enabled: bool) -> dict:
+    """Return the fields of an entry that a device and dtype fix."""
+    if device.type == "cpu":
+        facts = cpu()._asdict()
+        library = torch_library(dtype, onednn_enabled)
+        return {k: facts[k] for k in Cpu._fields[:5]} | {"torch_library": library}
+    major, minor = torch.cuda.get_device_capability(device)
+    return {"gpu": torch.cuda.get_device_name(device), "arch": f"sm_{major}{minor}"}
+
+
+def _matches(entry: dict, facts: dict) -> bool:
+    for name, fact in facts.items():
+        wanted = entry[name]
+        if wanted is not None and fact not in (wanted if isinstance(wanted, list) else [wanted]):
+            return False
+    return True
+
+
+def _rule(entry: dict) -> Rule:
+    (rows_from, rows_below), (macs_from, macs_below) = entry["rows"], entry["macs"]
+    most = sys.maxsize
+    return Rule(
+        entry["provider"],
+        rows_from,
+        most if rows_below is None else rows_below,
+        macs_from,
+        most if macs_below is None else macs_below,
+    )
+
+
+#: The rules of each direction by dtype and device, and where torch would use oneDNN also by whether
+#: ``torch.backends.mkldnn.enabled`` lets it.
+_tables: dict[tuple, dict[str, tuple[Rule, ...]]] = {}
+
+
+def _table(dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Rule, ...]]:
+    """Return the rules of each direction for products of ``dtype`` on ``device``."""
+    enabled = torch._C._get_mkldnn_enabled()
+    if known := _tables.get((dtype, device, enabled)):
+        return known
+    depends = device.type == "cpu" and dtype in cpu().onednn
+    key = (dtype, device, enabled) if depends else (dtype, device)
+    found: dict[str, list[Rule]] = {direction: [] for direction in DIRECTIONS}
+    kind = {"cpu": "cpu", "cuda": "gpu"}.get(device.type)
+    if kind:
+        facts = _facts(device, dtype, enabled)
+        for entry in _entries(kind):
+            if entry["dtype"] == str(dtype).removeprefix("torch.") and _matches(entry, facts):
+                found[entry["direction"]].append(_rule(entry))
+    return _tables.setdefault(key, {d: tuple(of_direction) for d, of_direction in found.items()})
+
+
+def rules(direction: str, dtype: torch.dtype, device: torch.device) -> tuple[Rule, ...]:
+    """Return the rules that ``choose`` tries in order, in ``direction`` for ``dtype`` on ``device``."""
+    return (_tables.get((dtype, device)) or _table(dtype, device))[direction]
+
+
+def choose(
+    direction: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    rows: int,
+    macs: int,
+    layer: bool = False,
+) -> str:
+    """Return who computes a product: OURS, CUBLAS, ONEDNN, MKL or, for a ``layer`` alone, TORCH.
+
+    Args:
+        direction: FORWARD, DINPUT, DINPUT_ACTIVATION or DWEIGHT.
+        dtype: The dtype of both factors.
+        device: Where they are. It is ours on devices that no table is for.
+        rows: Rows of the layer's input. Never a symbolic size: what is traced does not ask.
+        macs: Multiply-accumulates of the product.
+        layer: Whether the product is one of an ``nn.Linear`` without an activation, of which TORCH
+            computes all, gradients too, where that is faster.
+    """
+    table = _tables.get((dtype, device)) or _table(dtype, device)
+    if layer:
+        for _, rows_from, rows_below, macs_from, macs_below in table[LAYER]:
+            if macs_from <= macs < macs_below and rows_from <= rows < rows_below:
+                break
+        else:
+            return TORCH
+    for provider, rows_from, rows_below, macs_from, macs_below in table[direction]:
+        if macs_from <= macs < macs_below and rows_from <= rows < rows_below:
+            return provider
+    return OURS
