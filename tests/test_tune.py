@@ -98,7 +98,7 @@ def test_name_before_architecture(folder):
 
 BAD = {
     "not JSON": ("{", "JSONDecodeError"),
-    "format": ('{"format": 2}', "of format 2, expected 1"),
+    "format": ('{"format": 2}', "has format 2, expected 1"),
     "missing": ('{"format": 1}', "KeyError: 'settings'"),
     "unknown": (entry([64], BLOCK_Q=1), "settings {'BLOCK_Q': 1}"),
     "incomplete": (entry([64], num_warps=1), "settings {'num_warps': 1}"),
@@ -127,7 +127,7 @@ def test_bad_files(folder, kind):
 
 
 def test_launchers_ask(folder):
-    """Every rule gives way to what is settings, in what is launched."""
+    """Every launcher prefers tuned settings to its own rule."""
     row = {"ROWS": 1, "num_warps": 2}
     tile = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
     blocks = tile | {"BLOCK_K": 32}
@@ -142,9 +142,9 @@ def test_launchers_ask(folder):
     )
     empty = lambda *shape: torch.empty(shape, dtype=BF16)
     with build_pack.planned_for("sm_90"):
-        assert rows.tile("layer_norm", empty(1), 700) == (1, 1024, 2)
-        assert rows.tile("layer_norm backward", empty(1), 700) != (1, 1024, 2)
-        assert scores.tile("forward", empty(1, 1, 1, 40), 64) == tile
+        assert rows.row_block("layer_norm", empty(1), 700) == (1, 1024, 2)
+        assert rows.row_block("layer_norm backward", empty(1), 700) != (1, 1024, 2)
+        assert scores.tile_arguments("forward", empty(1, 1, 1, 40), 64) == tile
         small, weight = empty(256, 512), empty(512, 512)
         assert persistent.plan("linear", small, weight, True) is None
         grid, blocks = gemm.plan("linear", small, 256, 512, 512, False)
@@ -247,7 +247,7 @@ with build_pack.recorded_launches("sm_90") as launches:
     for work in tune.OPS["layer_norm"](lambda *s: torch.empty(s, dtype=torch.bfloat16), torch.bfloat16):
         args = work.make()
         for candidate in (None, *work.candidates):
-            with tune.tuned.override(work.kind, candidate):
+            with tune.settings.override(work.kind, candidate):
                 work.launcher(*args)
 assert 0 < counts[0] < counts[1] < counts[2] == len(set(launches)), (counts, len(set(launches)))
 assert tune_precompile.compile_part("layer_norm", torch.bfloat16, "sm_90", 0, 1) == 0
