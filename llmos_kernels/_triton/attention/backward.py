@@ -1,10 +1,11 @@
 """Triton backward kernels of attention; the formulas are in ``ops/attention.py``.
 
-Each kernel recomputes the weights from the statistics. A thread block computes dquery of a block of
-queries, and stores delta = sum(dout * out) for the other kernels; or dkey and dvalue of a block of
-keys, over all query heads that share them; or a tile of the gradient of a float mask, over
-everything that the tile was broadcast to. There are no atomics, and nothing of shape [q_len, k_len]
-is stored but the gradient of the mask.
+There are three kernels, and each recomputes the weights from the statistics. A thread block of the
+first computes dquery of a block of queries, and stores delta = sum(dout * out) for the others. One
+of the second computes dkey and dvalue of a block of keys, over all query heads that share them. One
+of the third computes a tile of the gradient of a float mask, over everything that the tile was
+broadcast to. There are no atomics, and nothing of shape [q_len, k_len] is stored but the gradient
+of the mask.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,11 +18,11 @@ from torch import Tensor
 from llmos_kernels._triton.attention.backward_mask import launch_dmask
 from llmos_kernels._triton.attention.scores import (
     TOP_LEFT,
-    attends,
     block_dim,
     exponential,
     key_span,
     keys_inside,
+    load_bool_mask,
     load_rows,
     logits,
     mask_arguments,
@@ -135,7 +136,7 @@ def _dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, d
             attended = None
             if mask is not None and not BIAS:
                 col = start + tl.arange(0, BLOCK_N)[None, :]
-                attended = attends(mask + col.to(tl.int64) * mask_col, col < k_stop)
+                attended = load_bool_mask(mask + col.to(tl.int64) * mask_col, col < k_stop)
             p, dp, _ = _weights_of_keys(
                 query,
                 d_out,
@@ -182,7 +183,7 @@ def _dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, d
             any_attended = True
             if mask is not None and not BIAS:
                 col = start + tl.arange(0, BLOCK_N)[None, :]
-                attended = attends(mask + col.to(tl.int64) * mask_col, col < k_stop)
+                attended = load_bool_mask(mask + col.to(tl.int64) * mask_col, col < k_stop)
                 any_attended = tl.max(attended.to(tl.int32)) > 0
             if any_attended:
                 p, dp, key = _weights_of_keys(
@@ -297,7 +298,7 @@ def _dkey_kernel(q, k, v, dout, mask, padding, cu_q, cu_k, seed, stats, delta, d
     inside = readable_keys(padding, padding_col, col, k_count)
     key = load_rows(k + b * k_batch + hk * k_head, k_start + col, k_row, inside, D, BLOCK_D)
     value = load_rows(v + b * v_batch + hk * v_head, k_start + col, v_row, inside, DV, BLOCK_DV)
-    # Queries before ``first`` see none of these keys, queries from ``bounded`` on see all of them.
+    # Queries before ``first`` see none of these keys, queries from ``bounded`` on see them all.
     first = 0 * q_count
     bounded = first
     stop = tl.where(tl.max(inside.to(tl.int32)) > 0, q_count, 0)
@@ -325,7 +326,7 @@ def _dkey_kernel(q, k, v, dout, mask, padding, cu_q, cu_k, seed, stats, delta, d
                     i = tl.minimum(start + tl.arange(0, BLOCK_M), q_count - 1)
                     mask_at += i.to(tl.int64)[None, :] * mask_row
                 if mask is not None and not BIAS:
-                    attended = attends(mask_at, inside[:, None])
+                    attended = load_bool_mask(mask_at, inside[:, None])
                     if tl.max(attended.to(tl.int32)) > 0:
                         dkey, dvalue = _dkey_step(
                             dkey,

@@ -19,11 +19,11 @@ from llmos_kernels._triton.attention.scores import (
     LEAST_SCALE,
     LOG2E,
     TOP_LEFT,
-    attends,
     block_dim,
     exponential,
     key_span,
     keys_inside,
+    load_bool_mask,
     load_rows,
     logits,
     mask_arguments,
@@ -40,9 +40,10 @@ from llmos_kernels._triton.rows import dropout_arguments, dropout_factors
 from llmos_kernels._triton.runtime import pack_shapes
 from llmos_kernels._triton.runtime.launch import kernel
 
-#: Keys are split for at most so many queries of one key head, which share a tile, and for more keys
-#: than this.
-_MAX_SPLIT_QUERIES, _MIN_SPLIT_KEYS = 16, 256
+#: The most queries of one key head for which the keys are split: all of them share a tile.
+_MAX_SPLIT_QUERIES = 16
+#: The number of keys above which they are split, and the least length of a part.
+_MIN_SPLIT_KEYS = 256
 #: The most parts of the keys: with 8 key heads they fill the 132 multiprocessors of a large GPU
 #: twice.
 _MAX_PARTS = 32
@@ -111,7 +112,7 @@ def _attend(query, k, v, mask, padding, padding_col, seed, dropout_row, last, be
             start = low + visited
             if mask is not None and not BIAS:
                 col = start + tl.arange(0, BLOCK_N)[None, :]
-                attended = attends(mask + col.to(tl.int64) * mask_col, col < k_stop)
+                attended = load_bool_mask(mask + col.to(tl.int64) * mask_col, col < k_stop)
                 if tl.max(attended.to(tl.int32)) > 0:
                     m, total, acc = _step(
                         m,

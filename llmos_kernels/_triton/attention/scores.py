@@ -4,8 +4,8 @@ A thread block computes a block of rows of one (batch, head). The grid has a sin
 other axes are limited to 65,535 thread blocks. Positions inside a sequence are int32, and
 everything that becomes an offset is int64.
 
-A tile is a block of the matrix of scores, [queries, keys]. For an argument ``inside``, ``attended``
-or ``last`` of None, there is no such limit.
+A tile is a block of the matrix of scores, [queries, keys]. Arguments named ``inside``, ``attended``
+and ``last`` limit the keys that a query sees; None stands for no limit.
 """
 
 from typing import Any
@@ -124,9 +124,9 @@ def key_span(padding, padding_col, begin, end, low_limit, high_limit,
     ``high_limit``. The results are k_first and k_stop, which enclose the valid keys, and the bounds
     of three ranges, each visited in blocks of BLOCK keys:
 
-        0: [first, bounded)   every query sees every key 1: [bounded, padded)  only k_first, k_stop
-        and the causal diagonal hide keys 2: [padded, stop)     there are masked keys between valid
-        ones, so that padding must be loaded
+        0: [first, bounded)    every query sees every key
+        1: [bounded, padded)   only k_first, k_stop and the causal diagonal hide keys
+        2: [padded, stop)      invalid keys lie between valid ones, so that padding must be read
     """
     k_first = begin
     k_stop = end
@@ -161,8 +161,8 @@ def readable_keys(padding, padding_col, col, k_count):
 def keys_inside(padding, padding_col, col, k_first, k_stop, EDGE: tl.constexpr):
     """Return which of the keys ``col`` are valid in the range EDGE of a ``key_span``.
 
-    That is None, for all, in range 0; k_first <= col < k_stop in range 1; and by padding in range
-    2.
+    The result is None in range 0, where all are. In range 1 the keys from k_first to k_stop are
+    valid; in range 2 padding decides.
     """
     inside = None
     if EDGE:
@@ -196,7 +196,7 @@ def store_rows(x, row, stride, inside, v, D: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def attends(mask, inside):
+def load_bool_mask(mask, inside):
     """Return where a tile of a bool mask is True."""
     return tl.load(mask, inside, 0) != 0
 
@@ -272,8 +272,8 @@ def mask_arguments(attn_mask: Tensor | None, padding: Tensor | None) -> dict:
 
     Strides are 0 along broadcast dimensions, but None for ``mask_row``, so that a mask that is the
     same for all queries is read as one row. If such a mask is bool and the same for all heads, and
-    there is no key padding mask, it takes the place of that: kernels then skip tiles without valid
-    keys, and prefetch the keys of the others.
+    there is no key padding mask, it is passed as one: kernels then skip the tiles before the first
+    and after the last visible key, and prefetch the keys of the others.
     """
     arguments: dict[str, Any] = {
         "mask": None,
@@ -373,7 +373,7 @@ def tile_arguments(kernel: str, q: Tensor, dv: int, variant: str = "") -> dict:
     """Return the tile, warps, stages and register limit of ``kernel``.
 
     They are as tuned, or from the tables above, by device, dtype, head dims and ``tile_variant``.
-    Where there is no entry for dropout, that for masks serves.
+    A kernel without an entry for dropout takes the one for masks.
     """
     widest = max(block_dim(max(q.shape[-1], dv)), 64)
     if found := settings.settings(f"attention {kernel}{variant}", q, (widest,)):

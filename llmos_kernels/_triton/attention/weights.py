@@ -14,9 +14,9 @@ from torch import Tensor
 
 from llmos_kernels._triton.attention.scores import (
     TOP_LEFT,
-    attends,
     block_dim,
     exponential,
+    load_bool_mask,
     load_rows,
     logits,
     mask_arguments,
@@ -67,7 +67,7 @@ def _weights_kernel(q, k, mask, padding, seed, stats, weights, q_batch, q_head, 
                 mask_at += tl.minimum(i, q_len - 1).to(tl.int64)[:, None] * mask_row
         attended = None
         if mask is not None and not BIAS:
-            attended = attends(mask_at, inside[None, :])
+            attended = load_bool_mask(mask_at, inside[None, :])
         x = logits(
             query,
             key,

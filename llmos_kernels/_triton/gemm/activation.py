@@ -88,6 +88,7 @@ def _block_position(N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 def _activation_kernel(saved, seed, out, saved_row, saved_col, M, N, threshold, scale,
                        ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
                        BLOCK: tl.constexpr):  # fmt: skip
+    """Store out = dropout(activation(saved)) of a block of rows and columns."""
     row, first_col, col = _block_position(N, ROWS, BLOCK)
     inside = (row < M) & (col < N)
     z = tl.load(saved + row * saved_row + col * saved_col, inside, 0.0).to(tl.float32)
@@ -101,6 +102,7 @@ def _activation_kernel(saved, seed, out, saved_row, saved_col, M, N, threshold, 
 def _gradient_kernel(dout, saved, seed, dz, dout_row, dout_col, saved_row, saved_col, M, N,
                      threshold, scale, ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
                      BLOCK: tl.constexpr):  # fmt: skip
+    """Store dz = dout * dropout factors * activation'(saved) of a block of rows and columns."""
     row, first_col, col = _block_position(N, ROWS, BLOCK)
     inside = (row < M) & (col < N)
     z = tl.load(saved + row * saved_row + col * saved_col, inside, 0.0).to(tl.float32)
@@ -118,7 +120,7 @@ def dropout_options(dropout_p: float, seed: Tensor | None) -> dict:
 
 
 def _blocks(rows: int, cols: int) -> tuple[tuple[int], dict]:
-    """Return the grid and arguments for 16 elements a thread, of one long row or several rows."""
+    """Return the grid and arguments for 16 elements per thread, of one long row or several rows."""
     block = min(max(triton.next_power_of_2(cols), 16), 2048)
     block_rows = 2048 // block
     grid = (triton.cdiv(rows, block_rows) * triton.cdiv(cols, block),)

@@ -120,7 +120,7 @@ def sum_parts(partial: Tensor, out: Tensor) -> None:
 
 
 def part_plan(m: int, n: int, parts: int) -> tuple[tuple[int], dict]:
-    """Return the grid and arguments that add parts of [m, n], with 16 loads in flight a thread."""
+    """Return the grid and arguments that add parts of [m, n], with 16 loads per thread at a time."""
     shares = min(triton.next_power_of_2(parts), 32)
     block_m = min(triton.next_power_of_2(m), max(2048 // shares // 64, 1))
     block_n = min(max(triton.next_power_of_2(n), 4), 2048 // shares // block_m)
@@ -152,10 +152,9 @@ _TILES: dict[str, tuple[tuple, ...]] = {
         (64, 64, 64, 4, 4, 128),
         (16, 32, 128, 4, 5, None),
     ),
-    # For rows in memory whose length 16 does not divide: each element is loaded by a pointer of its
-    # own.
+    # If 16 does not divide the length of rows in memory, each element is loaded on its own.
     "odd": ((128, 64, 32, 8, 3, None), (64, 64, 32, 4, 3, None), (16, 32, 128, 4, 3, None)),
-    # Tensor cores do not multiply float32 at full precision: a thread holds whole rows of both
+    # Tensor cores do not multiply float32 at full precision. A thread holds whole rows of both
     # operands.
     "float32": (
         (128, 64, 16, 8, 3, None),

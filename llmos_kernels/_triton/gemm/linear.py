@@ -4,10 +4,9 @@ The formulas are in ``ops/_products.py``. A thread block computes a tile of out,
 applies bias, activation and dropout in registers. With split K the kernel that adds the parts
 applies the epilogue.
 
-Memory traffic: out and
-the saved pre-activation are written once, input is read once for each column of tiles, weight once
-for each row of tiles. If weight is stored by columns and there are few rows, only the columns of
-weight where input is not 0 are read.
+Memory traffic: out and the saved pre-activation are written once, input is read once for each
+column of tiles, weight once for each row of tiles. If weight is stored by columns and there are few
+rows, only the columns of weight where input is not 0 are read.
 """
 
 from collections.abc import Callable, Iterator
@@ -100,6 +99,7 @@ def _forward_kernel(input, weight, bias, seed, out, saved, partial, M, N, K, PAR
                     input_row, input_col, weight_row, weight_col, threshold, scale,
                     ACTIVATION: tl.constexpr, SKIP: tl.constexpr, BLOCK_M: tl.constexpr,
                     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """Compute a tile of out and saved, or store its part of a split K in ``partial``."""
     part, first_row, first_col = part_and_origin(M, N, PARTS, BLOCK_M, BLOCK_N)
     row = first_row + tl.arange(0, BLOCK_M)
     col = first_col + tl.arange(0, BLOCK_N)

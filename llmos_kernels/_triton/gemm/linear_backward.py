@@ -5,8 +5,8 @@ stores its column sums over each tile, for the gradient of the bias of the layer
 the thread blocks whose tiles have the same rows share the work of summing dout for dbias. There are
 no atomics: a second kernel adds all partial sums in a fixed order.
 
-Memory traffic: dinput and
-dweight are written once, the saved activation is read once, dout once for each column of tiles.
+Memory traffic: dinput and dweight are written once, the saved activation is read once, dout once
+for each column of tiles.
 """
 
 from collections.abc import Callable, Iterator
@@ -104,6 +104,7 @@ def _dinput_kernel(dout, weight, saved, seed, dinput, sums, partial, M, N, K, PA
                    dout_col, weight_row, weight_col, saved_row, saved_col, threshold, scale,
                    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                    BLOCK_K: tl.constexpr):  # fmt: skip
+    """Compute a tile of dinput and its column sums, or its part of a split K."""
     part, first_row, first_col = part_and_origin(M, N, PARTS, BLOCK_M, BLOCK_N)
     row = first_row + tl.arange(0, BLOCK_M)
     col = first_col + tl.arange(0, BLOCK_N)
@@ -232,6 +233,7 @@ def _sum_columns(dout, sums, row, part, share, SHARES, M, K, STEP, dout_row, dou
 def _dweight_kernel(dout, input, dweight, sums, partial, M, N, K, PARTS, STEP, dout_row, dout_col,
                     input_row, input_col, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                     BLOCK_K: tl.constexpr):  # fmt: skip
+    """Compute a tile of dweight, or its part of a split K, and a share of the sums of dout."""
     part, first_row, first_col = part_and_origin(M, N, PARTS, BLOCK_M, BLOCK_N)
     row = first_row + tl.arange(0, BLOCK_M)
     col = first_col + tl.arange(0, BLOCK_N)

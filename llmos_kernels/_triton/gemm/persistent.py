@@ -2,8 +2,7 @@
 
 There is one thread block for each multiprocessor, and each computes several tiles in turn, so that
 the epilogue of one tile overlaps with the loads of the next. The TMA loads blocks of the operands
-through tensor descriptors, without an address in each thread; elements outside the matrix read as
-0.
+through tensor descriptors, so that threads hold no addresses, and reads 0 outside the matrix.
 """
 
 import functools
@@ -62,10 +61,10 @@ def _fits_descriptor(t: Tensor) -> bool:
 
 
 def plan(kind: str, a: Tensor, b: Tensor, transpose_b: bool) -> tuple[tuple[int], dict] | None:
-    """Return the grid and arguments of a b, or of a b^T if ``transpose_b``.
+    """Return the grid and arguments of ``a @ b``, or of ``a @ b.mT`` if ``transpose_b``.
 
-    Returns None if the other kernels compute the GEMM. They do if it is small or float32, if rows
-    are not aligned to 16 bytes, on other architectures, and where tuning found them to be faster.
+    The result is None if the other kernels are to compute the GEMM: if it is small or float32, if
+    rows are not aligned to 16 bytes, on other architectures, and where tuning found them faster.
     """
     if a.dtype == torch.float32 or not launch.has_wgmma(a.device):
         return None

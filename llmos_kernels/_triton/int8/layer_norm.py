@@ -23,6 +23,7 @@ from llmos_kernels._triton.runtime.launch import kernel
 @kernel(do_not_specialize=["N"])
 def _norm_kernel(x, residual, weight, bias, rows, scale, h, stats, x_stride, residual_stride, N, D,
                  eps, CENTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Compute the int8 rows, their scales and h of a block of whole rows."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     inside = (row < N) & (col < D)

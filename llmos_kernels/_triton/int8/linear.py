@@ -7,9 +7,8 @@ the columns that hold any (all thread blocks write the same value, so their orde
 The second quantises the rows, and one further thread block lists the marked columns. The GEMM then
 adds the products of the listed columns to its scaled sums.
 
-Memory traffic: the input is read twice
-to quantise it and once to find outliers; the GEMM reads a once for each column of tiles, b once for
-each row of tiles, and writes out once.
+Memory traffic: the input is read twice to quantise it and once to find outliers; the GEMM reads a
+once for each column of tiles, b once for each row of tiles, and writes out once.
 """
 
 from collections.abc import Callable, Iterator
@@ -150,6 +149,7 @@ def _epilogue(z, b_scale, bias, out, row, first_col, M, N, ACTIVATION: tl.conste
 def _product_kernel(a, b, a_scale, b_scale, bias, out, zeros, index, input, M, N, K, a_row,
                     b_row, input_row, input_col, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
                     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """Compute a tile of out of the int8 GEMM, with the outlier columns that ``index`` lists."""
     _, first_row, first_col = part_and_origin(M, N, 1, BLOCK_M, BLOCK_N)
     row = first_row + tl.arange(0, BLOCK_M)
     col = first_col + tl.arange(0, BLOCK_N)
@@ -186,6 +186,7 @@ def _product_kernel(a, b, a_scale, b_scale, bias, out, zeros, index, input, M, N
 def _weight_only_kernel(input, weight, scale, bias, out, M, N, K, input_row, input_col, weight_row,
                         ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                         BLOCK_K: tl.constexpr):  # fmt: skip
+    """Compute all rows of BLOCK_N columns of out, converting the int8 weight in registers."""
     row = tl.arange(0, BLOCK_M)
     first_col = tl.program_id(0).to(tl.int64) * BLOCK_N
     col = first_col + tl.arange(0, BLOCK_N)
@@ -261,11 +262,14 @@ def _matmul(
     index: Tensor | None,
     input: Tensor | None,
 ) -> Tensor:
-    """Return activation(a b^T * scales + bias), plus the outlier columns ``index`` of ``input``."""
+    """Return the result of the int8 GEMM of a and b^T with its epilogue.
+
+    The outlier columns of ``input`` that ``index`` lists are added in their own dtype.
+    """
     a, b = (t if t.stride(1) == 1 else t.contiguous() for t in (a, b))
     zeros = None
-    # Tensor cores take int8: uint8 elements are lowered by the zero point 128, and 128 * sum(row of
-    # b) corrects the sums.
+    # Tensor cores take int8: the zero point 128 is subtracted from uint8 elements, and 128 times
+    # the sum of each row of b corrects the sums.
     if a.dtype == torch.uint8:
         a, zeros = (a ^ 128).view(torch.int8), b.sum(1, dtype=torch.int32) * 128
     (m, k), n = a.shape, b.shape[0]

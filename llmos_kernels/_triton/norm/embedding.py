@@ -51,6 +51,7 @@ def _add_rows(index0, index1, index2, count0, count1, count2, table0, table1, ta
 def _forward_kernel(index0, index1, index2, count0, count1, count2, table0, table1, table2, stride0,
                     stride1, stride2, rows0, rows1, rows2, weight, bias, seed, y, stats, N, D, eps,
                     threshold, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Compute y and the statistics of a block of whole rows."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     inside = (row < N) & (col < D)
@@ -86,6 +87,7 @@ def _forward_kernel(index0, index1, index2, count0, count1, count2, table0, tabl
 def _sum_kernel(index0, index1, index2, count0, count1, count2, table0, table1, table2,
                 stride0, stride1, stride2, rows0, rows1, rows2, h, N, D, PIECES,
                 BLOCK: tl.constexpr):  # fmt: skip
+    """Store a piece of one row of h."""
     row = (tl.program_id(0) // PIECES).to(tl.int64) + tl.zeros((1, 1), tl.int64)
     col = (tl.program_id(0) % PIECES) * BLOCK + tl.arange(0, BLOCK)[None, :]
     v = _add_rows(
@@ -113,6 +115,7 @@ def _sum_kernel(index0, index1, index2, count0, count1, count2, table0, table1, 
 
 @kernel(do_not_specialize=["threshold"])
 def _drop_kernel(x, seed, out, stride, D, PIECES, threshold, scale, BLOCK: tl.constexpr):
+    """Store a piece of one row of dropout(x)."""
     row = (tl.program_id(0) // PIECES).to(tl.int64) + tl.zeros((1, 1), tl.int64)
     first = (tl.program_id(0) % PIECES) * BLOCK
     col = first + tl.arange(0, BLOCK)[None, :]
@@ -182,7 +185,7 @@ def forward(
     stats = table0.new_empty((2, n), dtype=torch.float32)
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    # Three tables and the Philox words take registers: with more elements a thread they spill.
+    # Three tables and the Philox words take registers: with more elements per thread they spill.
     rows, block, warps = row_block("embedding", table0, d, per_thread=8)
     _forward_kernel[(triton.cdiv(n, rows),)](
         *sources,

@@ -3,8 +3,7 @@
 A thread block holds some whole rows in registers. For a row wider than ``WIDEST`` it loops over
 blocks of columns instead, and reads the row again in each pass.
 
-Memory traffic up to ``WIDEST``: x
-(and residual) are read once, y (and h) are written once.
+Memory traffic up to ``WIDEST``: x (and residual) are read once, y (and h) are written once.
 """
 
 from collections.abc import Callable, Iterator
@@ -57,8 +56,8 @@ def standardize(v, stats, row, inside, N, D, eps, CENTER: tl.constexpr):
     if CENTER:
         mean = tl.sum(v, 1, keep_dims=True) / D
         delta = tl.where(inside, v - mean, 0.0)
-        # The mean of the differences corrects the rounding of the mean: a constant row has variance
-        # 0.
+        # The mean of the differences corrects the rounding of the mean, so that the variance of a
+        # constant row is 0.
         shift = tl.sum(delta, 1, keep_dims=True) / D
         variance = tl.maximum(
             tl.sum(delta * delta, 1, keep_dims=True) / D - shift * shift,
@@ -80,6 +79,7 @@ def standardize(v, stats, row, inside, N, D, eps, CENTER: tl.constexpr):
 def _forward_kernel(x, residual, weight, bias, seed, y, h, stats, x_stride, residual_stride, N, D,
                     eps, threshold, scale,
                     CENTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Compute y, h and the statistics of a block of whole rows."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     inside = (row < N) & (col < D)
@@ -108,6 +108,7 @@ def _forward_kernel(x, residual, weight, bias, seed, y, h, stats, x_stride, resi
 def _forward_wide_kernel(x, residual, weight, bias, seed, y, h, stats, x_stride, residual_stride, N,
                          D, eps, threshold, scale, CENTER: tl.constexpr,
                          BLOCK: tl.constexpr):  # fmt: skip
+    """Compute y, h and the statistics of one row, in blocks of columns."""
     row = tl.program_id(0).to(tl.int64) + tl.zeros((1, 1), tl.int64)
     lane = tl.arange(0, BLOCK)[None, :]
     total = tl.zeros((1, BLOCK), tl.float32)

@@ -5,8 +5,8 @@ weight and bias gradients in registers, and a second kernel adds the shares in a
 without atomics, every run gives the same bits. Wider rows are read in blocks of columns instead,
 and another kernel sums their weight and bias gradients.
 
-Memory traffic of the first way: dy and h
-(and dh) are read once, dresidual (and dx) are written once.
+Memory traffic of the first way: dy and h (and dh) are read once, dresidual (and dx) are written
+once.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,8 +23,8 @@ from llmos_kernels._triton.runtime.launch import kernel
 #: The bytes of the widest row that fits the registers of a thread block beside its gradient sums.
 _WIDEST = 16384
 _WIDE_BLOCK, _WIDE_WARPS = 4096, 8
-#: Multiprocessors of a large GPU. Each has registers for three thread blocks of 8 warps or two of
-#: 16; in float32 there is not room for all of them.
+#: The multiprocessors of a large GPU. Each has registers for three thread blocks of 8 warps or two
+#: of 16; in float32 fewer fit at a time.
 _MULTIPROCESSORS = 132
 
 
@@ -43,6 +43,7 @@ def _store_gradients(v, seed, dresidual, dx, at, row, first_col, threshold, scal
 def _backward_kernel(dy, dh, h, weight, stats, seed, dresidual, dx, dweight, dbias, dy_stride,
                      dh_stride, h_stride, N, D, threshold, scale,
                      CENTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Compute dresidual and dx of some rows, and this thread block's share of dweight and dbias."""
     pid = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, ROWS)[:, None].to(tl.int64)
     col = tl.arange(0, BLOCK)[None, :]
@@ -87,6 +88,7 @@ def _backward_kernel(dy, dh, h, weight, stats, seed, dresidual, dx, dweight, dbi
 def _backward_wide_kernel(dy, dh, h, weight, stats, seed, dresidual, dx, dy_stride, dh_stride,
                           h_stride, N, D, threshold, scale,
                           CENTER: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Compute dresidual and dx of one row, in blocks of columns."""
     row = tl.program_id(0).to(tl.int64) + tl.zeros((1, 1), tl.int64)
     lane = tl.arange(0, BLOCK)[None, :]
     mean = tl.load(stats + row) if CENTER else tl.zeros((1, 1), tl.float32)
@@ -161,8 +163,8 @@ def _sum_kernel(partial, out, SHARES, D, ROWS: tl.constexpr, BLOCK: tl.constexpr
 def _registers(like: Tensor, per_thread: int, warps: int) -> int | None:
     """Return the register limit of a thread, or None for ptxas's own choice.
 
-    There is a limit where ptxas would choose so many that one thread block less fits a
-    multiprocessor, and where the limit spills no register.
+    There is a limit where ptxas would choose so many that fewer thread blocks fit
+    a multiprocessor, and where the limit spills no register.
     """
     if like.element_size() != 2 or per_thread > 8:
         return None
