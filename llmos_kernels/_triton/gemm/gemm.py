@@ -120,7 +120,7 @@ def sum_parts(partial: Tensor, out: Tensor) -> None:
 
 
 def part_plan(m: int, n: int, parts: int) -> tuple[tuple[int], dict]:
-    """Return the grid and arguments that add parts of [m, n], with 16 loads per thread at a time."""
+    """Return the grid and arguments that add parts of [m, n], 16 loads per thread at a time."""
     shares = min(triton.next_power_of_2(parts), 32)
     block_m = min(triton.next_power_of_2(m), max(2048 // shares // 64, 1))
     block_n = min(max(triton.next_power_of_2(n), 4), 2048 // shares // block_m)
