@@ -95,7 +95,7 @@ def measured(launcher, args, arch: str, library) -> tuple[int, float, float]:
 
     def by(found):
         def launch():
-            kernel.packed[0] = found
+            kernel.pack_kernels[0] = found
             kernel[grid](*given, **named)
 
         return launch

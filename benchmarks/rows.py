@@ -170,7 +170,7 @@ def times(row: Row, rounds: int, most: float) -> tuple[dict[str, list[float]], d
     if DEVICE == "cuda":
         return _on_gpu(row.calls, rounds)
     runs = [c.run for c in row.calls.values()]
-    return dict(zip(row.calls, samples(runs, rounds, most=most), strict=True)), {}
+    return dict(zip(row.calls, samples(runs, rounds, max_seconds=most), strict=True)), {}
 
 
 def measure(row: Row, rounds: int, most: float, busy: bool) -> dict[str, dict]:

@@ -172,7 +172,7 @@ def bits(folder: str) -> None:
         )
         for found in (pack, None):
             for fn in {k.fn for k in launches}:
-                fn.packed[0] = found and found.kernel(fn.name, parameters(fn), OPTIONS)
+                fn.pack_kernels[0] = found and found.kernel(fn.name, parameters(fn), OPTIONS)
             with mock.patch.object(kernel_pack, "MODE", "require" if found else "off"):
                 results.append(launcher(*given))
         own, tritons = (r if isinstance(r, tuple) else (r,) for r in results)

@@ -20,11 +20,11 @@ def assert_attention_accurate(op, given):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name.startswith("attention")], ids=str)
-def test_attention_tiles_with_tma(case, monkeypatch):
-    """The tiles of GPUs with a tensor memory accelerator are right, with partial last blocks."""
+def test_attention_tiles_with_wgmma(case, monkeypatch):
+    """Tiles for GPUs with wgmma: two blocks of queries and of keys, each with a partial second block."""
     from llmos_kernels._triton.runtime import launch
 
-    monkeypatch.setattr(launch, "has_engine", lambda device: True)
+    monkeypatch.setattr(launch, "has_wgmma", lambda device: True)
     batch, heads, q_len, k_len, d = case.shapes[-1]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)

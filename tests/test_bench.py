@@ -88,7 +88,7 @@ def test_samples():
     found = samples(fns, rounds=4, seconds=0.0)
     assert [len(t) for t in found] == [4, 4]
     assert order == ["a"] * 3 + ["b"] * 3 + ["a", "b"] * 4, "in turn, after both are warm"
-    assert len(samples(fns, rounds=40, seconds=0.0, most=0.0)[0]) == 5
+    assert len(samples(fns, rounds=40, seconds=0.0, max_seconds=0.0)[0]) == 5
 
 
 def test_saved_rows(tmp_path):

@@ -153,11 +153,14 @@ def edited(path, stated=True, **changes):
 
 BAD = {
     "not JSON": (lambda p: p.write_text("{"), "sm_90.json: Expecting"),
-    "a list": (lambda p: p.write_text("[]"), "sm_90.json: of format None, expected 1"),
-    "another format": (lambda p: edited(p, format=2), "sm_90.json: of format 2, expected 1"),
+    "a list": (lambda p: p.write_text("[]"), "sm_90.json: has format None, expected 1"),
+    "another format": (lambda p: edited(p, format=2), "sm_90.json: has format 2, expected 1"),
     "damaged": (lambda p: edited(p, False, bytes=7), "sm_90.json: damaged"),
-    "another GPU's": (lambda p: edited(p, arch="sm_80"), "sm_90.json: for sm_80"),
-    "other sources": (lambda p: edited(p, sources="0"), "sm_90.json: of other kernel sources"),
+    "another GPU's": (lambda p: edited(p, arch="sm_80"), "sm_90.json: holds kernels for sm_80"),
+    "other sources": (
+        lambda p: edited(p, sources="0"),
+        "sm_90.json: was built from other kernel sources",
+    ),
     "truncated": (lambda p: os.truncate(p.with_suffix(".bin"), 9), "sm_90.bin: 9 bytes, expected"),
     "no cubins": (lambda p: p.with_suffix(".bin").unlink(), "sm_90.bin"),
     "unreadable": (lambda p: (p.unlink(), p.mkdir()), "sm_90.json: .*Is a directory"),

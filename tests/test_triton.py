@@ -106,7 +106,7 @@ launches = inspect.launches((torch.float32, torch.bfloat16), names=("int8",))
 
 # Check the limits of what the scripts above launch, and warp-group instructions on sm_90.
 CHECK = """
-from llmos_kernels._triton.runtime.launch import ENGINES
+from llmos_kernels._triton.runtime.launch import WGMMA_ARCHS
 print(len(launches), "kernels")
 for launch in launches:
     if len(sys.argv) > 2:
@@ -119,7 +119,7 @@ for launch in launches:
     spilled = 32 if of.get("D") == 128 and {"mask", "seed"} <= given else 0
     for r in compiled:
         assert r.spills <= spilled, f"{launch} for {r.arch}: {r.spills} bytes spilled"
-        most = (227 if r.arch in ENGINES else 99) * 1024
+        most = (227 if r.arch in WGMMA_ARCHS else 99) * 1024
         assert r.shared <= most, f"{launch} for {r.arch}: {r.shared} bytes of shared memory"
         assert not r.overflows, f"{launch}: 32-bit offsets {r.overflows}"
         names = "_forward_kernel", "_dinput_kernel", "_dweight_kernel", "_product_kernel"
@@ -175,7 +175,7 @@ from llmos_kernels._tools import inspect
 from llmos_kernels._core.registry import DEFINED
 from llmos_kernels._triton.runtime import launch
 from llmos_kernels.ops._activations import GELU, RELU
-launch.has_engine = lambda device: True
+launch.has_wgmma = lambda device: True
 forward, dinput = (DEFINED[f"llmos::linear_{name}"].launch for name in ("forward", "dinput"))
 with inspect.recorded_launches() as launches:
     for rows, activation in ((2048, GELU), (8192, GELU), (8192, RELU)):
@@ -216,11 +216,11 @@ def test_persistent_products(monkeypatch):
     from llmos_kernels.ops._activations import GELU
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not launch.has_engine(torch.device(device)):
+    if device == "cuda" and not launch.has_wgmma(torch.device(device)):
         pytest.skip("this GPU has no tensor memory accelerator")
-    monkeypatch.setattr(launch, "has_engine", lambda device: True)
+    monkeypatch.setattr(launch, "has_wgmma", lambda device: True)
     monkeypatch.setattr(persistent, "_TILES", ((128, 128, 64, 8, 4, 2),))
-    monkeypatch.setattr(persistent, "_processors", lambda device: 2)
+    monkeypatch.setattr(persistent, "_multiprocessors", lambda device: 2)
     forward, dinput = (DEFINED[f"llmos::linear_{name}"].launch for name in ("forward", "dinput"))
     seed = torch.tensor([3, 4], device=device)
     dropout = GELU, 0.1, seed
@@ -231,8 +231,8 @@ def test_persistent_products(monkeypatch):
             for shape in ((130, 72), (264, 72), (264,), (130, 264), (130, 72))
         )
         weight /= 8
-        assert persistent.plan("linear", x, weight, turned=True)[0] == (2,)
-        assert persistent.plan("linear", dout, weight, turned=False)[0] == (2,)
+        assert persistent.plan("linear", x, weight, transpose_b=True)[0] == (2,)
+        assert persistent.plan("linear", dout, weight, transpose_b=False)[0] == (2,)
         calls = (
             (forward, _products._forward_reference, (x, weight, bias, *dropout, True)),
             (forward, _products._forward_reference, (x, weight, None, GELU, 0.0, None, False)),

@@ -106,7 +106,7 @@ def test_name_before_architecture(folder):
 
 BAD = {
     "not JSON": ("{", "JSONDecodeError"),
-    "format": ('{"format": 2}', "of format 2, expected 1"),
+    "format": ('{"format": 2}', "has format 2, expected 1"),
     "missing": ('{"format": 1}', "KeyError: 'settings'"),
     "unknown": (entry([64], BLOCK_Q=1), "settings {'BLOCK_Q': 1}"),
     "incomplete": (entry([64], num_warps=1), "settings {'num_warps': 1}"),
@@ -135,7 +135,7 @@ def test_bad_files(folder, kind):
 
 
 def test_launchers_ask(folder):
-    """Every launch rule uses the tuned settings."""
+    """Every launcher prefers tuned settings to its own rule."""
     row = {"ROWS": 1, "num_warps": 2}
     tile = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
     blocks = tile | {"BLOCK_K": 32}
@@ -150,9 +150,9 @@ def test_launchers_ask(folder):
     )
     empty = lambda *shape: torch.empty(shape, dtype=BF16)
     with build_pack.planned_for("sm_90"):
-        assert rows.tile("layer_norm", empty(1), 700) == (1, 1024, 2)
-        assert rows.tile("layer_norm backward", empty(1), 700) != (1, 1024, 2)
-        assert scores.tile("forward", empty(1, 1, 1, 40), 64) == tile
+        assert rows.row_block("layer_norm", empty(1), 700) == (1, 1024, 2)
+        assert rows.row_block("layer_norm backward", empty(1), 700) != (1, 1024, 2)
+        assert scores.tile_arguments("forward", empty(1, 1, 1, 40), 64) == tile
         small, weight = empty(256, 512), empty(512, 512)
         assert persistent.plan("linear", small, weight, True) is None
         grid, blocks = gemm.plan("linear", small, 256, 512, 512, False)

@@ -1,1 +1,1 @@
-"""What every op stands on: its registration, the compiled extension, the error budget, timing."""
+"""Shared basis of all ops: registration, the compiled extension, the error budget and timing."""

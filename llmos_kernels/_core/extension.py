@@ -1,4 +1,4 @@
-"""Load what CMake built: ``_C`` and the op libraries, each where this torch can use it."""
+"""Loads the compiled extension on import: ``_C``, and the op libraries that this torch can use."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ from llmos_kernels import _C
 
 _FOLDER = Path(__file__).parents[1]
 
-_C.cpu_level()  # Raises for a LLMOS_CPU_LEVEL that this machine does not have.
+_C.cpu_level()  # Raises if LLMOS_CPU_LEVEL names an ISA that this CPU does not have.
 torch.ops.load_library(_FOLDER / "_ops_cpu.so")
-# The shims that the CUDA part calls are in libtorch_cuda.
+# The CUDA library calls functions of libtorch_cuda, which only a CUDA build of torch has.
 if torch.backends.cuda.is_built() and (_FOLDER / "_ops_cuda.so").exists():
     torch.ops.load_library(_FOLDER / "_ops_cuda.so")

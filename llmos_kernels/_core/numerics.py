@@ -1,8 +1,9 @@
-"""The error budget that every result is held to, and the random numbers that results are compared on.
+"""The error budget that every result is held to, and the random numbers of tests and proofs.
 
     error <= 2 * (error of torch in the same dtype) + 1 ulp of the largest value
 
-Errors are distances to a float64 reference. Proofs of swaps and tests use the same functions.
+An error is the largest distance to the float64 reference. Tests and the proofs of swaps share these
+functions.
 """
 
 import math
@@ -11,41 +12,46 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-#: Every fixed seed of tests and proofs is shifted by as many thousands: ``pytest --seed``.
+#: ``pytest --seed N`` sets this to N: each fixed seed of tests and proofs is raised by 1000 * N.
 shift = 0
 
 
 def shifted(seed: int) -> int:
-    """A fixed seed, or the one that stands for it in this run."""
+    """Return ``seed`` raised by the shift of this run, which is 0 by default."""
     return seed + 1000 * shift
 
 
 def generator(seed: int) -> torch.Generator:
-    """A new generator on the CPU, seeded with ``shifted(seed)``."""
+    """Return a new CPU generator, seeded with ``shifted(seed)``."""
     return torch.Generator().manual_seed(shifted(seed))
 
 
 def make_gradients(outputs: Sequence[Tensor], seed: int = 1) -> tuple[Tensor, ...]:
-    """An incoming gradient for each output: the same numbers whatever their dtype."""
-    drawn_by = generator(seed)
+    """Return a random incoming gradient for each output.
+
+    The numbers are drawn in float64, so they are the same for every dtype up to rounding.
+    """
+    random = generator(seed)
     return tuple(
-        torch.randn(o.shape, generator=drawn_by, dtype=torch.float64).to(o.device, o.dtype)
+        torch.randn(o.shape, generator=random, dtype=torch.float64).to(o.device, o.dtype)
         for o in outputs
     )
 
 
 def error_over_budget(actual: Tensor, exact: Tensor, eager: Tensor) -> float:
-    """The largest error of ``actual`` over what it may be; 1 or less passes.
+    """Return the largest error of ``actual`` divided by its budget: a result of 1 or less passes.
 
-    A kernel may err twice as much as torch does in the same dtype, plus one unit in the last place
-    of the largest value. Where torch gives NaN or infinity, so must the kernel.
+    The budget is twice the error that torch (``eager``) makes in the same dtype, plus one unit in
+    the last place of the largest value of ``exact``. ``actual`` must be NaN or infinite exactly
+    where ``eager`` is.
     """
     return _over_budget([_errors_in_ulp(actual, exact, eager)])
 
 
 def _errors_in_ulp(actual: Tensor, exact: Tensor, eager: Tensor) -> tuple[float, float]:
-    """The largest error of ``actual`` and of ``eager``, in units in the last place of the largest
-    value. Infinity and 0 where ``actual`` has another form than ``eager``, or is not finite elsewhere.
+    """Return the largest errors of ``actual`` and ``eager``, in ulp of the largest exact value.
+
+    The pair is (inf, 0) if ``actual`` differs from ``eager`` in dtype, shape, NaNs or infinities.
     """
     wrong = float("inf"), 0.0
     if actual.dtype != eager.dtype or actual.shape != eager.shape:
@@ -65,25 +71,27 @@ def _errors_in_ulp(actual: Tensor, exact: Tensor, eager: Tensor) -> tuple[float,
         actual, exact, eager = (t[finite] for t in (actual, exact, eager))
     error, allowed = ((t - exact).abs().max().item() for t in (actual, eager))
     ulp = eps * exact.abs().max().item()
-    if ulp == 0:  # There is no largest value: twice the error of torch is the unit.
+    if ulp == 0:  # ``exact`` is all zero, so twice the error of ``eager`` serves as the unit.
         return (error / (2 * allowed) if allowed else wrong[0] if error else 0.0), 0.0
     return error / ulp, allowed / ulp
 
 
 def _over_budget(errors: Sequence[tuple[float, float]]) -> float:
-    """The sum of some errors over the sum of what they may be."""
-    return sum(own for own, _ in errors) / sum(2 * allowed + 1 for _, allowed in errors)
+    """Return the sum of the errors divided by the sum of their budgets."""
+    return sum(error for error, _ in errors) / sum(2 * allowed + 1 for _, allowed in errors)
 
 
 def judged_together(
     draws: Iterable[dict[str, tuple[Tensor, Tensor, Tensor]]],
 ) -> dict[str, float]:
-    """``error_over_budget`` of each named (actual, exact, eager), in the mean of the draws; infinity for
-    what is not in all of them."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    """Return the error over budget of each named (actual, exact, eager), averaged over the draws.
+
+    A name that is missing from any draw gets infinity.
+    """
+    errors: dict[str, list[tuple[float, float]]] = {}
     count = 0
     for draw in draws:
         count += 1
         for name, compared in draw.items():
-            found.setdefault(name, []).append(_errors_in_ulp(*compared))
-    return {k: _over_budget(v) if len(v) == count else math.inf for k, v in found.items()}
+            errors.setdefault(name, []).append(_errors_in_ulp(*compared))
+    return {k: _over_budget(v) if len(v) == count else math.inf for k, v in errors.items()}

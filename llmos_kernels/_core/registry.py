@@ -1,7 +1,8 @@
-"""Declare an op once: its schema, its reference, and who owns each device.
+"""Registration of ops: each is declared once, with its schema, reference, fake and Triton launcher.
 
-PyTorch's dispatcher does the rest. A C++ kernel from ``csrc/`` or a Triton launcher answers for
-its own device; every other device, and a build without the extension, runs the reference.
+PyTorch's dispatcher chooses the implementation by device. The C++ kernels of ``csrc/`` register
+themselves for the CPU and the Triton launcher for CUDA; every other device, and a build without the
+extension, runs the reference.
 """
 
 import functools
@@ -11,12 +12,13 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-#: What every kernel accepts. float64 is the reference's, any other dtype an error.
+#: The dtypes that every kernel accepts. float64 goes to the reference; others raise TypeError.
 KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 _LIB = torch.library.Library("llmos", "DEF")
@@ -25,26 +27,26 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 @dataclass(frozen=True)
 class Op:
-    """What ``define`` was told about an op."""
+    """The reference and the Triton launcher of an op, as given to ``define``."""
 
     reference: Callable
-    triton: str | None  # "module:launcher" under llmos_kernels._triton.
+    triton: str | None  # "module:launcher", with the module relative to llmos_kernels._triton.
 
     @functools.cached_property
     def launch(self) -> Callable:
-        """The Triton launcher, imported on first use."""
+        """Return the Triton launcher, whose module is imported on first use."""
         if self.triton is None:
             raise ValueError("this op has no Triton launcher")
         module, _, launcher = self.triton.partition(":")
         return getattr(importlib.import_module(f"llmos_kernels._triton.{module}"), launcher)
 
 
-#: ``llmos::<name>`` to what it was defined with.
+#: Every defined op by its qualified name, ``llmos::<name>``.
 DEFINED: dict[str, Op] = {}
 
 
 def check_backend(backend: str | None, what: str = "backend") -> str | None:
-    """``backend``, or ValueError for a name that is none."""
+    """Return ``backend``; raise ValueError if it is neither None nor "reference"."""
     if backend not in (None, "reference"):
         raise ValueError(f"{what} must be None or 'reference', got {backend!r}")
     return backend
@@ -54,10 +56,10 @@ _FORCED = check_backend(os.environ.get("LLMOS_BACKEND") or None, "LLMOS_BACKEND"
 
 
 def use_reference(backend: str | None, dtype: torch.dtype) -> bool:
-    """Whether the reference answers this call.
+    """Return True if the reference computes this call instead of a kernel.
 
-    It does by request (``backend`` or ``LLMOS_BACKEND``), in float64, and inside ``torch.func``
-    transforms and forward-mode AD, where its plain torch ops can be batched and differentiated.
+    It does on request (``backend`` or ``LLMOS_BACKEND``), for float64, and inside ``torch.func``
+    transforms and forward-mode AD, which need plain torch ops to batch and differentiate.
     """
     if backend is None and dtype in KERNEL_DTYPES and _FORCED is None:
         return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -68,7 +70,7 @@ def use_reference(backend: str | None, dtype: torch.dtype) -> bool:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to record a call with these tensors."""
+    """Return True if autograd has to record a call with these tensors."""
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
@@ -76,11 +78,16 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
-def define(schema: str, *, reference: Callable, fake: Callable, triton: str | None = None):
+def define(
+    schema: str, *, reference: Callable, fake: Callable, triton: str | None = None
+) -> torch._ops.OpOverload:
     """Register ``llmos::<name>`` and return its overload, ready to call.
 
-    ``reference`` takes the schema's arguments, and answers where no kernel does. ``fake`` returns
-    outputs of the right shape and dtype. ``triton``, ``"module:launcher"``, answers on CUDA.
+    Args:
+        schema: The op's name, arguments and results, in the syntax of ``torch.library``.
+        reference: Computes the results where no kernel is registered. Takes the schema's arguments.
+        fake: Returns empty results of the right shape and dtype, for tracing.
+        triton: ``"module:launcher"`` under ``llmos_kernels._triton``, the implementation for CUDA.
     """
     overload = define_composite(schema, run=reference, fake=fake)
     name = schema.partition("(")[0]
@@ -100,17 +107,20 @@ def define_composite(schema: str, *, run: Callable, fake: Callable) -> torch._op
 
 
 class CannotCompile(RuntimeError):
-    """Triton has no compiler, or no folder to compile into."""
+    """Triton cannot compile: it finds no C compiler, or cannot write its cache."""
 
 
 @functools.cache
 def _warn_of_reference(why: str) -> None:
+    """Warn, once for each reason, that the reference runs on CUDA."""
     text = f"{why}; the slow reference answers on CUDA (python -m llmos_kernels env)"
     warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 def _on_device(op: Op) -> Callable:
-    def launch(*args):
+    """Return the CUDA implementation of ``op``: its launcher, or the reference without Triton."""
+
+    def launch(*args: Any) -> Any:
         if not HAS_TRITON:
             _warn_of_reference("Triton is not installed")
         else:

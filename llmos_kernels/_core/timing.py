@@ -1,10 +1,11 @@
-"""Times of functions that are compared: measured in turn, so that what disturbs the machine disturbs all."""
+"""Timing of functions to compare: they run in turn, so that disturbances affect all alike."""
 
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
+from typing import Any
 
 import torch
 
@@ -13,19 +14,24 @@ def samples(
     fns: Sequence[Callable[[], object]],
     rounds: int = 30,
     seconds: float = 4e-3,
-    most: float = float("inf"),
-    least: int = 5,
+    max_seconds: float = float("inf"),
+    min_rounds: int = 5,
 ) -> list[list[float]]:
-    """The times of each function, in seconds, all measured in turn.
+    """Return the seconds per call of each function, one sample a round.
 
-    Each round runs every function for about ``seconds``, so that what disturbs the machine
-    disturbs all of them alike; there are fewer rounds, at least ``least``, where all would take more
-    than ``most`` seconds. On a GPU the device's work is waited for. A function in another process
-    measures itself: its ``timed(calls)`` is asked.
+    Each sample waits for the GPU, if CUDA is in use. A function that runs in another process has a
+    method ``timed(calls)``, which measures it instead.
+
+    Args:
+        fns: The functions to compare.
+        rounds: How many samples to take of each function.
+        seconds: How long one sample of one function lasts, about.
+        max_seconds: The time for all rounds; there are fewer rounds if they would exceed it.
+        min_rounds: The least number of rounds, whatever ``max_seconds`` says.
     """
     wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
 
-    def timed(fn, calls):
+    def timed(fn: Any, calls: int) -> float:
         if hasattr(fn, "timed"):
             return fn.timed(calls)
         wait()
@@ -35,15 +41,17 @@ def samples(
         wait()
         return (time.perf_counter() - start) / calls
 
-    def warmed(fn):
+    def warm_up(fn: Any) -> float:
         first = timed(fn, 1)
         return first if first > 0.25 else min(first, timed(fn, 1), timed(fn, 1))
 
-    warm = [warmed(fn) for fn in fns]
+    warm = [warm_up(fn) for fn in fns]
     calls = [max(1, round(seconds / t)) for t in warm]
-    within = most / sum(t * n for t, n in zip(warm, calls, strict=True))
+    affordable = max_seconds / sum(t * n for t, n in zip(warm, calls, strict=True))
+    if affordable < rounds:
+        rounds = min(rounds, max(min_rounds, int(affordable)))
     times: list[list[float]] = [[] for _ in fns]
-    for _ in range(rounds if within >= rounds else min(rounds, max(least, int(within)))):
+    for _ in range(rounds):
         for fn, n, taken in zip(fns, calls, times, strict=True):
             taken.append(timed(fn, n))
     return times
@@ -52,14 +60,17 @@ def samples(
 def interleaved(
     fns: Sequence[Callable[[], object]], rounds: int = 30, seconds: float = 4e-3
 ) -> list[float]:
-    """The median time of each function, in seconds, by ``samples``."""
+    """Return the median seconds per call of each function, measured by ``samples``."""
     return [statistics.median(t) for t in samples(fns, rounds, seconds)]
 
 
 def interval(found: Sequence[float]) -> list[float]:
-    """Two of the samples between which their median is to be expected, with 95 % confidence or, of fewer
-    than six, all there is: order statistics, which ask nothing of how times are spread."""
-    listed, n = sorted(found), len(found)
+    """Return [low, high]: two of the samples that enclose the true median with 95 % confidence.
+
+    The bounds are order statistics, which assume nothing about the distribution of times. Of fewer
+    than six samples they are the smallest and the largest, with less confidence.
+    """
+    ordered, n = sorted(found), len(found)
     reach = NormalDist().inv_cdf(0.975) * n**0.5 / 2
     low, high = math.floor(n / 2 - reach), math.ceil(n / 2 + reach)
-    return [listed[max(low - 1, 0)], listed[min(high, n - 1)]]
+    return [ordered[max(low - 1, 0)], ordered[min(high, n - 1)]]

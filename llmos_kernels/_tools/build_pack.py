@@ -134,8 +134,8 @@ def planned_for(arch: str | None, gpu: tuple[str | None, str] | None = None) -> 
     if arch is None:
         yield
         return
-    engine = mock.patch.object(launch, "has_engine", lambda device: arch in launch.ENGINES)
-    with engine, mock.patch.object(settings, "planned", gpu or (None, arch)):
+    wgmma = mock.patch.object(launch, "has_wgmma", lambda device: arch in launch.WGMMA_ARCHS)
+    with wgmma, mock.patch.object(settings, "planned", gpu or (None, arch)):
         yield
 
 

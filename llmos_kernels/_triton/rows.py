@@ -1,14 +1,18 @@
-"""What the row-wise kernels share: views of rows, the launch rule, the dropout mask."""
+"""Shared parts of the row-wise kernels: views as rows, the launch rule and the dropout mask."""
 
-import torch
+from typing import TypeVar
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from llmos_kernels._triton.runtime import settings
 
+_OptionalTensor = TypeVar("_OptionalTensor", Tensor, Tensor | None)
 
-def row_stride(t: torch.Tensor, d: int) -> int | None:
-    """The distance between rows of ``d`` elements, or None where no single one describes them."""
+
+def row_stride(t: Tensor, d: int) -> int | None:
+    """Return the stride between rows of ``d`` elements, or None if no single stride reaches all."""
     inner, rows, stride = 1, 1, d
     for size, step in zip(reversed(t.shape), reversed(t.stride()), strict=True):
         if size == 1:
@@ -26,19 +30,20 @@ def row_stride(t: torch.Tensor, d: int) -> int | None:
     return stride
 
 
-def as_rows(t: torch.Tensor | None, d: int) -> tuple[torch.Tensor | None, int]:
-    """``t`` and its row stride; copies only where no single stride describes its rows."""
+def as_rows(t: _OptionalTensor, d: int) -> tuple[_OptionalTensor, int]:
+    """Return ``t`` and its row stride; ``t`` is copied if no single stride reaches all its rows."""
     if t is None:
         return None, 0
     stride = row_stride(t, d)
     return (t.contiguous(), d) if stride is None else (t, stride)
 
 
-def tile(kind: str, like: torch.Tensor, d: int, per_thread: int = 16) -> tuple[int, int, int]:
-    """Rows, columns and warps of a program that holds whole rows of ``d``, as tuned for ``kind``.
+def row_block(kind: str, like: Tensor, d: int, per_thread: int = 16) -> tuple[int, int, int]:
+    """Return the rows, columns and warps of a thread block that holds whole rows of ``d`` elements.
 
-    Else about ``per_thread`` elements a thread, and short rows together up to 2048 elements. The rule
-    sees ``d`` alone, so that the order of a row's sums does not depend on its batch.
+    They are as tuned for ``kind``. Otherwise each thread has about ``per_thread`` elements, and
+    short rows share a thread block, up to 2048 elements in all. The rule depends on ``d`` alone, so
+    that the order of a row's sums does not depend on its batch.
     """
     block = max(triton.next_power_of_2(d), 16)
     if found := settings.settings(kind, like, (d,)):
@@ -48,7 +53,7 @@ def tile(kind: str, like: torch.Tensor, d: int, per_thread: int = 16) -> tuple[i
 
 
 def dropout_arguments(p: float) -> tuple[int, float]:
-    """The Philox word below which an element is dropped, and the scale of a kept one."""
+    """Return the Philox word below which an element is dropped, and the scale of the others."""
     return int(p * 2**32), 1 / (1 - p)
 
 
@@ -56,7 +61,11 @@ def dropout_arguments(p: float) -> tuple[int, float]:
 def dropout_factors(
     seed, row, first_col, threshold, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """0 or ``scale`` for the rows ``row`` [ROWS, 1] and BLOCK columns from ``first_col`` on."""
+    """Return the dropout factors of rows ``row`` and BLOCK columns from ``first_col``.
+
+    A factor is 0 or ``scale``, and ``row`` is [ROWS, 1]. The mask is that of ``ops/_dropout.py``:
+    one Philox call gives four columns.
+    """
     zero = tl.zeros((ROWS, BLOCK // 4), tl.int64)
     group = zero + first_col // 4 + tl.arange(0, BLOCK // 4)[None, :]
     c0 = group.to(tl.uint32)

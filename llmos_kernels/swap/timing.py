@@ -264,7 +264,7 @@ def of_model(
                 left = [g for g in groups if g not in without]
                 offs = [set(without), *(set(without) | {g} for g in left)]
                 calls = [runs(off, backward) for off in offs]
-                taken = samples(calls, _ROUNDS, _ROUND_SECONDS, 2 * _MODEL_SECONDS, 3)
+                taken = samples(calls, _ROUNDS, _ROUND_SECONDS, 2 * _MODEL_SECONDS, min_rounds=3)
                 best = min(range(len(left)), key=lambda i: statistics.median(taken[i + 1]))
                 without[left[best]] = timing(taken[0], taken[best + 1], rows, backward)
                 found = [compared(backward) for backward in directions]

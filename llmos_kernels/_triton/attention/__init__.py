@@ -1,1 +1,1 @@
-"""Triton kernels: attention, forward and backward."""
+"""Triton kernels of attention, forward and backward."""

@@ -1,16 +1,18 @@
-"""Triton kernel of the gradient of attention's float mask; formulas in ``ops/attention.py``.
+"""Triton kernel of the gradient of attention's float mask.
 
-By tiles of the mask's own shape, over all that it was broadcast to: no atomics.
+The formulas are in ``ops/attention.py``. A thread block computes a tile of the gradient, which has
+the mask's own shape, and sums over everything that the tile was broadcast to: there are no atomics.
 """
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from llmos_kernels._triton.attention.scores import (
     TOP_LEFT,
     load_rows,
     readable_keys,
-    tile,
+    tile_arguments,
     tile_weights,
 )
 from llmos_kernels._triton.runtime.launch import kernel
@@ -28,15 +30,15 @@ from llmos_kernels._triton.runtime.launch import kernel
         "MASK_HEADS",
     ]
 )
-def _dmask_kernel(q, k, v, dout, mask, padding, seed, stats, delta, dmask,
-                  q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-                  dout_batch, dout_head, dout_row, mask_batch, mask_head, mask_row, mask_col,
-                  padding_batch, padding_col, q_len, k_len, HEADS, GROUP, BATCHES, ROWS,
-                  MASK_BATCHES, MASK_HEADS, scale, threshold, factor,
-                  CAUSAL: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-                  SUM_ROWS: tl.constexpr, SUM_COLS: tl.constexpr, BLOCK_M: tl.constexpr,
-                  BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
-    """A tile of dmask: the sum over everything that its part of the mask was broadcast to."""
+def _dmask_kernel(q, k, v, dout, mask, padding, seed, stats, delta, dmask, q_batch, q_head, q_row,
+                  k_batch, k_head, k_row, v_batch, v_head, v_row, dout_batch, dout_head, dout_row,
+                  mask_batch, mask_head, mask_row, mask_col, padding_batch, padding_col, q_len,
+                  k_len, HEADS, GROUP, BATCHES, ROWS, MASK_BATCHES, MASK_HEADS, scale, threshold,
+                  factor, CAUSAL: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr,
+                  DV: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLS: tl.constexpr,
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                  BLOCK_DV: tl.constexpr):  # fmt: skip
+    """Store a tile of dmask: the sum over everything that its part of the mask was broadcast to."""
     q_blocks = tl.cdiv(q_len, BLOCK_M)
     k_blocks = tl.cdiv(k_len, BLOCK_N)
     mask_rows = q_len
@@ -66,7 +68,7 @@ def _dmask_kernel(q, k, v, dout, mask, padding, seed, stats, delta, dmask,
         bh = n // summed_cols // summed_rows
         h = mask_h + bh % heads
         b = mask_b + bh // heads
-        real = i < q_len
+        exists = i < q_len
         col = start + tl.arange(0, BLOCK_N)
         padding_b = padding
         if padding is not None:
@@ -74,18 +76,37 @@ def _dmask_kernel(q, k, v, dout, mask, padding, seed, stats, delta, dmask,
         inside = readable_keys(padding_b, padding_col, col, k_len)
         key = load_rows(k + b * k_batch + h // GROUP * k_head, col, k_row, inside, D, BLOCK_D)
         value = load_rows(v + b * v_batch + h // GROUP * v_head, col, v_row, inside, DV, BLOCK_DV)
-        query = load_rows(q + b * q_batch + h * q_head, i, q_row, real, D, BLOCK_D)
-        d_out = load_rows(dout + b * dout_batch + h * dout_head, i, dout_row, real, DV, BLOCK_DV)
+        query = load_rows(q + b * q_batch + h * q_head, i, q_row, exists, D, BLOCK_D)
+        d_out = load_rows(dout + b * dout_batch + h * dout_head, i, dout_row, exists, DV, BLOCK_DV)
         mask_at = mask + b * mask_batch + h * mask_head + col.to(tl.int64)[None, :] * mask_col
         if mask_row is not None:
             mask_at += tl.minimum(i, q_len - 1).to(tl.int64)[:, None] * mask_row
         at = (b * HEADS + h) * q_len + i
-        m = tl.load(stats + at, real, float("inf"))[:, None]
-        inverse = tl.load(stats + ROWS.to(tl.int64) + at, real, 0.0)[:, None]
-        d = tl.load(delta + at, real, 0.0)[:, None]
-        p, dp = tile_weights(query, key, value, d_out, m, inverse, mask_at, None, inside[None, :],
-                              col[None, :], (i + offset)[:, None] if CAUSAL else None, seed, at[:, None],
-                              start, scale, threshold, factor, BIAS, BLOCK_M, BLOCK_N)  # fmt: skip
+        m = tl.load(stats + at, exists, float("inf"))[:, None]
+        inverse = tl.load(stats + ROWS.to(tl.int64) + at, exists, 0.0)[:, None]
+        d = tl.load(delta + at, exists, 0.0)[:, None]
+        p, dp = tile_weights(
+            query,
+            key,
+            value,
+            d_out,
+            m,
+            inverse,
+            mask_at,
+            None,
+            inside[None, :],
+            col[None, :],
+            (i + offset)[:, None] if CAUSAL else None,
+            seed,
+            at[:, None],
+            start,
+            scale,
+            threshold,
+            factor,
+            BIAS,
+            BLOCK_M,
+            BLOCK_N,
+        )
         acc += p * (dp - d)
     row = (q_block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
     col = (k_block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[None, :]
@@ -99,14 +120,20 @@ def _dmask_kernel(q, k, v, dout, mask, padding, seed, stats, delta, dmask,
     tl.store(to, acc.to(dmask.dtype.element_ty), (row < mask_rows) & (col < mask_cols))
 
 
-def launch_dmask(dmask, shared, batch, heads):
-    """``dmask``, of the mask's shape, from the arguments that the backward's kernels ``shared``."""
+def launch_dmask(dmask: Tensor, shared: dict, batch: int, heads: int) -> None:
+    """Compute ``dmask``; ``shared`` are the arguments that all backward kernels take."""
     q, v = shared["q"], shared["v"]
     mask_batches, mask_heads, mask_rows, mask_cols = dmask.shape
-    blocks = tile("dmask", q, v.shape[-1])
+    blocks = tile_arguments("dmask", q, v.shape[-1])
     tiles = triton.cdiv(mask_rows, blocks["BLOCK_M"]) * triton.cdiv(mask_cols, blocks["BLOCK_N"])
     _dmask_kernel[(tiles * mask_batches * mask_heads,)](
-        **shared, dmask=dmask, HEADS=heads, BATCHES=batch, MASK_BATCHES=mask_batches,
-        MASK_HEADS=mask_heads, SUM_ROWS=mask_rows != q.shape[2], SUM_COLS=mask_cols != v.shape[2],
+        **shared,
+        dmask=dmask,
+        HEADS=heads,
+        BATCHES=batch,
+        MASK_BATCHES=mask_batches,
+        MASK_HEADS=mask_heads,
+        SUM_ROWS=mask_rows != q.shape[2],
+        SUM_COLS=mask_cols != v.shape[2],
         **blocks,
-    )  # fmt: skip
+    )

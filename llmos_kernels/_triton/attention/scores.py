@@ -1,29 +1,37 @@
-"""What the attention kernels share: positions, tiles of rows, logits, and who sees whom.
+"""Shared parts of the attention kernels: positions, loads, logits, masks and launch arguments.
 
-A program owns a block of rows of one (batch, head), found from one program index so that no count
-meets the 65,535 limit of the other grid axes. Positions inside a sequence are int32, everything
-that becomes an offset is int64.
+A thread block computes a block of rows of one (batch, head). The grid has a single axis, since the
+other axes are limited to 65,535 thread blocks. Positions inside a sequence are int32, and
+everything that becomes an offset is int64.
+
+A tile is a block of the matrix of scores, [queries, keys]. Arguments named ``inside``, ``attended``
+and ``last`` limit the keys that a query sees; None stands for no limit.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from llmos_kernels._triton.rows import dropout_factors
 from llmos_kernels._triton.runtime import launch, settings
 
 LOG2E = tl.constexpr(1.4426950408889634)
-#: The least normal float32: -inf times a scale of 0 would be NaN.
+#: The least normal float32. Scales are raised to it, since -inf times 0 would be NaN.
 LEAST_SCALE = tl.constexpr(2.0**-126)
 TOP_LEFT = tl.constexpr(1)
+#: The number of keys that ``valid_span`` reads at a time.
 SCAN: tl.constexpr = tl.constexpr(1024)
 
 
 @triton.jit
 def sequence_span(cu, sequence, SEQUENCES, length):
-    """Where a packed sequence starts, and its length; 0 and ``length`` where nothing is packed.
+    """Return where a varlen sequence starts, and its length; 0 and ``length`` without varlen.
 
-    The first starts at 0 and the last ends at the total, so that every row has an owner.
+    The first sequence starts at 0 and the last ends at ``length`` whatever ``cu`` says, so that
+    every row belongs to a sequence.
     """
     start = 0 * length
     stop = length
@@ -36,11 +44,11 @@ def sequence_span(cu, sequence, SEQUENCES, length):
 
 
 @triton.jit
-def locate(cu, SEQUENCES, length, slot, BLOCK: tl.constexpr):
-    """The sequence, and the block of it, that the program at ``slot`` owns.
+def sequence_and_block(cu, SEQUENCES, length, slot, BLOCK: tl.constexpr):
+    """Return the sequence and the block of its rows that the thread block number ``slot`` computes.
 
-    Packed, sequence s owns the slots from ``cu[s] // BLOCK + s`` on: at least as many as it has
-    blocks. What is left over lies past the end of its sequence.
+    With varlen, sequence s has the slots from ``cu[s] // BLOCK + s`` on: at least as many as it has
+    blocks of rows. The blocks of surplus slots lie past the end of the sequence.
     """
     sequence = 0 * slot
     block = slot
@@ -59,14 +67,18 @@ def locate(cu, SEQUENCES, length, slot, BLOCK: tl.constexpr):
 @triton.jit
 def query_block(cu_q, cu_k, q_len, k_len, HEADS, BLOCKS, SEQUENCES,
                 CAUSAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """The queries that a program owns: b, h, the first one's position in their sequence, where that and
-    its keys start, how long both are, and ``offset``: query i may see keys up to i + offset."""
+    """Return the block of queries of this thread block, and the span of its sequence.
+
+    The results are the batch, the head, the position of the first query in its sequence, start and
+    length of the sequence's queries, start and length of its keys, and the causal ``offset``: query
+    i sees keys up to i + offset.
+    """
     slot = tl.program_id(0) % BLOCKS
     if CAUSAL:
-        # The blocks with the most keys first, that the last to finish are short.
+        # Blocks with the most keys start first, so that those that finish last are short.
         slot = BLOCKS - 1 - slot
     bh = (tl.program_id(0) // BLOCKS).to(tl.int64)
-    sequence, block = locate(cu_q, SEQUENCES, q_len, slot, BLOCK)
+    sequence, block = sequence_and_block(cu_q, SEQUENCES, q_len, slot, BLOCK)
     q_start, q_count = sequence_span(cu_q, sequence, SEQUENCES, q_len)
     k_start, k_count = sequence_span(cu_k, sequence, SEQUENCES, k_len)
     offset = 0 * k_count if CAUSAL == TOP_LEFT else k_count - q_count
@@ -74,74 +86,84 @@ def query_block(cu_q, cu_k, q_len, k_len, HEADS, BLOCKS, SEQUENCES,
 
 
 @triton.jit
-def keeps(padding, at, inside):
-    """Which of the keys ``at`` are ``inside``, and not ignored by a padding mask, which comes as int8, or let
-    through by a bool mask that is the same for all queries, which comes as uint8."""
+def valid_keys(padding, at, inside):
+    """Return which of the keys ``at`` are ``inside`` and not masked by ``padding``.
+
+    An int8 ``padding`` is a key padding mask, which is nonzero for keys to ignore. A uint8 one is a
+    bool attn_mask that is the same for all queries, and nonzero for keys that are visible.
+    """
     if padding.dtype.element_ty == tl.uint8:
-        kept = tl.load(padding + at, inside, 0) != 0
+        valid = tl.load(padding + at, inside, 0) != 0
     else:
-        kept = tl.load(padding + at, inside, 1) == 0
-    return kept
+        valid = tl.load(padding + at, inside, 1) == 0
+    return valid
 
 
 @triton.jit
-def kept_span(padding, stride, begin, end):
-    """Of the keys [begin, end): the first that padding keeps, one past the last, and how many."""
+def valid_span(padding, stride, begin, end):
+    """Return, of the valid keys in [begin, end), the first, one past the last, and the number."""
     lane = tl.arange(0, SCAN)
     first = tl.zeros((SCAN,), tl.int32) + end
     stop = tl.zeros((SCAN,), tl.int32)
     count = tl.zeros((SCAN,), tl.int32)
     for start in range(begin, end, SCAN):
         col = start + lane
-        kept = keeps(padding, col.to(tl.int64) * stride, col < end)
-        first = tl.where(kept, tl.minimum(first, col), first)
-        stop = tl.where(kept, col + 1, stop)
-        count += kept.to(tl.int32)
+        valid = valid_keys(padding, col.to(tl.int64) * stride, col < end)
+        first = tl.where(valid, tl.minimum(first, col), first)
+        stop = tl.where(valid, col + 1, stop)
+        count += valid.to(tl.int32)
     return tl.min(first), tl.max(stop), tl.sum(count)
 
 
 @triton.jit
-def key_span(padding, padding_col, begin, end, least, most,
+def key_span(padding, padding_col, begin, end, low_limit, high_limit,
              CAUSAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """What queries that see keys up to ``least`` ... ``most`` have to walk over, of [begin, end).
+    """Return the ranges of keys in [begin, end) that a block of queries has to visit.
 
-    Returns k_first, k_stop: keys outside are ignored; and four tile bounds. In [first, whole) every
-    query sees every key. In [whole, holes) only k_first, k_stop and the diagonal hide any. In
-    [holes, stop) there are ignored keys between others: the padding mask itself is needed.
+    With CAUSAL the first query of the block sees keys up to ``low_limit``, the last one up to
+    ``high_limit``. The results are k_first and k_stop, which enclose the valid keys, and the bounds
+    of three ranges, each visited in blocks of BLOCK keys:
+
+        0: [first, bounded)    every query sees every key
+        1: [bounded, padded)   only k_first, k_stop and the causal diagonal hide keys
+        2: [padded, stop)      invalid keys lie between valid ones, so that padding must be read
     """
     k_first = begin
     k_stop = end
     if padding is not None:
-        k_first, k_stop, kept = kept_span(padding, padding_col, begin, end)
+        k_first, k_stop, count = valid_span(padding, padding_col, begin, end)
     first = k_first // BLOCK * BLOCK
-    whole = k_stop // BLOCK * BLOCK
+    bounded = k_stop // BLOCK * BLOCK
     stop = k_stop
     if CAUSAL:
-        stop = tl.minimum(stop, most + 1)
-        whole = tl.minimum(whole, tl.maximum(least + 1, 0) // BLOCK * BLOCK)
+        stop = tl.minimum(stop, high_limit + 1)
+        bounded = tl.minimum(bounded, tl.maximum(low_limit + 1, 0) // BLOCK * BLOCK)
     if padding is not None:
-        whole = tl.where(first == k_first, whole, first)
-    whole = tl.maximum(tl.minimum(whole, stop), first)
-    holes = stop
+        bounded = tl.where(first == k_first, bounded, first)
+    bounded = tl.maximum(tl.minimum(bounded, stop), first)
+    padded = stop
     if padding is not None:
-        whole = tl.where(kept < k_stop - k_first, first, whole)
-        holes = tl.where(kept < k_stop - k_first, first, stop)
-    return k_first, k_stop, first, whole, holes, stop
+        bounded = tl.where(count < k_stop - k_first, first, bounded)
+        padded = tl.where(count < k_stop - k_first, first, stop)
+    return k_first, k_stop, first, bounded, padded, stop
 
 
 @triton.jit
 def readable_keys(padding, padding_col, col, k_count):
-    """Which of the keys ``col`` exist and are not ignored: what is ignored may hold NaN."""
+    """Return which of the keys ``col`` exist and are valid: invalid ones may hold NaN."""
     inside = col < k_count
     if padding is not None:
-        inside &= keeps(padding, col.to(tl.int64) * padding_col, inside)
+        inside &= valid_keys(padding, col.to(tl.int64) * padding_col, inside)
     return inside
 
 
 @triton.jit
 def keys_inside(padding, padding_col, col, k_first, k_stop, EDGE: tl.constexpr):
-    """Which of the keys ``col`` any query may see: in the first part of a ``key_span`` (0) all, None;
-    in the next those from k_first to k_stop; in the last (2) those that padding keeps."""
+    """Return which of the keys ``col`` are valid in the range EDGE of a ``key_span``.
+
+    The result is None in range 0, where all are. In range 1 the keys from k_first to k_stop are
+    valid; in range 2 padding decides.
+    """
     inside = None
     if EDGE:
         inside = readable_keys(padding if EDGE == 2 else None, padding_col, col, k_stop)
@@ -151,38 +173,40 @@ def keys_inside(padding, padding_col, col, k_first, k_stop, EDGE: tl.constexpr):
 
 @triton.jit
 def load_rows(x, row, stride, inside, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows ``x[row]`` of D columns, with zeros where not ``inside`` (None: all are) and past D."""
+    """Return rows ``x[row]`` of D columns, with zeros where not ``inside`` and past D."""
     d = tl.arange(0, BLOCK)[None, :]
     at = x + row.to(tl.int64)[:, None] * stride + d
     if D == BLOCK and inside is None:
-        tile = tl.load(at)
+        loaded = tl.load(at)
     elif D == BLOCK:
-        tile = tl.load(at, inside[:, None], 0.0)
+        loaded = tl.load(at, inside[:, None], 0.0)
     elif inside is None:
-        tile = tl.load(at, d < D, 0.0)
+        loaded = tl.load(at, d < D, 0.0)
     else:
-        tile = tl.load(at, inside[:, None] & (d < D), 0.0)
-    return tile
+        loaded = tl.load(at, inside[:, None] & (d < D), 0.0)
+    return loaded
 
 
 @triton.jit
 def store_rows(x, row, stride, inside, v, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Store v in the rows ``x[row]`` of D columns, where ``inside``."""
     d = tl.arange(0, BLOCK)[None, :]
     at = x + row.to(tl.int64)[:, None] * stride + d
     tl.store(at, v.to(x.dtype.element_ty), inside[:, None] & (d < D))
 
 
 @triton.jit
-def attends(mask, inside):
-    """What a tile of a bool mask lets through."""
+def load_bool_mask(mask, inside):
+    """Return where a tile of a bool mask is True."""
     return tl.load(mask, inside, 0) != 0
 
 
 @triton.jit
 def logits(a, b, mask, attended, inside, col, last, scale, BIAS: tl.constexpr):
-    """a b^T, plus the float ``mask``; -inf where not ``attended``, not ``inside`` or past ``last``.
+    """Return a tile a b^T; it is -inf where not ``attended``, not ``inside`` or past ``last``.
 
-    Times ``scale`` only where a mask is added. What is None does not limit.
+    With BIAS it is multiplied by ``scale`` and the float ``mask`` is added. Otherwise
+    ``exponential`` multiplies by ``scale``.
     """
     x = tl.dot(a, tl.trans(b), input_precision="ieee")
     if BIAS:
@@ -202,10 +226,11 @@ def logits(a, b, mask, attended, inside, col, last, scale, BIAS: tl.constexpr):
 
 @triton.jit
 def exponential(x, m, scale, BIAS: tl.constexpr):
-    """exp(logits - m) of what ``logits`` returned; m, the largest, is in natural units.
+    """Return exp(x * scale - m) of ``logits`` x, which are already scaled with BIAS.
 
-    In base 2 only after the difference: a mask of the least float must not become -inf before, and
-    where x is the largest the result is 1, as in the reference that m may come from.
+    m is the maximum in natural units. The change to base 2 follows the subtraction: before it, it
+    would turn a mask value of the lowest float into -inf. Where the logit is the maximum the result
+    is 1 exactly, also if m comes from the reference.
     """
     if not BIAS:
         x *= tl.maximum(scale, LEAST_SCALE)
@@ -213,25 +238,28 @@ def exponential(x, m, scale, BIAS: tl.constexpr):
 
 
 @triton.jit
-def tile_weights(query, key, value, dout, m, inverse, mask, attended, inside, col, last, seed, drawn,
-                 start, scale, threshold, factor,
+def tile_weights(query, key, value, dout, m, inverse, mask, attended, inside, col, last, seed,
+                 dropout_row, start, scale, threshold, factor,
                  BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """A tile of weights and their gradient, [queries, keys]."""
+    """Return a tile [queries, keys] of the attention weights p and of their gradient dp.
+
+    ``dropout_row`` are the rows of the dropout mask.
+    """
     x = logits(query, key, mask, attended, inside, col, last, scale, BIAS)
     p = exponential(x, m, scale, BIAS) * inverse
     dp = tl.dot(dout, tl.trans(value), input_precision="ieee")
     if seed is not None:
-        dp *= dropout_factors(seed, drawn, start, threshold, factor, BLOCK_M, BLOCK_N)
+        dp *= dropout_factors(seed, dropout_row, start, threshold, factor, BLOCK_M, BLOCK_N)
     return p, dp
 
 
-def with_unit_columns(t: torch.Tensor) -> torch.Tensor:
-    """``t``, copied only if its last dimension is not one run of memory."""
+def with_unit_columns(t: Tensor) -> Tensor:
+    """Return ``t``, or a contiguous copy if its last dimension has a stride other than 1."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def stride_arguments(**tensors: torch.Tensor) -> dict:
-    """``<name>_batch``, ``_head`` and ``_row`` of each."""
+def stride_arguments(**tensors: Tensor) -> dict:
+    """Return the strides of each tensor as ``<name>_batch``, ``<name>_head`` and ``<name>_row``."""
     return {
         f"{name}_{what}": step
         for name, t in tensors.items()
@@ -239,11 +267,21 @@ def stride_arguments(**tensors: torch.Tensor) -> dict:
     }
 
 
-def mask_arguments(attn_mask, padding) -> dict:
-    """The kernels' arguments for both masks. A stride is 0 along what is broadcast; for rows it is
-    None, so that a mask of keys alone is read as one row. A bool one, where it is the same for all heads
-    and alone, is a padding mask: whole tiles are passed over, and the others loaded ahead."""
-    arguments = {"mask": None, "mask_batch": 0, "mask_head": 0, "mask_row": None, "mask_col": 0}
+def mask_arguments(attn_mask: Tensor | None, padding: Tensor | None) -> dict:
+    """Return the kernel arguments of the attention mask and of the key padding mask.
+
+    Strides are 0 along broadcast dimensions, but None for ``mask_row``, so that a mask that is the
+    same for all queries is read as one row. If such a mask is bool and the same for all heads, and
+    there is no key padding mask, it is passed as one: kernels then skip the tiles before the first
+    and after the last visible key, and prefetch the keys of the others.
+    """
+    arguments: dict[str, Any] = {
+        "mask": None,
+        "mask_batch": 0,
+        "mask_head": 0,
+        "mask_row": None,
+        "mask_col": 0,
+    }
     is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
     if attn_mask is not None:
         batch, head, row, col = (
@@ -251,9 +289,9 @@ def mask_arguments(attn_mask, padding) -> dict:
             for n, step in zip(attn_mask.shape, attn_mask.stride(), strict=True)
         )
         if is_bool and padding is None and head == row == 0:
-            kept = attn_mask.view(torch.uint8)
-            kept = {"padding": kept, "padding_batch": batch, "padding_col": col}
-            return arguments | kept | {"BIAS": False}
+            visible = attn_mask.view(torch.uint8)
+            as_padding = {"padding": visible, "padding_batch": batch, "padding_col": col}
+            return arguments | as_padding | {"BIAS": False}
         arguments = {
             "mask": attn_mask.view(torch.int8) if is_bool else attn_mask,
             "mask_batch": batch,
@@ -267,33 +305,37 @@ def mask_arguments(attn_mask, padding) -> dict:
     return arguments | ignored | {"BIAS": attn_mask is not None and not is_bool}
 
 
-def packed_arguments(cu_q, cu_k) -> dict:
+def varlen_arguments(cu_q: Tensor | None, cu_k: Tensor | None) -> dict:
+    """Return the kernel arguments of varlen sequences, None and 0 without them."""
     return {"cu_q": cu_q, "cu_k": cu_k, "SEQUENCES": 0 if cu_q is None else cu_q.shape[0] - 1}
 
 
 def block_dim(d: int) -> int:
-    """Columns of a tile for a head dim of ``d``: tensor cores take at least 16."""
+    """Return the columns of a block for a head dim of ``d``: tensor cores take at least 16."""
     return max(triton.next_power_of_2(d), 16)
 
 
-def slots(cu, length: int, block: int) -> int:
-    """Programs for each head: see ``locate``."""
+def thread_blocks_per_head(cu: Tensor | None, length: int, block: int) -> int:
+    """Return the number of thread blocks for each head, as ``sequence_and_block`` numbers them."""
     if cu is None:
         return triton.cdiv(length, block)
     return length // block + cu.shape[0] - 1
 
 
-def load_of(attn_mask, padding, seed, cu) -> str:
-    """What takes registers beside the products: it chooses a tile."""
+def tile_variant(
+    attn_mask: Tensor | None, padding: Tensor | None, seed: Tensor | None, cu: Tensor | None
+) -> str:
+    """Return the suffix of a kernel's name in the tables of tiles, by what else takes registers."""
     if seed is not None:
         return " dropout"
     return "" if attn_mask is None and padding is None and cu is None else " masked"
 
 
-#: BLOCK_M, BLOCK_N, warps, stages and registers for head dims to 64, to 128 and to 256: the largest that keep
-#: to registers and to 99 KB of shared memory. Where that allows it each warp has 16 whole rows of a
-#: tile of logits: with less rows several do the same work. Registers are stated where ptxas would rather spill some, or where
-#: a second program then has room.
+#: BLOCK_M, BLOCK_N, warps, stages and maxnreg, for head dims up to 64, 128 and 256: the largest
+#: tiles that fit the registers and 99 KB of shared memory. Where these allow it, each warp has 16
+#: whole rows of a tile, since with fewer rows several warps do the same work. maxnreg is given
+#: where ptxas, left to itself, would spill registers, or where the limit makes room for a second
+#: thread block.
 _TILES: dict[str, tuple[tuple, ...]] = {
     "forward": ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
     "forward masked": ((128, 32, 8, 2, 255), (64, 32, 4, 2), (64, 16, 8, 2)),
@@ -306,8 +348,9 @@ _TILES: dict[str, tuple[tuple, ...]] = {
     "dmask": ((32, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
     "weights": ((64, 64, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1)),
 }
-#: Where tensor cores read operands from shared memory, of which there are 227 KB: registers are left.
-_ENGINE_TILES: dict[str, tuple[tuple, ...]] = _TILES | {
+#: The tiles for ``launch.WGMMA_ARCHS``. There are 227 KB of shared memory, and operands in it take
+#: no registers.
+_WGMMA_TILES: dict[str, tuple[tuple, ...]] = _TILES | {
     "forward": ((128, 64, 8, 3, 128), (128, 64, 8, 3), (64, 32, 8, 2)),
     "forward masked": ((128, 32, 8, 3, 128), (128, 64, 8, 2), (64, 32, 8, 2, 255)),
     "forward dropout": ((64, 32, 4, 3, 168), (128, 32, 8, 2, 255), (64, 16, 8, 2)),
@@ -317,7 +360,8 @@ _ENGINE_TILES: dict[str, tuple[tuple, ...]] = _TILES | {
     "dkey masked": ((32, 128, 8, 2, 255), (16, 128, 8, 2, 255), (16, 16, 8, 1, 255)),
     "dmask": ((128, 32, 8, 2, 255), (128, 32, 8, 2, 255), (16, 32, 4, 1)),
 }
-#: float32 has no tensor cores at full precision: a thread holds whole rows of both operands.
+#: The tiles for float32, which tensor cores do not multiply at full precision: a thread holds whole
+#: rows of both operands.
 _FLOAT32_TILES: dict[str, tuple[tuple, ...]] = {
     "forward": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
     "forward masked": ((16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
@@ -325,19 +369,25 @@ _FLOAT32_TILES: dict[str, tuple[tuple, ...]] = {
 }
 
 
-def tile(kernel: str, q: torch.Tensor, dv: int, load: str = "") -> dict:
-    """Tile and warps of a kernel, from the head dims, the dtype and what else it has to do (``load_of``);
-    as settings, or by these tables, where dropout has the tile of masks unless there is one of its own."""
+def tile_arguments(kernel: str, q: Tensor, dv: int, variant: str = "") -> dict:
+    """Return the tile, warps, stages and register limit of ``kernel``.
+
+    They are as tuned, or from the tables above, by device, dtype, head dims and ``tile_variant``.
+    A kernel without an entry for dropout takes the one for masks.
+    """
     widest = max(block_dim(max(q.shape[-1], dv)), 64)
-    if found := settings.settings(f"attention {kernel}{load}", q, (widest,)):
+    if found := settings.settings(f"attention {kernel}{variant}", q, (widest,)):
         return dict(found)
-    tables = _ENGINE_TILES if launch.has_engine(q.device) else _TILES
+    tables = _WGMMA_TILES if launch.has_wgmma(q.device) else _TILES
     if q.dtype == torch.float32:
         tables = _FLOAT32_TILES
-    names = (kernel + load, f"{kernel} masked" if load else kernel, "any")
+    names = (kernel + variant, f"{kernel} masked" if variant else kernel, "any")
     tiles = next(tables[name] for name in names if name in tables)
     m, n, warps, stages, *registers = tiles[widest.bit_length() - 7]
     return {
-        "BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages,
+        "BLOCK_M": m,
+        "BLOCK_N": n,
+        "num_warps": warps,
+        "num_stages": stages,
         "maxnreg": registers[0] if registers else None,
-    }  # fmt: skip
+    }

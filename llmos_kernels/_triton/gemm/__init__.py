@@ -1,1 +1,1 @@
-"""Triton kernels: matrix products and what is fused to them."""
+"""Triton kernels of GEMMs with fused epilogues."""

@@ -1,11 +1,14 @@
-"""The activations of ``ops/_activations.py`` in Triton, and the kernels that apply them alone.
+"""The activations of ``ops/_activations.py`` in Triton, and the kernels that apply nothing else.
 
-Bytes: each tensor once.
+Memory traffic: each tensor is read or written once.
 """
+
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from llmos_kernels._triton.rows import dropout_arguments, dropout_factors
 from llmos_kernels._triton.runtime import pack_shapes
@@ -27,7 +30,7 @@ _TANH_3 = tl.constexpr(2 * 0.7978845608028654 * 0.044715)
 
 @triton.jit
 def activate(z, ACTIVATION: tl.constexpr):
-    """The activation of ``z``, float32. NaN passes."""
+    """Return the activation of ``z``, float32; NaN stays NaN."""
     if ACTIVATION == _RELU:
         z = tl.where(z <= 0, 0.0, z)
     elif ACTIVATION == _RELU2:
@@ -43,7 +46,7 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _sigmoid(u):
-    """The sigmoid and its derivative s (1 - s), in which 1 - s does not cancel."""
+    """Return s = sigmoid(u) and its derivative s (1 - s), without cancellation in 1 - s."""
     e = tl.exp(-tl.abs(u))
     s = 1 / (1 + e)
     return tl.where(u < 0, e * s, s), e * s * s
@@ -51,7 +54,10 @@ def _sigmoid(u):
 
 @triton.jit
 def derivative(z, ACTIVATION: tl.constexpr):
-    """The derivative of the activation at ``z``, float32; for relu at its result, which has the sign."""
+    """Return the derivative of the activation at the pre-activation ``z``, float32.
+
+    For relu ``z`` may also be the result of the activation: only its sign matters.
+    """
     if ACTIVATION == _RELU:
         z = tl.where(z <= 0, 0.0, 1.0)
     elif ACTIVATION == _RELU2:
@@ -70,8 +76,8 @@ def derivative(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _tile(N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The rows [ROWS, 1] that a program owns, its first column, and its columns [1, BLOCK]."""
+def _block_position(N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the thread block's rows [ROWS, 1], its first column and its columns [1, BLOCK]."""
     blocks = tl.cdiv(N, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     first_col = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
@@ -79,11 +85,13 @@ def _tile(N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @kernel(do_not_specialize=["M", "threshold"])
-def _activation_kernel(kept, seed, out, kept_row, kept_col, M, N, threshold, scale,
-                    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    row, first_col, col = _tile(N, ROWS, BLOCK)
+def _activation_kernel(saved, seed, out, saved_row, saved_col, M, N, threshold, scale,
+                       ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
+                       BLOCK: tl.constexpr):  # fmt: skip
+    """Store out = dropout(activation(saved)) of a block of rows and columns."""
+    row, first_col, col = _block_position(N, ROWS, BLOCK)
     inside = (row < M) & (col < N)
-    z = tl.load(kept + row * kept_row + col * kept_col, inside, 0.0).to(tl.float32)
+    z = tl.load(saved + row * saved_row + col * saved_col, inside, 0.0).to(tl.float32)
     y = activate(z, ACTIVATION)
     if seed is not None:
         y *= dropout_factors(seed, row, first_col, threshold, scale, ROWS, BLOCK)
@@ -91,11 +99,13 @@ def _activation_kernel(kept, seed, out, kept_row, kept_col, M, N, threshold, sca
 
 
 @kernel(do_not_specialize=["M", "threshold"])
-def _gradient_kernel(dout, kept, seed, dz, dout_row, dout_col, kept_row, kept_col, M, N, threshold,
-                     scale, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    row, first_col, col = _tile(N, ROWS, BLOCK)
+def _gradient_kernel(dout, saved, seed, dz, dout_row, dout_col, saved_row, saved_col, M, N,
+                     threshold, scale, ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
+                     BLOCK: tl.constexpr):  # fmt: skip
+    """Store dz = dout * dropout factors * activation'(saved) of a block of rows and columns."""
+    row, first_col, col = _block_position(N, ROWS, BLOCK)
     inside = (row < M) & (col < N)
-    z = tl.load(kept + row * kept_row + col * kept_col, inside, 0.0).to(tl.float32)
+    z = tl.load(saved + row * saved_row + col * saved_col, inside, 0.0).to(tl.float32)
     v = tl.load(dout + row * dout_row + col * dout_col, inside, 0.0).to(tl.float32)
     v *= derivative(z, ACTIVATION)
     if seed is not None:
@@ -103,45 +113,61 @@ def _gradient_kernel(dout, kept, seed, dz, dout_row, dout_col, kept_row, kept_co
     tl.store(dz + row * N + col, v, inside)
 
 
-def dropout_options(dropout_p: float, seed: torch.Tensor | None) -> dict:
-    """The arguments of a kernel that drops with ``dropout_factors``, or not."""
+def dropout_options(dropout_p: float, seed: Tensor | None) -> dict:
+    """Return the dropout arguments of a kernel; ``seed`` is None without dropout."""
     threshold, scale = dropout_arguments(dropout_p)
     return {"seed": seed if dropout_p else None, "threshold": threshold, "scale": scale}
 
 
 def _blocks(rows: int, cols: int) -> tuple[tuple[int], dict]:
-    """Programs, and 16 elements a thread: of one row where that is long, or of several."""
+    """Return the grid and arguments for 16 elements per thread, of one long row or several rows."""
     block = min(max(triton.next_power_of_2(cols), 16), 2048)
-    height = 2048 // block
-    grid = (triton.cdiv(rows, height) * triton.cdiv(cols, block),)
-    return grid, {"M": rows, "N": cols, "ROWS": height, "BLOCK": block, "num_warps": 4}
+    block_rows = 2048 // block
+    grid = (triton.cdiv(rows, block_rows) * triton.cdiv(cols, block),)
+    return grid, {"M": rows, "N": cols, "ROWS": block_rows, "BLOCK": block, "num_warps": 4}
 
 
-def forward(kept, activation, dropout_p, seed):
-    out = kept.new_empty(kept.shape)
+def forward(saved: Tensor, activation: int, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """Return dropout(activation(saved)): the result of ``llmos::activation_forward``."""
+    out = saved.new_empty(saved.shape)
     if out.numel():
-        grid, blocks = _blocks(*kept.shape)
+        grid, blocks = _blocks(*saved.shape)
         _activation_kernel[grid](
-            kept=kept, out=out, kept_row=kept.stride(0), kept_col=kept.stride(1),
-            ACTIVATION=activation, **dropout_options(dropout_p, seed), **blocks,
-        )  # fmt: skip
+            saved=saved,
+            out=out,
+            saved_row=saved.stride(0),
+            saved_col=saved.stride(1),
+            ACTIVATION=activation,
+            **dropout_options(dropout_p, seed),
+            **blocks,
+        )
     return out
 
 
-def backward(dout, kept, activation, dropout_p, seed):
+def backward(
+    dout: Tensor, saved: Tensor, activation: int, dropout_p: float, seed: Tensor | None
+) -> Tensor:
+    """Return dz of the saved activation: the result of ``llmos::activation_backward``."""
     dz = dout.new_empty(dout.shape)
     if dz.numel():
         grid, blocks = _blocks(*dout.shape)
         _gradient_kernel[grid](
-            dout=dout, kept=kept, dz=dz, dout_row=dout.stride(0), dout_col=dout.stride(1),
-            kept_row=kept.stride(0), kept_col=kept.stride(1), ACTIVATION=activation,
-            **dropout_options(dropout_p, seed), **blocks,
-        )  # fmt: skip
+            dout=dout,
+            saved=saved,
+            dz=dz,
+            dout_row=dout.stride(0),
+            dout_col=dout.stride(1),
+            saved_row=saved.stride(0),
+            saved_col=saved.stride(1),
+            ACTIVATION=activation,
+            **dropout_options(dropout_p, seed),
+            **blocks,
+        )
     return dz
 
 
-def variants():
-    """See ``examples``."""
+def variants() -> Iterator[tuple[Callable, tuple]]:
+    """Yield the launchers and arguments whose kernels the pack holds."""
     for dtype in pack_shapes.DTYPES:
         for _, hidden in pack_shapes.FEED_FORWARDS:
             z = torch.empty(64, hidden, dtype=dtype)

@@ -1,1 +1,1 @@
-"""Triton kernels: int8 products."""
+"""Triton kernels of int8 quantisation and int8 GEMMs."""

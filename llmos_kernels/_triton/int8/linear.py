@@ -1,19 +1,25 @@
-"""Triton kernels of int8 rows and their products; formulas in ``ops/int8.py``.
+"""Triton kernels of int8 quantisation and of int8 GEMMs.
 
-A product's program owns a tile of out: int32 sums over the inner dimension, then scales, bias and
-activation in registers. Outliers are found, listed and multiplied on the device, in three launches: one
-marks columns (all write the same value, in whatever order), one quantises rows, and by one more program
-lists the columns, and the product adds theirs to its scaled sums.
-Bytes: rows once for each pass of quantising and once more to find outliers; out once, a once for each
-block of columns, b once for each block of rows.
+The formulas are in ``ops/int8.py`` and, for linear layers, in ``ops/int8_linear.py``. A thread
+block of the GEMM computes one tile of out: it accumulates in int32, and the epilogue applies
+scales, bias and activation in registers. With outliers there are three launches. The first marks
+the columns that hold any (all thread blocks write the same value, so their order does not matter).
+The second quantises the rows, and one further thread block lists the marked columns. The GEMM then
+adds the products of the listed columns to its scaled sums.
+
+Memory traffic: the input is read twice to quantise it and once to find outliers; the GEMM reads a
+once for each column of tiles, b once for each row of tiles, and writes out once.
 """
+
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from llmos_kernels._triton.gemm.activation import activate
-from llmos_kernels._triton.gemm.gemm import TILE, halves, place
+from llmos_kernels._triton.gemm.gemm import TILE, halves, part_and_origin
 from llmos_kernels._triton.runtime import pack_shapes, settings
 from llmos_kernels._triton.runtime.launch import kernel
 from llmos_kernels.ops._activations import GELU, GELU_TANH, NONE, RELU, RELU2
@@ -21,13 +27,14 @@ from llmos_kernels.ops.int8 import SMALLEST
 from llmos_kernels.ops.int8_linear import WEIGHT_ONLY_ROWS
 
 _SMALLEST: tl.constexpr = tl.constexpr(SMALLEST)
-_TO_WHOLE: tl.constexpr = tl.constexpr(1.5 * 2**23)  # Added and taken off: rounds, ties to even.
+#: Adding this and subtracting it again rounds a float32 to an integer, with ties to even.
+_ROUNDING: tl.constexpr = tl.constexpr(1.5 * 2**23)
 
 
 @kernel(do_not_specialize=["M"])
 def _mark_kernel(input, marks, threshold, M, K, input_row, input_col, BLOCK_M: tl.constexpr,
                  BLOCK_K: tl.constexpr):  # fmt: skip
-    """marks[k] = 1 if column k has an outlier in this program's rows."""
+    """Store marks[k] = 1 if column k has an outlier in the rows of this thread block."""
     blocks = tl.cdiv(K, BLOCK_K)
     k = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
     row = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -39,7 +46,7 @@ def _mark_kernel(input, marks, threshold, M, K, input_row, input_col, BLOCK_M: t
 
 @triton.jit
 def _list_outliers(marks, index, K, BLOCK: tl.constexpr):
-    """index[0] is their count, their columns follow in order."""
+    """Store the number of marked columns in index[0], and the columns after it in order."""
     k = tl.arange(0, BLOCK)
     count = tl.full((), 0, tl.int32)
     for start in range(0, K, BLOCK):
@@ -50,8 +57,11 @@ def _list_outliers(marks, index, K, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def scale_of(largest, finite, LEVELS: tl.constexpr):
-    """The scale of rows with these largest magnitudes, and its inverse: 0 where rows are 0."""
+def quantization_scale(largest, finite, LEVELS: tl.constexpr):
+    """Return the scale of rows with these largest magnitudes, and its inverse.
+
+    Both are 0 for a row of zeros; where not ``finite`` the scale is NaN and the inverse 0.
+    """
     some = finite & (largest >= _SMALLEST)
     of = tl.where(some, largest, LEVELS * 1.0)
     levels = tl.full(of.shape, LEVELS, tl.float32)
@@ -60,16 +70,19 @@ def scale_of(largest, finite, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def whole(x):
-    """Rounded to the nearest whole number, ties to even."""
-    return (x + _TO_WHOLE) - _TO_WHOLE
+def round_to_integer(x):
+    """Return x rounded to the nearest integer, ties to even."""
+    return (x + _ROUNDING) - _ROUNDING
 
 
 @kernel(do_not_specialize=["M"])
 def _quantize_kernel(input, rows, scale, marks, index, M, K, input_row, input_col,
                      LEVELS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """A row for each program; with marks one more lists outliers, which are 0 in rows."""
-    if marks is not None:  # noqa: SIM102  known when it is compiled, the other is not
+    """Quantise one row for each thread block; outliers become 0.
+
+    With marks, one further thread block lists the outlier columns in index.
+    """
+    if marks is not None:  # noqa: SIM102  Triton evaluates this condition when it compiles.
         if tl.program_id(0) == M:
             _list_outliers(marks, index, K, BLOCK)
             return
@@ -78,40 +91,50 @@ def _quantize_kernel(input, rows, scale, marks, index, M, K, input_row, input_co
     input += row * input_row + k.to(tl.int64) * input_col
     rows += row * K + k
     step = tl.full((), BLOCK, tl.int64)
-    most = tl.zeros((BLOCK,), tl.float32)
-    bad = tl.zeros((BLOCK,), tl.int32)
+    magnitude = tl.zeros((BLOCK,), tl.float32)
+    nonfinite = tl.zeros((BLOCK,), tl.int32)
     at = input
     for start in range(0, K, BLOCK):
         x = tl.abs(tl.load(at, k < K - start, 0.0).to(tl.float32))
         if marks is not None:
             x = tl.where(tl.load(marks + start + k, k < K - start, 0) > 0, 0.0, x)
-        bad |= (~(x < float("inf"))).to(tl.int32)
-        most = tl.maximum(most, x)
+        nonfinite |= (~(x < float("inf"))).to(tl.int32)
+        magnitude = tl.maximum(magnitude, x)
         at += step * input_col
-    finite = tl.max(bad, 0) == 0
-    largest = tl.max(most, 0)
-    stored, inverse = scale_of(largest, finite, LEVELS)
+    finite = tl.max(nonfinite, 0) == 0
+    largest = tl.max(magnitude, 0)
+    stored, inverse = quantization_scale(largest, finite, LEVELS)
     tl.store(scale + row, stored)
     for start in range(0, K, BLOCK):
         x = tl.load(input, k < K - start, 0.0).to(tl.float32)
         if marks is not None:
             x = tl.where(tl.load(marks + start + k, k < K - start, 0) > 0, 0.0, x)
         x = tl.where(inverse > 0, x, 0.0) * inverse
-        tl.store(rows, whole(x).to(rows.dtype.element_ty), k < K - start)
+        tl.store(rows, round_to_integer(x).to(rows.dtype.element_ty), k < K - start)
         input += step * input_col
         rows += BLOCK
 
 
 @triton.jit
-def _finish(z, b_scale, bias, out, row, first_col, M, N, ACTIVATION: tl.constexpr,
-            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """out of the rows ``row`` and BLOCK_N columns from ``first_col`` on, by 32 columns."""
+def _epilogue(z, b_scale, bias, out, row, first_col, M, N, ACTIVATION: tl.constexpr,
+              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """Store out of rows ``row`` and BLOCK_N columns from ``first_col``, 32 columns at a time."""
     if BLOCK_N > 32:
         left, right = halves(z, BLOCK_M, BLOCK_N)
-        _finish(left, b_scale, bias, out, row, first_col, M, N, ACTIVATION, BLOCK_M,
-                BLOCK_N // 2)  # fmt: skip
-        _finish(right, b_scale, bias, out, row, first_col + BLOCK_N // 2, M, N, ACTIVATION,
-                BLOCK_M, BLOCK_N // 2)  # fmt: skip
+        _epilogue(left, b_scale, bias, out, row, first_col, M, N, ACTIVATION, BLOCK_M, BLOCK_N // 2)
+        _epilogue(
+            right,
+            b_scale,
+            bias,
+            out,
+            row,
+            first_col + BLOCK_N // 2,
+            M,
+            N,
+            ACTIVATION,
+            BLOCK_M,
+            BLOCK_N // 2,
+        )
     else:
         col = first_col + tl.arange(0, BLOCK_N)
         z *= tl.load(b_scale + col, col < N, 0.0)[None, :]
@@ -126,7 +149,8 @@ def _finish(z, b_scale, bias, out, row, first_col, M, N, ACTIVATION: tl.constexp
 def _product_kernel(a, b, a_scale, b_scale, bias, out, zeros, index, input, M, N, K, a_row,
                     b_row, input_row, input_col, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
                     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    _, first_row, first_col = place(M, N, 1, BLOCK_M, BLOCK_N)
+    """Compute a tile of out of the int8 GEMM, with the outlier columns that ``index`` lists."""
+    _, first_row, first_col = part_and_origin(M, N, 1, BLOCK_M, BLOCK_N)
     row = first_row + tl.arange(0, BLOCK_M)
     col = first_col + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -155,13 +179,14 @@ def _product_kernel(a, b, a_scale, b_scale, bias, out, zeros, index, input, M, N
             )
             y = tl.load(weight + which[:, None], inside[:, None] & (col < N)[None, :], 0)
             z = tl.dot(x, y.to(x.dtype), z, input_precision="ieee")
-    _finish(z, b_scale, bias, out, row, first_col, M, N, ACTIVATION, BLOCK_M, BLOCK_N)
+    _epilogue(z, b_scale, bias, out, row, first_col, M, N, ACTIVATION, BLOCK_M, BLOCK_N)
 
 
 @kernel(do_not_specialize=["M"])
 def _weight_only_kernel(input, weight, scale, bias, out, M, N, K, input_row, input_col, weight_row,
                         ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                         BLOCK_K: tl.constexpr):  # fmt: skip
+    """Compute all rows of BLOCK_N columns of out, converting the int8 weight in registers."""
     row = tl.arange(0, BLOCK_M)
     first_col = tl.program_id(0).to(tl.int64) * BLOCK_N
     col = first_col + tl.arange(0, BLOCK_N)
@@ -176,42 +201,84 @@ def _weight_only_kernel(input, weight, scale, bias, out, M, N, K, input_row, inp
         z = tl.dot(x, y.to(x.dtype), z, input_precision="ieee")
         input += tl.full((), BLOCK_K, tl.int64) * input_col
         weight += BLOCK_K
-    _finish(z, scale, bias, out, row, first_col, M, N, ACTIVATION, BLOCK_M, BLOCK_N)
+    _epilogue(z, scale, bias, out, row, first_col, M, N, ACTIVATION, BLOCK_M, BLOCK_N)
 
 
-def quantize(input):
+def quantize(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the int8 rows and their scales of ``llmos::int8_quantize``."""
     return _quantize(input, None, None, 127)
 
 
-def _quantize(input, marks, index, levels):
+def _quantize(
+    input: Tensor, marks: Tensor | None, index: Tensor | None, levels: int
+) -> tuple[Tensor, Tensor]:
+    """Return the rows, int8 for 127 ``levels`` or uint8 for 255, and their scales.
+
+    With ``marks``, the columns that it marks become 0 and are listed in ``index``.
+    """
     m, k = input.shape
     rows = input.new_empty((m, k), dtype=torch.int8 if levels == 127 else torch.uint8)
     scale = input.new_empty(m, dtype=torch.float32)
     if m:
         block = min(max(triton.next_power_of_2(k), 16), 4096)
         _quantize_kernel[(m + (marks is not None),)](
-            input, rows, scale, marks, index, m, k, *input.stride(), LEVELS=levels,
-            BLOCK=block, num_warps=max(block // 1024, 1),
-        )  # fmt: skip
+            input,
+            rows,
+            scale,
+            marks,
+            index,
+            m,
+            k,
+            *input.stride(),
+            LEVELS=levels,
+            BLOCK=block,
+            num_warps=max(block // 1024, 1),
+        )
     return rows, scale
 
 
-def matmul(a, b, a_scale, b_scale, packed, bias, activation, dtype):
+def matmul(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    vnni_weight: Tensor | None,
+    bias: Tensor | None,
+    activation: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the result of ``llmos::int8_matmul``; CPUs alone use ``vnni_weight``."""
     return _matmul(a, b, a_scale, b_scale, bias, activation, dtype, None, None)
 
 
-def _matmul(a, b, a_scale, b_scale, bias, activation, dtype, index, input):
+def _matmul(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None,
+    activation: int,
+    dtype: torch.dtype,
+    index: Tensor | None,
+    input: Tensor | None,
+) -> Tensor:
+    """Return the result of the int8 GEMM of a and b^T with its epilogue.
+
+    The outlier columns of ``input`` that ``index`` lists are added in their own dtype.
+    """
     a, b = (t if t.stride(1) == 1 else t.contiguous() for t in (a, b))
     zeros = None
-    if a.dtype == torch.uint8:  # Elements less 128; what sums are too low is added to each column.
+    # Tensor cores take int8: the zero point 128 is subtracted from uint8 elements, and 128 times
+    # the sum of each row of b corrects the sums.
+    if a.dtype == torch.uint8:
         a, zeros = (a ^ 128).view(torch.int8), b.sum(1, dtype=torch.int32) * 128
     (m, k), n = a.shape, b.shape[0]
     out = a.new_empty((m, n), dtype=dtype)
     if out.numel() == 0:
         return out
-    # Steps as deep as shared memory allows: a barrier for each.
+    # Each step over K costs a barrier, so that BLOCK_K is as large as shared memory allows.
     tile = (16, 32, 256, 4, 4) if m <= 16 else (128, 128, 128, 8, 3)
-    # Products of float32 outliers take more registers than a large tile leaves.
+    # The float32 products of outliers need more registers than a large tile leaves.
     in_fp32 = input is not None and input.dtype == torch.float32
     if m > 16 and (in_fp32 or triton.cdiv(m, 128) * triton.cdiv(n, 128) < 96):
         tile = (64, 64, 128, 4, 4)
@@ -220,15 +287,41 @@ def _matmul(a, b, a_scale, b_scale, bias, activation, dtype, index, input):
         tile = tuple(found[option] for option in TILE[:5])
     block_m, block_n, block_k, warps, stages = tile
     _product_kernel[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)](
-        a, b, a_scale.contiguous(), b_scale.contiguous(),
-        None if bias is None else bias.contiguous(), out, zeros, index, input, m, n, k, a.stride(0),
-        b.stride(0), *((0, 0) if input is None else input.stride()), ACTIVATION=activation,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+        a,
+        b,
+        a_scale.contiguous(),
+        b_scale.contiguous(),
+        None if bias is None else bias.contiguous(),
+        out,
+        zeros,
+        index,
+        input,
+        m,
+        n,
+        k,
+        a.stride(0),
+        b.stride(0),
+        *((0, 0) if input is None else input.stride()),
+        ACTIVATION=activation,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=warps,
+        num_stages=stages,
+    )
     return out
 
 
-def linear(input, weight_int8, weight_scale, packed, bias, activation, threshold):
+def linear(
+    input: Tensor,
+    weight_int8: Tensor,
+    weight_scale: Tensor,
+    vnni_weight: Tensor | None,
+    bias: Tensor | None,
+    activation: int,
+    threshold: float,
+) -> Tensor:
+    """Return the result of ``llmos::int8_linear``; CPUs alone use ``vnni_weight``."""
     m, k = input.shape
     marks = index = None
     if threshold and input.numel():
@@ -239,37 +332,73 @@ def linear(input, weight_int8, weight_scale, packed, bias, activation, threshold
         )
     rows, scale = _quantize(input, marks, index, 127)
     return _matmul(
-        rows, weight_int8, scale, weight_scale, bias, activation, input.dtype, index,
+        rows,
+        weight_int8,
+        scale,
+        weight_scale,
+        bias,
+        activation,
+        input.dtype,
+        index,
         None if index is None else input,
-    )  # fmt: skip
+    )
 
 
-def linear_rows(input, weight_int8, weight_scale, packed, bias, activation):
-    y = linear(input, weight_int8, weight_scale, packed, bias, activation, 0.0)
+def linear_rows(
+    input: Tensor,
+    weight_int8: Tensor,
+    weight_scale: Tensor,
+    vnni_weight: Tensor | None,
+    bias: Tensor | None,
+    activation: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the rows and scales of ``llmos::int8_linear_rows``; CPUs alone use ``vnni_weight``."""
+    y = linear(input, weight_int8, weight_scale, vnni_weight, bias, activation, 0.0)
     return _quantize(y, None, None, 255 if activation in (RELU, RELU2) else 127)
 
 
-def weight_only(input, weight_int8, weight_scale, bias, activation):
+def weight_only(
+    input: Tensor,
+    weight_int8: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    activation: int,
+) -> Tensor:
+    """Return the result of ``llmos::int8_weight_only``; raise ValueError for too many rows."""
     m, n = input.shape[0], weight_int8.shape[0]
     if m > WEIGHT_ONLY_ROWS:
-        raise ValueError(f"at most {WEIGHT_ONLY_ROWS} rows, got {m}")
+        raise ValueError(f"input must have at most {WEIGHT_ONLY_ROWS} rows, got {m}")
     weight = weight_int8 if weight_int8.stride(1) == 1 else weight_int8.contiguous()
     out = input.new_empty(m, n)
     if out.numel() == 0:
         return out
-    # Two warps: tensor cores take 8 columns, a warp more would convert the same weights again. Deep
-    # steps, since there are few programs to have loads under way.
+    # A tensor core instruction takes 8 columns, so that two warps share the 16 columns of a tile,
+    # and further warps would convert the same weights again. BLOCK_K is large to keep enough loads
+    # in flight, since there are few thread blocks.
     block_k = 32 if input.dtype == torch.float32 else 256
     _weight_only_kernel[(triton.cdiv(n, 16),)](
-        input, weight, weight_scale.contiguous(), None if bias is None else bias.contiguous(), out,
-        m, n, input.shape[1], *input.stride(), weight.stride(0), ACTIVATION=activation, BLOCK_M=16,
-        BLOCK_N=16, BLOCK_K=block_k, num_warps=2, num_stages=4,
-    )  # fmt: skip
+        input,
+        weight,
+        weight_scale.contiguous(),
+        None if bias is None else bias.contiguous(),
+        out,
+        m,
+        n,
+        input.shape[1],
+        *input.stride(),
+        weight.stride(0),
+        ACTIVATION=activation,
+        BLOCK_M=16,
+        BLOCK_N=16,
+        BLOCK_K=block_k,
+        num_warps=2,
+        num_stages=4,
+    )
     return out
 
 
-def variants():
-    """See ``examples``."""
+def variants() -> Iterator[tuple[Callable, tuple]]:
+    """Yield the launchers and arguments whose kernels the pack holds."""
     for dtype, rows, k, n in pack_shapes.products():
         input, bias = torch.empty(rows, k, dtype=dtype), torch.empty(n, dtype=dtype)
         weight, scale = torch.empty(n, k, dtype=torch.int8), torch.empty(n)

@@ -1,1 +1,1 @@
-"""Triton kernels: the norms and embeddings."""
+"""Triton kernels of LayerNorm, RMSNorm and embeddings."""

@@ -1,27 +1,32 @@
-"""Triton kernels of the embedding sum with its normalisation; formulas in ``ops/embedding.py``.
+"""Triton kernels of the sum of embeddings and its LayerNorm.
 
-The forward reads each table's rows once and writes y once, up to ``WIDEST`` columns. The backward
-writes h again (and the dropped gradient), for the kernels of ``layer_norm_backward``. An index
-outside its table reads nothing and gives a row of NaN.
+The formulas are in ``ops/embedding.py``. Up to ``WIDEST`` columns, the forward kernel reads each
+table's rows once and writes y once. The backward pass computes h again (and dropout of the
+gradient) for the kernels of ``layer_norm_backward``. An index outside its table reads nothing and
+gives a row of NaN.
 """
+
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from llmos_kernels._triton.norm import layer_norm, layer_norm_backward
 from llmos_kernels._triton.norm.layer_norm import WIDEST, scale_and_shift, standardize
-from llmos_kernels._triton.rows import as_rows, dropout_arguments, dropout_factors, tile
+from llmos_kernels._triton.rows import as_rows, dropout_arguments, dropout_factors, row_block
 from llmos_kernels._triton.runtime import pack_shapes
 from llmos_kernels._triton.runtime.launch import kernel
 
 _SIZES = ["N", "count0", "count1", "count2", "rows0", "rows1", "rows2", "threshold"]
-#: Columns of a program of the kernels that work on pieces of rows.
+#: Columns of a thread block in the kernels that split rows into pieces.
 _BLOCK = 1024
 
 
 @triton.jit
-def _row(index, count, table, stride, rows, row, col, inside):
+def _lookup(index, count, table, stride, rows, row, col, inside):
+    """Return the table's row for index[row % count] as float32, or NaN if it is out of range."""
     at = tl.load(index + row % count)
     known = (at >= 0) & (at < rows)
     v = tl.load(table + tl.where(known, at, 0) * stride + col, inside & known, 0.0)
@@ -29,28 +34,47 @@ def _row(index, count, table, stride, rows, row, col, inside):
 
 
 @triton.jit
-def _sum(index0, index1, index2, count0, count1, count2, table0, table1, table2,
-         stride0, stride1, stride2, rows0, rows1, rows2, row, col, inside):  # fmt: skip
-    """The rows of all tables added in order, rounded where torch rounds; as float32."""
-    v = _row(index0, count0, table0, stride0, rows0, row, col, inside)
+def _add_rows(index0, index1, index2, count0, count1, count2, table0, table1, table2,
+              stride0, stride1, stride2, rows0, rows1, rows2, row, col, inside):  # fmt: skip
+    """Return the sum of the rows of all tables as float32, added and rounded as torch does."""
+    v = _lookup(index0, count0, table0, stride0, rows0, row, col, inside)
     if table1 is not None:
-        v += _row(index1, count1, table1, stride1, rows1, row, col, inside)
+        v += _lookup(index1, count1, table1, stride1, rows1, row, col, inside)
         v = v.to(table0.dtype.element_ty).to(tl.float32)
     if table2 is not None:
-        v += _row(index2, count2, table2, stride2, rows2, row, col, inside)
+        v += _lookup(index2, count2, table2, stride2, rows2, row, col, inside)
         v = v.to(table0.dtype.element_ty).to(tl.float32)
     return v
 
 
 @kernel(do_not_specialize=_SIZES)
-def _forward_kernel(index0, index1, index2, count0, count1, count2, table0, table1, table2,
-                    stride0, stride1, stride2, rows0, rows1, rows2, weight, bias, seed, y, stats,
-                    N, D, eps, threshold, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _forward_kernel(index0, index1, index2, count0, count1, count2, table0, table1, table2, stride0,
+                    stride1, stride2, rows0, rows1, rows2, weight, bias, seed, y, stats, N, D, eps,
+                    threshold, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Compute y and the statistics of a block of whole rows."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     inside = (row < N) & (col < D)
-    v = _sum(index0, index1, index2, count0, count1, count2, table0, table1, table2,
-             stride0, stride1, stride2, rows0, rows1, rows2, row, col, inside)  # fmt: skip
+    v = _add_rows(
+        index0,
+        index1,
+        index2,
+        count0,
+        count1,
+        count2,
+        table0,
+        table1,
+        table2,
+        stride0,
+        stride1,
+        stride2,
+        rows0,
+        rows1,
+        rows2,
+        row,
+        col,
+        inside,
+    )
     v = standardize(v, stats, row, inside, N, D, eps, True)
     v = scale_and_shift(v, weight, bias, col, col < D)
     if seed is not None:
@@ -63,15 +87,35 @@ def _forward_kernel(index0, index1, index2, count0, count1, count2, table0, tabl
 def _sum_kernel(index0, index1, index2, count0, count1, count2, table0, table1, table2,
                 stride0, stride1, stride2, rows0, rows1, rows2, h, N, D, PIECES,
                 BLOCK: tl.constexpr):  # fmt: skip
+    """Store a piece of one row of h."""
     row = (tl.program_id(0) // PIECES).to(tl.int64) + tl.zeros((1, 1), tl.int64)
     col = (tl.program_id(0) % PIECES) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    v = _sum(index0, index1, index2, count0, count1, count2, table0, table1, table2,
-             stride0, stride1, stride2, rows0, rows1, rows2, row, col, col < D)  # fmt: skip
+    v = _add_rows(
+        index0,
+        index1,
+        index2,
+        count0,
+        count1,
+        count2,
+        table0,
+        table1,
+        table2,
+        stride0,
+        stride1,
+        stride2,
+        rows0,
+        rows1,
+        rows2,
+        row,
+        col,
+        col < D,
+    )
     tl.store(h + row * D + col, v, col < D)
 
 
 @kernel(do_not_specialize=["threshold"])
 def _drop_kernel(x, seed, out, stride, D, PIECES, threshold, scale, BLOCK: tl.constexpr):
+    """Store a piece of one row of dropout(x)."""
     row = (tl.program_id(0) // PIECES).to(tl.int64) + tl.zeros((1, 1), tl.int64)
     first = (tl.program_id(0) % PIECES) * BLOCK
     col = first + tl.arange(0, BLOCK)[None, :]
@@ -80,16 +124,18 @@ def _drop_kernel(x, seed, out, stride, D, PIECES, threshold, scale, BLOCK: tl.co
     tl.store(out + row * D + col, v * factors, col < D)
 
 
-def _sources(indices, tables, d):
-    """The first fifteen arguments of a kernel."""
+def _table_arguments(
+    indices: Sequence[Tensor | None], tables: Sequence[Tensor | None], d: int
+) -> tuple:
+    """Return the first fifteen arguments of a kernel: index0 to rows2."""
     counts = [0 if i is None else i.numel() for i in indices]
     views = [as_rows(t, d) for t in tables]
     rows = [0 if t is None else len(t) for t in tables]
     return *indices, *counts, *(t for t, _ in views), *(stride for _, stride in views), *rows
 
 
-def _gather(sources, like, shape):
-    """h, contiguous."""
+def _embedding_sum(sources: tuple, like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return h, contiguous, from the result of ``_table_arguments``."""
     h = like.new_empty(shape)
     d = shape[-1]
     pieces = triton.cdiv(d, _BLOCK)
@@ -98,8 +144,8 @@ def _gather(sources, like, shape):
     return h
 
 
-def _drop(x, p, seed):
-    """dropout(x), contiguous."""
+def _dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """Return dropout(x), contiguous."""
     d = x.shape[-1]
     out = x.new_empty(x.shape)
     x, stride = as_rows(x, d)
@@ -111,49 +157,84 @@ def _drop(x, p, seed):
 
 
 def forward(
-    index0, index1, index2, table0, table1, table2, weight, bias, eps, dropout_p, seed
-):  # fmt: skip
+    index0: Tensor,
+    index1: Tensor | None,
+    index2: Tensor | None,
+    table0: Tensor,
+    table1: Tensor | None,
+    table2: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return y and the statistics of ``llmos::embedding_layer_norm_forward``."""
     d = table0.shape[1]
     n = index0.numel() if d else 0
     shape = (*index0.shape, d)
     seed = seed if dropout_p else None
     if n == 0:
         return table0.new_empty(shape), table0.new_empty((2, n), dtype=torch.float32)
-    sources = _sources((index0, index1, index2), (table0, table1, table2), d)
+    sources = _table_arguments((index0, index1, index2), (table0, table1, table2), d)
     if d > WIDEST:
-        h = _gather(sources, table0, shape)
+        h = _embedding_sum(sources, table0, shape)
         y, stats = layer_norm.forward(h, weight, bias, d, eps, True)
-        return y if seed is None else _drop(y, dropout_p, seed), stats
+        return y if seed is None else _dropout(y, dropout_p, seed), stats
     y = table0.new_empty(shape)
     stats = table0.new_empty((2, n), dtype=torch.float32)
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    # Three tables and Philox words: more of a row in each thread spills.
-    rows, block, warps = tile("embedding", table0, d, per_thread=8)
+    # Three tables and the Philox words take registers: with more elements per thread they spill.
+    rows, block, warps = row_block("embedding", table0, d, per_thread=8)
     _forward_kernel[(triton.cdiv(n, rows),)](
-        *sources, weight, bias, seed, y, stats, n, d, eps, *dropout_arguments(dropout_p),
-        ROWS=rows, BLOCK=block, num_warps=warps,
-    )  # fmt: skip
+        *sources,
+        weight,
+        bias,
+        seed,
+        y,
+        stats,
+        n,
+        d,
+        eps,
+        *dropout_arguments(dropout_p),
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=warps,
+    )
     return y, stats
 
 
 def backward(
-    dy, index0, index1, index2, table0, table1, table2, weight, stats, dropout_p, seed,
-    weight_grad, bias_grad,
-):  # fmt: skip
+    dy: Tensor,
+    index0: Tensor,
+    index1: Tensor | None,
+    index2: Tensor | None,
+    table0: Tensor,
+    table1: Tensor | None,
+    table2: Tensor | None,
+    weight: Tensor | None,
+    stats: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dh, dweight and dbias of ``llmos::embedding_layer_norm_backward``."""
     d = dy.shape[-1]
     h = dy
     if dy.numel():
-        h = _gather(_sources((index0, index1, index2), (table0, table1, table2), d), dy, dy.shape)
-        dy = _drop(dy, dropout_p, seed) if dropout_p else dy
+        sources = _table_arguments((index0, index1, index2), (table0, table1, table2), d)
+        h = _embedding_sum(sources, dy, dy.shape)
+        dy = _dropout(dy, dropout_p, seed) if dropout_p else dy
     dh, _, dweight, dbias = layer_norm_backward.backward(
         dy, None, h, weight, stats, d, True, 0.0, None, weight_grad, bias_grad
     )
     return dh, dweight, dbias
 
 
-def variants():
-    """See ``examples``."""
+def variants() -> Iterator[tuple[Callable, tuple]]:
+    """Yield the launchers and arguments whose kernels the pack holds."""
     index = torch.empty(64, dtype=torch.int64)
     for dtype in pack_shapes.DTYPES:
         for d in (512, 1024, 2048):

@@ -1,26 +1,34 @@
-"""Triton forward kernels of layer and RMS normalisation; formulas in ``ops/layer_norm.py``.
+"""Triton forward kernels of LayerNorm and RMSNorm; the formulas are in ``ops/layer_norm.py``.
 
-A program holds a tile of whole rows; a row wider than ``WIDEST`` is walked in blocks instead.
-Bytes: x (and residual) once, y (and h) once, at any width that fits.
+A thread block holds some whole rows in registers. For a row wider than ``WIDEST`` it loops over
+blocks of columns instead, and reads the row again in each pass.
+
+Memory traffic up to ``WIDEST``: x (and residual) are read once, y (and h) are written once.
 """
+
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from llmos_kernels._triton.rows import as_rows, dropout_arguments, dropout_factors, tile
+from llmos_kernels._triton.rows import as_rows, dropout_arguments, dropout_factors, row_block
 from llmos_kernels._triton.runtime import pack_shapes
 from llmos_kernels._triton.runtime.launch import kernel
 
-#: Rows wider than this do not fit a program's registers: 32 floats of a row in each of 512 threads.
+#: The widest row that fits the registers of a thread block: 32 floats in each of 512 threads.
 WIDEST = 16384
 _WIDE_BLOCK, _WIDE_WARPS = 4096, 8
 
 
 @triton.jit
-def add(x, residual, h, seed, threshold, scale, row, x_at, residual_at, h_at, inside, first_col,
-         ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """h = residual + dropout(x), rounded where torch rounds; stored and returned as float32."""
+def add_residual(x, residual, h, seed, threshold, scale, row, x_at, residual_at, h_at, inside,
+                 first_col, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Return h = residual + dropout(x) as float32, rounded where torch rounds.
+
+    It also stores h if there is a residual.
+    """
     v = tl.load(x + x_at, inside, 0.0)
     if seed is not None:
         factors = dropout_factors(seed, row, first_col, threshold, scale, ROWS, BLOCK)
@@ -34,6 +42,7 @@ def add(x, residual, h, seed, threshold, scale, row, x_at, residual_at, h_at, in
 
 @triton.jit
 def scale_and_shift(v, weight, bias, col, inside):
+    """Return v * weight + bias; either may be None."""
     if weight is not None:
         v *= tl.load(weight + col, inside, 0.0).to(tl.float32)
     if bias is not None:
@@ -43,14 +52,18 @@ def scale_and_shift(v, weight, bias, col, inside):
 
 @triton.jit
 def standardize(v, stats, row, inside, N, D, eps, CENTER: tl.constexpr):
-    """(v - mean) * rstd of whole rows, whose statistics it stores."""
+    """Return (v - mean) * rstd of whole rows, and store their statistics."""
     if CENTER:
         mean = tl.sum(v, 1, keep_dims=True) / D
         delta = tl.where(inside, v - mean, 0.0)
-        # The sum of the rounding errors corrects the mean: a constant row has variance 0.
+        # The mean of the differences corrects the rounding of the mean, so that the variance of a
+        # constant row is 0.
         shift = tl.sum(delta, 1, keep_dims=True) / D
-        variance = tl.maximum(tl.sum(delta * delta, 1, keep_dims=True) / D - shift * shift, 0.0,
-                              propagate_nan=tl.PropagateNan.ALL)  # fmt: skip
+        variance = tl.maximum(
+            tl.sum(delta * delta, 1, keep_dims=True) / D - shift * shift,
+            0.0,
+            propagate_nan=tl.PropagateNan.ALL,
+        )
         mean += shift
         v -= mean
         tl.store(stats + row, mean, row < N)
@@ -66,11 +79,26 @@ def standardize(v, stats, row, inside, N, D, eps, CENTER: tl.constexpr):
 def _forward_kernel(x, residual, weight, bias, seed, y, h, stats, x_stride, residual_stride, N, D,
                     eps, threshold, scale,
                     CENTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Compute y, h and the statistics of a block of whole rows."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     inside = (row < N) & (col < D)
-    v = add(x, residual, h, seed, threshold, scale, row, row * x_stride + col,
-             row * residual_stride + col, row * D + col, inside, 0, ROWS, BLOCK)  # fmt: skip
+    v = add_residual(
+        x,
+        residual,
+        h,
+        seed,
+        threshold,
+        scale,
+        row,
+        row * x_stride + col,
+        row * residual_stride + col,
+        row * D + col,
+        inside,
+        0,
+        ROWS,
+        BLOCK,
+    )
     v = standardize(v, stats, row, inside, N, D, eps, CENTER)
     v = scale_and_shift(v, weight, bias, col, col < D)
     tl.store(y + row * D + col, v, inside)
@@ -78,17 +106,33 @@ def _forward_kernel(x, residual, weight, bias, seed, y, h, stats, x_stride, resi
 
 @kernel(do_not_specialize=["N", "threshold"])
 def _forward_wide_kernel(x, residual, weight, bias, seed, y, h, stats, x_stride, residual_stride, N,
-                         D, eps, threshold, scale, CENTER: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                         D, eps, threshold, scale, CENTER: tl.constexpr,
+                         BLOCK: tl.constexpr):  # fmt: skip
+    """Compute y, h and the statistics of one row, in blocks of columns."""
     row = tl.program_id(0).to(tl.int64) + tl.zeros((1, 1), tl.int64)
     lane = tl.arange(0, BLOCK)[None, :]
     total = tl.zeros((1, BLOCK), tl.float32)
     for first in range(0, D, BLOCK):
         col = first + lane
-        v = add(x, residual, h, seed, threshold, scale, row, row * x_stride + col,
-                 row * residual_stride + col, row * D + col, col < D, first, 1, BLOCK)  # fmt: skip
+        v = add_residual(
+            x,
+            residual,
+            h,
+            seed,
+            threshold,
+            scale,
+            row,
+            row * x_stride + col,
+            row * residual_stride + col,
+            row * D + col,
+            col < D,
+            first,
+            1,
+            BLOCK,
+        )
         total += v if CENTER else v * v
     if residual is not None:
-        # The sweeps below read what other threads of this program have written.
+        # The loops below read elements of h that other threads of this thread block have written.
         tl.debug_barrier()
         x, x_stride = h, D
     mean = tl.sum(total, 1, keep_dims=True) / D
@@ -103,8 +147,11 @@ def _forward_wide_kernel(x, residual, weight, bias, seed, y, h, stats, x_stride,
             error += delta
             square += delta * delta
         shift = tl.sum(error, 1, keep_dims=True) / D
-        variance = tl.maximum(tl.sum(square, 1, keep_dims=True) / D - shift * shift, 0.0,
-                              propagate_nan=tl.PropagateNan.ALL)  # fmt: skip
+        variance = tl.maximum(
+            tl.sum(square, 1, keep_dims=True) / D - shift * shift,
+            0.0,
+            propagate_nan=tl.PropagateNan.ALL,
+        )
         mean += shift
         tl.store(stats + row, mean)
         stats += N.to(tl.int64)
@@ -119,16 +166,41 @@ def _forward_wide_kernel(x, residual, weight, bias, seed, y, h, stats, x_stride,
         tl.store(y + row * D + col, v, col < D)
 
 
-def forward(x, weight, bias, d, eps, center):
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, d: int, eps: float, center: bool
+) -> tuple[Tensor, Tensor]:
+    """Return y and the statistics of ``llmos::layer_norm_forward``."""
     y, _, stats = _launch(x, None, weight, bias, d, eps, center, 0.0, None)
     return y, stats
 
 
-def add_forward(x, residual, weight, bias, d, eps, center, dropout_p, seed):
+def add_forward(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    d: int,
+    eps: float,
+    center: bool,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, h and the statistics of ``llmos::add_layer_norm_forward``."""
     return _launch(x, residual, weight, bias, d, eps, center, dropout_p, seed)
 
 
-def _launch(x, residual, weight, bias, d, eps, center, dropout_p, seed):
+def _launch(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    d: int,
+    eps: float,
+    center: bool,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple:
+    """Return y, h (None without a residual) and the statistics."""
     n = x.numel() // d if d else 0
     y = x.new_empty(x.shape)
     h = None if residual is None else x.new_empty(x.shape)
@@ -139,19 +211,20 @@ def _launch(x, residual, weight, bias, d, eps, center, dropout_p, seed):
     residual, residual_stride = as_rows(residual, d)
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    args = (x, residual, weight, bias, seed if dropout_p else None, y, h, stats, x_stride)
-    args += (residual_stride, n, d, eps, *dropout_arguments(dropout_p), center)
+    tensors = x, residual, weight, bias, seed if dropout_p else None, y, h, stats
+    sizes = x_stride, residual_stride, n, d, eps
+    args = *tensors, *sizes, *dropout_arguments(dropout_p), center
     if d > WIDEST:
         _forward_wide_kernel[(n,)](*args, BLOCK=_WIDE_BLOCK, num_warps=_WIDE_WARPS)
     else:
-        rows, block, warps = tile("layer_norm", x, d)
+        rows, block, warps = row_block("layer_norm", x, d)
         grid = (triton.cdiv(n, rows),)
         _forward_kernel[grid](*args, ROWS=rows, BLOCK=block, num_warps=warps)
     return y, h, stats
 
 
-def variants():
-    """See ``examples``."""
+def variants() -> Iterator[tuple[Callable, tuple]]:
+    """Yield the launchers and arguments whose kernels the pack holds."""
     for x, weight, bias, d, center in pack_shapes.norms():
         yield forward, (x, weight, bias, d, 1e-5, center)
         for p in (0.0, 0.1):

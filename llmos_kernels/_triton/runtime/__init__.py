@@ -1,1 +1,1 @@
-"""How Triton kernels are found, compiled ahead of time, and launched."""
+"""Launching of Triton kernels: the pack, tuned settings, and the shapes that are compiled ahead."""

@@ -1,8 +1,8 @@
-"""Launch settings that were measured on GPUs: ``tuned/*.json``, as ``python -m llmos_kernels tune`` writes them.
+"""Tuned launch settings, which ``python -m llmos_kernels tune`` writes to ``tuned/*.json``.
 
-Looked up by the GPU's name, else its architecture; then by the nearest shape, in log space, that is
-less than a factor of 4 away in every size. Where there is none, or the rule of the launcher was found to
-be as fast, the rule decides.
+Settings are looked up by the GPU's name, else by its architecture, then by the nearest shape in log
+space. A shape whose sizes differ by a factor of 4 or more does not count. If there are no settings,
+or tuning found the launcher's own rule to be as fast, the launcher's rule decides.
 """
 
 import contextlib
@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 
 FORMAT = 1
-#: Where settings come with the package; LLMOS_TUNED names a folder that is looked at before.
+#: The settings that come with the package. Those in the folder of LLMOS_TUNED are preferred.
 FOLDER = Path(__file__).parents[2] / "tuned"
 _ROWS = ("ROWS", "num_warps")
 _TILE = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-_PRODUCT = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
-#: What is tuned: what its settings are, and how many sizes its shape has.
+_GEMM = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+#: For each kind of launch that is tuned, the names of its settings and the number of sizes in its
+#: shape.
 KINDS: dict[str, tuple[tuple[str, ...], int]] = {
     **dict.fromkeys(("layer_norm", "layer_norm backward", "int8_norm", "embedding"), (_ROWS, 1)),
     **{
@@ -31,23 +32,24 @@ KINDS: dict[str, tuple[tuple[str, ...], int]] = {
         for load in ("", " masked", " dropout")
     },
     **{f"attention {name}": (_TILE, 1) for name in ("decode", "dmask", "weights")},
-    **{f"linear{name}": (("persistent", *_PRODUCT), 3) for name in ("", " dinput", " dweight")},
-    "int8": (_PRODUCT, 3),
-    "int8 outliers": (_PRODUCT, 3),
+    **{f"linear{name}": (("persistent", *_GEMM), 3) for name in ("", " dinput", " dweight")},
+    "int8": (_GEMM, 3),
+    "int8 outliers": (_GEMM, 3),
 }
-#: The name and the architecture of the GPU whose settings hold for tensors on the CPU, when kernels are
-#: compiled ahead of time.
+#: The name and architecture of the GPU whose settings apply to tensors on the CPU, while kernels
+#: are compiled ahead of time; None otherwise.
 planned: tuple[str | None, str] | None = None
 _overridden: dict[str, dict | None] = {}
 
 
 def folders() -> list[Path]:
-    own = os.environ.get("LLMOS_TUNED")
-    return [*([Path(own)] if own else []), FOLDER]
+    """Return the folders with settings, the user's (``LLMOS_TUNED``) before that of the package."""
+    user_folder = os.environ.get("LLMOS_TUNED")
+    return [*([Path(user_folder)] if user_folder else []), FOLDER]
 
 
 def _check(kind: str, entry: dict) -> None:
-    """Raises ValueError for an entry that a launcher could not take."""
+    """Raise ValueError if a launcher could not use ``entry``."""
     names, sizes = KINDS[kind]
     shape, chosen = entry["shape"], entry["settings"]
     if len(shape) != sizes or not all(type(n) is int and n > 0 for n in shape):
@@ -59,25 +61,25 @@ def _check(kind: str, entry: dict) -> None:
     if {*chosen} != {*names} or not all(type(v) is int for v in chosen.values()):
         raise ValueError(f"{kind}: settings {chosen}")
     for name, value in chosen.items():
-        least, most = {"persistent": (0, 1), "num_stages": (1, 8), "num_warps": (1, 32)}.get(
+        smallest, largest = {"persistent": (0, 1), "num_stages": (1, 8), "num_warps": (1, 32)}.get(
             name, (16 if name.startswith("BLOCK") else 1, 1024)
         )
-        power = name in ("persistent", "num_stages") or value & (value - 1) == 0
-        if not least <= value <= most or not power:
+        is_valid = name in ("persistent", "num_stages") or value & (value - 1) == 0
+        if not smallest <= value <= largest or not is_valid:
             raise ValueError(f"{kind}: {name} {value}")
 
 
 def read(path: Path) -> dict:
-    """The settings in ``path``. Raises ValueError naming the file, and what is wrong with it."""
+    """Return the table in ``path``; raise ValueError with the file and what is wrong with it."""
     try:
         table = json.loads(path.read_text())
         if table["format"] != FORMAT:
-            raise ValueError(f"of format {table['format']}, expected {FORMAT}")
+            raise ValueError(f"has format {table['format']}, expected {FORMAT}")
         for kind, entries in table["settings"].items():
             for entry in entries:
                 _check(kind, entry)
         if not isinstance(table["gpu"], str) or not isinstance(table["arch"], str):
-            raise ValueError("gpu and arch must be names")
+            raise ValueError("gpu and arch must be strings")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path}: {type(e).__name__}: {e}") from e
     return table
@@ -85,18 +87,18 @@ def read(path: Path) -> dict:
 
 @functools.cache
 def tables() -> list[dict]:
-    """All that can be read, the user's own first; of a file that cannot be a warning."""
-    found = []
+    """Return all tables, the user's first; warn of each file that cannot be read."""
+    readable = []
     for path in (p for folder in folders() for p in sorted(folder.glob("*.json"))):
         try:
-            found.append(read(path))
+            readable.append(read(path))
         except ValueError as e:
             warnings.warn(f"{e}; its launch settings are not used", RuntimeWarning, stacklevel=2)
-    return found
+    return readable
 
 
 def _entries(name: str | None, arch: str, kind: str, dtype: str) -> list[dict]:
-    """Those of the first table that has any, of the GPU of that name, else of that architecture."""
+    """Return the entries of the first table for the GPU, by its name or else its architecture."""
     for key, value in (("gpu", name), ("arch", arch)):
         for table in tables():
             found = [e for e in table["settings"].get(kind, ()) if e["dtype"] == dtype]
@@ -107,28 +109,32 @@ def _entries(name: str | None, arch: str, kind: str, dtype: str) -> list[dict]:
 
 @functools.cache
 def _gpu(device: torch.device) -> tuple[str, str]:
-    """Its name and its architecture."""
+    """Return the name and the architecture of a GPU."""
     major, minor = torch.cuda.get_device_capability(device)
     return torch.cuda.get_device_name(device), f"sm_{major}{minor}"
 
 
 def distance(a: tuple, b: tuple) -> float:
-    """Between two shapes, in log space; infinite from a factor of 4 in one size on."""
-    steps = [abs(math.log2(m / n)) for m, n in zip(a, b, strict=True)]
-    return math.inf if max(steps) >= 2 else sum(s * s for s in steps)
+    """Return the squared log2 distance of two shapes; inf if a size differs by 4 times or more."""
+    differences = [abs(math.log2(m / n)) for m, n in zip(a, b, strict=True)]
+    return math.inf if max(differences) >= 2 else sum(d * d for d in differences)
 
 
 @functools.lru_cache(maxsize=4096)
 def _nearest(name: str | None, arch: str, kind: str, dtype: str, shape: tuple) -> dict | None:
+    """Return the settings of the nearest shape; None without one, or if the rule was as fast."""
     entries = _entries(name, arch, kind, dtype)
-    if kind.startswith("attention"):  # What fits one head dim need not fit another.
+    if kind.startswith("attention"):  # Tiles that fit one head dim may not fit another.
         entries = [e for e in entries if tuple(e["shape"]) == shape]
     best = min(entries, key=lambda e: distance(e["shape"], shape), default=None)
     return best["settings"] if best and distance(best["shape"], shape) < math.inf else None
 
 
 def settings(kind: str, like: torch.Tensor, shape: tuple[int, ...]) -> dict | None:
-    """What was measured to be fastest for a launch of ``kind`` on tensors such as ``like``."""
+    """Return the tuned settings for a launch of ``kind``, or None if the launcher's rule decides.
+
+    ``like`` gives the device and the dtype of the launch.
+    """
     if kind in _overridden:
         return _overridden[kind]
     if not tables() or min(shape) < 1:
@@ -141,7 +147,7 @@ def settings(kind: str, like: torch.Tensor, shape: tuple[int, ...]) -> dict | No
 
 @contextlib.contextmanager
 def override(kind: str, chosen: dict | None) -> Iterator[None]:
-    """Launches of ``kind`` inside take these settings; None: what the rule says."""
+    """Launch ``kind`` with the settings ``chosen`` inside the context; None stands for the rule."""
     _overridden[kind] = chosen
     try:
         yield
