@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/level.h"
+#include "cpu/isa.h"
 #include "pack/kernel.h"
 
 namespace py = pybind11;

@@ -41,7 +41,7 @@ MUTANTS = (
         ("tests/test_kernels.py", "tests/test_attention_masks.py", "-k", "attention or mask"),
     ),
     Mutant(
-        "wrong divisor", "csrc/cpu/kernels/layer_norm.cpp",
+        "wrong divisor", "csrc/cpu/kernels/layer_norm_kernel.cpp",
         "const float value = square.total() / float(d) -", "const float value = square.total() / float(d + 1) -",
         NORMS,
     ),
@@ -63,7 +63,7 @@ MUTANTS = (
         ("tests/test_triton.py", "-k", "offsets_past_two"),
     ),
     Mutant(
-        "swap dweight and dbias", "csrc/cpu/layer_norm.cpp",
+        "swap dweight and dbias", "csrc/cpu/host/layer_norm.cpp",
         "return {dresidual, dx, dweight, dbias};", "return {dresidual, dx, dbias, dweight};", NORMS,
     ),
     Mutant(
@@ -87,7 +87,7 @@ MUTANTS = (
         "            inside = at_place < tl.load(index) - start - 1\n", ("tests/test_int8.py", "tests/test_int8_linear.py"),
     ),
     Mutant(
-        "scale of the wrong row", "csrc/cpu/kernels/int8.cpp",
+        "scale of the wrong row", "csrc/cpu/kernels/int8_kernel.cpp",
         "F32) * input_scale[r];", "F32) * input_scale[r ? r - 1 : 0];", ("tests/test_int8.py", "tests/test_int8_linear.py"),
     ),
     Mutant(

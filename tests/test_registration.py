@@ -29,7 +29,7 @@ def test_every_op_has_a_case():
 
 def test_owners():
     table = {(op, key): _environment.owner(op, key) for op in DEFINED for key in _environment.KEYS}
-    assert table["llmos::layer_norm_forward", "CPU"] == "csrc/cpu/layer_norm.cpp"
+    assert table["llmos::layer_norm_forward", "CPU"] == "csrc/cpu/host/layer_norm.cpp"
     assert table["llmos::layer_norm_backward", "CUDA"] == "_triton/layer_norm_backward.py"
 
 

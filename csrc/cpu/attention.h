@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-#include "dispatch.h"
-#include "philox.h"
-#include "tasks.h"
+#include "isa_table.h"
+#include "dropout.h"
+#include "task_kernel.h"
 
 namespace llmos {
 

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "dispatch.h"
-#include "philox.h"
+#include "isa_table.h"
+#include "dropout.h"
 
 namespace llmos {
 

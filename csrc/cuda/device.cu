@@ -5,7 +5,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include "../rows.h"
+#include "../tensor_view.h"
 
 namespace llmos {
 namespace {

@@ -1,7 +1,7 @@
 // A planted fault: `make sanitize` must catch it. Built with LLMOS_SANITIZE alone.
 #include <torch/csrc/stable/library.h>
 
-#include "../rows.h"
+#include "../tensor_view.h"
 
 namespace llmos {
 namespace {

@@ -9,8 +9,8 @@
 #include "../attention.h"
 #include "exp.h"
 #include "philox.h"
-#include "tasks.h"
-#include "tiles.h"
+#include "register_kernel.h"
+#include "microkernel.h"
 
 namespace llmos {
 namespace {

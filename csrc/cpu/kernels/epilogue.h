@@ -3,7 +3,7 @@
 
 #include "activations.h"
 #include "philox.h"
-#include "units.h"
+#include "vnni_layout.h"
 
 namespace llmos {
 namespace {

@@ -2,7 +2,7 @@
 // The definition that this repeats bit for bit is llmos_kernels/ops/dropout.py.
 #pragma once
 
-#include "../philox.h"
+#include "../dropout.h"
 #include "vec.h"
 
 namespace llmos {

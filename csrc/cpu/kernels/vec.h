@@ -14,13 +14,13 @@
 #include <immintrin.h>
 #endif
 
-#include "../dispatch.h"
+#include "../isa_table.h"
 
 namespace llmos {
 namespace {
 
 template <class T>
-constexpr bool kGains = gains<T>(LLMOS_CPU_LEVEL);
+constexpr bool kGains = gains<T>(LLMOS_ISA);
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;

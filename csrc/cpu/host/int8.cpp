@@ -1,4 +1,4 @@
-#include "int8.h"
+#include "../int8.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -6,7 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "product_host.h"
+#include "gemm_tasks.h"
 
 namespace llmos {
 namespace {

@@ -1,12 +1,12 @@
-#include "layer_norm.h"
+#include "../layer_norm.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 #include <type_traits>
 
-#include "../rows.h"
-#include "norm_host.h"
+#include "../../tensor_view.h"
+#include "norm_common.h"
 
 namespace llmos {
 namespace {

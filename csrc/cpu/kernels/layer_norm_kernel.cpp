@@ -210,10 +210,10 @@ void convert(const T* from, float* to, int64_t n) {
 
 template <class T, bool kBuilt = kGains<T>>
 struct Builds {
-  Build<NormForwardRows<T>> forward_{LLMOS_CPU_LEVEL, norm_forward<T>, &forward<T>};
-  Build<NormBackwardRows<T>> backward_{LLMOS_CPU_LEVEL, norm_backward<T>, &backward<T>};
-  Build<SumPartials<T>> sum_{LLMOS_CPU_LEVEL, sum_partials<T>, &sum_rows<T>};
-  Build<ToFloat<T>> convert_{LLMOS_CPU_LEVEL, to_float<T>, &convert<T>};
+  Build<NormForwardRows<T>> forward_{LLMOS_ISA, norm_forward<T>, &forward<T>};
+  Build<NormBackwardRows<T>> backward_{LLMOS_ISA, norm_backward<T>, &backward<T>};
+  Build<SumPartials<T>> sum_{LLMOS_ISA, sum_partials<T>, &sum_rows<T>};
+  Build<ToFloat<T>> convert_{LLMOS_ISA, to_float<T>, &convert<T>};
 };
 template <class T>
 struct Builds<T, false> {};

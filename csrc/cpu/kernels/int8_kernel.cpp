@@ -2,7 +2,7 @@
 #include "../int8.h"
 
 #include "epilogue.h"
-#include "few.h"
+#include "gemv.h"
 
 namespace llmos {
 namespace {

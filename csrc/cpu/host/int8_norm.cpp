@@ -3,8 +3,8 @@
 
 #include <tuple>
 
-#include "int8.h"
-#include "norm_host.h"
+#include "../int8.h"
+#include "norm_common.h"
 
 namespace llmos {
 namespace {

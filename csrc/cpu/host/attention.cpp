@@ -1,10 +1,10 @@
-#include "attention.h"
+#include "../attention.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
-#include "attention_host.h"
+#include "attention_inputs.h"
 
 namespace llmos {
 namespace {

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "host.h"
-#include "layer_norm.h"
+#include "common.h"
+#include "../layer_norm.h"
 
 namespace llmos {
 

@@ -2,9 +2,9 @@
 
 #include <tuple>
 
-#include "attention.h"
-#include "attention_host.h"
-#include "layer_norm.h"
+#include "../attention.h"
+#include "attention_inputs.h"
+#include "../layer_norm.h"
 
 namespace llmos {
 namespace {

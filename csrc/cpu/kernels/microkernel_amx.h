@@ -1,7 +1,7 @@
 // Products by the CPU's own matrix tiles (AMX): of 16 rows with 16 units, or sums, each.
 #pragma once
 
-#include "units.h"
+#include "vnni_layout.h"
 
 namespace llmos {
 namespace {

@@ -1,8 +1,8 @@
 // Scratch memory of a task, and how a kernel that does tasks enters its table.
 #pragma once
 
-#include "../tasks.h"
-#include "tiles_amx.h"
+#include "../task_kernel.h"
+#include "microkernel_amx.h"
 
 namespace llmos {
 namespace {
@@ -40,7 +40,7 @@ struct BuildOf {
   }
   static constexpr TaskKernel<Args> kKernel{Impl::kBlock, panel(), &Impl::scratch,
                                             &run_tasks<Impl, Args>};
-  Build<const TaskKernel<Args>*> build{LLMOS_CPU_LEVEL, task_kernel<Args>, &kKernel};
+  Build<const TaskKernel<Args>*> build{LLMOS_ISA, task_kernel<Args>, &kKernel};
 };
 template <class Impl, class Args>
 struct BuildOf<Impl, Args, false> {};

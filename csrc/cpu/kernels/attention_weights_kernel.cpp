@@ -1,5 +1,5 @@
-#include "attention_cache.h"
-#include "attention_few.h"
+#include "attention_packed_tiles.h"
+#include "attention_decode.h"
 
 namespace llmos {
 namespace {

@@ -1,4 +1,4 @@
-#include "embedding.h"
+#include "../embedding.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -8,8 +8,8 @@
 #include <tuple>
 #include <vector>
 
-#include "../rows.h"
-#include "norm_host.h"
+#include "../../tensor_view.h"
+#include "norm_common.h"
 
 namespace llmos {
 namespace {

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "host.h"
-#include "linear.h"
+#include "common.h"
+#include "../linear.h"
 
 namespace llmos {
 

@@ -22,7 +22,7 @@ inline constexpr const char* cpu_level_names[CpuLevels] = {"baseline", "avx2", "
 // Whether there are matrix tiles of bfloat16 and int8, kernels for them in this build, and leave of
 // the operating system for this process to use them.
 inline bool has_tiles() {
-#if defined(LLMOS_TILES) && defined(__linux__)
+#if defined(LLMOS_AMX) && defined(__linux__)
   constexpr unsigned kWanted = 1 << 22 | 1 << 24 | 1 << 25;  // AMX-BF16, AMX-TILE, AMX-INT8.
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA.
   static const bool has = [] {

@@ -3,7 +3,7 @@
 #include <limits>
 
 #include "../int8.h"
-#include "few.h"
+#include "gemv.h"
 
 namespace llmos {
 namespace {

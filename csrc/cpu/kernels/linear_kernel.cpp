@@ -1,6 +1,6 @@
 #include "epilogue.h"
-#include "few.h"
-#include "panels.h"
+#include "gemv.h"
+#include "gemm.h"
 
 namespace llmos {
 namespace {

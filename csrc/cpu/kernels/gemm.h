@@ -6,8 +6,8 @@
 #pragma once
 
 #include "../linear.h"
-#include "tasks.h"
-#include "tiles.h"
+#include "register_kernel.h"
+#include "microkernel.h"
 
 namespace llmos {
 namespace {

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "attention.h"
-#include "host.h"
+#include "../attention.h"
+#include "common.h"
 
 namespace llmos {
 

@@ -1,5 +1,5 @@
-#include "attention_cache.h"
-#include "attention_few.h"
+#include "attention_packed_tiles.h"
+#include "attention_decode.h"
 
 namespace llmos {
 namespace {
@@ -236,11 +236,11 @@ void combine(const Attention<T>& a, const float* partial, int64_t splits, int64_
 }
 
 const KernelBuilds<Forward, AttentionForward> builds;
-const Build<CombineSplits<float>> combine_f32{LLMOS_CPU_LEVEL, combine_splits<float>,
+const Build<CombineSplits<float>> combine_f32{LLMOS_ISA, combine_splits<float>,
                                               &combine<float>};
-const Build<CombineSplits<bf16>> combine_bf16{LLMOS_CPU_LEVEL, combine_splits<bf16>,
+const Build<CombineSplits<bf16>> combine_bf16{LLMOS_ISA, combine_splits<bf16>,
                                               &combine<bf16>};
-const Build<CombineSplits<f16>> combine_f16{LLMOS_CPU_LEVEL, combine_splits<f16>, &combine<f16>};
+const Build<CombineSplits<f16>> combine_f16{LLMOS_ISA, combine_splits<f16>, &combine<f16>};
 
 }  // namespace
 }  // namespace llmos

@@ -1,5 +1,5 @@
 #include "activations.h"
-#include "panels.h"
+#include "gemm.h"
 #include "philox.h"
 
 namespace llmos {

@@ -1,8 +1,8 @@
 // Products of few rows with a weight that is read once, where it lies.
 #pragma once
 
-#include "tasks.h"
-#include "tiles.h"
+#include "register_kernel.h"
+#include "microkernel.h"
 
 namespace llmos {
 namespace {

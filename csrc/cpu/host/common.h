@@ -6,10 +6,10 @@
 #include <optional>
 #include <vector>
 
-#include "../rows.h"
-#include "dispatch.h"
-#include "philox.h"
-#include "tasks.h"
+#include "../../tensor_view.h"
+#include "../isa_table.h"
+#include "../dropout.h"
+#include "../task_kernel.h"
 
 namespace llmos {
 

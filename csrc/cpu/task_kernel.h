@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "dispatch.h"
+#include "isa_table.h"
 
 namespace llmos {
 

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "level.h"
+#include "isa.h"
 
 namespace llmos {
 
@@ -34,7 +34,7 @@ struct Dispatch {
 // is the same code.
 template <class T>
 constexpr bool gains(CpuLevel level) {
-#ifdef LLMOS_EVERY_BUILD
+#ifdef LLMOS_REGISTER_ALL_DTYPES
   return true;
 #else
   return level < Avx512Bf16 || std::is_same_v<T, bf16>;

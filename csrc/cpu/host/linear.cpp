@@ -1,13 +1,13 @@
-#include "linear.h"
+#include "../linear.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 #include <vector>
 
-#include "host.h"
-#include "layer_norm.h"
-#include "product_host.h"
+#include "common.h"
+#include "../layer_norm.h"
+#include "gemm_tasks.h"
 
 namespace llmos {
 namespace {

@@ -2,8 +2,8 @@
 // broadcast and the right operand is read by rows, or by the CPU's own matrix tiles.
 #pragma once
 
-#include "tiles_amx.h"
-#include "units.h"
+#include "microkernel_amx.h"
+#include "vnni_layout.h"
 
 namespace llmos {
 namespace {

@@ -52,8 +52,8 @@ template <class T>
 
 template <class T, bool kBuilt = kGains<T>>
 struct Builds {
-  Build<SumEmbeddings<T>> sum_{LLMOS_CPU_LEVEL, sum_embeddings<T>, &sum<T>};
-  Build<DropRows<T>> drop_{LLMOS_CPU_LEVEL, drop_rows<T>, &drop<T>};
+  Build<SumEmbeddings<T>> sum_{LLMOS_ISA, sum_embeddings<T>, &sum<T>};
+  Build<DropRows<T>> drop_{LLMOS_ISA, drop_rows<T>, &drop<T>};
 };
 template <class T>
 struct Builds<T, false> {};
