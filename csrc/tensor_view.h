@@ -1,4 +1,5 @@
-// A tensor of any shape and strides, seen as rows of d elements.
+// RowView: a tensor of any shape and strides seen as rows of d elements; and output(): allocation
+// of result tensors.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -17,9 +18,9 @@ namespace llmos {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kMaxDims = 64;  // As torch.
+constexpr int64_t kMaxDims = 64;  // The same limit as in torch.
 
-// The distance between rows, or -1 where no single distance describes them.
+// Return the stride between rows of d elements, or -1 if no single stride describes them.
 inline int64_t row_stride(const Tensor& t, int64_t d) {
   int64_t inner = 1, rows = 1, stride = d;
   for (int64_t dim = t.dim() - 1; dim >= 0; --dim) {
@@ -43,27 +44,28 @@ inline Tensor contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
-// Rows that a kernel can walk; copies only where no single row stride describes the tensor.
-struct Rows {
+// Rows of d contiguous elements at a fixed stride. Copies the tensor only if no single stride
+// describes it.
+struct RowView {
   const Tensor* tensor;
   std::optional<Tensor> copy;
   int64_t stride;
 
-  Rows(const Tensor& t, int64_t d) : tensor(&t), stride(d) {
+  RowView(const Tensor& t, int64_t d) : tensor(&t), stride(d) {
     if (t.is_contiguous()) return;
     stride = row_stride(t, d);
     if (stride >= 0) return;
     tensor = &copy.emplace(torch::stable::contiguous(t));
     stride = d;
   }
-  Rows(const Rows&) = delete;
+  RowView(const RowView&) = delete;
 };
 
 // Tests set LLMOS_DISPATCHED_OUTPUTS=1 to see every allocation, and to poison or guard it.
 inline const bool dispatched_outputs = std::getenv("LLMOS_DISPATCHED_OUTPUTS") != nullptr;
 
-// An uninitialised contiguous tensor on the device of `like`.  The C shim takes a third of the
-// time of torch::stable::new_empty, which looks its op up by name at every call.
+// Return an uninitialised contiguous tensor on the device of `like`. The C shim takes a third of
+// the time of torch::stable::new_empty, which looks up its op by name at every call.
 template <class Sizes>
 Tensor output(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
   const int64_t* size = std::data(sizes);

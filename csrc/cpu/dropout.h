@@ -1,4 +1,4 @@
-// What a dropout mask is made of; kernels/philox.h makes it.
+// The parameters of a dropout mask; kernels/philox.h generates the mask.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@ namespace llmos {
 
 struct Dropout {
   uint64_t seed = 0, offset = 0;
-  uint32_t threshold = 0;  // An element whose Philox word is below it is dropped.
-  float scale = 1;         // What a kept element is multiplied by.
+  uint32_t threshold = 0;  // An element is dropped if its Philox random word is below this.
+  float scale = 1;         // Factor for the elements that are not dropped, 1 / (1 - p).
 };
 
 }  // namespace llmos

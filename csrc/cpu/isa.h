@@ -1,4 +1,4 @@
-// The CPU levels, and which of them this process uses.
+// The instruction sets (ISAs) that kernels are compiled for, and the one that this process uses.
 #pragma once
 
 #include <cstdlib>
@@ -14,14 +14,14 @@
 
 namespace llmos {
 
-enum CpuLevel { Baseline, Avx2, Avx512, Avx512Bf16, Amx, CpuLevels };
+enum Isa { Baseline, Avx2, Avx512, Avx512Bf16, Amx, kIsaCount };
 
-inline constexpr const char* cpu_level_names[CpuLevels] = {"baseline", "avx2", "avx512",
-                                                           "avx512_bf16", "amx"};
+inline constexpr const char* isa_names[kIsaCount] = {"baseline", "avx2", "avx512", "avx512_bf16",
+                                                     "amx"};
 
-// Whether there are matrix tiles of bfloat16 and int8, kernels for them in this build, and leave of
-// the operating system for this process to use them.
-inline bool has_tiles() {
+// Return true if AMX (bfloat16 and int8 amx) can be used: the CPU has it, this build has kernels
+// for it, and Linux grants this process the tile registers.
+inline bool has_amx() {
 #if defined(LLMOS_AMX) && defined(__linux__)
   constexpr unsigned kWanted = 1 << 22 | 1 << 24 | 1 << 25;  // AMX-BF16, AMX-TILE, AMX-INT8.
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA.
@@ -44,8 +44,8 @@ inline bool is_intel() {
 #endif
 }
 
-// The best level this machine can run.
-inline CpuLevel cpu_level_supported() {
+// Return the best ISA that this machine can run.
+inline Isa best_isa() {
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
@@ -54,30 +54,31 @@ inline CpuLevel cpu_level_supported() {
                       __builtin_cpu_supports("avx512dq");
   const bool bf16 =
       avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
-  const bool tiles = bf16 && has_tiles();
-  return tiles ? Amx : bf16 ? Avx512Bf16 : avx512 ? Avx512 : avx2 ? Avx2 : Baseline;
+  const bool amx = bf16 && has_amx();
+  return amx ? Amx : bf16 ? Avx512Bf16 : avx512 ? Avx512 : avx2 ? Avx2 : Baseline;
 #else
   return Baseline;
 #endif
 }
 
-// The level in use: the best one, or the lower one that LLMOS_CPU_LEVEL names.
-inline CpuLevel cpu_level() {
-  static const CpuLevel level = [] {
-    const CpuLevel best = cpu_level_supported();
+// Return the ISA in use: the best one, or the lower one that LLMOS_CPU_LEVEL names.
+inline Isa isa_in_use() {
+  static const Isa isa = [] {
+    const Isa best = best_isa();
     const char* wanted = std::getenv("LLMOS_CPU_LEVEL");
     if (!wanted || !*wanted) return best;
     for (int i = 0; i <= best; ++i)
-      if (!std::strcmp(wanted, cpu_level_names[i])) return CpuLevel(i);
+      if (!std::strcmp(wanted, isa_names[i])) return Isa(i);
     std::string have;
-    for (int i = 0; i <= best; ++i) have.append(i ? ", " : "").append(cpu_level_names[i]);
+    for (int i = 0; i <= best; ++i) have.append(i ? ", " : "").append(isa_names[i]);
     throw std::invalid_argument("LLMOS_CPU_LEVEL must be one of " + have +
                                 " on this machine, got '" + wanted + "'");
   }();
-  return level;
+  return isa;
 }
 
-// Whether it multiplies four int8 at a time (vpdpbusd).
-inline bool multiplies_quads() { return cpu_level() >= Avx512Bf16; }
+// Return true if int8 kernels multiply four int8 pairs per lane (vpdpbusd, AMX). They then read the
+// weight in VNNI layout.
+inline bool has_vnni() { return isa_in_use() >= Avx512Bf16; }
 
 }  // namespace llmos

@@ -1,5 +1,6 @@
-// One source, several builds: CMake compiles cpu/kernels/*.cpp once per level
-// with LLMOS_CPU_LEVEL set, and Dispatch calls the best build in use.
+// A function table with one entry per instruction set (ISA). CMake compiles each source in
+// cpu/kernels/ once per ISA, with LLMOS_ISA set; each of these builds registers its functions here
+// when the library is loaded, and host code calls the best one that the CPU can run.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,7 @@
 
 namespace llmos {
 
-// Storage of a 16-bit element; kernels/vec.h converts it.
+// A 16-bit floating-point element as it is stored; kernels/vec.h converts it.
 struct bf16 {
   uint16_t bits;
 };
@@ -17,35 +18,34 @@ struct f16 {
   uint16_t bits;
 };
 
-// A table of one function's builds. Baseline is always there.
+// The builds of one function. The Baseline entry is always set; an ISA without an entry of its own
+// uses the next lower one.
 template <class Fn>
-struct Dispatch {
-  Fn builds[CpuLevels] = {};
+struct IsaTable {
+  Fn by_isa[kIsaCount] = {};
 
   Fn best() const {
-    int level = cpu_level();
-    while (!builds[level]) --level;
-    return builds[level];
+    int isa = isa_in_use();
+    while (!by_isa[isa]) --isa;
+    return by_isa[isa];
   }
 };
 
-// Whether a level has instructions for elements of T that the level below lacks. From Avx512Bf16 on
-// there are such for bfloat16 alone (and for int8): the other types use the build of Avx512, which
-// is the same code.
+// Return true if kernels for elements of T gain from the instructions that `isa` adds to the ISA
+// below it. Avx512Bf16 and Amx add instructions for bfloat16 (and int8) alone: float32 and float16
+// kernels would be the same code as in Avx512, so they are not registered again.
 template <class T>
-constexpr bool gains(CpuLevel level) {
+constexpr bool isa_benefits(Isa isa) {
 #ifdef LLMOS_REGISTER_ALL_DTYPES
   return true;
 #else
-  return level < Avx512Bf16 || std::is_same_v<T, bf16>;
+  return isa < Avx512Bf16 || std::is_same_v<T, bf16>;
 #endif
 }
 
 template <class Fn>
-struct Build {
-  [[gnu::always_inline]] Build(CpuLevel level, Dispatch<Fn>& table, Fn fn) {
-    table.builds[level] = fn;
-  }
+struct Register {
+  [[gnu::always_inline]] Register(Isa isa, IsaTable<Fn>& table, Fn fn) { table.by_isa[isa] = fn; }
 };
 
 }  // namespace llmos

@@ -1,4 +1,5 @@
-// Work that is cut into tasks: what a CPU level's kernel is told of it.
+// TaskKernel: a kernel whose work is split into independent tasks. Host code (host/common.h) makes
+// the tasks and runs them on several threads.
 #pragma once
 
 #include <cstdint>
@@ -7,16 +8,17 @@
 
 namespace llmos {
 
-// How one CPU level does the tasks of Args. Scratch is floats, aligned to 64 bytes.
+// One ISA's kernel for the work that Args describes. The scratch buffer holds floats and is aligned
+// to 64 bytes.
 template <class Args>
 struct TaskKernel {
-  int64_t block;  // Rows or columns in a task's block.
-  int64_t panel;  // Columns that a task may have at the most, where its blocks are columns.
+  int64_t block;  // Rows or columns of a block; a task consists of whole blocks.
+  int64_t panel;  // The largest number of columns of a GEMM task.
   int64_t (*scratch)(const Args&);
   void (*run)(const Args&, const typename Args::Task*, int64_t tasks, float* scratch);
 };
 
 template <class Args>
-inline Dispatch<const TaskKernel<Args>*> task_kernel;
+inline IsaTable<const TaskKernel<Args>*> task_kernel;
 
 }  // namespace llmos

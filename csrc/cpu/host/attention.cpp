@@ -1,3 +1,4 @@
+// The attention forward op: tasks over blocks of query rows, or over keys where query rows are few.
 #include "../attention.h"
 
 #include <torch/csrc/stable/library.h>
@@ -9,14 +10,15 @@
 namespace llmos {
 namespace {
 
-// Few rows against many keys: the keys are split, by their number alone, so that the result does
-// not depend on the batch or the threads.
+// With few query rows and many keys (decoding), the keys are split among tasks. Only the number of
+// keys decides, so that the result does not depend on the batch size or the threads.
 constexpr int64_t kSplitRows = 16, kSplitKeys = 1024;
 
 struct Splits {
   std::vector<AttentionTask> tasks;
   Floats partial;
-  // Of each row that is split: its place in partial, and in the tensors.
+  // A query row whose keys are split: the offset of its first partial result, and where the row is
+  // in the tensors.
   struct Row {
     int64_t at, splits, sequence, head, index;
   };
@@ -25,8 +27,8 @@ struct Splits {
 
 Splits split(const AttentionInputs& in, int64_t block) {
   Splits result;
-  const int64_t group = in.heads / in.kv_heads, one = in.v_dim + 2;
-  std::vector<std::pair<size_t, int64_t>> places;
+  const int64_t group = in.heads / in.kv_heads, floats_per_row = in.v_dim + 2;
+  std::vector<std::pair<size_t, int64_t>> split_tasks;
   int64_t size = 0;
   for (size_t s = 0; s < in.sequences.size(); ++s) {
     const Sequence& seq = in.sequences[s];
@@ -35,22 +37,22 @@ Splits split(const AttentionInputs& in, int64_t block) {
     for (int64_t h = 0; h < in.kv_heads; ++h) {
       if (!splits) {
         for (int64_t b = 0; b < blocks; ++b)
-          result.tasks.push_back({int64_t(s), h, in_turn(b, blocks), 0, seq.k_len, nullptr});
+          result.tasks.push_back({int64_t(s), h, alternating(b, blocks), 0, seq.k_len, nullptr});
         continue;
       }
       const int64_t count = (seq.k_len + kSplitKeys - 1) / kSplitKeys;
       for (int64_t r = 0; r < rows; ++r)
-        result.rows.push_back({size + r * one, count, int64_t(s), h * group + r / seq.q_len,
-                               seq.q_begin + r % seq.q_len});
-      for (int64_t i = 0; i < count; ++i, size += rows * one) {
-        places.push_back({result.tasks.size(), size});
+        result.rows.push_back({size + r * floats_per_row, count, int64_t(s),
+                               h * group + r / seq.q_len, seq.q_begin + r % seq.q_len});
+      for (int64_t i = 0; i < count; ++i, size += rows * floats_per_row) {
+        split_tasks.push_back({result.tasks.size(), size});
         result.tasks.push_back(
             {int64_t(s), h, 0, i * kSplitKeys, std::min((i + 1) * kSplitKeys, seq.k_len), nullptr});
       }
     }
   }
   result.partial = floats(size);
-  for (auto [task, at] : places) result.tasks[task].partial = result.partial.get() + at;
+  for (auto [task, at] : split_tasks) result.tasks[task].partial = result.partial.get() + at;
   return result;
 }
 
@@ -66,21 +68,22 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   float* m = mutable_data<float>(stats);
   float* inverse = m + in.batch * in.heads * in.q_total;
 
-  dispatch(query.scalar_type(), [&](auto t) {
+  for_dtype(query.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    const auto& kernel = *task_kernel<AttentionForward<T>>.best();
-    const AttentionForward<T> args{in.of<T>(m, inverse), AttentionInputs::output_heads<T>(out)};
+    const auto& kernel = *task_kernel<AttentionForwardArgs<T>>.best();
+    const AttentionForwardArgs<T> args{in.of<T>(m, inverse), AttentionInputs::output_heads<T>(out)};
     const Splits work = split(in, kernel.block);
     const double size = double(in.q_total) * in.k_longest * in.heads * in.batch;
-    run_tasks(kernel, args, work.tasks, size * (in.dim + in.v_dim));
+    run_in_parallel(kernel, args, work.tasks, size * (in.dim + in.v_dim));
 
     const auto combine = combine_splits<T>.best();
-    const int64_t group = in.heads / in.kv_heads, one = in.v_dim + 2;
+    const int64_t group = in.heads / in.kv_heads, floats_per_row = in.v_dim + 2;
     for (const Splits::Row& row : work.rows) {
       const Sequence& s = in.sequences[row.sequence];
-      const int64_t at = args.of.stats_at(s.batch, row.head, row.index);
-      combine(args.of, work.partial.get() + row.at, row.splits, group * s.q_len * one,
-              args.out.at(s.batch, row.head, row.index), m + at, inverse + at);
+      const int64_t at = args.common.stats_at(s.batch, row.head, row.index);
+      combine(args.common, work.partial.get() + row.at, row.splits,
+              group * s.q_len * floats_per_row, args.out.at(s.batch, row.head, row.index), m + at,
+              inverse + at);
     }
   });
   return {out, stats};

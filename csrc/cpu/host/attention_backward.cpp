@@ -1,10 +1,11 @@
+// The attention ops after the forward: gradients, and the attention weights as a tensor.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
 #include "../attention.h"
-#include "attention_inputs.h"
 #include "../layer_norm.h"
+#include "attention_inputs.h"
 
 namespace llmos {
 namespace {
@@ -14,7 +15,7 @@ std::vector<AttentionTask> blocks(int64_t batch, int64_t heads, int64_t rows, in
   const int64_t n = (rows + block - 1) / block;
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t h = 0; h < heads; ++h)
-      for (int64_t i = 0; i < n; ++i) tasks.push_back({b, h, in_turn(i, n), 0, 0, nullptr});
+      for (int64_t i = 0; i < n; ++i) tasks.push_back({b, h, alternating(i, n), 0, 0, nullptr});
   return tasks;
 }
 
@@ -27,29 +28,31 @@ Tensor weights(const Tensor& query, const Tensor& key, const Optional& mask,
                     : output(query, {in.batch, in.heads, in.q_total, in.k_total}, dtype);
   if (out.numel() == 0) return out;
   const Tensor stats = llmos::contiguous(stats_);
-  // The loops only read them.
+  // The kernels only read the statistics.
   float* m = const_cast<float*>(data<float>(stats));
-  dispatch(dtype, [&](auto t) {
+  for_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    const auto& kernel = *task_kernel<AttentionWeights<T>>.best();
-    const AttentionWeights<T> args{in.of<T>(m, m + in.batch * in.heads * in.q_total),
-                                   mutable_data<T>(out), mean};
+    const auto& kernel = *task_kernel<AttentionWeightsArgs<T>>.best();
+    const AttentionWeightsArgs<T> args{in.of<T>(m, m + in.batch * in.heads * in.q_total),
+                                       mutable_data<T>(out), mean};
     const double work = double(in.q_total) * in.k_total * in.heads * in.batch * in.dim;
-    run_tasks(kernel, args, blocks(in.batch, mean ? 1 : in.heads, in.q_total, kernel.block), work);
+    run_in_parallel(kernel, args, blocks(in.batch, mean ? 1 : in.heads, in.q_total, kernel.block),
+                    work);
   });
   return out;
 }
 
-// The gradient of attn_mask, in float.
+// Compute the gradient of attn_mask, in float32.
 template <class T>
-void mask_gradient(const AttentionInputs& in, const AttentionBackward<T>& of, const Tensor& dmask) {
+void mask_gradient(const AttentionInputs& in, const AttentionBackwardArgs<T>& backward,
+                   const Tensor& dmask) {
   float* to = mutable_data<float>(dmask);
   std::fill_n(to, dmask.numel(), 0.0f);
-  const AttentionMaskBackward<T> args{
-      of, to, dmask.size(0), dmask.size(1), dmask.size(2), dmask.size(3), in.batch};
-  const auto& kernel = *task_kernel<AttentionMaskBackward<T>>.best();
+  const AttentionMaskBackwardArgs<T> args{
+      backward, to, dmask.size(0), dmask.size(1), dmask.size(2), dmask.size(3), in.batch};
+  const auto& kernel = *task_kernel<AttentionMaskBackwardArgs<T>>.best();
   const double work = double(in.q_total) * in.k_total * in.heads * in.batch * (in.dim + in.v_dim);
-  run_tasks(kernel, args, blocks(args.batch, args.heads, args.q_len, kernel.block), work);
+  run_in_parallel(kernel, args, blocks(args.batch, args.heads, args.q_len, kernel.block), work);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout_, const Tensor& query,
@@ -67,30 +70,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout_, const T
   Tensor dvalue = output(query, {in.batch, in.k_total, in.kv_heads, in.v_dim}, dtype);
   const ScalarType mask_dtype = mask_grad ? mask->scalar_type() : dtype;
   Tensor dmask = mask_grad ? output(query, mask->sizes(), mask_dtype) : output(query, {0}, dtype);
-  const Tensor dout = AttentionInputs::by_rows(dout_), out = llmos::contiguous(out_);
+  const Tensor dout = AttentionInputs::with_contiguous_rows(dout_), out = llmos::contiguous(out_);
   const Tensor stats = llmos::contiguous(stats_);
   float* m = const_cast<float*>(data<float>(stats));
 
-  dispatch(dtype, [&](auto t) {
+  for_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    const auto& kernel = *task_kernel<AttentionBackward<T>>.best();
+    const auto& kernel = *task_kernel<AttentionBackwardArgs<T>>.best();
     const auto out_heads = AttentionInputs::output_heads<T>(out);
-    const AttentionBackward<T> args{
-        .of = in.of<T>(m, m + in.batch * in.heads * in.q_total),
+    const AttentionBackwardArgs<T> args{
+        .common = in.of<T>(m, m + in.batch * in.heads * in.q_total),
         .dout = AttentionInputs::heads_of<T>(dout),
-        .out = {out_heads.data, out_heads.batch, out_heads.head, out_heads.row},
+        .out = {out_heads.data, out_heads.batch_stride, out_heads.head_stride,
+                out_heads.row_stride},
         .dquery = AttentionInputs::output_heads<T>(dquery),
         .dkey = AttentionInputs::output_heads<T>(dkey),
         .dvalue = AttentionInputs::output_heads<T>(dvalue),
     };
     const double work = double(in.q_total) * in.k_longest * in.heads * in.batch;
-    run_tasks(kernel, args, blocks(int64_t(in.sequences.size()), in.kv_heads, 1, 1),
-              work * (3 * in.dim + 2 * in.v_dim));
+    run_in_parallel(kernel, args, blocks(int64_t(in.sequences.size()), in.kv_heads, 1, 1),
+                    work * (3 * in.dim + 2 * in.v_dim));
     if (!mask_grad || dmask.numel() == 0) return;
     if (mask_dtype == ScalarType::Float) return mask_gradient(in, args, dmask);
     const Tensor sums = output(query, dmask.sizes(), ScalarType::Float);
     mask_gradient(in, args, sums);
-    dispatch(mask_dtype, [&](auto w) {
+    for_dtype(mask_dtype, [&](auto w) {
       using W = decltype(w);
       sum_partials<W>.best()(data<float>(sums), 1, 0, mutable_data<W>(dmask), 0, dmask.numel());
     });

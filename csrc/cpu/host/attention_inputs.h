@@ -1,4 +1,5 @@
-// The arguments of the attention ops as the loops take them.
+// AttentionInputs: the checked arguments of an attention op, and their conversion to kernel
+// arguments.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +10,7 @@
 
 namespace llmos {
 
-// What all attention ops are called with, checked.
+// The arguments that all attention ops share, checked.
 struct AttentionInputs {
   Tensor query, key, value;
   Optional mask, padding;
@@ -22,9 +23,9 @@ struct AttentionInputs {
                   const Optional& mask_, const Optional& padding_, const Optional& cu_q,
                   const Optional& cu_k, double scale_, int64_t causal, double dropout_p_,
                   const Optional& seed_)
-      : query(by_rows(query_)),
-        key(by_rows(key_)),
-        value(by_rows(value_)),
+      : query(with_contiguous_rows(query_)),
+        key(with_contiguous_rows(key_)),
+        value(with_contiguous_rows(value_)),
         mask(mask_),
         padding(padding_),
         batch(query.size(0)),
@@ -41,15 +42,15 @@ struct AttentionInputs {
                     "attention: head dims must be from 1 to 256, got ", dim, " and ", v_dim);
     STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "attention: ", heads,
                     " query heads cannot share ", kv_heads, " key heads");
-    cu_q ? pack(*cu_q, *cu_k, causal) : split(causal);
+    cu_q ? split_varlen(*cu_q, *cu_k, causal) : split_batch(causal);
     for (const Sequence& s : sequences) {
       k_longest = std::max(k_longest, s.k_len);
       q_longest = std::max(q_longest, s.q_len);
     }
   }
 
-  // A tensor whose last dimension is contiguous.
-  static Tensor by_rows(const Tensor& t) {
+  // Return a tensor whose last dimension is contiguous.
+  static Tensor with_contiguous_rows(const Tensor& t) {
     return t.stride(3) == 1 || t.size(3) == 1 ? t : torch::stable::contiguous(t);
   }
 
@@ -58,7 +59,7 @@ struct AttentionInputs {
     return {data<T>(t), t.stride(0), t.stride(1), t.stride(2)};
   }
 
-  // Of [batch, row, head, element].
+  // Return the view of an output tensor [batch, row, head, element].
   template <class T>
   static Heads<T> output_heads(const Tensor& t) {
     return {mutable_data<T>(t), t.size(1) * t.size(2) * t.size(3), t.size(3),
@@ -66,16 +67,16 @@ struct AttentionInputs {
   }
 
   template <class T>
-  Attention<T> of(float* m, float* inverse) const {
-    Attention<T> a{};
+  AttentionCommonArgs<T> of(float* m, float* inverse) const {
+    AttentionCommonArgs<T> a{};
     a.query = heads_of<T>(query);
     a.key = heads_of<T>(key);
     a.value = heads_of<T>(value);
     if (mask) a.mask = mask_of(*mask);
     if (padding) {
       a.padding = data<bool>(*padding);
-      a.padding_batch = padding->stride(0);
-      a.padding_key = padding->stride(1);
+      a.padding_batch_stride = padding->stride(0);
+      a.padding_key_stride = padding->stride(1);
     }
     a.sequences = sequences.data();
     a.heads = heads;
@@ -96,7 +97,7 @@ struct AttentionInputs {
     const auto step = [&](int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); };
     MaskType type = MaskType::Bool;
     if (t.scalar_type() != ScalarType::Bool)
-      dispatch(t.scalar_type(), [&](auto e) {
+      for_dtype(t.scalar_type(), [&](auto e) {
         type = sizeof(e) == 4                        ? MaskType::Float
                : t.scalar_type() == ScalarType::Half ? MaskType::F16
                                                      : MaskType::Bf16;
@@ -108,7 +109,7 @@ struct AttentionInputs {
     return causal == 0 ? k_len : causal == 1 ? 0 : k_len - q_len;
   }
 
-  void split(int64_t causal) {
+  void split_batch(int64_t causal) {
     for (int64_t b = 0; b < batch; ++b) {
       Sequence s{b, 0, q_total, 0, k_total, 0, k_total, diagonal(causal, q_total, k_total)};
       if (padding) {
@@ -121,7 +122,7 @@ struct AttentionInputs {
     }
   }
 
-  void pack(const Tensor& cu_q_, const Tensor& cu_k_, int64_t causal) {
+  void split_varlen(const Tensor& cu_q_, const Tensor& cu_k_, int64_t causal) {
     const Tensor cu_q = llmos::contiguous(cu_q_), cu_k = llmos::contiguous(cu_k_);
     const int32_t *q = data<int32_t>(cu_q), *k = data<int32_t>(cu_k);
     const int64_t n = cu_q.numel() - 1;
@@ -137,7 +138,8 @@ struct AttentionInputs {
   }
 };
 
-// The same number of tasks for each thread may be unlike work: first the last, then the first ...
-inline int64_t in_turn(int64_t i, int64_t n) { return i % 2 ? i / 2 : n - 1 - i / 2; }
+// Return the block for task i of n. With a causal mask later blocks are more work: taking the last,
+// the first, the second to last, ... gives each thread a similar amount.
+inline int64_t alternating(int64_t i, int64_t n) { return i % 2 ? i / 2 : n - 1 - i / 2; }
 
 }  // namespace llmos

@@ -1,4 +1,5 @@
-// What the host side of every CPU op needs: typed pointers, dtypes, dropout, scratch.
+// Helpers that the host code of every CPU op uses: typed pointers, dtype dispatch, dropout
+// parameters, scratch memory, and the parallel loop over tasks.
 #pragma once
 
 #include <memory>
@@ -7,8 +8,8 @@
 #include <vector>
 
 #include "../../tensor_view.h"
-#include "../isa_table.h"
 #include "../dropout.h"
+#include "../isa_table.h"
 #include "../task_kernel.h"
 
 namespace llmos {
@@ -25,7 +26,7 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// seed [2], int64: the Philox seed and offset.
+// Return the dropout parameters. seed [2] is int64: the Philox seed and offset.
 inline Dropout dropout_of(double p, const Optional& seed) {
   if (p == 0 || !seed) return {};
   STD_TORCH_CHECK(
@@ -35,9 +36,9 @@ inline Dropout dropout_of(double p, const Optional& seed) {
   return {uint64_t(value[0]), uint64_t(value[1]), uint32_t(p * 0x1p32), float(1 / (1 - p))};
 }
 
-// Calls body(T{}) with the element type of dtype.
+// Call body(T{}) with the element type of dtype.
 template <class Body>
-void dispatch(ScalarType dtype, Body body) {
+void for_dtype(ScalarType dtype, Body body) {
   if (dtype == ScalarType::Float) return body(float{});
   if (dtype == ScalarType::BFloat16) return body(bf16{});
   if (dtype == ScalarType::Half) return body(f16{});
@@ -48,7 +49,7 @@ using Floats = std::unique_ptr<float[]>;
 
 inline Floats floats(int64_t n) { return std::make_unique_for_overwrite<float[]>(n); }
 
-// Floats aligned to a cache line.
+// An uninitialised float buffer, aligned to a cache line.
 struct AlignedFloats {
   static constexpr auto kAlignment = std::align_val_t(64);
   struct Free {
@@ -60,15 +61,16 @@ struct AlignedFloats {
       : data(static_cast<float*>(::operator new[](n * sizeof(float), kAlignment))) {}
 };
 
-// Runs the tasks on torch's threads, each with scratch of its own. `work` is their multiplications.
+// Run the tasks on torch's threads, each thread with a scratch buffer of its own. `work` is the
+// number of multiply-accumulates.
 template <class Args>
-void run_tasks(const TaskKernel<Args>& kernel, const Args& args,
-               const std::vector<typename Args::Task>& tasks, double work) {
+void run_in_parallel(const TaskKernel<Args>& kernel, const Args& args,
+                     const std::vector<typename Args::Task>& tasks, double work) {
   const auto run = [&](int64_t begin, int64_t end) {
     const AlignedFloats scratch(kernel.scratch(args));
     kernel.run(args, tasks.data() + begin, end - begin, scratch.data.get());
   };
-  constexpr double kGrain = 1 << 19;  // Below it a thread costs more than it brings.
+  constexpr double kGrain = 1 << 19;  // Below this, starting threads costs more time than it saves.
   const int64_t count = int64_t(tasks.size());
   if (work <= kGrain) {
     if (count) run(0, count);

@@ -1,3 +1,4 @@
+// The embedding_layer_norm ops: the sum of up to three embedding tables, normalised, with dropout.
 #include "../embedding.h"
 
 #include <torch/csrc/stable/library.h>
@@ -14,33 +15,34 @@
 namespace llmos {
 namespace {
 
-// Rows that are in work together, so that they stay in the first cache.
+// Return the rows of a block, which stays in the L1 cache between its two passes.
 int64_t rows_per_block(int64_t d) { return std::max<int64_t>(1, 4096 / d); }
 
-// The indices and tables of an op; raises IndexError where a table has no such row.
+// The indices and tables of an op. Raises IndexError for an index that its table does not have.
 struct Sources {
   const Tensor* index[kMaxTables];
-  std::optional<Rows> table[kMaxTables];
+  std::optional<RowView> table[kMaxTables];
   int tables = 0;
   int64_t rows, d;
 
-  Sources(std::initializer_list<const Tensor*> indices, std::initializer_list<const Tensor*> all)
-      : rows((*indices.begin())->numel()), d((*all.begin())->size(1)) {
+  Sources(std::initializer_list<const Tensor*> indices,
+          std::initializer_list<const Tensor*> all_tables)
+      : rows((*indices.begin())->numel()), d((*all_tables.begin())->size(1)) {
     for (int i = 0; i < kMaxTables; ++i) {
-      const Tensor *ids = indices.begin()[i], *values = all.begin()[i];
+      const Tensor *ids = indices.begin()[i], *values = all_tables.begin()[i];
       if (!ids || !values) break;
-      check(*ids, *values, **all.begin());
+      check(*ids, *values, **all_tables.begin());
       index[tables] = ids;
       table[tables++].emplace(*values, d);
     }
   }
 
   template <class T>
-  EmbeddingSum<T> of() const {
-    EmbeddingSum<T> sum{.tables = tables, .d = d};
+  EmbeddingSumArgs<T> of() const {
+    EmbeddingSumArgs<T> sum{.table_count = tables, .d = d};
     for (int i = 0; i < tables; ++i)
-      sum.of[i] = {data<T>(*table[i]->tensor), table[i]->stride, data<int64_t>(*index[i]),
-                   index[i]->numel()};
+      sum.tables[i] = {data<T>(*table[i]->tensor), table[i]->stride, data<int64_t>(*index[i]),
+                       index[i]->numel()};
     return sum;
   }
 
@@ -72,20 +74,20 @@ std::tuple<Tensor, Tensor> forward(const Tensor& index0, const Optional& index1,
                                    const Optional& table1, const Optional& table2,
                                    const Optional& weight_, const Optional& bias_, double eps,
                                    double dropout_p, const Optional& seed) {
-  const Sources from({&index0, pointer(index1), pointer(index2)},
-                     {&table0, pointer(table1), pointer(table2)});
-  const int64_t rows = from.rows, d = from.d;
+  const Sources sources({&index0, pointer(index1), pointer(index2)},
+                        {&table0, pointer(table1), pointer(table2)});
+  const int64_t rows = sources.rows, d = sources.d;
   std::vector<int64_t> shape(index0.sizes().begin(), index0.sizes().end());
   shape.push_back(d);
   Tensor y = output(table0, shape, table0.scalar_type());
   Tensor stats = output(table0, {2, d ? rows : 0}, ScalarType::Float);
   if (rows * d == 0) return {y, stats};
-  const Parameter weight(weight_, d), bias(bias_, d);
+  const NormParameter weight(weight_, d), bias(bias_, d);
   const Dropout dropout = dropout_of(dropout_p, seed);
 
-  dispatch(table0.scalar_type(), [&](auto t) {
+  for_dtype(table0.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    const auto args = from.of<T>();
+    const auto args = sources.of<T>();
     const auto sum = sum_embeddings<T>.best();
     const auto normalize = norm_forward<T>.best();
     const auto drop = drop_rows<T>.best();
@@ -98,7 +100,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& index0, const Optional& index1,
       for (int64_t row = begin; row < end; row += block) {
         const int64_t stop = std::min(end, row + block);
         sum(args, row, stop, h);
-        const NormForward<T> norm{
+        const NormForwardArgs<T> norm{
             .x = h,
             .x_stride = d,
             .weight = weight.data,
@@ -126,9 +128,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_, const Tensor& ind
                                             const Tensor& stats_, double dropout_p,
                                             const Optional& seed, bool weight_grad,
                                             bool bias_grad) {
-  const Sources from({&index0, pointer(index1), pointer(index2)},
-                     {&table0, pointer(table1), pointer(table2)});
-  const int64_t rows = from.rows, d = from.d;
+  const Sources sources({&index0, pointer(index1), pointer(index2)},
+                        {&table0, pointer(table1), pointer(table2)});
+  const int64_t rows = sources.rows, d = sources.d;
   STD_TORCH_CHECK(dy_.numel() == rows * d && dy_.scalar_type() == table0.scalar_type(),
                   "embedding: the incoming gradient must have the shape and dtype of the output");
   const ScalarType dtype = weight_ ? weight_->scalar_type() : ScalarType::Float;
@@ -136,14 +138,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_, const Tensor& ind
   Tensor dweight = output(dy_, {weight_grad ? d : 0}, dtype);
   Tensor dbias = output(dy_, {bias_grad ? d : 0}, dtype);
   if (d == 0) return {dh, dweight, dbias};
-  const Rows dy(dy_, d);
-  const Parameter weight(weight_, d);
+  const RowView dy(dy_, d);
+  const NormParameter weight(weight_, d);
   const Tensor stats = llmos::contiguous(stats_);
   const Dropout dropout = dropout_of(dropout_p, seed);
 
-  dispatch(table0.scalar_type(), [&](auto t) {
+  for_dtype(table0.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    const auto args = from.of<T>();
+    const auto args = sources.of<T>();
     const auto sum = sum_embeddings<T>.best();
     const auto drop = drop_rows<T>.best();
     const auto gradients = norm_backward<T>.best();
@@ -157,11 +159,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_, const Tensor& ind
         *dropped = reinterpret_cast<T*>(dropped_.data.get());
       for (int64_t row = begin; row < end; row += block) {
         const int64_t stop = std::min(end, row + block);
-        const T* own = g + row * dy.stride;
+        const T* block_dy = g + row * dy.stride;
         sum(args, row, stop, h);
-        if (dropout.threshold) drop(dropout, own, dy.stride, row, stop, d, dropped);
-        const NormBackward<T> norm{
-            .dy = dropout.threshold ? dropped : own,
+        if (dropout.threshold) drop(dropout, block_dy, dy.stride, row, stop, d, dropped);
+        const NormBackwardArgs<T> norm{
+            .dy = dropout.threshold ? dropped : block_dy,
             .h = h,
             .dy_stride = dropout.threshold ? d : dy.stride,
             .h_stride = d,

@@ -1,4 +1,5 @@
-// Normalised rows as int8: a few rows at a time are normalised, and quantised while they are near.
+// Normalisation with int8 output: a few rows at a time are normalised, and quantised while they are
+// in the cache.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -9,7 +10,7 @@
 namespace llmos {
 namespace {
 
-constexpr int64_t kRowsTogether = 4;
+constexpr int64_t kRowsPerStep = 4;
 
 std::tuple<Tensor, Tensor, Tensor> int8_norm(const Tensor& x_, const Optional& residual_,
                                              const Optional& weight_, const Optional& bias_,
@@ -19,19 +20,19 @@ std::tuple<Tensor, Tensor, Tensor> int8_norm(const Tensor& x_, const Optional& r
   Tensor scale = output(x_, {rows}, ScalarType::Float);
   Tensor h = residual_ ? output_like(x_) : output(x_, {0}, x_.scalar_type());
   if (rows == 0) return {quantized, scale, h};
-  const Rows x(x_, d), residual(residual_ ? *residual_ : x_, d);
-  const Parameter weight(weight_, d), bias(bias_, d);
-  dispatch(x_.scalar_type(), [&](auto t) {
+  const RowView x(x_, d), residual(residual_ ? *residual_ : x_, d);
+  const NormParameter weight(weight_, d), bias(bias_, d);
+  for_dtype(x_.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const auto kernel = norm_forward<T>.best();
-    const auto& row_kernel = *task_kernel<Int8Rows<T>>.best();
+    const auto& quantize_kernel = *task_kernel<Int8QuantizeArgs<T>>.best();
     const auto run = [&](int64_t begin, int64_t end) {
-      const auto y = std::make_unique_for_overwrite<T[]>(kRowsTogether * d);
+      const auto y = std::make_unique_for_overwrite<T[]>(kRowsPerStep * d);
       const Floats scratch = floats(d);
-      float mean[kRowsTogether], rstd[kRowsTogether];
-      for (int64_t row = begin; row < end; row += kRowsTogether) {
-        const int64_t count = std::min(kRowsTogether, end - row);
-        const NormForward<T> norm{
+      float mean[kRowsPerStep], rstd[kRowsPerStep];
+      for (int64_t row = begin; row < end; row += kRowsPerStep) {
+        const int64_t count = std::min(kRowsPerStep, end - row);
+        const NormForwardArgs<T> norm{
             .x = data<T>(*x.tensor) + row * x.stride,
             .residual = residual_ ? data<T>(*residual.tensor) + row * residual.stride : nullptr,
             .x_stride = x.stride,
@@ -46,14 +47,14 @@ std::tuple<Tensor, Tensor, Tensor> int8_norm(const Tensor& x_, const Optional& r
             .eps = float(eps),
         };
         kernel(norm, 0, count, scratch.get());
-        Int8Rows<T> to{};
-        to.input = y.get();
-        to.step = to.columns = d;
-        to.rows = mutable_data<int8_t>(quantized) + row * d;
-        to.scale = mutable_data<float>(scale) + row;
-        to.levels = 127;
-        const ProductTask whole{0, 0, 0, count};
-        row_kernel.run(to, &whole, 1, nullptr);
+        Int8QuantizeArgs<T> quantize_args{};
+        quantize_args.input = y.get();
+        quantize_args.row_stride = quantize_args.columns = d;
+        quantize_args.quantized = mutable_data<int8_t>(quantized) + row * d;
+        quantize_args.scale = mutable_data<float>(scale) + row;
+        quantize_args.max_level = 127;
+        const GemmTask all_rows{0, 0, 0, count};
+        quantize_kernel.run(to, &all_rows, 1, nullptr);
       }
     };
     if (rows * d <= kNormGrain) return run(0, rows);

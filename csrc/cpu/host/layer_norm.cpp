@@ -1,3 +1,4 @@
+// The LayerNorm and RMSNorm ops, with a fused residual and dropout.
 #include "../layer_norm.h"
 
 #include <torch/csrc/stable/library.h>
@@ -13,20 +14,21 @@ namespace {
 
 int64_t rows_of(const Tensor& x, int64_t d) { return d ? x.numel() / d : 0; }
 
-// Fills y [like x], h [like x, with a residual only] and stats [mean and rstd, or rstd].
+// Fill y and, with a residual, h (both like x); return stats: mean and rstd [2, rows], or rstd [1,
+// rows].
 Tensor normalize(const Tensor& x_, const Tensor* residual_, const Optional& weight_,
                  const Optional& bias_, int64_t d, double eps, bool center, double dropout_p,
                  const Optional& seed, const Tensor& y, const Tensor* h) {
   const int64_t rows = rows_of(x_, d);
   Tensor stats = output(x_, {center ? 2 : 1, rows}, ScalarType::Float);
   if (rows == 0) return stats;
-  const Rows x(x_, d), residual(residual_ ? *residual_ : x_, d);
-  const Parameter weight(weight_, d), bias(bias_, d);
+  const RowView x(x_, d), residual(residual_ ? *residual_ : x_, d);
+  const NormParameter weight(weight_, d), bias(bias_, d);
   float* mean = mutable_data<float>(stats);
 
-  dispatch(x_.scalar_type(), [&](auto t) {
+  for_dtype(x_.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    const NormForward<T> args{
+    const NormForwardArgs<T> args{
         .x = data<T>(*x.tensor),
         .residual = residual_ ? data<T>(*residual.tensor) : nullptr,
         .x_stride = x.stride,
@@ -83,14 +85,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy_, const Opt
   Tensor dbias = output(h_, {bias_grad ? d : 0}, dtype);
   STD_TORCH_CHECK(dy_.numel() == h_.numel() && dy_.scalar_type() == h_.scalar_type(),
                   "layer_norm: the incoming gradient must have the shape and dtype of the output");
-  const Rows dy(dy_, d), dh(dh_ ? *dh_ : dy_, d), h(h_, d);
-  const Parameter weight(weight_, d);
+  const RowView dy(dy_, d), dh(dh_ ? *dh_ : dy_, d), h(h_, d);
+  const NormParameter weight(weight_, d);
   const Tensor stats = llmos::contiguous(stats_);
 
-  dispatch(h_.scalar_type(), [&](auto t) {
+  for_dtype(h_.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const float* mean = data<float>(stats);
-    const NormBackward<T> args{
+    const NormBackwardArgs<T> args{
         .dy = data<T>(*dy.tensor),
         .dh = dh_ ? data<T>(*dh.tensor) : nullptr,
         .h = data<T>(*h.tensor),

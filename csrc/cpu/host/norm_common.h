@@ -1,51 +1,51 @@
-// What the host side of every op with a normalisation needs: its parameters and their gradients.
+// Helpers for the host code of ops with a normalisation: its parameters, and their gradients.
 #pragma once
 
 #include <algorithm>
 
-#include "common.h"
 #include "../layer_norm.h"
+#include "common.h"
 
 namespace llmos {
 
-// Below this many elements a thread costs more than it brings.
+// Below this many elements, starting threads costs more time than it saves.
 constexpr int64_t kNormGrain = 32768;
 
-// A weight or bias as d floats, of which it keeps a copy where its dtype is another.
-struct Parameter {
+// A weight or bias as d contiguous floats; makes a copy where the dtype is another.
+struct NormParameter {
   Optional tensor;
   Floats copy;
   const float* data = nullptr;
 
-  Parameter(const Optional& t, int64_t d) {
+  NormParameter(const Optional& t, int64_t d) {
     if (!t) return;
     STD_TORCH_CHECK(t->numel() == d, "layer_norm: expected a weight or bias of ", d,
                     " elements, got ", t->numel());
     if (!t->is_contiguous()) tensor = torch::stable::contiguous(*t);
-    const Tensor& packed = tensor ? *tensor : *t;
+    const Tensor& dense = tensor ? *tensor : *t;
     if (t->scalar_type() == ScalarType::Float) {
-      data = llmos::data<float>(packed);
+      data = llmos::data<float>(dense);
       return;
     }
     copy = floats(d);
-    dispatch(t->scalar_type(), [&](auto w) {
+    for_dtype(t->scalar_type(), [&](auto w) {
       using W = decltype(w);
-      to_float<W>.best()(llmos::data<W>(packed), copy.get(), d);
+      to_float<W>.best()(llmos::data<W>(dense), copy.get(), d);
     });
     data = copy.get();
   }
 };
 
-// Runs body(begin, end, dweight, dbias) over all rows, in chunks, and adds the chunks' gradients in
-// order into dweight and dbias [d, or 0 where it is not wanted]. A body adds those of its rows to
-// d floats each, both null where neither is wanted.
+// Run body(begin, end, dweight, dbias) over chunks of the rows, and add the chunks' gradients, in
+// order, into dweight and dbias ([d], or [0] where not wanted). Each call adds the gradients of its
+// rows to two float buffers [d], which are null if neither gradient is wanted.
 template <class Body>
 void sum_weight_gradients(int64_t rows, int64_t d, const Tensor& dweight, const Tensor& dbias,
                           Body body) {
   const bool weight_grad = dweight.numel(), bias_grad = dbias.numel();
   const bool partials = weight_grad || bias_grad;
-  // Rows that share one partial sum: fixed by the shape alone, so that the result does not depend
-  // on the number of threads.
+  // The chunk size depends on the shape alone, so that the result does not depend on the number of
+  // threads.
   const int64_t chunk = std::max<int64_t>(32, (rows + 63) / 64),
                 chunks = (rows + chunk - 1) / chunk;
   // [chunk][weight, bias][d]
@@ -64,7 +64,7 @@ void sum_weight_gradients(int64_t rows, int64_t d, const Tensor& dweight, const 
     torch::stable::parallel_for(0, chunks, 1 + kNormGrain / 2 / (chunk * d), run);
   }
   if (!partials) return;
-  dispatch(dweight.scalar_type(), [&](auto w) {
+  for_dtype(dweight.scalar_type(), [&](auto w) {
     using W = decltype(w);
     const auto add = sum_partials<W>.best();
     torch::stable::parallel_for(

@@ -1,40 +1,43 @@
-#include "attention_packed_tiles.h"
+// The attention backward: gradients of query, key and value, and of attn_mask.
 #include "attention_decode.h"
+#include "attention_packed_tiles.h"
 
 namespace llmos {
 namespace {
 
-// Of each row of a block. In rows that do not exist shift is infinite: all their powers are 0.
-struct RowValues {
+// Values of each row of a block: the shift of the exponentials, 1 / l, and delta = dout . out. For
+// rows past the last, shift is infinite, so that their weights are 0.
+struct RowStatistics {
   float *shift, *inverse, *delta;
 };
 
-// What a block of query rows multiplies with.
+// The packed operands of a block of query rows.
 template <class T>
-struct BlockOperands : RowValues {
-  using U = UnitOf<T>;
-  U *query, *dout;              // [unit][row]
-  U *query_inner, *dout_inner;  // [row unit][element]; null where not needed.
+struct BlockOperands : RowStatistics {
+  using U = WordOf<T>;
+  U *query, *dout;              // [word][row]
+  U *query_inner, *dout_inner;  // [word of rows][element]; null where not needed.
   U* line;
 
-  BlockOperands(const Attention<T>& a, Scratch& scratch, bool inner)
-      : RowValues{scratch.take(kBlock), scratch.take(kBlock), scratch.take(kBlock)},
-        query(scratch.take<U>(kBlock * units<U>(a.dim))),
-        dout(scratch.take<U>(kBlock * units<U>(a.v_dim))),
+  BlockOperands(const AttentionCommonArgs<T>& a, Scratch& scratch, bool inner)
+      : RowStatistics{scratch.take(kBlock), scratch.take(kBlock), scratch.take(kBlock)},
+        query(scratch.take<U>(kBlock * words<U>(a.dim))),
+        dout(scratch.take<U>(kBlock * words<U>(a.v_dim))),
         query_inner(inner ? scratch.take<U>(kBlock * to_vectors(a.dim)) : nullptr),
         dout_inner(inner ? scratch.take<U>(kBlock * to_vectors(a.v_dim)) : nullptr),
         line(scratch.take<U>(kLanes * kMaxDim)) {}
 
-  static int64_t scratch(const Attention<T>& a, bool inner) {
-    return Scratch::size<U>(kBlock * units<U>(a.dim)) +
-           Scratch::size<U>(kBlock * units<U>(a.v_dim)) +
+  static int64_t scratch(const AttentionCommonArgs<T>& a, bool inner) {
+    return Scratch::size<U>(kBlock * words<U>(a.dim)) +
+           Scratch::size<U>(kBlock * words<U>(a.v_dim)) +
            inner * (Scratch::size<U>(kBlock * to_vectors(a.dim)) +
                     Scratch::size<U>(kBlock * to_vectors(a.v_dim))) +
            3 * Scratch::size(kBlock) + Scratch::size<U>(kLanes * kMaxDim);
   }
 
-  void pack(const AttentionBackward<T>& args, const Exponent<U>& exponent, const Block& block) {
-    const Attention<T>& a = args.of;
+  void pack(const AttentionBackwardArgs<T>& args, const SoftmaxExp<U>& softmax_exp,
+            const QueryBlock& block) {
+    const AttentionCommonArgs<T>& a = args.common;
     const auto query_row = [&](int64_t r) {
       return a.query.at(block.batch, block.head[r], block.index[r]);
     };
@@ -48,43 +51,44 @@ struct BlockOperands : RowValues {
       pack_inner<U, T>(block.rows, a.v_dim, dout_inner, dout_row);
     }
     for (int64_t r = 0; r < block.vectors * kLanes; ++r) {
-      const bool there = r < block.rows;
+      const bool exists = r < block.rows;
       const int64_t at = a.stats_at(block.batch, block.head[r], block.index[r]);
-      shift[r] = there ? exponent.shift(F32{} + a.m[at])[0] : kInfinity;
-      inverse[r] = there ? a.inverse[at] : 0;
+      shift[r] = exists ? softmax_exp.shift(F32{} + a.m[at])[0] : kInfinity;
+      inverse[r] = exists ? a.inverse[at] : 0;
     }
-    // By the very products that dout . value takes, of which the diagonal is wanted: where one key
-    // has all the weight, out is its value and the gradient of its logit is exactly 0.
-    const int64_t n = units<U>(a.v_dim);
+    // delta is the diagonal of the same GEMM that computes dout . value. Where one key has all the
+    // weight, out equals its value, and the gradient of its logit is then exactly 0.
+    const int64_t n = words<U>(a.v_dim);
     alignas(64) float square[kLanes * kLanes];
     for (int64_t first = 0; first < block.vectors * kLanes; first += kLanes) {
       for (int64_t i = 0; i < kLanes; ++i) {
         const int64_t r = std::min(first + i, block.rows - 1);
-        pack_row(args.out.at(block.batch, block.head[r], block.index[r]), a.v_dim, n * kPerUnit<U>,
+        pack_row(args.out.at(block.batch, block.head[r], block.index[r]), a.v_dim, n * kPerWord<U>,
                  line + i * n);
       }
-      dots(kLanes, 1, n, line, dout + first, kBlock, square, kLanes);
+      head_dim_gemm(kLanes, 1, n, line, dout + first, kBlock, square, kLanes);
       for (int64_t i = 0; i < kLanes; ++i) delta[first + i] = square[i * kLanes + i];
     }
   }
 };
 
-// Where the dropped weights and the gradients of the logits go: by keys, [key][row], and with pairs
-// also by pairs of keys. Or the gradients alone, as floats.
+// Where to write the weights after dropout and the gradients of the logits: [key][row], and with
+// bfloat16 also [pair of keys][row]. Or the gradients alone, as floats.
 template <class U>
 struct TileOutputs {
   Element<U>*weights, *dlogits;
-  float *dlogit_pairs, *alone;
+  float *dlogit_pairs, *dlogits_float;
 };
 
-// kWhole: these are all the keys that the block may see. Then delta is the mean of dp by the
-// weights themselves, and rows.delta is not used: gradients that cancel in theory do so here.
+// Turn scores and dweights = dout . value into the gradients of the logits, p * (dweights -
+// delta). kWhole: the tile has all keys that the block may see. Then delta is corrected to the mean
+// of dweights weighted by p, so that gradients whose sum is 0 in theory have that sum here, too.
 template <bool kWhole, class U, int kVectors>
-[[gnu::noinline, gnu::flatten]] void logit_gradients(const Block& block, const Keys& keys,
-                                                     const Exponent<U>& exponent,
+[[gnu::noinline, gnu::flatten]] void logit_gradients(const QueryBlock& block, const KeyTile& keys,
+                                                     const SoftmaxExp<U>& softmax_exp,
                                                      const Dropout& dropout, MaskType type,
-                                                     const float* mask, const RowValues& rows,
-                                                     float* products, float* dproducts,
+                                                     const float* mask, const RowStatistics& rows,
+                                                     float* scores, float* dweights,
                                                      const TileOutputs<U>& to) {
   F32 shift[kVectors], inverse[kVectors], delta[kVectors], factors[kVectors][4], before[kVectors];
   F32 total[kVectors], excess[kVectors], part[kVectors];
@@ -98,45 +102,43 @@ template <bool kWhole, class U, int kVectors>
   }
   const auto put = [&](int64_t j, int v, F32 dlogit) {
     store(to.dlogits + j * kBlock + v * kLanes, dlogit);
-    if constexpr (kPerUnit<U> == 2) {
+    if constexpr (kPerWord<U> == 2) {
       float* pairs = to.dlogit_pairs + j / 2 * kBlock + v * kLanes;
       if (j % 2)
-        store_pairs(pairs, before[v], dlogit);
+        store_bf16_pairs(pairs, before[v], dlogit);
       else if (j + 1 == keys.count)
-        store_pairs(pairs, dlogit, F32{});
+        store_bf16_pairs(pairs, dlogit, F32{});
       before[v] = dlogit;
     }
   };
-  mask_products<kVectors>(block, keys, exponent, type, mask, products,
-                          [&](int64_t j, int v, F32 x) {
-                            const int64_t at = j * kBlock + v * kLanes;
-                            const F32 p = exponent.power(x, shift[v]) * inverse[v];
-                            F32 weight = p, dp = load<F32>(dproducts + at);
-                            if (dropout.threshold) {
-                              if (j % 4 == 0)
-                                dropout_of_keys(dropout, block, keys.begin + j, v, factors[v]);
-                              weight *= factors[v][j % 4];
-                              dp *= factors[v][j % 4];
-                            }
-                            if constexpr (kWhole) {
-                              if (!to.alone) store(to.weights + at, weight);
-                              const F32 above = dp - delta[v];
-                              part[v] = fma(p, above, part[v]);
-                              total[v] += p;
-                              // In parts: one rounding of a large sum for every 8 keys.
-                              if (j % 8 == 7 || j + 1 == keys.count) {
-                                excess[v] += part[v];
-                                part[v] = F32{};
-                              }
-                              store(products + at, p);
-                              store(dproducts + at, above);
-                            } else {
-                              const F32 dlogit = p * (dp - delta[v]);
-                              if (to.alone) return store(to.alone + at, dlogit);
-                              store(to.weights + at, weight);
-                              put(j, v, dlogit);
-                            }
-                          });
+  mask_scores<kVectors>(block, keys, softmax_exp, type, mask, scores, [&](int64_t j, int v, F32 x) {
+    const int64_t at = j * kBlock + v * kLanes;
+    const F32 p = softmax_exp.exp(x, shift[v]) * inverse[v];
+    F32 weight = p, dp = load<F32>(dweights + at);
+    if (dropout.threshold) {
+      if (j % 4 == 0) dropout_of_keys(dropout, block, keys.begin + j, v, factors[v]);
+      weight *= factors[v][j % 4];
+      dp *= factors[v][j % 4];
+    }
+    if constexpr (kWhole) {
+      if (!to.dlogits_float) store(to.weights + at, weight);
+      const F32 centered = dp - delta[v];
+      part[v] = fma(p, centered, part[v]);
+      total[v] += p;
+      // A partial sum of 8 keys: fewer roundings of a large sum.
+      if (j % 8 == 7 || j + 1 == keys.count) {
+        excess[v] += part[v];
+        part[v] = F32{};
+      }
+      store(scores + at, p);
+      store(dweights + at, centered);
+    } else {
+      const F32 dlogit = p * (dp - delta[v]);
+      if (to.dlogits_float) return store(to.dlogits_float + at, dlogit);
+      store(to.weights + at, weight);
+      put(j, v, dlogit);
+    }
+  });
   if constexpr (kWhole) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) excess[v] /= max(total[v], F32{} + 0.5f);
@@ -144,76 +146,78 @@ template <bool kWhole, class U, int kVectors>
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         const int64_t at = j * kBlock + v * kLanes;
-        const F32 dlogit = load<F32>(products + at) * (load<F32>(dproducts + at) - excess[v]);
-        if (to.alone)
-          store(to.alone + at, dlogit);
+        const F32 dlogit = load<F32>(scores + at) * (load<F32>(dweights + at) - excess[v]);
+        if (to.dlogits_float)
+          store(to.dlogits_float + at, dlogit);
         else
           put(j, v, dlogit);
       }
   }
 }
 
-// The tiles of one block of query rows.
+// What the tiles of one block of query rows need.
 template <class T>
-struct Gradient {
-  using U = UnitOf<T>;
-  const Attention<T>& a;
-  const Exponent<U> exponent;
-  float *products, *dproducts, *mask;  // [key][row]
+struct TileGradient {
+  using U = WordOf<T>;
+  const AttentionCommonArgs<T>& a;
+  const SoftmaxExp<U> softmax_exp;
+  float *scores, *dweights, *mask;  // [key][row]
 
-  Gradient(const Attention<T>& a, Scratch& scratch)
+  TileGradient(const AttentionCommonArgs<T>& a, Scratch& scratch)
       : a(a),
-        exponent(a),
-        products(scratch.take(kTile * kBlock)),
-        dproducts(scratch.take(kTile * kBlock)),
+        softmax_exp(a),
+        scores(scratch.take(kTile * kBlock)),
+        dweights(scratch.take(kTile * kBlock)),
         mask(scratch.take(kTile * kBlock)) {}
 
   static int64_t scratch() { return 3 * Scratch::size(kTile * kBlock); }
 
-  // query . key and dout . value; false where no key of the tile is visible.
+  // Compute scores = query . key and dweights = dout . value. Returns false if no key of the tile
+  // is visible.
   template <class Packed>
-  bool multiply(const Block& block, int64_t sequence, int64_t kv_head, const Keys& keys,
+  bool multiply(const QueryBlock& block, int64_t sequence, int64_t kv_head, const KeyTile& keys,
                 const BlockOperands<T>& rows, Packed& cache) {
-    if (!keys.any) return false;
+    if (!keys.any_visible) return false;
     if (a.mask.type != MaskType::None && !pack_mask(a.mask, block, keys, mask)) return false;
     cache.get(sequence, kv_head, keys.begin);
-    query_products(a, a.sequences[sequence], kv_head, block, keys, rows.query, cache.key_rows,
-                   products);
-    dots(keys.count, block.vectors, units<U>(a.v_dim), cache.value_rows, rows.dout, kBlock,
-         dproducts, kBlock);
+    query_key_scores(a, a.sequences[sequence], kv_head, block, keys, rows.query, cache.key_rows,
+                     scores);
+    head_dim_gemm(keys.count, block.vectors, words<U>(a.v_dim), cache.value_rows, rows.dout, kBlock,
+                  dweights, kBlock);
     return true;
   }
 
-  // whole: the block sees no keys but these.
-  void gradients(const Block& block, const Keys& keys, bool whole, const BlockOperands<T>& rows,
-                 const TileOutputs<U>& to) {
+  // whole: the tile has all keys that the block may see.
+  void gradients(const QueryBlock& block, const KeyTile& keys, bool whole,
+                 const BlockOperands<T>& rows, const TileOutputs<U>& to) {
     with_vectors(block.vectors, [&](auto vectors) {
       const auto run =
           whole ? &logit_gradients<true, U, vectors> : &logit_gradients<false, U, vectors>;
-      run(block, keys, exponent, a.dropout, a.mask.type, mask, rows, products, dproducts, to);
+      run(block, keys, softmax_exp, a.dropout, a.mask.type, mask, rows, scores, dweights, to);
     });
   }
 };
 
 template <class T>
-struct Backward {
+struct AttentionBackwardKernel {
   static constexpr int64_t kBlock = llmos::kBlock;
-  using U = UnitOf<T>;
-  using Packed = Cache<T, Forms{.key_rows = true, .value_rows = true, .key_inner = true}>;
-  const AttentionBackward<T>& args;
-  const Attention<T>& a;
+  using U = WordOf<T>;
+  using Packed =
+      PackedTiles<T, TileLayouts{.key_rows = true, .value_rows = true, .key_inner = true}>;
+  const AttentionBackwardArgs<T>& args;
+  const AttentionCommonArgs<T>& a;
   const int64_t width, v_width;
   Packed cache;
   BlockOperands<T> rows;
-  Gradient<T> gradient;
-  // The dropped weights and the gradient of the logits: [key][row], and by pairs of keys.
+  TileGradient<T> gradient;
+  // Weights after dropout, and the gradients of the logits: [key][row], and [pair of keys][row].
   Element<U>*weights, *dlogits;
   U* dlogit_pairs;
   float *dquery, *dkey, *dvalue;
 
-  Backward(const AttentionBackward<T>& args, Scratch scratch)
+  AttentionBackwardKernel(const AttentionBackwardArgs<T>& args, Scratch scratch)
       : args(args),
-        a(args.of),
+        a(args.common),
         width(to_vectors(a.dim)),
         v_width(to_vectors(a.v_dim)),
         cache(a, scratch),
@@ -221,34 +225,34 @@ struct Backward {
         gradient(a, scratch),
         weights(scratch.take<Element<U>>(kTile * kBlock)),
         dlogits(scratch.take<Element<U>>(kTile * kBlock)),
-        dlogit_pairs(kPerUnit<U> == 1 ? reinterpret_cast<U*>(dlogits)
+        dlogit_pairs(kPerWord<U> == 1 ? reinterpret_cast<U*>(dlogits)
                                       : scratch.take<U>(kTile / 2 * kBlock)),
         dquery(scratch.take(kBlock * width)),
         dkey(scratch.take(a.k_longest * width)),
         dvalue(scratch.take(a.k_longest * v_width)) {}
 
-  static int64_t scratch(const AttentionBackward<T>& args) {
-    const Attention<T>& a = args.of;
-    return Packed::scratch(a) + BlockOperands<T>::scratch(a, true) + Gradient<T>::scratch() +
+  static int64_t scratch(const AttentionBackwardArgs<T>& args) {
+    const AttentionCommonArgs<T>& a = args.common;
+    return Packed::scratch(a) + BlockOperands<T>::scratch(a, true) + TileGradient<T>::scratch() +
            3 * Scratch::size(kTile * kBlock) +
            Scratch::size((kBlock + a.k_longest) * to_vectors(a.dim)) + 32 +
            Scratch::size(a.k_longest * to_vectors(a.v_dim));
   }
 
-  void tile(const Block& block, const AttentionTask& task, const Keys& keys, bool whole) {
+  void tile(const QueryBlock& block, const AttentionTask& task, const KeyTile& keys, bool whole) {
     if (!gradient.multiply(block, task.sequence, task.kv_head, keys, rows, cache)) return;
     gradient.gradients(block, keys, whole, rows,
                        {weights, dlogits, reinterpret_cast<float*>(dlogit_pairs), nullptr});
-    const int64_t inner = units<U>(block.rows), step = kBlock / kPerUnit<U>;
-    product_in_parts<U, false, Into::Add>(
+    const int64_t inner = words<U>(block.rows), step = kBlock / kPerWord<U>;
+    small_gemm_in_parts<U, false, Update::Add>(
         keys.count, v_width / kLanes, inner, reinterpret_cast<const U*>(weights), step,
         rows.dout_inner, v_width, dvalue + keys.begin * v_width, v_width);
-    product_in_parts<U, false, Into::Add>(
+    small_gemm_in_parts<U, false, Update::Add>(
         keys.count, width / kLanes, inner, reinterpret_cast<const U*>(dlogits), step,
         rows.query_inner, width, dkey + keys.begin * width, width);
-    product_in_parts<U, true, Into::Add>(block.rows, width / kLanes, units<U>(keys.count),
-                                         dlogit_pairs, kBlock, cache.key_inner, width, dquery,
-                                         width);
+    small_gemm_in_parts<U, true, Update::Add>(block.rows, width / kLanes, words<U>(keys.count),
+                                              dlogit_pairs, kBlock, cache.key_inner, width, dquery,
+                                              width);
   }
 
   static void finish(const float* from, float scale, int64_t n, T* to) {
@@ -262,12 +266,12 @@ struct Backward {
     std::memset(dkey, 0, s.k_len * width * sizeof(float));
     std::memset(dvalue, 0, s.k_len * v_width * sizeof(float));
     for (int64_t begin = 0; begin < a.group() * s.q_len; begin += kBlock) {
-      const Block block(a, s, task.kv_head * a.group(), a.group(), begin);
-      rows.pack(args, gradient.exponent, block);
+      const QueryBlock block(a, s, task.kv_head * a.group(), a.group(), begin);
+      rows.pack(args, gradient.softmax_exp, block);
       std::memset(dquery, 0, kBlock * width * sizeof(float));
-      const int64_t first = s.first / kTile * kTile, last = std::min(s.last, block.limit_most);
+      const int64_t first = s.first / kTile * kTile, last = std::min(s.last, block.max_limit);
       for (int64_t at = first; at < last; at += kTile)
-        tile(block, task, Keys(a, s, at, last), last - first <= kTile);
+        tile(block, task, KeyTile(a, s, at, last), last - first <= kTile);
       for (int64_t r = 0; r < block.rows; ++r)
         finish(dquery + r * width, a.scale, a.dim,
                args.dquery.at(s.batch, block.head[r], block.index[r]));
@@ -282,29 +286,29 @@ struct Backward {
 
 // The gradient of attn_mask.
 template <class T>
-struct MaskBackward {
+struct AttentionMaskBackwardKernel {
   static constexpr int64_t kBlock = llmos::kBlock;
-  using Packed = Cache<T, Forms{.key_rows = true, .value_rows = true}>;
-  const AttentionMaskBackward<T>& args;
-  const Attention<T>& a;
+  using Packed = PackedTiles<T, TileLayouts{.key_rows = true, .value_rows = true}>;
+  const AttentionMaskBackwardArgs<T>& args;
+  const AttentionCommonArgs<T>& a;
   Packed cache;
   BlockOperands<T> rows;
-  Gradient<T> gradient;
+  TileGradient<T> gradient;
 
-  MaskBackward(const AttentionMaskBackward<T>& args, Scratch scratch)
+  AttentionMaskBackwardKernel(const AttentionMaskBackwardArgs<T>& args, Scratch scratch)
       : args(args),
-        a(args.of.of),
+        a(args.backward.common),
         cache(a, scratch),
         rows(a, scratch, false),
         gradient(a, scratch) {}
 
-  static int64_t scratch(const AttentionMaskBackward<T>& args) {
-    const Attention<T>& a = args.of.of;
-    return Packed::scratch(a) + BlockOperands<T>::scratch(a, false) + Gradient<T>::scratch();
+  static int64_t scratch(const AttentionMaskBackwardArgs<T>& args) {
+    const AttentionCommonArgs<T>& a = args.backward.common;
+    return Packed::scratch(a) + BlockOperands<T>::scratch(a, false) + TileGradient<T>::scratch();
   }
 
-  // Adds a tile of gradients [key][row] to the part of dmask that it belongs to.
-  void add(const Block& block, const Keys& keys, const float* tile, float* head) {
+  // Add a tile of gradients [key][row] to its place in dmask.
+  void add(const QueryBlock& block, const KeyTile& keys, const float* tile, float* head) {
     for (int64_t first = 0; first < block.rows; first += kLanes) {
       for (int64_t j = 0; j < keys.count; j += kLanes) {
         const int64_t count = std::min<int64_t>(kLanes, keys.count - j);
@@ -325,7 +329,7 @@ struct MaskBackward {
     }
   }
 
-  // Adds the gradients of `count` keys from `begin` on to a row of dmask.
+  // Add the gradients of `count` keys, from `begin` on, to a row of dmask.
   void add_row(F32 gradients, int64_t begin, int64_t count, float* to) {
     if (args.k_len == 1) {
       *to += horizontal_sum(gradients);
@@ -336,39 +340,40 @@ struct MaskBackward {
     }
   }
 
-  void of_block(int64_t batch, int64_t head, int64_t begin, float* to) {
+  void add_block(int64_t batch, int64_t head, int64_t begin, float* to) {
     const Sequence& s = a.sequences[batch];
-    const Block block(a, s, head, 1, begin);
-    rows.pack(args.of, gradient.exponent, block);
-    const int64_t first = s.first / kTile * kTile, last = std::min(s.last, block.limit_most);
+    const QueryBlock block(a, s, head, 1, begin);
+    rows.pack(args.backward, gradient.softmax_exp, block);
+    const int64_t first = s.first / kTile * kTile, last = std::min(s.last, block.max_limit);
     for (int64_t at = first; at < last; at += kTile) {
-      const Keys keys(a, s, at, last);
+      const KeyTile keys(a, s, at, last);
       if (!gradient.multiply(block, batch, head / a.group(), keys, rows, cache)) continue;
       gradient.gradients(block, keys, last - first <= kTile, rows,
-                         {nullptr, nullptr, nullptr, gradient.dproducts});
-      add(block, keys, gradient.dproducts, to);
+                         {nullptr, nullptr, nullptr, gradient.dweights});
+      add(block, keys, gradient.dweights, to);
     }
   }
 
-  // task.sequence and kv_head are the batch element and the head of the mask.
+  // task.sequence and task.kv_head are the batch element and the head of the mask.
   void run(const AttentionTask& task) {
     const bool all_heads = args.heads == 1, all_batch = args.batch == 1;
     float* to = args.dmask + (task.sequence * args.heads + task.kv_head) * args.q_len * args.k_len;
     const int64_t q_len = a.sequences[0].q_len;
-    for (int64_t b = 0; b < (all_batch ? args.all_batch : 1); ++b)
+    for (int64_t b = 0; b < (all_batch ? args.query_batch : 1); ++b)
       for (int64_t h = 0; h < (all_heads ? a.heads : 1); ++h) {
         const int64_t batch = all_batch ? b : task.sequence, head = all_heads ? h : task.kv_head;
         if (args.q_len > 1) {
-          of_block(batch, head, task.block * kBlock, to);
+          add_block(batch, head, task.block * kBlock, to);
         } else {
-          for (int64_t begin = 0; begin < q_len; begin += kBlock) of_block(batch, head, begin, to);
+          for (int64_t begin = 0; begin < q_len; begin += kBlock) add_block(batch, head, begin, to);
         }
       }
   }
 };
 
-const KernelBuilds<Backward, AttentionBackward> builds;
-const KernelBuilds<MaskBackward, AttentionMaskBackward> mask_builds;
+const RegisterForDtypes<AttentionBackwardKernel, AttentionBackwardArgs> register_backward;
+const RegisterForDtypes<AttentionMaskBackwardKernel, AttentionMaskBackwardArgs>
+    register_mask_backward;
 
 }  // namespace
 }  // namespace llmos

@@ -1,3 +1,4 @@
+// The kernels of embedding_layer_norm: sums of embedding rows, and dropout of rows.
 #include "../embedding.h"
 
 #include <type_traits>
@@ -9,19 +10,19 @@ namespace llmos {
 namespace {
 
 template <class T>
-const T* row_of(const Embedding<T>& e, int64_t row) {
-  return e.table + e.index[row % e.count] * e.stride;
+const T* row_of(const EmbeddingTable<T>& e, int64_t row) {
+  return e.data + e.index[row % e.count] * e.stride;
 }
 
 template <class T>
-[[gnu::flatten]] void sum(const EmbeddingSum<T>& a, int64_t begin, int64_t end, T* h) {
+[[gnu::flatten]] void sum(const EmbeddingSumArgs<T>& a, int64_t begin, int64_t end, T* h) {
   const int64_t d = a.d;
   // One loop for each number of tables.
   const auto run = [&](auto tables) {
     for (int64_t row = begin; row < end; ++row, h += d) {
-      const T* first = row_of(a.of[0], row);
-      const T* second = tables > 1 ? row_of(a.of[1], row) : nullptr;
-      const T* third = tables > 2 ? row_of(a.of[2], row) : nullptr;
+      const T* first = row_of(a.tables[0], row);
+      const T* second = tables > 1 ? row_of(a.tables[1], row) : nullptr;
+      const T* third = tables > 2 ? row_of(a.tables[2], row) : nullptr;
       T* out = h;
       sweep(d, [=](auto part, int64_t i) {
         using V = typename decltype(part)::V;
@@ -32,8 +33,8 @@ template <class T>
       });
     }
   };
-  if (a.tables == 1) return run(std::integral_constant<int, 1>{});
-  if (a.tables == 2) return run(std::integral_constant<int, 2>{});
+  if (a.table_count == 1) return run(std::integral_constant<int, 1>{});
+  if (a.table_count == 2) return run(std::integral_constant<int, 2>{});
   run(std::integral_constant<int, 3>{});
 }
 
@@ -50,17 +51,17 @@ template <class T>
   }
 }
 
-template <class T, bool kBuilt = kGains<T>>
-struct Builds {
-  Build<SumEmbeddings<T>> sum_{LLMOS_ISA, sum_embeddings<T>, &sum<T>};
-  Build<DropRows<T>> drop_{LLMOS_ISA, drop_rows<T>, &drop<T>};
+template <class T, bool kRegister = kIsaBenefits<T>>
+struct RegisterEmbeddingKernels {
+  Register<SumEmbeddingsFn<T>> sum_{LLMOS_ISA, sum_embeddings<T>, &sum<T>};
+  Register<DropRowsFn<T>> drop_{LLMOS_ISA, drop_rows<T>, &drop<T>};
 };
 template <class T>
-struct Builds<T, false> {};
+struct RegisterEmbeddingKernels<T, false> {};
 
-const Builds<float> builds_f32;
-const Builds<bf16> builds_bf16;
-const Builds<f16> builds_f16;
+const RegisterEmbeddingKernels<float> register_f32;
+const RegisterEmbeddingKernels<bf16> register_bf16;
+const RegisterEmbeddingKernels<f16> register_f16;
 
 }  // namespace
 }  // namespace llmos

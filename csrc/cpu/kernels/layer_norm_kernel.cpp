@@ -1,3 +1,4 @@
+// The LayerNorm and RMSNorm kernels, one row at a time.
 #include "../layer_norm.h"
 
 #include <cmath>
@@ -12,8 +13,8 @@ namespace {
 template <class T>
 constexpr bool is_float = std::is_same_v<T, float>;
 
-// h = residual + dropout(x), rounded to T where torch would round; body(part, i, h) for each
-// element.
+// Compute h = residual + dropout(x), rounded to T where torch rounds, and calls body(part, i, h)
+// for each element.
 template <class T, class Body>
 [[gnu::always_inline]] inline void add_residual(const T* x, const T* residual, T* h,
                                                 const Dropout& dropout, int64_t row, int64_t d,
@@ -36,8 +37,8 @@ template <class T, class Body>
   });
 }
 
-// Completes the mean. The sum of the rounding errors corrects it, so that a constant row has
-// variance 0. Meanwhile the lines that come next are fetched: of y, and of the next row of x.
+// Return the variance, and correct the mean by the mean of h - mean, so that a constant row has
+// variance 0. Also prefetches y and the next row of x.
 template <class T>
 inline float variance(const float* h, int64_t d, const T* next_x, const T* y, float& mean) {
   Sum error, square;
@@ -62,7 +63,7 @@ inline float variance(const float* h, int64_t d, const T* next_x, const T* y, fl
 template <class T>
 void normalize(const float* h, float mean, float rstd, const float* weight, const float* bias, T* y,
                int64_t d) {
-  // One loop for each case, none of which tests a pointer.
+  // One loop for each case, without null checks inside.
   const auto run = [&](auto scaled, auto shifted) {
     sweep(d, [&](auto part, int64_t i) {
       using V = typename decltype(part)::V;
@@ -82,9 +83,10 @@ void normalize(const float* h, float mean, float rstd, const float* weight, cons
   run(std::false_type{}, std::false_type{});
 }
 
-// A row of h as float, itself or its copy in scratch; add(part, v) feeds sum with its elements.
+// Return a row of h as float: h itself, or its copy in scratch. add(part, v) adds its elements to
+// sum.
 template <class T, class Add>
-[[gnu::always_inline]] inline const float* row_of_h(const NormForward<T>& a, int64_t row,
+[[gnu::always_inline]] inline const float* row_of_h(const NormForwardArgs<T>& a, int64_t row,
                                                     float* scratch, Sum& sum, Add add) {
   const T* x = a.x + row * a.x_stride;
   T* h = a.residual ? a.h + row * a.d : nullptr;
@@ -107,7 +109,8 @@ template <class T, class Add>
 }
 
 template <class T>
-[[gnu::flatten]] void forward(const NormForward<T>& a, int64_t begin, int64_t end, float* scratch) {
+[[gnu::flatten]] void forward(const NormForwardArgs<T>& a, int64_t begin, int64_t end,
+                              float* scratch) {
   for (int64_t row = begin; row < end; ++row) {
     T* y = a.y + row * a.d;
     Sum sum;
@@ -129,9 +132,9 @@ template <class T>
 }
 
 template <class T, bool kWeight, bool kAddDh, bool kWeightGrad>
-[[gnu::flatten]] void backward_row(const NormBackward<T>& a, int64_t row, float* dweight,
+[[gnu::flatten]] void backward_row(const NormBackwardArgs<T>& a, int64_t row, float* dweight,
                                    float* dbias) {
-  // Copies of what the struct holds: no store can change them.
+  // Local copies: the compiler must assume that stores change the members of `a`.
   const int64_t d = a.d;
   const float* weight = a.weight;
   const T* dy = a.dy + row * a.dy_stride;
@@ -177,7 +180,8 @@ template <class T, bool kWeight, bool kAddDh, bool kWeightGrad>
 }
 
 template <class T>
-void backward(const NormBackward<T>& a, int64_t begin, int64_t end, float* dweight, float* dbias) {
+void backward(const NormBackwardArgs<T>& a, int64_t begin, int64_t end, float* dweight,
+              float* dbias) {
   const auto run = [&](auto weight, auto add_dh, auto weight_grad) {
     for (int64_t row = begin; row < end; ++row)
       backward_row<T, weight, add_dh, weight_grad>(a, row, dweight, dbias);
@@ -208,19 +212,19 @@ void convert(const T* from, float* to, int64_t n) {
         [&](auto part, int64_t i) { store(to + i, load<typename decltype(part)::V>(from + i)); });
 }
 
-template <class T, bool kBuilt = kGains<T>>
-struct Builds {
-  Build<NormForwardRows<T>> forward_{LLMOS_ISA, norm_forward<T>, &forward<T>};
-  Build<NormBackwardRows<T>> backward_{LLMOS_ISA, norm_backward<T>, &backward<T>};
-  Build<SumPartials<T>> sum_{LLMOS_ISA, sum_partials<T>, &sum_rows<T>};
-  Build<ToFloat<T>> convert_{LLMOS_ISA, to_float<T>, &convert<T>};
+template <class T, bool kRegister = kIsaBenefits<T>>
+struct RegisterNormKernels {
+  Register<NormForwardFn<T>> forward_{LLMOS_ISA, norm_forward<T>, &forward<T>};
+  Register<NormBackwardFn<T>> backward_{LLMOS_ISA, norm_backward<T>, &backward<T>};
+  Register<SumPartialsFn<T>> sum_{LLMOS_ISA, sum_partials<T>, &sum_rows<T>};
+  Register<ToFloatFn<T>> convert_{LLMOS_ISA, to_float<T>, &convert<T>};
 };
 template <class T>
-struct Builds<T, false> {};
+struct RegisterNormKernels<T, false> {};
 
-const Builds<float> builds_f32;
-const Builds<bf16> builds_bf16;
-const Builds<f16> builds_f16;
+const RegisterNormKernels<float> register_f32;
+const RegisterNormKernels<bf16> register_bf16;
+const RegisterNormKernels<f16> register_f16;
 
 }  // namespace
 }  // namespace llmos

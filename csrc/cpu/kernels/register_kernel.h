@@ -1,4 +1,5 @@
-// Scratch memory of a task, and how a kernel that does tasks enters its table.
+// The kernel side of tasks: scratch memory, the loop over a range of tasks, and the registration of
+// a kernel in its ISA table.
 #pragma once
 
 #include "../task_kernel.h"
@@ -7,7 +8,7 @@
 namespace llmos {
 namespace {
 
-// Hands out pieces of scratch, each aligned to a vector.
+// Hands out parts of a scratch buffer, each aligned to 64 bytes.
 struct Scratch {
   float* at;
   template <class T = float>
@@ -23,15 +24,16 @@ struct Scratch {
 };
 
 template <class Impl, class Args>
-void run_tasks(const Args& args, const typename Args::Task* tasks, int64_t count, float* scratch) {
-  const TilesInUse tiles;
+void run_task_range(const Args& args, const typename Args::Task* tasks, int64_t count,
+                    float* scratch) {
+  const AmxScope amx;
   Impl impl(args, {scratch});
   for (int64_t i = 0; i < count; ++i) impl.run(tasks[i]);
 }
 
-// Enters Impl, which has kBlock, scratch(args) and run(task), as the kernel of Args.
-template <class Impl, class Args, bool kBuilt = true>
-struct BuildOf {
+// Registers Impl, which has kBlock, scratch(args) and run(task), as this ISA's kernel for Args.
+template <class Impl, class Args, bool kRegister = true>
+struct RegisterTaskKernel {
   static constexpr int64_t panel() {
     if constexpr (requires { Impl::kPanel; })
       return Impl::kPanel;
@@ -39,18 +41,19 @@ struct BuildOf {
       return 2 * Impl::kBlock;
   }
   static constexpr TaskKernel<Args> kKernel{Impl::kBlock, panel(), &Impl::scratch,
-                                            &run_tasks<Impl, Args>};
-  Build<const TaskKernel<Args>*> build{LLMOS_ISA, task_kernel<Args>, &kKernel};
+                                            &run_task_range<Impl, Args>};
+  Register<const TaskKernel<Args>*> entry{LLMOS_ISA, task_kernel<Args>, &kKernel};
 };
 template <class Impl, class Args>
-struct BuildOf<Impl, Args, false> {};
+struct RegisterTaskKernel<Impl, Args, false> {};
 
-// The same for every type of element that the level has instructions for; kAll: for every one.
+// Registers Impl for each element type that gains from this ISA (isa_table.h), or, with kAll, for
+// all element types. Kernels that mostly work on int8 set kAll.
 template <template <class> class Impl, template <class> class Args, bool kAll = false>
-struct KernelBuilds {
-  BuildOf<Impl<float>, Args<float>, kAll || kGains<float>> f32;
-  BuildOf<Impl<bf16>, Args<bf16>, kAll || kGains<bf16>> b16;
-  BuildOf<Impl<f16>, Args<f16>, kAll || kGains<f16>> f16_;
+struct RegisterForDtypes {
+  RegisterTaskKernel<Impl<float>, Args<float>, kAll || kIsaBenefits<float>> f32;
+  RegisterTaskKernel<Impl<bf16>, Args<bf16>, kAll || kIsaBenefits<bf16>> b16;
+  RegisterTaskKernel<Impl<f16>, Args<f16>, kAll || kIsaBenefits<f16>> f16_;
 };
 
 }  // namespace
