@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor> int8_norm(const Tensor& x_, const Optional& r
         quantize_args.scale = mutable_data<float>(scale) + row;
         quantize_args.max_level = 127;
         const GemmTask all_rows{0, 0, 0, count};
-        quantize_kernel.run(to, &all_rows, 1, nullptr);
+        quantize_kernel.run(quantize_args, &all_rows, 1, nullptr);
       }
     };
     if (rows * d <= kNormGrain) return run(0, rows);
