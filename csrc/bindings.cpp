@@ -1,30 +1,33 @@
-// llmos_kernels._C: what was built, what of it this process uses, and the launcher of Triton
-// kernels that were compiled ahead of time. No tensor code.
+// The Python module llmos_kernels._C: build information, the ISA in use, and the launcher of Triton
+// kernels that were compiled ahead of time. It has no tensor code.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <string>
 #include <vector>
 
-#include "cpu/level.h"
+#include "cpu/isa.h"
 #include "pack/kernel.h"
 
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build information and the CPU level of llmos_kernels.";
+  m.doc() =
+      "Build information, the CPU level (ISA) in use, and the launcher of ahead-of-time kernels.";
   m.def(
-      "cpu_level", [] { return std::string(llmos::cpu_level_names[llmos::cpu_level()]); },
-      "The CPU level in use; LLMOS_CPU_LEVEL lowers it. Raises ValueError for an unknown one.");
+      "cpu_level", [] { return std::string(llmos::isa_names[llmos::isa_in_use()]); },
+      "Return the CPU level (ISA) in use; LLMOS_CPU_LEVEL lowers it. Raises ValueError if that "
+      "names an unknown one.");
   m.def(
       "cpu_levels",
       [] {
-        const auto* names = llmos::cpu_level_names;
-        return std::vector<std::string>(names, names + llmos::cpu_level_supported() + 1);
+        const auto* names = llmos::isa_names;
+        return std::vector<std::string>(names, names + llmos::best_isa() + 1);
       },
-      "The CPU levels that this machine can run, lowest first.");
-  m.def("is_intel", &llmos::is_intel, "Whether the CPU is one of Intel's.");
-  m.def("packs_int8", &llmos::multiplies_quads, "Whether int8 products read a packed weight.");
+      "Return the CPU levels (ISAs) that this machine can run, lowest first.");
+  m.def("is_intel", &llmos::is_intel, "Return True if the CPU is made by Intel.");
+  m.def("packs_int8", &llmos::has_vnni,
+        "Return True if int8 kernels read the weight in VNNI layout.");
 
   py::register_exception<llmos::pack::Unusable>(m, "Unusable", PyExc_RuntimeError);
   using llmos::pack::Descriptor, llmos::pack::Kernel, llmos::pack::Variant;
@@ -52,10 +55,10 @@ PYBIND11_MODULE(_C, m) {
           py::arg("key"), py::arg("symbol"), py::arg("threads"), py::arg("shared"),
           py::arg("sizes"), py::arg("maps"), py::arg("image"))
       .def("key", &Kernel::key, py::arg("args"), py::arg("kwargs"),
-           "The key of a launch, or None for arguments that no variant can have.")
+           "Return the key of a launch, or None for arguments that no variant accepts.")
       .def("launch", &Kernel::launch, py::arg("device"), py::arg("stream"), py::arg("grid"),
            py::arg("args"), py::arg("kwargs"),
-           "Launch the variant for these arguments; False where there is none.");
+           "Launch the variant for these arguments; return False if there is none.");
   m.attr("build") = py::dict(py::arg("compiler") = LLMOS_COMPILER, py::arg("torch") = LLMOS_TORCH,
                              py::arg("cuda_archs") = LLMOS_CUDA_ARCHS,
                              py::arg("sanitize") = bool(LLMOS_SANITIZE));

@@ -45,7 +45,7 @@ MUTANTS = (
     ),
     Mutant(
         "wrong divisor",
-        "csrc/cpu/kernels/layer_norm.cpp",
+        "csrc/cpu/kernels/layer_norm_kernel.cpp",
         "const float value = square.total() / float(d) -",
         "const float value = square.total() / float(d + 1) -",
         NORMS,
@@ -73,7 +73,7 @@ MUTANTS = (
     ),
     Mutant(
         "swap dweight and dbias",
-        "csrc/cpu/layer_norm.cpp",
+        "csrc/cpu/host/layer_norm.cpp",
         "return {dresidual, dx, dweight, dbias};",
         "return {dresidual, dx, dbias, dweight};",
         NORMS,
@@ -108,7 +108,7 @@ MUTANTS = (
     ),
     Mutant(
         "scale of the wrong row",
-        "csrc/cpu/kernels/int8.cpp",
+        "csrc/cpu/kernels/int8_kernel.cpp",
         "F32) * input_scale[r];",
         "F32) * input_scale[r ? r - 1 : 0];",
         ("tests/test_int8.py", "tests/test_int8_linear.py"),

@@ -29,7 +29,7 @@ def test_every_op_has_a_case():
 
 def test_owners():
     table = {(op, key): environment.owner(op, key) for op in DEFINED for key in environment.KEYS}
-    assert table["llmos::layer_norm_forward", "CPU"] == "csrc/cpu/layer_norm.cpp"
+    assert table["llmos::layer_norm_forward", "CPU"] == "csrc/cpu/host/layer_norm.cpp"
     assert table["llmos::layer_norm_backward", "CUDA"] == "_triton/norm/layer_norm_backward.py"
 
 

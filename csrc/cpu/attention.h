@@ -1,102 +1,109 @@
-// What the attention loops are given; the formulas stand in llmos_kernels/ops/attention.py.
+// Arguments of the attention kernels; llmos_kernels/ops/attention.py has the formulas.
 #pragma once
 
 #include <cstdint>
 
-#include "dispatch.h"
-#include "philox.h"
-#include "tasks.h"
+#include "dropout.h"
+#include "isa_table.h"
+#include "task_kernel.h"
 
 namespace llmos {
 
-// A tensor [batch, head, row, element]: distances in elements, that of elements is 1.
+// A tensor [batch, head, row, element] with contiguous rows. Strides are counted in elements.
 template <class T>
 struct Heads {
   T* data = nullptr;
-  int64_t batch = 0, head = 0, row = 0;
+  int64_t batch_stride = 0, head_stride = 0, row_stride = 0;
 
-  T* at(int64_t b, int64_t h, int64_t r) const { return data + b * batch + h * head + r * row; }
+  T* at(int64_t b, int64_t h, int64_t r) const {
+    return data + b * batch_stride + h * head_stride + r * row_stride;
+  }
 };
 
 enum class MaskType : uint8_t { None, Bool, Float, Bf16, F16 };
 
-// attn_mask broadcast to [batch, head, query, key]: a distance is 0 where it is broadcast.
+// attn_mask broadcast to [batch, head, query, key]. The stride of a broadcast dimension is 0.
 struct Mask {
   MaskType type = MaskType::None;
   const void* data = nullptr;
-  int64_t batch = 0, head = 0, query = 0, key = 0;
+  int64_t batch_stride = 0, head_stride = 0, query_stride = 0, key_stride = 0;
 };
 
-// One sequence: a batch element, or a packed sequence of batch element 0.
+// One sequence: a batch element, or one of the sequences of a varlen batch (then batch is 0).
 struct Sequence {
   int64_t batch, q_begin, q_len, k_begin, k_len;
-  int64_t first, last;  // Keys that may be visible; padding may leave holes between.
-  int64_t diagonal;     // Query i sees keys up to i + diagonal.
+  int64_t first, last;  // Keys outside [first, last) are padding. Keys inside may be padding, too.
+  int64_t diagonal;     // Causal mask: query i sees keys up to i + diagonal.
 };
 
 template <class T>
-struct Attention {
+struct AttentionCommonArgs {
   Heads<const T> query, key, value;
   Mask mask;
-  const bool* padding;  // Null, or [batch][key], true where ignored.
-  int64_t padding_batch, padding_key;
+  // Key padding mask [batch][key], true where a key is ignored. Null: no padding.
+  const bool* padding;
+  int64_t padding_batch_stride, padding_key_stride;
   const Sequence* sequences;
   int64_t heads, kv_heads, q_total, k_longest, dim, v_dim;
   float scale;
   Dropout dropout;
-  float *m, *inverse;  // [batch][head][query], the halves of stats.
+  // The two halves of stats, [batch][head][query]: the maximum logit, and 1 / sum(exp(logit - m)).
+  float *m, *inverse;
 
   int64_t group() const { return heads / kv_heads; }
   int64_t stats_at(int64_t b, int64_t h, int64_t i) const { return (b * heads + h) * q_total + i; }
 };
 
-// A block of query rows against the keys [begin, end), or a block of keys against all queries.
-// Rows of a key head are those of its group, one query head after the other.
+// A block of query rows against the keys [begin, end), or all rows of a key head in the backward.
+// The query heads that share a key head (grouped-query attention) follow each other: their rows are
+// rows of one block.
 struct AttentionTask {
   int64_t sequence, kv_head, block, begin, end;
-  float* partial;  // Null, or where unfinished rows go: v_dim sums, m and l each.
+  // Split keys: where to write unnormalised rows, each v_dim sums, then m and l. Null: no split.
+  float* partial;
 };
 
 template <class T>
-struct AttentionForward {
+struct AttentionForwardArgs {
   using Task = AttentionTask;
-  Attention<T> of;
+  AttentionCommonArgs<T> common;
   Heads<T> out;
 };
 
 template <class T>
-struct AttentionWeights {
+struct AttentionWeightsArgs {
   using Task = AttentionTask;
-  Attention<T> of;
-  T* out;  // [batch][head, unless mean][query][key]
+  AttentionCommonArgs<T> common;
+  T* out;  // [batch][head][query][key], without the head dimension if `mean`.
   bool mean;
 };
 
 template <class T>
-struct AttentionBackward {
+struct AttentionBackwardArgs {
   using Task = AttentionTask;
-  Attention<T> of;
+  AttentionCommonArgs<T> common;
   Heads<const T> dout, out;
   Heads<T> dquery, dkey, dvalue;
 };
 
-// The gradient of attn_mask in the mask's own shape [batch, heads, q_len, k_len], 1 where it is
-// broadcast. A task adds up one block of query rows, or all of them where q_len is 1, over the
+// The gradient of attn_mask, in the mask's own shape [batch, heads, q_len, k_len] with 1 for a
+// broadcast dimension. A task sums one block of query rows (all of them if q_len is 1) over the
 // batch and the heads that the mask is broadcast to.
 template <class T>
-struct AttentionMaskBackward {
+struct AttentionMaskBackwardArgs {
   using Task = AttentionTask;
-  AttentionBackward<T> of;
-  float* dmask;  // Zeros at first.
+  AttentionBackwardArgs<T> backward;
+  float* dmask;  // Zero at first.
   int64_t batch, heads, q_len, k_len;
-  int64_t all_batch;
+  int64_t query_batch;
 };
 
-// out [v_dim] from `splits` partial rows, `stride` floats apart; returns m and 1 / l.
+// Combine the partial results of one row, `splits` of them, `stride` floats apart, into out
+// [v_dim], m and inverse.
 template <class T>
-using CombineSplits = void (*)(const Attention<T>&, const float* partial, int64_t splits,
-                               int64_t stride, T* out, float* m, float* inverse);
+using CombineSplitsFn = void (*)(const AttentionCommonArgs<T>&, const float* partial,
+                                 int64_t splits, int64_t stride, T* out, float* m, float* inverse);
 template <class T>
-inline Dispatch<CombineSplits<T>> combine_splits;
+inline IsaTable<CombineSplitsFn<T>> combine_splits;
 
 }  // namespace llmos

@@ -1,43 +1,45 @@
-// Sums of embedding rows, and dropout of rows; formulas in llmos_kernels/ops/embedding.py.
+// Kernels for embedding_layer_norm: sums of embedding rows, and dropout;
+// llmos_kernels/ops/embedding.py has the formulas.
 #pragma once
 
 #include <cstdint>
 
-#include "dispatch.h"
-#include "philox.h"
+#include "dropout.h"
+#include "isa_table.h"
 
 namespace llmos {
 
 constexpr int kMaxTables = 3;
 
-// Of row r: table[index[r % count]].
+// Row r of the sum takes row index[r % count] of the table.
 template <class T>
-struct Embedding {
-  const T* table;
+struct EmbeddingTable {
+  const T* data;
   int64_t stride;
   const int64_t* index;
   int64_t count;
 };
 
 template <class T>
-struct EmbeddingSum {
-  Embedding<T> of[kMaxTables] = {};
-  int tables;
+struct EmbeddingSumArgs {
+  EmbeddingTable<T> tables[kMaxTables] = {};
+  int table_count;
   int64_t d;
 };
 
-// h [end - begin, d] = the sums of rows [begin, end), rounded after each addition.
+// Write the sums of rows [begin, end) to h [end - begin, d], rounded after each addition.
 template <class T>
-using SumEmbeddings = void (*)(const EmbeddingSum<T>&, int64_t begin, int64_t end, T* h);
+using SumEmbeddingsFn = void (*)(const EmbeddingSumArgs<T>&, int64_t begin, int64_t end, T* h);
 
-// out [end - begin, d] = dropout(x), whose rows [begin, end) are `stride` apart; may be x itself.
+// Apply dropout to rows [begin, end) of x, `stride` elements apart, and writes out [end - begin,
+// d]. out may be x.
 template <class T>
-using DropRows = void (*)(const Dropout&, const T* x, int64_t stride, int64_t begin, int64_t end,
-                          int64_t d, T* out);
+using DropRowsFn = void (*)(const Dropout&, const T* x, int64_t stride, int64_t begin, int64_t end,
+                            int64_t d, T* out);
 
 template <class T>
-inline Dispatch<SumEmbeddings<T>> sum_embeddings;
+inline IsaTable<SumEmbeddingsFn<T>> sum_embeddings;
 template <class T>
-inline Dispatch<DropRows<T>> drop_rows;
+inline IsaTable<DropRowsFn<T>> drop_rows;
 
 }  // namespace llmos

@@ -1,89 +1,104 @@
-// What the loops of int8 products are given; the formulas stand in llmos_kernels/ops/int8.py.
+// Arguments of the int8 kernels: quantisation of rows, and linear layers with an int8 weight.
+//
+//     out[i][j] = activation(input_scale[i] * weight_scale[j] * s[i][j] + bias[j]),
+//     s[i][j] = sum over k of input[i][k] weight[j][k]
+//
+// llmos_kernels/ops/int8.py has the reference. vpdpbusd multiplies uint8 by int8, so with VNNI one
+// operand is stored as uint8 = int8 + 128 (zero point 128), and 128 times the sum of the other
+// operand is subtracted from the result: the zero-point correction.
 #pragma once
 
 #include "linear.h"
 
 namespace llmos {
 
-// A weight [outer][inner] as products of the CPU level in use read it: strips of columns of out,
-// [strip][unit][column], where a unit is the next few elements of one row.
-struct Int8Pack {
-  using Task = ProductTask;  // Strips [begin, end).
+// Packs a weight [outer][inner] into the VNNI layout of the ISA in use: micro-panels of columns of
+// out, [micro-panel][word][column]. A word has 32 bits: four int8 or two int16 that follow each
+// other in a row of the weight (kernels/vnni_layout.h).
+struct Int8VnniWeightArgs {
+  using Task = GemmTask;  // [begin, end) are micro-panels.
   Matrix<int8_t> weight;
-  void* packed;
+  void* vnni_weight;
   int64_t inner, outer;
 };
 
-// Columns of input that are not int8: x [row][count] are their elements, as they came.
+// Input columns with outliers, which are multiplied in float32: values [row][count] holds them
+// unquantised.
 struct Int8Outliers {
   const int32_t* index = nullptr;
-  const float* x = nullptr;
+  const float* values = nullptr;
   int64_t count = 0;
 };
 
-// out [rows][outer] from rows of int8 and a packed weight.
+// GEMM: out [rows][outer] from int8 rows and a weight in VNNI layout.
 template <class T>
-struct Int8Product {
-  using Task = ProductTask;
+struct Int8GemmArgs {
+  using Task = GemmTask;
   Matrix<int8_t> input;
-  const void* packed;
-  const float *input_scale, *weight_scale;  // [rows], [outer].
-  const int32_t* offsets;                   // [rows], Int8Offsets: the packed weight is too high.
-  const int32_t* zeros;                     // Null, or [outer]: what sums are too low.
+  const void* vnni_weight;
+  const float *input_scale, *weight_scale;  // [rows] and [outer].
+  const int32_t* row_corrections;           // Zero-point corrections of the weight, [rows].
+  // Zero-point corrections of a uint8 input, [outer]; null for an int8 input.
+  const int32_t* column_corrections;
   Int8Outliers outliers;
-  const T* bias;  // Null, or [outer].
-  T *out, *kept;  // kept is null.
+  const T* bias;            // [outer], or null.
+  T *out, *pre_activation;  // pre_activation is always null.
   int64_t rows, inner, outer;
   Epilogue epilogue;
 };
 
-constexpr int64_t kFewWithInt8 = 16;
+constexpr int64_t kInt8GemvMaxRows = 16;
 
-// The same for at most kFewWithInt8 rows and a weight that is not packed: task begin and end are
-// columns of out.
+// The same as a GEMV, for at most kInt8GemvMaxRows rows and a weight in its plain layout. Tasks are
+// ranges of columns of out.
 template <class T>
-struct Int8Few : Int8Product<T> {
+struct Int8GemvArgs : Int8GemmArgs<T> {
   Matrix<int8_t> weight;
 };
 
-// out of at most kFewWithInt8 rows of T and a weight of int8.
+// Weight-only quantisation: out from at most kInt8GemvMaxRows rows of T and an int8 weight. Tasks
+// are ranges of columns of out.
 template <class T>
-struct Int8Weight {
-  using Task = ProductTask;
+struct Int8WeightOnlyArgs {
+  using Task = GemmTask;
   Matrix<T> input;
   Matrix<int8_t> weight;
   const float* weight_scale;
   const T* bias;
-  T *out, *kept;
+  T *out, *pre_activation;
   int64_t rows, inner, outer;
   Epilogue epilogue;
 };
 
-// Of each row 128 times its sum: what products with elements that are 128 too high are too high.
-struct Int8Offsets {
-  using Task = ProductTask;
+// Zero-point correction, 128 * sum(row), of each row: the other operand is stored as uint8 = int8 +
+// 128.
+struct Int8ZeroPointArgs {
+  using Task = GemmTask;
   Matrix<int8_t> rows;
-  int32_t* offsets;
+  int32_t* row_corrections;
   int64_t columns;
 };
 
-// Rows of int8 and their scales from rows of input, in one piece each. With `keep` it is done
-// twice: first, with a count of 0, keep [columns] is cleared in columns with a magnitude of the
-// threshold or more; then, if there are such columns, they are 0 in the rows and come in x.
+// Quantises rows of input, whose elements are contiguous, to int8 rows and their scales.
+//
+// With a column_mask, outlier columns are found and left out in two passes. The first, with
+// outlier_count 0, clears the mask of each column that has a magnitude of `threshold` or more. If
+// there are such columns, the second pass quantises their elements as 0 and copies them to
+// outlier_values.
 template <class T>
-struct Int8Rows {
-  using Task = ProductTask;
+struct Int8QuantizeArgs {
+  using Task = GemmTask;
   const T* input;
-  int64_t step;
-  int8_t* rows;
+  int64_t row_stride;
+  int8_t* quantized;
   float* scale;
-  float levels;      // 127, or 255: of rows without negative elements, as uint8.
-  int32_t* offsets;  // Null, or as of Int8Offsets.
-  uint32_t* keep;    // Null, or all bits of each column.
+  float max_level;           // 127, or 255 for rows without negative elements, which become uint8.
+  int32_t* row_corrections;  // Zero-point corrections of the quantised rows, or null.
+  uint32_t* column_mask;     // [columns], null or all bits set at first.
   float threshold;
-  const int32_t* index;  // [count], and x [row][count].
-  float* x;
-  int64_t count, columns;
+  const int32_t* outlier_index;  // [outlier_count]; outlier_values is [row][outlier_count].
+  float* outlier_values;
+  int64_t outlier_count, columns;
 };
 
 }  // namespace llmos

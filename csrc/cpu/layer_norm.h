@@ -1,24 +1,25 @@
-// The row loops of layer normalisation; the formulas stand in llmos_kernels/ops/layer_norm.py.
+// Kernels for LayerNorm and RMSNorm, fused with a residual and dropout;
+// llmos_kernels/ops/layer_norm.py has the formulas.
 #pragma once
 
 #include <cstdint>
 
-#include "dispatch.h"
-#include "philox.h"
+#include "dropout.h"
+#include "isa_table.h"
 
 namespace llmos {
 
-// T is the element type of activations; weight and bias are float.
+// T is the element type of the activations; weight and bias are converted to float32.
 template <class T>
-struct NormForward {
+struct NormForwardArgs {
   const T* x;
-  const T* residual = nullptr;  // Null: h is x, and neither h nor dropout is used.
+  const T* residual = nullptr;  // Null: h is x; the h below and dropout are not used.
   int64_t x_stride, residual_stride = 0;
   const float* weight;  // Null: ones.
   const float* bias;    // Null: zeros.
   T* y;
   T* h = nullptr;
-  float* mean;  // Null: RMS normalisation, whose mean is 0.
+  float* mean;  // Null: RMSNorm, which does not subtract a mean.
   float* rstd;
   int64_t d;
   float eps;
@@ -26,7 +27,7 @@ struct NormForward {
 };
 
 template <class T>
-struct NormBackward {
+struct NormBackwardArgs {
   const T* dy;
   const T* dh = nullptr;  // Null: zeros.
   const T* h;
@@ -35,36 +36,37 @@ struct NormBackward {
   const float* mean;
   const float* rstd;
   T* dresidual;
-  T* dx = nullptr;  // Null: no dropout, so dx is dresidual.
+  T* dx = nullptr;  // Null: no dropout, so dx equals dresidual.
   int64_t d;
   Dropout dropout = {};
 };
 
-// Rows [begin, end). scratch [d] holds a row as float.
+// Normalise rows [begin, end). scratch [d] holds one row as float32.
 template <class T>
-using NormForwardRows = void (*)(const NormForward<T>&, int64_t begin, int64_t end, float* scratch);
+using NormForwardFn = void (*)(const NormForwardArgs<T>&, int64_t begin, int64_t end,
+                               float* scratch);
 
-// Rows [begin, end); adds their weight and bias gradients to dweight and dbias [d], both or neither
-// null.
+// Compute dresidual and dx for rows [begin, end), and adds their weight and bias gradients to
+// dweight and dbias [d], which are both null or both not.
 template <class T>
-using NormBackwardRows = void (*)(const NormBackward<T>&, int64_t begin, int64_t end,
-                                  float* dweight, float* dbias);
+using NormBackwardFn = void (*)(const NormBackwardArgs<T>&, int64_t begin, int64_t end,
+                                float* dweight, float* dbias);
 
-// out[c] = sum of partial[r * stride + c] over r, for c in [begin, end).
+// out[c] = sum over r of partial[r * stride + c], for c in [begin, end).
 template <class T>
-using SumPartials = void (*)(const float* partial, int64_t rows, int64_t stride, T* out,
-                             int64_t begin, int64_t end);
-
-template <class T>
-using ToFloat = void (*)(const T* from, float* to, int64_t n);
+using SumPartialsFn = void (*)(const float* partial, int64_t rows, int64_t stride, T* out,
+                               int64_t begin, int64_t end);
 
 template <class T>
-inline Dispatch<NormForwardRows<T>> norm_forward;
+using ToFloatFn = void (*)(const T* from, float* to, int64_t n);
+
 template <class T>
-inline Dispatch<NormBackwardRows<T>> norm_backward;
+inline IsaTable<NormForwardFn<T>> norm_forward;
 template <class T>
-inline Dispatch<SumPartials<T>> sum_partials;
+inline IsaTable<NormBackwardFn<T>> norm_backward;
 template <class T>
-inline Dispatch<ToFloat<T>> to_float;
+inline IsaTable<SumPartialsFn<T>> sum_partials;
+template <class T>
+inline IsaTable<ToFloatFn<T>> to_float;
 
 }  // namespace llmos

@@ -1,103 +1,119 @@
-// What the loops of linear layers are given; the formulas stand in llmos_kernels/ops/linear.py.
+// Arguments of the kernels of linear layers.
+//
+//     forward:   z = input weight^T + bias,   y = dropout(activation(z))
+//     backward:  dz = dy f activation'(z),    with the dropout factors f (0 or 1 / (1 - p))
+//                dinput = dz weight,   dweight = dz^T input,   dbias = sum of dz over rows
+//
+// z is rounded to the element type before the activation; sums are float32. `rows` counts rows of
+// input, `inner` is the length of an input row (the depth of the forward GEMM), `outer` the length
+// of an output row.
 #pragma once
 
 #include <cstdint>
 
-#include "dispatch.h"
-#include "philox.h"
-#include "tasks.h"
+#include "dropout.h"
+#include "isa_table.h"
+#include "task_kernel.h"
 
 namespace llmos {
 
-// The places in NAMES of llmos_kernels/ops/_activations.py.
+// In the order of NAMES in llmos_kernels/ops/_activations.py.
 enum class Activation : int64_t { None, Relu, Relu2, Gelu, GeluTanh, Silu };
 
-// Element [i][j] of a matrix: distances in elements.
+// A matrix with any strides, counted in elements.
 template <class T>
 struct Matrix {
   const T* data = nullptr;
-  int64_t row = 0, column = 0;
+  int64_t row_stride = 0, column_stride = 0;
 
-  const T* at(int64_t i, int64_t j) const { return data + i * row + j * column; }
+  const T* at(int64_t i, int64_t j) const { return data + i * row_stride + j * column_stride; }
 };
 
-// Rows that are finished at a time, and whose column sums are added up apart.
+// Rows of a result whose float32 sums are in scratch memory at a time. dinput sums its columns over
+// each such chunk: the partial sums do not depend on the number of threads.
 constexpr int64_t kChunkRows = 480;
 
-// Rows of a block of a product; as elements of 16 bits they fill whole lines of the cache.
+// Rows of the left operand that a GEMM handles at a time. A column of so many 16-bit elements fills
+// whole cache lines.
 constexpr int64_t kBlockRows = 96;
 static_assert(kChunkRows % kBlockRows == 0);
 
-// What follows a product: y = dropout(activation(z)), or its derivative.
+// What is applied to the result of a GEMM before it is stored: y = dropout(activation(z)), or the
+// derivative of this.
 struct Epilogue {
   Activation activation;
   Dropout dropout;
 };
 
-// Rows [begin, end) of a product's left operand against columns [first, first + columns) of the
-// right one.
-struct ProductTask {
-  int64_t first, columns, begin, end;
+// One task of a GEMM: rows [begin, end) of the left operand times columns [first_column,
+// first_column + columns) of the right operand. For other kernels [begin, end) are the rows or
+// columns of the output that the kernel's arguments name.
+struct GemmTask {
+  int64_t first_column, columns, begin, end;
 };
 
-// out [rows][outer] from input [rows][inner] and weight [outer][inner]. Of the two the one that is
-// packed by panels is the weight, or, `turned`, the input.
+// Forward: out [rows][outer] from input [rows][inner] and weight [outer][inner]. If `transposed`,
+// the GEMM computes out^T = weight input^T: it packs panels of the input instead of the weight, and
+// transposes its sums before the epilogue.
 template <class T>
-struct LinearForward {
-  using Task = ProductTask;
+struct LinearForwardArgs {
+  using Task = GemmTask;
   Matrix<T> input, weight;
-  const T* bias;  // Null, or [outer].
-  T *out, *kept;  // Contiguous; kept may be null.
+  const T* bias;            // [outer], or null.
+  T *out, *pre_activation;  // Contiguous. pre_activation (z) may be null.
   int64_t rows, inner, outer;
   Epilogue epilogue;
-  bool turned;
+  bool transposed;
 };
 
-// The same for at most kFewRows rows, of a weight stored by rows: task begin and end are columns of
-// out.
+// The same as a GEMV, for at most kGemvMaxRows rows and a weight with contiguous rows. Tasks are
+// ranges of columns of out.
 template <class T>
-struct LinearFew : LinearForward<T> {};
+struct LinearGemvArgs : LinearForwardArgs<T> {};
 
-// And of a weight stored by columns, of which only those in `index` are read: x [count][rows] are
-// the elements of input there.
+// The same for a weight with contiguous columns, of which the GEMV reads only those that some row
+// multiplies by a non-zero input: `index` [count] names them, x [count][rows] holds their inputs.
 template <class T>
-struct LinearColumns : LinearForward<T> {
+struct LinearSparseGemvArgs : LinearForwardArgs<T> {
   const int32_t* index;
   const float* x;
   int64_t count;
 };
 
-constexpr int64_t kFewRows = 4;
+constexpr int64_t kGemvMaxRows = 4;
 
-// Below it packing the weight costs more than turning sums.
-constexpr int64_t kTurnedRows = 256;
+// Below this many rows, packing the weight costs more than transposing the sums.
+constexpr int64_t kTransposedBelowRows = 256;
 
-// dinput [rows][inner] from dout [rows][outer] and weight [outer][inner].
+// Input gradient: dinput [rows][inner] from dout [rows][outer] and weight [outer][inner]. With
+// `saved`, the epilogue multiplies by f activation'(saved): this continues into the layer before.
 template <class T>
-struct LinearDinput {
-  using Task = ProductTask;
+struct LinearDinputArgs {
+  using Task = GemmTask;
   Matrix<T> dout, weight;
-  const T* kept;  // Null, or [rows][inner].
+  // Saved activation of the layer before, [rows][inner]: y for relu, else z. Null: no epilogue.
+  const T* saved;
   T* dinput;
-  float* sums;  // Null, or [chunk of rows][inner]: column sums.
+  // Column sums of dinput for each chunk of kChunkRows rows, [chunk][inner]. Null: not wanted.
+  float* sums;
   int64_t rows, inner, outer;
   Epilogue epilogue;
 };
 
-// dweight [outer][inner] from dout [rows][outer] and input [rows][inner].
+// Weight gradient: dweight [outer][inner] from dout [rows][outer] and input [rows][inner].
 template <class T>
-struct LinearDweight {
-  using Task = ProductTask;
+struct LinearDweightArgs {
+  using Task = GemmTask;
   Matrix<T> dout, input;
   T *dweight, *dbias;  // dbias may be null.
   int64_t rows, inner, outer;
 };
 
-// Elements [begin, end) of rows of y, or of the gradient of z.
+// The activation without a GEMM: y from z, or dz from dy. Tasks are ranges of rows.
 template <class T>
-struct Elementwise {
-  using Task = ProductTask;
-  const T *dout, *kept;  // dout null: forward.
+struct ActivationArgs {
+  using Task = GemmTask;
+  const T *dout, *saved;  // dout is dy, null in the forward. saved is z, or y for relu's backward.
   T* to;
   int64_t columns;
   Epilogue epilogue;

@@ -1,11 +1,11 @@
-// Which of the GPUs this library was built for answers on the device of a tensor.
-// It runs the whole chain that every CUDA op needs: load, dispatch, guard, stream, launch.
+// The op built_for: tells which of the compiled GPU architectures runs on a device. It exercises
+// all that a CUDA op needs: loading, dispatch, device guard, stream and launch.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include "../rows.h"
+#include "../tensor_view.h"
 
 namespace llmos {
 namespace {
@@ -16,7 +16,7 @@ __global__ void built_for_kernel(int32_t* out) {
 #endif
 }
 
-// like: any tensor on the device. Returns [1] int32: 90 where code for sm_90 ran.
+// Return [1] int32, as 90 if code for sm_90 ran. like: any tensor on the device.
 Tensor built_for(const Tensor& like) {
   Tensor out = output(like, {1}, ScalarType::Int);
   const int32_t device = like.get_device_index();

@@ -1,3 +1,4 @@
+// Loads the CUDA driver library and looks up its functions.
 #include "driver.h"
 
 #include <dlfcn.h>

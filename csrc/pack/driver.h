@@ -1,4 +1,4 @@
-// The CUDA driver, taken from libcuda.so.1 when it is first needed: this module loads without one.
+// The CUDA driver API, loaded from libcuda.so.1 on first use, so that _C loads without a driver.
 #pragma once
 
 #include <cstddef>
@@ -7,8 +7,7 @@
 
 namespace llmos::pack {
 
-// The driver's own types and numbers, as its reference gives them: no header of CUDA is needed
-// here.
+// Types and constants of the driver API, from its reference: the CUDA headers are not needed.
 using Result = int;
 using Handle = void*;  // CUcontext, CUmodule, CUfunction, CUstream
 constexpr Result kSuccess = 0, kInvalidValue = 1;
@@ -32,21 +31,21 @@ struct Driver {
   Result (*function_set_attribute)(Handle, int, int);
   Result (*launch_kernel)(Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                           unsigned, Handle, void**, void**);
-  // Of CUDA 12.4 and 12.0: null in an older driver.
+  // From CUDA 12.4 and 12.0; null in an older driver.
   Result (*function_get_param_info)(Handle, size_t, size_t*, size_t*);
   Result (*tensor_map_encode_tiled)(void*, int, uint32_t, void*, const uint64_t*, const uint64_t*,
                                     const uint32_t*, const uint32_t*, int, int, int, int);
 };
 
-// What keeps the pack from being used here, though Triton may be able to compile.
+// The ahead-of-time kernels cannot be used here; Triton may still be able to compile its own.
 struct Unusable : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Throws Unusable where there is no driver, or one without what is needed.
+// Return the driver API. Throws Unusable if there is no driver, or one that lacks a function.
 const Driver& driver();
 
-// Throws std::runtime_error with the driver's own words unless the result is a success.
+// Throw std::runtime_error with the driver's error message unless the result is kSuccess.
 void check(Result result, const char* what, const char* kernel);
 
 }  // namespace llmos::pack

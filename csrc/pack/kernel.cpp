@@ -1,3 +1,4 @@
+// Keys, tensor maps and launches of Triton kernels that were compiled ahead of time.
 #include "kernel.h"
 
 #include <array>
@@ -8,7 +9,7 @@
 namespace llmos::pack {
 namespace {
 
-constexpr size_t kMostParameters = 96, kMostMatrices = 4, kMostDimensions = 5;
+constexpr size_t kMaxParameters = 96, kMaxDescriptors = 4, kMaxDimensions = 5;
 
 PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
 
@@ -17,14 +18,15 @@ void append(std::string& to, int64_t number) {
   to.append(text, std::snprintf(text, sizeof text, "%lld", static_cast<long long>(number)));
 }
 
-// The numbers in a list or tuple; false, without an error, for anything else.
+// Read the integers of a list or tuple attribute. Returns false, without a Python error, for any
+// other value.
 template <class T>
 bool numbers(PyObject* of, PyObject* name, T* to, size_t& count) {
   const auto found = py::reinterpret_steal<py::object>(PyObject_GetAttr(of, name));
   if (!found || !(PyList_Check(found.ptr()) || PyTuple_Check(found.ptr())))
     return PyErr_Clear(), false;
   count = PySequence_Fast_GET_SIZE(found.ptr());
-  if (count > kMostDimensions) return false;
+  if (count > kMaxDimensions) return false;
   for (size_t i = 0; i < count; ++i) {
     const long long number = PyLong_AsLongLong(PySequence_Fast_GET_ITEM(found.ptr(), i));
     if (number == -1 && PyErr_Occurred()) return PyErr_Clear(), false;
@@ -33,7 +35,7 @@ bool numbers(PyObject* of, PyObject* name, T* to, size_t& count) {
   return true;
 }
 
-// Throws std::invalid_argument for memory that the GPU cannot read, as of a tensor on the CPU.
+// Throw std::invalid_argument for memory that the GPU cannot read, as that of a CPU tensor.
 void check_pointer(uint64_t address, const char* symbol) {
   uint64_t device_address = 0;
   if (!address) return;
@@ -43,37 +45,38 @@ void check_pointer(uint64_t address, const char* symbol) {
   check(result, "cuPointerGetAttribute", symbol);
 }
 
-// A TensorDescriptor of Triton's: a matrix, and the blocks that are read of it.
-struct Matrix {
+// A call's argument of Triton's type TensorDescriptor.
+struct TensorDescriptor {
   uint64_t address;
   size_t rank;
-  uint64_t shape[kMostDimensions], strides[kMostDimensions];
+  uint64_t shape[kMaxDimensions], strides[kMaxDimensions];
 };
 
-// Its tensor map, as Triton makes it.
-void encode(const Descriptor& about, const Matrix& matrix, std::byte* map, const char* symbol) {
+// Encode the CUDA tensor map of a tensor descriptor, in the way that Triton does.
+void encode(const Descriptor& compiled, const TensorDescriptor& descriptor, std::byte* map,
+            const char* symbol) {
   const auto& d = driver();
   if (!d.tensor_map_encode_tiled) throw Unusable("the CUDA driver has no cuTensorMapEncodeTiled");
-  const size_t rank = matrix.rank;
-  if (about.block.size() != rank) throw Unusable("a tensor descriptor of another rank");
-  // Innermost first, the steps in bytes, without the innermost.
-  uint64_t sizes[kMostDimensions], steps[kMostDimensions];
-  uint32_t block[kMostDimensions], every[kMostDimensions];
+  const size_t rank = descriptor.rank;
+  if (compiled.block.size() != rank) throw Unusable("a tensor descriptor of another rank");
+  // Innermost dimension first. Strides are in bytes; the innermost has none.
+  uint64_t sizes[kMaxDimensions], steps[kMaxDimensions];
+  uint32_t block[kMaxDimensions], element_strides[kMaxDimensions];
   for (size_t i = 0; i < rank; ++i) {
-    sizes[i] = matrix.shape[rank - 1 - i];
-    block[i] = about.block[rank - 1 - i];
-    every[i] = 1;
-    if (i + 1 < rank) steps[i] = matrix.strides[rank - 2 - i] * about.element_bytes;
+    sizes[i] = descriptor.shape[rank - 1 - i];
+    block[i] = compiled.block[rank - 1 - i];
+    element_strides[i] = 1;
+    if (i + 1 < rank) steps[i] = descriptor.strides[rank - 2 - i] * compiled.element_bytes;
   }
-  check_pointer(matrix.address, symbol);
-  check(d.tensor_map_encode_tiled(map, about.element_type, rank,
-                                  reinterpret_cast<void*>(matrix.address), sizes, steps, block,
-                                  every, 0, about.swizzle, kL2Promotion128, 0),
+  check_pointer(descriptor.address, symbol);
+  check(d.tensor_map_encode_tiled(map, compiled.element_type, rank,
+                                  reinterpret_cast<void*>(descriptor.address), sizes, steps, block,
+                                  element_strides, 0, compiled.swizzle, kL2Promotion128, 0),
         "cuTensorMapEncodeTiled", symbol);
-  // Drivers to 13.1 set a bit too many for small matrices (NVIDIA/cutlass, commit b7ecaa6).
+  // Drivers up to 13.1 set a wrong bit for small tensors (NVIDIA/cutlass, commit b7ecaa6).
   int version = 0;
   check(d.get_version(&version), "cuDriverGetVersion", symbol);
-  uint64_t last = (sizes[0] - 1) * about.element_bytes;
+  uint64_t last = (sizes[0] - 1) * compiled.element_bytes;
   for (size_t i = 1; i < rank; ++i) last += (sizes[i] - 1) * steps[i - 1];
   if (version <= 13010 && last + 1 < 128 * 1024) {
     uint64_t word;
@@ -85,21 +88,21 @@ void encode(const Descriptor& about, const Matrix& matrix, std::byte* map, const
 
 }  // namespace
 
-// What a launch passes: the key that names its variant, and the values in order.
+// The arguments of a launch: the key of its variant, and the values in order.
 struct Kernel::Arguments {
   struct Value {
     uint64_t bits;
     size_t size;  // In bytes.
-    enum { Number, Pointer, Matrix } kind;
+    enum { Number, Pointer, TensorDescriptor } kind;
   };
   std::string key;
-  std::array<Value, kMostParameters> values;
+  std::array<Value, kMaxParameters> values;
   size_t count = 0;
-  std::array<Matrix, kMostMatrices> matrices;  // In the order of their values.
-  size_t matrix_count = 0;
+  std::array<TensorDescriptor, kMaxDescriptors> descriptors;  // In the order of their values.
+  size_t descriptor_count = 0;
 
   void push(uint64_t bits, size_t size, decltype(Value::kind) kind = Value::Number) {
-    if (count == kMostParameters) throw std::runtime_error("too many parameters");
+    if (count == kMaxParameters) throw std::runtime_error("too many parameters");
     values[count++] = {bits, size, kind};
   }
 };
@@ -129,10 +132,10 @@ bool Kernel::read(const py::tuple& args, const py::dict& kwargs, Arguments& to) 
   key.reserve(512);
 
   const auto dtype_name = [&](PyObject* tensor) -> PyObject* {
-    py::object its = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, dtype));
-    PyObject* name = its ? PyDict_GetItemWithError(dtypes_.ptr(), its.ptr()) : nullptr;
+    py::object found = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, dtype));
+    PyObject* name = found ? PyDict_GetItemWithError(dtypes_.ptr(), found.ptr()) : nullptr;
     if (!name) PyErr_Clear();
-    return name;  // Borrowed of dtypes_.
+    return name;  // A reference borrowed from dtypes_.
   };
   const auto address = [&](PyObject* tensor) {
     const auto at = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, data_ptr));
@@ -200,18 +203,18 @@ bool Kernel::read(const py::tuple& args, const py::dict& kwargs, Arguments& to) 
       const auto filled = py::reinterpret_steal<py::object>(PyObject_GetAttr(value, padding));
       if (!tensor || !filled) return PyErr_Clear(), false;
       name = dtype_name(tensor.ptr());
-      if (!name || !PyUnicode_Check(filled.ptr()) || to.matrix_count == kMostMatrices ||
+      if (!name || !PyUnicode_Check(filled.ptr()) || to.descriptor_count == kMaxDescriptors ||
           PyUnicode_CompareWithASCIIString(filled.ptr(), "zero"))
         return false;
-      Matrix& matrix = to.matrices[to.matrix_count++];
-      int64_t block[kMostDimensions];
+      TensorDescriptor& descriptor = to.descriptors[to.descriptor_count++];
+      int64_t block[kMaxDimensions];
       size_t steps = 0, sizes = 0;
-      if (!numbers(value, shape, matrix.shape, matrix.rank) ||
-          !numbers(value, strides, matrix.strides, steps) ||
-          !numbers(value, block_shape, block, sizes) || steps != matrix.rank ||
-          sizes != matrix.rank)
+      if (!numbers(value, shape, descriptor.shape, descriptor.rank) ||
+          !numbers(value, strides, descriptor.strides, steps) ||
+          !numbers(value, block_shape, block, sizes) || steps != descriptor.rank ||
+          sizes != descriptor.rank)
         return false;
-      matrix.address = address(tensor.ptr());
+      descriptor.address = address(tensor.ptr());
       key += "tensordesc<";
       append_text(name);
       for (size_t j = 0; j < sizes; ++j) {
@@ -219,9 +222,9 @@ bool Kernel::read(const py::tuple& args, const py::dict& kwargs, Arguments& to) 
         append(key, block[j]);
       }
       key += "]>";
-      to.push(0, kTensorMapBytes, Arguments::Value::Matrix);
-      for (size_t j = 0; j < matrix.rank; ++j) to.push(matrix.shape[j], 4);
-      for (size_t j = 0; j < matrix.rank; ++j) to.push(matrix.strides[j], 8);
+      to.push(0, kTensorMapBytes, Arguments::Value::TensorDescriptor);
+      for (size_t j = 0; j < descriptor.rank; ++j) to.push(descriptor.shape[j], 4);
+      for (size_t j = 0; j < descriptor.rank; ++j) to.push(descriptor.strides[j], 8);
     }
   }
   for (const auto& option : options_) {
@@ -235,7 +238,7 @@ bool Kernel::read(const py::tuple& args, const py::dict& kwargs, Arguments& to) 
     key += '=';
     append(key, PyLong_AsLongLong(value));
   }
-  // Hidden: global scratch and profile scratch, of which no packed kernel takes any.
+  // Two hidden parameters: global scratch and profile scratch, which no kernel of the pack uses.
   to.push(0, 8);
   to.push(0, 8);
   return positional <= parameters_.size() && named == kwargs.size();
@@ -249,7 +252,7 @@ py::object Kernel::key(const py::tuple& args, const py::dict& kwargs) const {
 
 namespace {
 
-// While a stream of this thread captures a graph: what is done here does not belong to it.
+// Allows calls that a graph capture on this thread would forbid; they do not become part of it.
 class Uncaptured {
  public:
   explicit Uncaptured(const char* symbol) {
@@ -294,9 +297,9 @@ Handle Kernel::function(Variant& variant, int device) {
     const std::lock_guard lock(loading_);
     if (Handle function = loaded()) return function;
   }
-  // Python may let another thread run meanwhile: no lock is held.
+  // Python may switch threads in here, so the lock is not held.
   const auto image = variant.image().cast<std::string>();
-  // Whoever holds the lock does not wait for Python.
+  // A thread that holds the lock never waits for the GIL: no deadlock.
   const py::gil_scoped_release without_python;
   const std::lock_guard lock(loading_);
   if (Handle function = loaded()) return function;
@@ -327,7 +330,7 @@ bool Kernel::launch(int device, uint64_t stream, const py::tuple& grid, const py
   const char* symbol = variant.symbol.c_str();
   Handle context = nullptr;
   check(d.context_get_current(&context), "cuCtxGetCurrent", symbol);
-  if (!context) {  // A thread that has not used CUDA yet.
+  if (!context) {  // This thread has not used CUDA yet.
     int ordinal = 0;
     check(d.device_get(&ordinal, device), "cuDeviceGet", symbol);
     check(d.primary_context_retain(&context, ordinal), "cuDevicePrimaryCtxRetain", symbol);
@@ -335,22 +338,22 @@ bool Kernel::launch(int device, uint64_t stream, const py::tuple& grid, const py
   }
   Handle loaded = function(variant, device);
 
-  alignas(64) std::byte maps[kMostMatrices][kTensorMapBytes];
-  std::array<void*, kMostParameters> pointers;
-  size_t matrices = 0;
+  alignas(64) std::byte maps[kMaxDescriptors][kTensorMapBytes];
+  std::array<void*, kMaxParameters> pointers;
+  size_t encoded = 0;
   bool same = arguments.count == variant.sizes.size() &&
-              arguments.matrix_count == variant.descriptors.size();
+              arguments.descriptor_count == variant.descriptors.size();
   for (size_t i = 0; same && i < arguments.count; ++i) {
     auto& value = arguments.values[i];
     same = value.size == variant.sizes[i];
     pointers[i] = &value.bits;
     if (value.kind == Arguments::Value::Pointer) check_pointer(value.bits, symbol);
-    if (!same || value.kind != Arguments::Value::Matrix) continue;
-    encode(variant.descriptors[matrices], arguments.matrices[matrices], maps[matrices], symbol);
-    pointers[i] = maps[matrices++];
+    if (!same || value.kind != Arguments::Value::TensorDescriptor) continue;
+    encode(variant.descriptors[encoded], arguments.descriptors[encoded], maps[encoded], symbol);
+    pointers[i] = maps[encoded++];
   }
   if (!same) throw Unusable(std::string(symbol) + " has other parameters than its arguments");
-  // It waits where the GPU's queue is full, maybe for what another thread of Python has to do.
+  // The launch blocks while the GPU's queue is full; another Python thread may have to drain it.
   const py::gil_scoped_release without_python;
   check(d.launch_kernel(loaded, blocks[0], blocks[1], blocks[2], variant.threads, 1, 1,
                         variant.shared, reinterpret_cast<Handle>(stream), pointers.data(), nullptr),

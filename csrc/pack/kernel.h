@@ -1,4 +1,5 @@
-// A Triton kernel compiled ahead of time: finds the variant for some arguments, and launches it.
+// Kernel: a Triton kernel compiled ahead of time. It finds the variant that was compiled for the
+// arguments of a call, and launches it.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -15,10 +16,10 @@ namespace llmos::pack {
 
 namespace py = pybind11;
 
-// How a parameter shapes the key: Triton's own rules.
+// How a parameter enters the key of a variant. These are Triton's specialisation rules.
 enum Specialize : int { kConstexpr = 1, kValue = 2, kAlignment = 4 };
 
-// What the kernel needs to know of a tensor descriptor: of the compiled kernel's tensordesc_meta.
+// The fields of a tensor descriptor that the kernel was compiled for (Triton's tensordesc_meta).
 struct Descriptor {
   int swizzle, element_bytes, element_type;
   std::vector<uint32_t> block;
@@ -27,25 +28,27 @@ struct Descriptor {
 struct Variant {
   std::string symbol;
   unsigned threads, shared;
-  std::vector<size_t> sizes;  // Bytes of each parameter, the two hidden ones last.
+  std::vector<size_t> sizes;  // Size of each parameter in bytes, the two hidden ones last.
   std::vector<Descriptor> descriptors;
-  py::object image;               // Called for the bytes of the cubin.
-  std::vector<Handle> functions;  // By device.
+  py::object image;               // A Python function that returns the bytes of the cubin.
+  std::vector<Handle> functions;  // The loaded function, for each device.
 };
 
 class Kernel {
  public:
-  // dtypes: of torch, to the names in keys. options: launch options, in the key if not None.
+  // dtypes maps torch dtypes to their names in keys. options names the launch options, which are
+  // part of the key unless they are None.
   Kernel(std::vector<std::pair<std::string, int>> parameters, std::vector<std::string> options,
          py::dict dtypes);
 
   void add(const std::string& key, Variant variant);
 
-  // The key of a launch with these arguments; None for an argument of a kind that no key has.
+  // Return the key of a launch, or None if an argument has a type that no key can express.
   py::object key(const py::tuple& args, const py::dict& kwargs) const;
 
-  // Whether there was a variant to launch. Throws Unusable for one that cannot be loaded,
-  // std::invalid_argument for a tensor elsewhere, std::runtime_error for what the driver refuses.
+  // Launch the variant for these arguments; return false if there is none. Throws Unusable if it
+  // cannot be loaded, std::invalid_argument for a tensor that is not on the GPU, and
+  // std::runtime_error if the driver reports an error.
   bool launch(int device, uint64_t stream, const py::tuple& grid, const py::tuple& args,
               const py::dict& kwargs);
 

@@ -1,12 +1,12 @@
-// A planted fault: `make sanitize` must catch it. Built with LLMOS_SANITIZE alone.
+// A deliberate out-of-bounds read that `make sanitize` must report. Built only with LLMOS_SANITIZE.
 #include <torch/csrc/stable/library.h>
 
-#include "../rows.h"
+#include "../tensor_view.h"
 
 namespace llmos {
 namespace {
 
-// Returns the element behind the last one of x, which is float32.
+// Return the element after the last one of x, which is float32.
 double overread(const Tensor& x) {
   return static_cast<const float*>(x.const_data_ptr())[x.numel()];
 }

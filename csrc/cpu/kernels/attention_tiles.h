@@ -1,57 +1,61 @@
-// Tiles of attention: a block of query rows, a tile of keys, and the logits between them.
+// The parts that the attention kernels share: a block of query rows, a tile of keys, masks, the
+// softmax exponential, and dropout.
 //
-// A tile of logits lies by keys: [key][row], so that a vector holds one key for several rows. The
-// maximum and the sum of a row then need no reduction across lanes.
+// Scores and logits of a tile are stored as [key][row]: a vector holds one key for several rows, so
+// the maximum and the sum of a row need no reduction across lanes. A score is query . key, a logit
+// is scale * score + mask.
 #pragma once
 
 #include <limits>
 
 #include "../attention.h"
 #include "exp.h"
+#include "microkernel.h"
 #include "philox.h"
-#include "tasks.h"
-#include "tiles.h"
+#include "register_kernel.h"
 
 namespace llmos {
 namespace {
 
-constexpr int kBlock = 4 * kLanes;  // Rows in a block.
-constexpr int64_t kTile = 128;      // Keys in a tile; a multiple of 4, as dropout is.
+constexpr int kBlock = 4 * kLanes;  // Query rows in a block.
+// Keys in a tile; a multiple of 4, because one Philox call makes the factors of 4 keys.
+constexpr int64_t kTile = 128;
 constexpr int kMaxDim = 256;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 using I32 = int32_t __attribute__((vector_size(4 * kLanes)));
 
-// Up to kBlock query rows of one key head.
-struct Block {
+// Up to kBlock query rows that share a key head.
+struct QueryBlock {
   int64_t rows, vectors;
   int64_t batch;
-  int64_t head[kBlock], index[kBlock];  // Query head, and place in the tensor.
+  int64_t head[kBlock], index[kBlock];  // Query head, and row in the tensor.
   int64_t mask_at[kBlock];
-  alignas(64) int32_t limit[kBlock];                       // Keys before it are visible.
-  alignas(64) uint32_t row_low[kBlock], row_high[kBlock];  // For dropout.
-  int64_t limit_least, limit_most;
-  bool one_mask_row;
+  alignas(64) int32_t limit[kBlock];  // Causal mask: only keys before it are visible.
+  alignas(64) uint32_t row_low[kBlock], row_high[kBlock];  // The row number in the dropout mask.
+  int64_t min_limit, max_limit;
+  bool same_mask_row;
 
   template <class T>
-  [[gnu::noinline]] Block(const Attention<T>& a, const Sequence& s, int64_t first_head,
-                          int64_t heads, int64_t begin)
+  [[gnu::noinline]] QueryBlock(const AttentionCommonArgs<T>& a, const Sequence& s,
+                               int64_t first_head, int64_t heads, int64_t begin)
       : rows(std::min<int64_t>(kBlock, heads * s.q_len - begin)),
         vectors(to_vectors(rows) / kLanes),
         batch(s.batch),
-        limit_least(s.k_len),
-        limit_most(0),
-        one_mask_row(true) {
+        min_limit(s.k_len),
+        max_limit(0),
+        same_mask_row(true) {
     for (int64_t r = 0; r < vectors * kLanes; ++r) {
       const int64_t row = begin + std::min(r, rows - 1), i = row % s.q_len;
       head[r] = first_head + row / s.q_len;
       index[r] = s.q_begin + i;
       const int64_t visible = std::clamp<int64_t>(i + s.diagonal + 1, 0, s.k_len);
       limit[r] = int32_t(visible);
-      limit_least = std::min(limit_least, visible);
-      limit_most = std::max(limit_most, visible);
-      mask_at[r] = s.batch * a.mask.batch + head[r] * a.mask.head + index[r] * a.mask.query;
-      one_mask_row &= mask_at[r] == mask_at[0];
+      min_limit = std::min(min_limit, visible);
+      max_limit = std::max(max_limit, visible);
+      mask_at[r] = s.batch * a.mask.batch_stride + head[r] * a.mask.head_stride +
+                   index[r] * a.mask.query_stride;
+      same_mask_row &= mask_at[r] == mask_at[0];
       const uint64_t id = a.stats_at(s.batch, head[r], index[r]);
       row_low[r] = uint32_t(id);
       row_high[r] = uint32_t(id >> 32);
@@ -59,86 +63,91 @@ struct Block {
   }
 };
 
-// to[unit][row] of the rows that row(r) points at; rows past the last are zeros.
-template <class Unit, class RowOf>
-[[gnu::noinline]] void pack_by_columns(const Block& block, int64_t dim, Unit* to, Unit* line,
+// Pack the rows that row(r) points at to [word][row]. Rows past the last are zeros.
+template <class Word, class RowOf>
+[[gnu::noinline]] void pack_by_columns(const QueryBlock& block, int64_t dim, Word* to, Word* line,
                                        RowOf row) {
-  const int64_t n = units<Unit>(dim);
+  const int64_t n = words<Word>(dim);
   for (int64_t first = 0; first < block.vectors * kLanes; first += kLanes) {
-    const Unit* lines[kLanes];
+    const Word* lines[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) {
-      Unit* own = line + i * kMaxDim;
-      lines[i] = own;
+      Word* row_words = line + i * kMaxDim;
+      lines[i] = row_words;
       const int64_t r = first + i;
       if (r < block.rows)
-        pack_row(row(r), dim, n * kPerUnit<Unit>, own);
+        pack_row(row(r), dim, n * kPerWord<Word>, row_words);
       else
-        std::memset(own, 0, n * sizeof(Unit));
+        std::memset(row_words, 0, n * sizeof(Word));
     }
     transpose_rows(lines, n, to + first, kBlock);
   }
 }
 
-// Whether key j of a sequence is ignored.
+// Return true if key padding excludes key j of a sequence.
 template <class T>
-inline bool ignored(const Attention<T>& a, const Sequence& s, int64_t j) {
-  return a.padding && a.padding[s.batch * a.padding_batch + (s.k_begin + j) * a.padding_key];
+inline bool is_ignored(const AttentionCommonArgs<T>& a, const Sequence& s, int64_t j) {
+  return a.padding &&
+         a.padding[s.batch * a.padding_batch_stride + (s.k_begin + j) * a.padding_key_stride];
 }
 
 // Keys [begin, begin + count) of a sequence.
-struct Keys {
+struct KeyTile {
   int64_t begin, count;
-  bool hole[kTile];  // Which of them are ignored.
-  bool holes, any;
+  bool ignored[kTile];  // By key padding.
+  bool any_ignored, any_visible;
 
   template <class T>
-  Keys(const Attention<T>& a, const Sequence& s, int64_t begin_, int64_t end)
-      : begin(begin_), count(std::min(kTile, end - begin_)), holes(false), any(!a.padding) {
+  KeyTile(const AttentionCommonArgs<T>& a, const Sequence& s, int64_t begin_, int64_t end)
+      : begin(begin_),
+        count(std::min(kTile, end - begin_)),
+        any_ignored(false),
+        any_visible(!a.padding) {
     if (!a.padding) return;
     for (int64_t j = 0; j < count; ++j) {
-      hole[j] = ignored(a, s, begin + j);
-      holes |= hole[j];
-      any |= !hole[j];
+      ignored[j] = is_ignored(a, s, begin + j);
+      any_ignored |= ignored[j];
+      any_visible |= !ignored[j];
     }
   }
 };
 
-// Rows of a key or value head as a left operand: [key][unit]. Ignored ones are zeros: there may be
-// NaN in them.
-template <class Unit, class T>
+// Pack rows of a key or value head as a left operand, [key][word]. Ignored rows become zeros: they
+// may hold NaN.
+template <class Word, class T>
 [[gnu::noinline]] void pack_rows(const Heads<const T>& from, const Sequence& s, int64_t head,
-                                 const Keys& keys, int64_t dim, Unit* to) {
-  const int64_t n = units<Unit>(dim);
+                                 const KeyTile& keys, int64_t dim, Word* to) {
+  const int64_t n = words<Word>(dim);
   for (int64_t j = 0; j < keys.count; ++j) {
-    if (keys.holes && keys.hole[j])
-      std::memset(to + j * n, 0, n * sizeof(Unit));
+    if (keys.any_ignored && keys.ignored[j])
+      std::memset(to + j * n, 0, n * sizeof(Word));
     else
-      pack_row(from.at(s.batch, head, s.k_begin + keys.begin + j), dim, n * kPerUnit<Unit>,
+      pack_row(from.at(s.batch, head, s.k_begin + keys.begin + j), dim, n * kPerWord<Word>,
                to + j * n);
   }
 }
 
-// `count` rows, row(j) each, as a right operand whose inner dimension they are; null is zeros.
-template <class Unit, class T, class RowOf>
-[[gnu::noinline]] void pack_inner(int64_t count, int64_t dim, Unit* to, RowOf row) {
+// Pack `count` rows, row(j) each, as a right operand whose inner dimension runs over the rows. A
+// null pointer stands for a row of zeros.
+template <class Word, class T, class RowOf>
+[[gnu::noinline]] void pack_inner(int64_t count, int64_t dim, Word* to, RowOf row) {
   static const T zeros[kMaxDim] = {};
   const int64_t padded = to_vectors(dim);
   for (int64_t j = 0; j < count; j += 2) {
     const T *a = row(j), *b = j + 1 < count ? row(j + 1) : nullptr;
-    if (kPerUnit<Unit> == 1 && j + 1 == count) {
+    if (kPerWord<Word> == 1 && j + 1 == count) {
       pack_row(a ? a : zeros, dim, padded, to + j * padded);
     } else {
-      pack_two_rows(a ? a : zeros, b ? b : zeros, dim, padded, to + j / kPerUnit<Unit> * padded,
+      pack_row_pair(a ? a : zeros, b ? b : zeros, dim, padded, to + j / kPerWord<Word> * padded,
                     padded);
     }
   }
 }
 
-template <class Unit, class T>
+template <class Word, class T>
 inline void pack_inner_keys(const Heads<const T>& from, const Sequence& s, int64_t head,
-                            const Keys& keys, int64_t dim, Unit* to) {
-  pack_inner<Unit, T>(keys.count, dim, to, [&](int64_t j) -> const T* {
-    if (keys.holes && keys.hole[j]) return nullptr;
+                            const KeyTile& keys, int64_t dim, Word* to) {
+  pack_inner<Word, T>(keys.count, dim, to, [&](int64_t j) -> const T* {
+    if (keys.any_ignored && keys.ignored[j]) return nullptr;
     return from.at(s.batch, head, s.k_begin + keys.begin + j);
   });
 }
@@ -147,7 +156,8 @@ struct Byte {
   uint8_t value;
 };
 
-// What a mask element does to a logit: one of bool is an upper bound, one of float is added.
+// Return a mask element as what is combined with the logit. A float is added to it; a bool becomes
+// an upper bound, -infinity or infinity.
 template <class V>
 inline V load(const Byte* p) {
   if constexpr (sizeof(V) == sizeof(float)) {
@@ -159,7 +169,8 @@ inline V load(const Byte* p) {
   }
 }
 
-// The lower halves of each lane, whose type the pointer tells.
+// Return the 16-bit elements in the low halves of the lanes, as floats. The pointer gives their
+// type.
 inline F32 first_of_pairs(const bf16*, U32 pairs) { return std::bit_cast<F32>(pairs << 16); }
 inline F32 first_of_pairs(const f16*, U32 pairs) {
   const U16 halves = narrow(pairs & 0xffff);
@@ -168,10 +179,10 @@ inline F32 first_of_pairs(const f16*, U32 pairs) {
   return load<F32>(elements);
 }
 
-// Writes a tile of the mask, [key][row]; whether any of it lets a key be seen.
+// Write a tile of the mask, [key][row]. Returns false if it masks every key.
 template <class M>
-[[gnu::noinline]] bool pack_mask(const M* mask, int64_t key_step, const Block& block,
-                                 const Keys& keys, float* to) {
+[[gnu::noinline]] bool pack_mask(const M* mask, int64_t key_step, const QueryBlock& block,
+                                 const KeyTile& keys, float* to) {
   F32 top = F32{} - kInfinity;
   const auto put = [&](int64_t j, int64_t first, F32 v) {
     top = max(top, v);
@@ -180,8 +191,8 @@ template <class M>
   for (int64_t first = 0; first < block.vectors * kLanes; first += kLanes) {
     const int64_t* at = block.mask_at + first;
     int64_t j = 0;
-    if (key_step == 1 && !block.one_mask_row) {
-      if constexpr (sizeof(M) == 2) {  // Two keys in a lane: half the shuffles.
+    if (key_step == 1 && !block.same_mask_row) {
+      if constexpr (sizeof(M) == 2) {  // Two keys in a lane: half as many shuffles.
         for (; j + 2 * kLanes <= keys.count; j += 2 * kLanes) {
           U32 v[kLanes];
           for (int i = 0; i < kLanes; ++i) v[i] = load_bits<U32>(mask + at[i] + keys.begin + j);
@@ -203,7 +214,7 @@ template <class M>
     for (; j < keys.count; ++j) {
       const M* key = mask + (keys.begin + j) * key_step;
       F32 v;
-      if (block.one_mask_row)
+      if (block.same_mask_row)
         v = F32{} + load<float>(key + at[0]);
       else
         for (int i = 0; i < kLanes; ++i) v[i] = load<float>(key + at[i]);
@@ -215,8 +226,10 @@ template <class M>
   return false;
 }
 
-inline bool pack_mask(const Mask& mask, const Block& block, const Keys& keys, float* to) {
-  const auto run = [&](const auto* data) { return pack_mask(data, mask.key, block, keys, to); };
+inline bool pack_mask(const Mask& mask, const QueryBlock& block, const KeyTile& keys, float* to) {
+  const auto run = [&](const auto* data) {
+    return pack_mask(data, mask.key_stride, block, keys, to);
+  };
   switch (mask.type) {
     case MaskType::Bool:
       return run(static_cast<const Byte*>(mask.data));
@@ -231,84 +244,84 @@ inline bool pack_mask(const Mask& mask, const Block& block, const Keys& keys, fl
   }
 }
 
-// How a product x = query . key becomes a weight. Units of float take exp(logit - shift). Pairs
-// round it anyway, and fold the scale into a power of two, exp2(x * factor - shift); not with a
-// float mask, which may hold the lowest float.
-template <class Unit>
-struct Exponent {
-  static constexpr bool kPrecise = kPerUnit<Unit> == 1;
-  bool natural;  // x is a logit already, not a product.
+// How a score x becomes an unnormalised weight. With float words: exp(x * scale - shift). With
+// bfloat16 pairs, which round the weight anyway: exp2(x * factor - shift), where factor = scale *
+// log2(e); but not with a float mask, which may hold the lowest float and would overflow.
+template <class Word>
+struct SoftmaxExp {
+  static constexpr bool kPrecise = kPerWord<Word> == 1;
+  bool takes_logits;  // x is a logit already, not a score.
   float scale, factor;
 
   template <class T>
-  explicit Exponent(const Attention<T>& a)
-      : natural(a.mask.type > MaskType::Bool || a.scale == 0),
+  explicit SoftmaxExp(const AttentionCommonArgs<T>& a)
+      : takes_logits(a.mask.type > MaskType::Bool || a.scale == 0),
         scale(a.scale),
         factor(a.scale * kLog2E) {}
 
-  F32 logit(F32 x) const { return natural ? x : x * scale; }
-  F32 shift(F32 logit) const { return natural || kPrecise ? logit : logit * kLog2E; }
-  F32 power(F32 x, F32 shift) const {
+  F32 logit(F32 x) const { return takes_logits ? x : x * scale; }
+  F32 shift(F32 logit) const { return takes_logits || kPrecise ? logit : logit * kLog2E; }
+  F32 exp(F32 x, F32 shift) const {
     if constexpr (kPrecise)
-      return exp_negative(natural ? x - shift : fma(x, F32{} + scale, -shift));
+      return exp_negative(takes_logits ? x - shift : fma(x, F32{} + scale, -shift));
     else
-      return exp2_negative(natural ? (x - shift) * kLog2E : fma(x, F32{} + factor, -shift));
+      return exp2_negative(takes_logits ? (x - shift) * kLog2E : fma(x, F32{} + factor, -shift));
   }
-  // What sums of powers have to be multiplied by when the shift changes.
-  F32 change(F32 from, F32 to) const {
-    return exp_negative((from - to) * (natural || kPrecise ? 1 : 1 / kLog2E));
+  // Return the factor for existing sums when the shift changes.
+  F32 rescale(F32 from, F32 to) const {
+    return exp_negative((from - to) * (takes_logits || kPrecise ? 1 : 1 / kLog2E));
   }
 };
 
-// Applies all masks to a tile of products; body(j, v, x) gets each vector, with x as Exponent
-// takes it; products that change are stored.
-template <int kVectors, class Unit, class Body>
-[[gnu::always_inline]] inline void mask_products(const Block& block, const Keys& keys,
-                                                 const Exponent<Unit>& exponent, MaskType type,
-                                                 const float* mask, float* products, Body body) {
-  const bool edge = block.limit_least < keys.begin + keys.count;
-  if (!edge && !keys.holes && !exponent.natural && type == MaskType::None) {
+// Apply all masks to a tile of scores. body(j, v, x) gets each vector, with x as SoftmaxExp::exp
+// takes it. Scores that change are stored.
+template <int kVectors, class Word, class Body>
+[[gnu::always_inline]] inline void mask_scores(const QueryBlock& block, const KeyTile& keys,
+                                               const SoftmaxExp<Word>& softmax_exp, MaskType type,
+                                               const float* mask, float* scores, Body body) {
+  const bool has_limit = block.min_limit < keys.begin + keys.count;
+  if (!has_limit && !keys.any_ignored && !softmax_exp.takes_logits && type == MaskType::None) {
     for (int64_t j = 0; j < keys.count; ++j)
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) body(j, v, load<F32>(products + j * kBlock + v * kLanes));
+      for (int v = 0; v < kVectors; ++v) body(j, v, load<F32>(scores + j * kBlock + v * kLanes));
     return;
   }
-  if (!edge && !keys.holes && type > MaskType::Bool) {
+  if (!has_limit && !keys.any_ignored && type > MaskType::Bool) {
     for (int64_t j = 0; j < keys.count; ++j)
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         const int64_t at = j * kBlock + v * kLanes;
-        const F32 x = fma(load<F32>(products + at), F32{} + exponent.scale, load<F32>(mask + at));
-        store(products + at, x);
+        const F32 x = fma(load<F32>(scores + at), F32{} + softmax_exp.scale, load<F32>(mask + at));
+        store(scores + at, x);
         body(j, v, x);
       }
     return;
   }
-  const F32 nothing = F32{} - kInfinity;
+  const F32 masked = F32{} - kInfinity;
   for (int64_t j = 0; j < keys.count; ++j) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const int64_t at = j * kBlock + v * kLanes;
-      F32 x = load<F32>(products + at);
+      F32 x = load<F32>(scores + at);
       if (type > MaskType::Bool) {
-        x = fma(x, F32{} + exponent.scale, load<F32>(mask + at));
+        x = fma(x, F32{} + softmax_exp.scale, load<F32>(mask + at));
       } else {
-        if (exponent.natural) x *= exponent.scale;
-        if (type == MaskType::Bool) x = load<F32>(mask + at) == nothing ? nothing : x;
+        if (softmax_exp.takes_logits) x *= softmax_exp.scale;
+        if (type == MaskType::Bool) x = load<F32>(mask + at) == masked ? masked : x;
       }
-      if (edge) {
+      if (has_limit) {
         const I32 limit = load_bits<I32>(block.limit + v * kLanes);
-        x = limit > int32_t(keys.begin + j) ? x : nothing;
+        x = limit > int32_t(keys.begin + j) ? x : masked;
       }
-      if (keys.holes && keys.hole[j]) x = nothing;
-      store(products + at, x);
+      if (keys.any_ignored && keys.ignored[j]) x = masked;
+      store(scores + at, x);
       body(j, v, x);
     }
   }
 }
 
-// The dropout factors of four keys, from key j on (a multiple of 4), for kLanes rows.
-[[gnu::noinline]] inline void dropout_of_keys(const Dropout& dropout, const Block& block,
+// Compute the dropout factors of four keys, from `key` on (a multiple of 4), for kLanes rows.
+[[gnu::noinline]] inline void dropout_of_keys(const Dropout& dropout, const QueryBlock& block,
                                               int64_t key, int v, F32 factors[4]) {
   U32 c[4] = {U32{} + uint32_t(key / 4), load_bits<U32>(block.row_low + v * kLanes),
               load_bits<U32>(block.row_high + v * kLanes), U32{} + uint32_t(dropout.offset)};
@@ -316,7 +329,7 @@ template <int kVectors, class Unit, class Body>
   for (int i = 0; i < 4; ++i) factors[i] = dropout_factors(dropout, c[i]);
 }
 
-// Calls body with the number of vectors as a constant.
+// Call body with the number of vectors as a compile-time constant.
 template <class Body>
 inline void with_vectors(int64_t vectors, Body body) {
   switch (vectors) {

@@ -1,4 +1,4 @@
-// Powers, and what else softmax does with vectors.
+// Vectorised exponentials and the maximum, as softmax needs them.
 #pragma once
 
 #include "vec.h"
@@ -8,7 +8,7 @@ namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
 
-// b where a is not greater, so that NaN in b stays.
+// Return the maximum; b if a or b is NaN.
 inline F32 max(F32 a, F32 b) {
 #if defined(__AVX512F__)
   return F32(_mm512_max_ps(__m512(a), __m512(b)));
@@ -17,8 +17,8 @@ inline F32 max(F32 a, F32 b) {
 #endif
 }
 
-// 2^whole in each lane, times p; whole is an integer. Below 2^-126 it is 0: where results are
-// subnormal some CPUs take a hundred times as long.
+// Return p * 2^whole, where `whole` holds integers. Results below 2^-126 are flushed to 0: on some
+// CPUs subnormal results take a hundred times as long.
 [[gnu::always_inline]] inline F32 times_power_of_two(F32 p, F32 whole) {
 #if defined(__AVX512F__)
   const __mmask16 normal =
@@ -38,8 +38,8 @@ inline F32 max(F32 a, F32 b) {
 #endif
 }
 
-// e^t to float's last digit, and 2^t to 1e-7, for t up to 0 or just above: -infinity gives 0, NaN
-// stays NaN.
+// exp_negative returns e^t to the last digit of a float, exp2_negative 2^t to 1e-7, for t <= 0 or
+// slightly above. -infinity gives 0, NaN stays NaN.
 [[gnu::always_inline]] inline F32 exp_negative(F32 t) {
   t = max(F32{} - 200, t);
   const F32 whole = round_to_whole(t * kLog2E);

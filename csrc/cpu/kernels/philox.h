@@ -1,14 +1,14 @@
-// Philox4x32-10 (Salmon et al., SC 2011), vectorised over consecutive counters.
-// The definition that this repeats bit for bit is llmos_kernels/ops/_dropout.py.
+// Philox4x32-10 random numbers (Salmon et al., SC 2011) for dropout, vectorised over consecutive
+// counters. The bits equal those of the definition in llmos_kernels/ops/_dropout.py.
 #pragma once
 
-#include "../philox.h"
+#include "../dropout.h"
 #include "vec.h"
 
 namespace llmos {
 namespace {
 
-// The high and low halves of a * m in each lane.
+// Compute the high and low 32 bits of a * m in each lane.
 inline void multiply_wide(U32 a, uint32_t m, U32& high, U32& low) {
 #if defined(__AVX512F__)
   const __m512i factor = _mm512_set1_epi32(int(m)), even = _mm512_mul_epu32(__m512i(a), factor);
@@ -27,7 +27,7 @@ inline void multiply_wide(U32 a, uint32_t m, U32& high, U32& low) {
 #endif
 }
 
-// Turns the counters c of each lane into its four random words.
+// Replace the four counters c of each lane by four random words.
 inline void philox(const Dropout& dropout, U32 c[4]) {
   uint32_t key0 = uint32_t(dropout.seed), key1 = uint32_t(dropout.seed >> 32);
   for (int round = 0; round < 10; ++round) {
@@ -43,12 +43,13 @@ inline void philox(const Dropout& dropout, U32 c[4]) {
   }
 }
 
-// 0 or the scale of kept elements for each random word.
+// Return 0 or the scale of elements that are not dropped, for each random word.
 inline F32 dropout_factors(const Dropout& dropout, U32 word) {
   return word < dropout.threshold ? F32{} : F32{} + dropout.scale;
 }
 
-// Writes the factors of columns [begin, begin + 4 * kLanes) of a row; begin % 4 == 0.
+// Write the dropout factors of columns [begin, begin + 4 * kLanes) of a row; begin is a multiple
+// of 4.
 inline void dropout_block(const Dropout& dropout, int64_t row, int64_t begin, float* factors) {
   uint32_t counters[kLanes];
   for (int i = 0; i < kLanes; ++i) counters[i] = uint32_t(begin / 4 + i);
@@ -63,7 +64,7 @@ inline void dropout_block(const Dropout& dropout, int64_t row, int64_t begin, fl
   for (int i = 0; i < 4; ++i) store(factors + i * kLanes, dropout_factors(dropout, word[i]));
 }
 
-// Calls body(begin, count, factors) for each piece of a row's d columns.
+// Call body(begin, count, factors) for consecutive pieces of a row of d columns.
 template <class Body>
 inline void for_each_dropout_block(const Dropout& dropout, int64_t row, int64_t d, Body body) {
   constexpr int64_t width = 4 * kLanes;

@@ -1,7 +1,7 @@
-// A vector of floats as wide as the CPU level has, and the loop that uses it.
+// Vectors of the width that the ISA has, and the loops over rows that use them.
 //
-// Everything here has internal linkage: the file is compiled once per level, and
-// the linker must never hand one level's code to another.
+// Everything here has internal linkage: the file is compiled once per ISA, and the linker must
+// never merge the code of two ISAs.
 #pragma once
 
 #include <bit>
@@ -14,13 +14,13 @@
 #include <immintrin.h>
 #endif
 
-#include "../dispatch.h"
+#include "../isa_table.h"
 
 namespace llmos {
 namespace {
 
 template <class T>
-constexpr bool kGains = gains<T>(LLMOS_CPU_LEVEL);
+constexpr bool kIsaBenefits = isa_benefits<T>(LLMOS_ISA);
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
@@ -35,7 +35,7 @@ using U32 = uint32_t __attribute__((vector_size(4 * kLanes)));
 using U16 = uint16_t __attribute__((vector_size(2 * kLanes)));
 using U64 = uint64_t __attribute__((vector_size(8 * kLanes)));
 using I32 = int32_t __attribute__((vector_size(4 * kLanes)));
-using I8 = int8_t __attribute__((vector_size(2 * kLanes)));  // Twice as many.
+using I8 = int8_t __attribute__((vector_size(2 * kLanes)));  // Twice as many lanes.
 using I16 = int16_t __attribute__((vector_size(4 * kLanes)));
 
 template <class V>
@@ -45,7 +45,7 @@ inline V load_bits(const void* p) {
   return v;
 }
 
-// gcc takes both conversions apart into halves; AVX-512 and AVX2 have one instruction for each.
+// gcc splits both conversions into halves; AVX-512 and AVX2 have one instruction for each.
 inline U32 widen(U16 v) {
 #if defined(__AVX512F__)
   return U32(_mm512_cvtepu16_epi32(__m256i(v)));
@@ -68,7 +68,7 @@ inline U16 narrow(U32 v) {
 #endif
 }
 
-// Always the same order: halves, quarters, ... pairs.
+// Return the sum of all lanes, always in the same order: halves, quarters, ... pairs.
 inline float horizontal_sum(F32 v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps(__m512(v));
@@ -81,8 +81,8 @@ inline float horizontal_sum(F32 v) {
 #endif
 }
 
-// a * b + c, rounded once where the level can. The compiler fuses nothing by itself, so that a
-// row's bits do not depend on which loop it falls into.
+// Return a * b + c, rounded once if the ISA has FMA. The compiler does not contract expressions
+// itself, so that the bits of a row do not depend on the loop that handles it.
 inline F32 fma(F32 a, F32 b, F32 c) {
 #if defined(__AVX512F__)
   return F32(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
@@ -103,7 +103,7 @@ inline float fma(float a, float b, float c) {
 
 inline float half_to_float(uint16_t bits) {
   const uint32_t sign = uint32_t(bits & 0x8000) << 16, magnitude = uint32_t(bits & 0x7fff) << 13;
-  // The exponent is 112 too small as a float; the product also normalises subnormals.
+  // As a float its exponent is 112 too small; the product also normalises subnormals.
   const uint32_t finite = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f);
   const uint32_t special = magnitude | 0x7f800000;
   return std::bit_cast<float>(sign | (magnitude >= 0x0f800000 ? special : finite));
@@ -122,7 +122,7 @@ inline uint16_t float_to_half(float value) {
   return uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13));
 }
 
-// Upper half of a float, rounded to nearest even; a NaN stays a quiet NaN.
+// Return the upper half of a float, rounded to nearest even. NaN stays a quiet NaN.
 template <class U>
 inline U bf16_bits(U bits) {
   const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -187,7 +187,7 @@ inline void store(bf16* p, float v) { p->bits = uint16_t(bf16_bits(std::bit_cast
 
 inline void store(bf16* p, F32 v) {
 #if defined(__AVX512BF16__)
-  // The instruction takes subnormals for 0.
+  // The instruction treats subnormals as 0.
   constexpr int kSubnormal = 0x20;
   if (!_mm512_fpclass_ps_mask(__m512(v), kSubnormal)) [[likely]] {
     const __m256bh bits = _mm512_cvtneps_pbh(__m512(v));
@@ -213,7 +213,7 @@ inline void store(f16* p, F32 v) {
 #endif
 }
 
-// Stores v, and returns it as it was stored.
+// Store v, and returns it rounded to the type it is stored as.
 template <class V>
 inline V store_rounded(float* p, V v) {
   store(p, v);
@@ -226,8 +226,8 @@ inline V store_rounded(T* p, V v) {
   return load<V>(p);
 }
 
-// The first n lanes in memory; the others are 0. Lanes that are set one by one would keep the whole
-// vector in memory, also where all of them are wanted.
+// Load the first n lanes; the others are 0. Setting lanes one by one would keep the whole vector
+// in memory, even if all lanes are wanted.
 template <class V, class T>
 [[gnu::always_inline]] inline V load_lanes(const T* p, int64_t n) {
   constexpr int64_t count = sizeof(V) / 4;
@@ -258,20 +258,20 @@ inline void zip(V a, V b, V& first, V& second, std::index_sequence<kLane...>) {
   second = __builtin_shufflevector(a, b, int(n / 2 + kLane / 2 + kLane % 2 * n)...);
 }
 
-// The lanes of a and b in turn: a0 b0 a1 b1 ...
+// Interleave the lanes of a and b: a0 b0 a1 b1 ...
 template <class V>
 inline void zip(V a, V b, V& first, V& second) {
   zip(a, b, first, second, std::make_index_sequence<kLanes>{});
 }
 
-// What a loop body is called with: the type to load, and which of four partial sums it feeds.
+// The argument of a loop body: the type to load, and the partial sum (of four) that it adds to.
 template <class V_, int kPart_>
 struct Part {
   using V = V_;
   static constexpr int kPart = kPart_;
 };
 
-// Calls body(Part, i) over [0, d): four vectors at a time, then one, then single elements.
+// Call body(Part, i) over [0, d): four vectors at a time, then one, then single elements.
 template <class Body>
 [[gnu::always_inline]] inline void sweep(int64_t d, Body body) {
   int64_t i = 0;
@@ -288,7 +288,7 @@ template <class Body>
 // Elements after which a sum starts new partial sums.
 constexpr int64_t kFoldEvery = 128 * kLanes;
 
-// A sum over a sweep: always the same order, whatever row or thread it runs on.
+// A sum over a sweep. The order of additions is always the same, whatever the row or thread.
 struct Sum {
   F32 part[4] = {};
   float tail = 0, before = 0;
@@ -312,11 +312,11 @@ struct Sum {
     return before + (horizontal_sum((part[0] + part[1]) + (part[2] + part[3])) + tail);
   }
 
-  // Starts new partial sums: those of a wide row would grow long and lose digits.
+  // Start new partial sums: one long float32 sum would be less precise.
   void fold() { *this = {.before = total()}; }
 };
 
-// A sweep that feeds sums.
+// A sweep that adds to sums.
 template <class Body, class... Sums>
 [[gnu::always_inline]] inline void sweep_sums(int64_t d, Body body, Sums&... sums) {
   if (d <= kFoldEvery) return sweep(d, body);

@@ -1,0 +1,112 @@
+// The attention ops after the forward: gradients, and the attention weights as a tensor.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "../attention.h"
+#include "../layer_norm.h"
+#include "attention_inputs.h"
+
+namespace llmos {
+namespace {
+
+std::vector<AttentionTask> blocks(int64_t batch, int64_t heads, int64_t rows, int64_t block) {
+  std::vector<AttentionTask> tasks;
+  const int64_t n = (rows + block - 1) / block;
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t i = 0; i < n; ++i) tasks.push_back({b, h, alternating(i, n), 0, 0, nullptr});
+  return tasks;
+}
+
+Tensor weights(const Tensor& query, const Tensor& key, const Optional& mask,
+               const Optional& padding, const Tensor& stats_, double scale, int64_t causal,
+               double dropout_p, const Optional& seed, bool mean) {
+  const AttentionInputs in(query, key, key, mask, padding, {}, {}, scale, causal, dropout_p, seed);
+  const ScalarType dtype = query.scalar_type();
+  Tensor out = mean ? output(query, {in.batch, in.q_total, in.k_total}, dtype)
+                    : output(query, {in.batch, in.heads, in.q_total, in.k_total}, dtype);
+  if (out.numel() == 0) return out;
+  const Tensor stats = llmos::contiguous(stats_);
+  // The kernels only read the statistics.
+  float* m = const_cast<float*>(data<float>(stats));
+  for_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    const auto& kernel = *task_kernel<AttentionWeightsArgs<T>>.best();
+    const AttentionWeightsArgs<T> args{in.of<T>(m, m + in.batch * in.heads * in.q_total),
+                                       mutable_data<T>(out), mean};
+    const double work = double(in.q_total) * in.k_total * in.heads * in.batch * in.dim;
+    run_in_parallel(kernel, args, blocks(in.batch, mean ? 1 : in.heads, in.q_total, kernel.block),
+                    work);
+  });
+  return out;
+}
+
+// Compute the gradient of attn_mask, in float32.
+template <class T>
+void mask_gradient(const AttentionInputs& in, const AttentionBackwardArgs<T>& backward,
+                   const Tensor& dmask) {
+  float* to = mutable_data<float>(dmask);
+  std::fill_n(to, dmask.numel(), 0.0f);
+  const AttentionMaskBackwardArgs<T> args{
+      backward, to, dmask.size(0), dmask.size(1), dmask.size(2), dmask.size(3), in.batch};
+  const auto& kernel = *task_kernel<AttentionMaskBackwardArgs<T>>.best();
+  const double work = double(in.q_total) * in.k_total * in.heads * in.batch * (in.dim + in.v_dim);
+  run_in_parallel(kernel, args, blocks(args.batch, args.heads, args.q_len, kernel.block), work);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout_, const Tensor& query,
+                                                    const Tensor& key, const Tensor& value,
+                                                    const Optional& mask, const Optional& padding,
+                                                    const Optional& cu_q, const Optional& cu_k,
+                                                    const Tensor& out_, const Tensor& stats_,
+                                                    double scale, int64_t causal, double dropout_p,
+                                                    const Optional& seed, bool mask_grad) {
+  const AttentionInputs in(query, key, value, mask, padding, cu_q, cu_k, scale, causal, dropout_p,
+                           seed);
+  const ScalarType dtype = query.scalar_type();
+  Tensor dquery = output(query, {in.batch, in.q_total, in.heads, in.dim}, dtype);
+  Tensor dkey = output(query, {in.batch, in.k_total, in.kv_heads, in.dim}, dtype);
+  Tensor dvalue = output(query, {in.batch, in.k_total, in.kv_heads, in.v_dim}, dtype);
+  const ScalarType mask_dtype = mask_grad ? mask->scalar_type() : dtype;
+  Tensor dmask = mask_grad ? output(query, mask->sizes(), mask_dtype) : output(query, {0}, dtype);
+  const Tensor dout = AttentionInputs::with_contiguous_rows(dout_), out = llmos::contiguous(out_);
+  const Tensor stats = llmos::contiguous(stats_);
+  float* m = const_cast<float*>(data<float>(stats));
+
+  for_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    const auto& kernel = *task_kernel<AttentionBackwardArgs<T>>.best();
+    const auto out_heads = AttentionInputs::output_heads<T>(out);
+    const AttentionBackwardArgs<T> args{
+        .common = in.of<T>(m, m + in.batch * in.heads * in.q_total),
+        .dout = AttentionInputs::heads_of<T>(dout),
+        .out = {out_heads.data, out_heads.batch_stride, out_heads.head_stride,
+                out_heads.row_stride},
+        .dquery = AttentionInputs::output_heads<T>(dquery),
+        .dkey = AttentionInputs::output_heads<T>(dkey),
+        .dvalue = AttentionInputs::output_heads<T>(dvalue),
+    };
+    const double work = double(in.q_total) * in.k_longest * in.heads * in.batch;
+    run_in_parallel(kernel, args, blocks(int64_t(in.sequences.size()), in.kv_heads, 1, 1),
+                    work * (3 * in.dim + 2 * in.v_dim));
+    if (!mask_grad || dmask.numel() == 0) return;
+    if (mask_dtype == ScalarType::Float) return mask_gradient(in, args, dmask);
+    const Tensor sums = output(query, dmask.sizes(), ScalarType::Float);
+    mask_gradient(in, args, sums);
+    for_dtype(mask_dtype, [&](auto w) {
+      using W = decltype(w);
+      sum_partials<W>.best()(data<float>(sums), 1, 0, mutable_data<W>(dmask), 0, dmask.numel());
+    });
+  });
+  return {dquery, dkey, dvalue, dmask};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(llmos, CPU, m) {
+  m.impl("attention_weights", TORCH_BOX(&weights));
+  m.impl("attention_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace llmos

@@ -1,0 +1,82 @@
+// Helpers that the host code of every CPU op uses: typed pointers, dtype dispatch, dropout
+// parameters, scratch memory, and the parallel loop over tasks.
+#pragma once
+
+#include <memory>
+#include <new>
+#include <optional>
+#include <vector>
+
+#include "../../tensor_view.h"
+#include "../dropout.h"
+#include "../isa_table.h"
+#include "../task_kernel.h"
+
+namespace llmos {
+
+using Optional = std::optional<Tensor>;
+
+template <class T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// Return the dropout parameters. seed [2] is int64: the Philox seed and offset.
+inline Dropout dropout_of(double p, const Optional& seed) {
+  if (p == 0 || !seed) return {};
+  STD_TORCH_CHECK(
+      seed->numel() == 2 && seed->scalar_type() == ScalarType::Long && seed->is_contiguous(),
+      "seed must be 2 contiguous int64, got ", seed->numel(), " elements");
+  const int64_t* value = data<int64_t>(*seed);
+  return {uint64_t(value[0]), uint64_t(value[1]), uint32_t(p * 0x1p32), float(1 / (1 - p))};
+}
+
+// Call body(T{}) with the element type of dtype.
+template <class Body>
+void for_dtype(ScalarType dtype, Body body) {
+  if (dtype == ScalarType::Float) return body(float{});
+  if (dtype == ScalarType::BFloat16) return body(bf16{});
+  if (dtype == ScalarType::Half) return body(f16{});
+  STD_TORCH_CHECK(false, "no kernel for dtype ", int(dtype));
+}
+
+using Floats = std::unique_ptr<float[]>;
+
+inline Floats floats(int64_t n) { return std::make_unique_for_overwrite<float[]>(n); }
+
+// An uninitialised float buffer, aligned to a cache line.
+struct AlignedFloats {
+  static constexpr auto kAlignment = std::align_val_t(64);
+  struct Free {
+    void operator()(float* p) const { ::operator delete[](p, kAlignment); }
+  };
+  std::unique_ptr<float, Free> data;
+
+  explicit AlignedFloats(int64_t n)
+      : data(static_cast<float*>(::operator new[](n * sizeof(float), kAlignment))) {}
+};
+
+// Run the tasks on torch's threads, each thread with a scratch buffer of its own. `work` is the
+// number of multiply-accumulates.
+template <class Args>
+void run_in_parallel(const TaskKernel<Args>& kernel, const Args& args,
+                     const std::vector<typename Args::Task>& tasks, double work) {
+  const auto run = [&](int64_t begin, int64_t end) {
+    const AlignedFloats scratch(kernel.scratch(args));
+    kernel.run(args, tasks.data() + begin, end - begin, scratch.data.get());
+  };
+  constexpr double kGrain = 1 << 19;  // Below this, starting threads costs more time than it saves.
+  const int64_t count = int64_t(tasks.size());
+  if (work <= kGrain) {
+    if (count) run(0, count);
+    return;
+  }
+  torch::stable::parallel_for(0, count, 1, run);
+}
+
+}  // namespace llmos

@@ -1,0 +1,208 @@
+// The ops of linear layers: forward, gradients, and the activation alone.
+#include "../linear.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "../layer_norm.h"
+#include "common.h"
+#include "gemm_tasks.h"
+
+namespace llmos {
+namespace {
+
+// A matrix that a GEMM can read: the stride of rows or of columns is 1.
+struct Operand {
+  Tensor tensor;
+  int64_t row_stride, column_stride;
+
+  explicit Operand(const Tensor& t)
+      : tensor(has_unit_stride(t) ? t : torch::stable::contiguous(t)),
+        row_stride(1),
+        column_stride(1) {
+    if (is_contiguous_along(tensor, 1))
+      row_stride = tensor.size(0) == 1 ? tensor.size(1) : tensor.stride(0);
+    else
+      column_stride = tensor.stride(1);
+  }
+
+  static bool is_contiguous_along(const Tensor& t, int64_t dim) {
+    return t.stride(dim) == 1 || t.size(dim) == 1;
+  }
+  static bool has_unit_stride(const Tensor& t) {
+    return is_contiguous_along(t, 0) || is_contiguous_along(t, 1);
+  }
+
+  template <class T>
+  Matrix<T> of() const {
+    return {data<T>(tensor), row_stride, column_stride};
+  }
+};
+
+Epilogue epilogue(int64_t activation, double dropout_p, const Optional& seed) {
+  return {Activation(activation), dropout_of(dropout_p, seed)};
+}
+
+template <class T>
+void gemv(const LinearForwardArgs<T>& a, double work) {
+  if (a.weight.column_stride == 1) {
+    const auto& kernel = *task_kernel<LinearGemvArgs<T>>.best();
+    return run_in_parallel(kernel, LinearGemvArgs<T>{a}, range_tasks(a.outer, kernel.block), work);
+  }
+  // Find the input columns that are not zero in every row (after relu many are): the others need no
+  // column of the weight.
+  const Floats x = floats(a.rows * a.inner);
+  for (int64_t r = 0; r < a.rows; ++r)
+    to_float<T>.best()(a.input.at(r, 0), x.get() + r * a.inner, a.inner);
+  std::vector<int32_t> index;
+  std::vector<float> values;
+  for (int64_t k = 0; k < a.inner; ++k) {
+    const auto at = [&](int64_t r) { return x[r * a.inner + k]; };
+    bool any_nonzero = false;
+    for (int64_t r = 0; r < a.rows; ++r) any_nonzero |= at(r) != 0;
+    if (!any_nonzero) continue;
+    index.push_back(int32_t(k));
+    for (int64_t r = 0; r < a.rows; ++r) values.push_back(at(r));
+  }
+  const LinearSparseGemvArgs<T> args{a, index.data(), values.data(), int64_t(index.size())};
+  const auto& kernel = *task_kernel<LinearSparseGemvArgs<T>>.best();
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t columns_per_task =
+      std::clamp<int64_t>((a.outer + threads - 1) / threads, 256, kernel.block);
+  run_in_parallel(kernel, args, range_tasks(a.outer, (columns_per_task + 15) / 16 * 16), work);
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight_,
+                                   const Optional& bias_, int64_t activation, double dropout_p,
+                                   const Optional& seed, bool save_pre_activation) {
+  const int64_t rows = input.size(0), inner = input.size(1), outer = weight_.size(0);
+  Tensor out = output(input, {rows, outer}, input.scalar_type());
+  Tensor pre_activation =
+      save_pre_activation ? output_like(out) : output(input, {0}, input.scalar_type());
+  if (out.numel() == 0) return {out, pre_activation};
+  const bool use_gemv = rows <= kGemvMaxRows && inner > 0;
+  const Operand x(use_gemv ? llmos::contiguous(input) : input), weight(weight_);
+  Optional bias;
+  if (bias_) bias = llmos::contiguous(*bias_);
+  for_dtype(input.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    const LinearForwardArgs<T> a{x.of<T>(),
+                                 weight.of<T>(),
+                                 bias ? data<T>(*bias) : nullptr,
+                                 mutable_data<T>(out),
+                                 save_pre_activation ? mutable_data<T>(pre_activation) : nullptr,
+                                 rows,
+                                 inner,
+                                 outer,
+                                 epilogue(activation, dropout_p, seed),
+                                 rows < kTransposedBelowRows};
+    const double work = double(rows) * inner * outer;
+    if (use_gemv) return gemv(a, work);
+    const auto& kernel = *task_kernel<LinearForwardArgs<T>>.best();
+    const int64_t max_columns = max_panel_columns(kernel, inner);
+    const auto tasks = a.transposed
+                           ? gemm_tasks(rows, kernel.block, outer, kBlockRows, max_columns)
+                           : gemm_tasks(outer, kernel.block, rows, kBlockRows, max_columns);
+    run_in_parallel(kernel, a, tasks, work);
+  });
+  return {out, pre_activation};
+}
+
+std::tuple<Tensor, Tensor> dinput(const Tensor& dout_, const Tensor& weight_,
+                                  const Optional& saved_, int64_t activation, double dropout_p,
+                                  const Optional& seed) {
+  const int64_t rows = dout_.size(0), outer = dout_.size(1), inner = weight_.size(1);
+  const ScalarType dtype = dout_.scalar_type();
+  Tensor result = output(dout_, {rows, inner}, dtype);
+  Tensor dbias = output(dout_, {saved_ ? inner : 0}, dtype);
+  const Operand dout(dout_), weight(weight_);
+  Optional saved;
+  if (saved_) saved = llmos::contiguous(*saved_);
+  const int64_t chunks = (rows + kChunkRows - 1) / kChunkRows;
+  const Floats sums = floats(saved ? chunks * inner : 0);
+  for_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    const LinearDinputArgs<T> a{dout.of<T>(),
+                                weight.of<T>(),
+                                saved ? data<T>(*saved) : nullptr,
+                                mutable_data<T>(result),
+                                saved ? sums.get() : nullptr,
+                                rows,
+                                inner,
+                                outer,
+                                epilogue(activation, dropout_p, seed)};
+    const auto& kernel = *task_kernel<LinearDinputArgs<T>>.best();
+    run_in_parallel(
+        kernel, a,
+        gemm_tasks(inner, kernel.block, rows, kChunkRows, max_panel_columns(kernel, outer)),
+        double(rows) * inner * outer);
+    if (saved) sum_partials<T>.best()(sums.get(), chunks, inner, mutable_data<T>(dbias), 0, inner);
+  });
+  return {result, dbias};
+}
+
+std::tuple<Tensor, Tensor> dweight(const Tensor& dout_, const Tensor& input_, bool bias) {
+  const int64_t rows = dout_.size(0), outer = dout_.size(1), inner = input_.size(1);
+  const ScalarType dtype = dout_.scalar_type();
+  Tensor result = output(dout_, {outer, inner}, dtype);
+  Tensor dbias = output(dout_, {bias ? outer : 0}, dtype);
+  const Operand dout(dout_), input(input_);
+  for_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    const LinearDweightArgs<T> a{dout.of<T>(),
+                                 input.of<T>(),
+                                 mutable_data<T>(result),
+                                 bias ? mutable_data<T>(dbias) : nullptr,
+                                 rows,
+                                 inner,
+                                 outer};
+    const auto& kernel = *task_kernel<LinearDweightArgs<T>>.best();
+    run_in_parallel(
+        kernel, a,
+        gemm_tasks(inner, kernel.block, outer, kBlockRows, max_panel_columns(kernel, rows, 4)),
+        double(rows) * inner * outer);
+  });
+  return {result, dbias};
+}
+
+Tensor activation_pass(const Optional& dout_, const Tensor& saved_, int64_t activation,
+                       double dropout_p, const Optional& seed) {
+  Tensor result = output_like(saved_);
+  const int64_t rows = saved_.size(0), columns = saved_.size(1);
+  const Tensor saved = llmos::contiguous(saved_);
+  Optional dout;
+  if (dout_) dout = llmos::contiguous(*dout_);
+  for_dtype(saved.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    const ActivationArgs<T> a{dout ? data<T>(*dout) : nullptr, data<T>(saved),
+                              mutable_data<T>(result), columns,
+                              epilogue(activation, dropout_p, seed)};
+    const auto& kernel = *task_kernel<ActivationArgs<T>>.best();
+    run_in_parallel(kernel, a, range_tasks(rows, kernel.block), 16.0 * rows * columns);
+  });
+  return result;
+}
+
+Tensor activation_forward(const Tensor& saved, int64_t activation, double dropout_p,
+                          const Optional& seed) {
+  return activation_pass({}, saved, activation, dropout_p, seed);
+}
+
+Tensor activation_backward(const Tensor& dout, const Tensor& saved, int64_t activation,
+                           double dropout_p, const Optional& seed) {
+  return activation_pass(dout, saved, activation, dropout_p, seed);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(llmos, CPU, m) {
+  m.impl("linear_forward", TORCH_BOX(&forward));
+  m.impl("linear_dinput", TORCH_BOX(&dinput));
+  m.impl("linear_dweight", TORCH_BOX(&dweight));
+  m.impl("activation_forward", TORCH_BOX(&activation_forward));
+  m.impl("activation_backward", TORCH_BOX(&activation_backward));
+}
+
+}  // namespace llmos

@@ -1,0 +1,165 @@
+// PanelGemm: GEMMs of whole matrices, c[i][j] = sum over k of left[i][k] right[k][j].
+//
+// The columns of c are divided into panels, one a task, and a panel into micro-panels of a few
+// vectors. A panel of the right operand is packed to VNNI layout, one micro-panel after the other
+// and kDepth words deep at a time. The left operand is read in place if its rows are in that layout
+// already, else it is packed in small blocks.
+#pragma once
+
+#include "../linear.h"
+#include "microkernel.h"
+#include "register_kernel.h"
+
+namespace llmos {
+namespace {
+
+constexpr int64_t kMicroPanel = 4 * kLanes;  // Columns of c in a micro-panel.
+// Words of depth that are packed at a time: such a panel fits in the L2 cache.
+constexpr int64_t kDepth = 768;
+constexpr int64_t kBlockDepth = 128;
+
+template <class T>
+class PanelGemm {
+ public:
+  using U = WordOf<T>;
+  // AMX is so fast that reading the left operand once for each narrow panel would limit it.
+  static constexpr int64_t kPanel = (kUsesAmx<U> ? 6 : 2) * kMicroPanel;
+
+  explicit PanelGemm(Scratch& scratch)
+      : packed_(scratch.take<U>(kDepth * kPanel)),
+        left_(scratch.take<U>(kBlockRows * kBlockDepth)),
+        transposed_(scratch.take<U>(kUsesAmx<U> * kBlockRows * kBlockDepth)),
+        row_buffer_(scratch.take<U>(kLanes * kDepth)),
+        sums_(scratch.take(kChunkRows * kPanel)) {}
+
+  static int64_t scratch() {
+    return Scratch::size<U>(kDepth * kPanel) +
+           (1 + kUsesAmx<U>)*Scratch::size<U>(kBlockRows * kBlockDepth) +
+           Scratch::size<U>(kLanes * kDepth) + Scratch::size(kChunkRows * kPanel);
+  }
+
+  // Compute the rows of c that the task names, for its columns, at most kPanel. Calls finish(row,
+  // rows, first, columns, c) for each block of rows and each micro-panel, with c
+  // [rows][kMicroPanel].
+  template <class Finish>
+  void multiply(const Matrix<T>& left, const Matrix<T>& right, int64_t depth, const GemmTask& task,
+                Finish finish) {
+    const bool in_one_part = depth <= kDepth * kPerWord<U>;
+    for (int64_t chunk = task.begin; chunk < task.end; chunk += kChunkRows) {
+      const int64_t stop = std::min(chunk + kChunkRows, task.end);
+      if (depth == 0) std::memset(sums_, 0, kChunkRows * kPanel * sizeof(float));
+      int64_t part = 0;
+      do {
+        const int64_t part_end = std::min(part + kDepth * kPerWord<U>, depth);
+        pack_right(right, part, part_end, task.first_column, task.columns);
+        for (int64_t row = chunk; row < stop; row += kBlockRows) {
+          const int64_t rows = std::min(kBlockRows, stop - row);
+          float* c = sums_ + (in_one_part ? 0 : (row - chunk) * kMicroPanel);
+          constexpr int64_t kStep = kBlockDepth * kPerWord<U>;
+          for (int64_t k = part; k < part_end; k += kStep)
+            multiply_block(left, row, rows, k, std::min(k + kStep, part_end), task.columns,
+                           packed_ + (k - part) / kPerWord<U> * kMicroPanel, k == 0, c);
+          for (int64_t j = 0; part_end == depth && j < task.columns; j += kMicroPanel)
+            finish(row, rows, task.first_column + j, std::min(kMicroPanel, task.columns - j),
+                   c + j * kChunkRows);
+        }
+        part = part_end;
+      } while (part < depth);
+    }
+  }
+
+ private:
+  // Pack rows [k, k_end) of the right operand to packed_ [micro-panel][word][column], unless it
+  // holds them already.
+  void pack_right(const Matrix<T>& right, int64_t k, int64_t k_end, int64_t first,
+                  int64_t columns) {
+    if (right.data == data_ && k == k_ && first == first_) return;
+    data_ = right.data;
+    k_ = k;
+    first_ = first;
+    U* to = packed_;
+    for (int64_t j = 0; j < columns; j += kMicroPanel, to += kDepth * kMicroPanel) {
+      const int64_t n = std::min(kMicroPanel, columns - j);
+      if (right.column_stride == 1)
+        pack_by_rows(right, k, k_end, first + j, n, to, kMicroPanel);
+      else
+        pack_by_columns(right, k, k_end, first + j, n, to);
+    }
+  }
+
+  // Pack elements [k, k_end) x [first, first + n) to [word][column], from a matrix with contiguous
+  // rows.
+  [[gnu::noinline]] static void pack_by_rows(const Matrix<T>& from, int64_t k, int64_t k_end,
+                                             int64_t first, int64_t n, U* to, int64_t step) {
+    static const T zeros[std::max(kMicroPanel, kBlockRows)] = {};
+    const int64_t padded = to_vectors(n);
+    for (; k < k_end; k += 2) {
+      const T *a = from.at(k, first), *b = k + 1 < k_end ? from.at(k + 1, first) : zeros;
+      if (kPerWord<U> == 1 && k + 1 == k_end)
+        pack_row(a, n, padded, to);
+      else
+        pack_row_pair(a, b, n, padded, to, step);
+      to += 2 / kPerWord<U> * step;
+    }
+  }
+
+  // The same from a matrix with contiguous columns.
+  [[gnu::noinline]] void pack_by_columns(const Matrix<T>& right, int64_t k, int64_t k_end,
+                                         int64_t first, int64_t columns, U* to) {
+    const int64_t n = words<U>(k_end - k);
+    const bool is_packed = std::is_same_v<Element<U>, T> && (k_end - k) % kPerWord<U> == 0;
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      const U* lines[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const T* line = right.at(k, first + j + i);
+        lines[i] = row_buffer_ + i * n;
+        if (j + i >= columns)
+          std::memset(row_buffer_ + i * n, 0, n * sizeof(U));
+        else if (is_packed)
+          lines[i] = reinterpret_cast<const U*>(line);
+        else
+          pack_row(line, k_end - k, n * kPerWord<U>, row_buffer_ + i * n);
+      }
+      transpose_rows(lines, n, to + j, kMicroPanel);
+    }
+  }
+
+  [[gnu::noinline]] void multiply_block(const Matrix<T>& left, int64_t row, int64_t rows, int64_t k,
+                                        int64_t k_end, int64_t columns, const U* right,
+                                        bool starts_sum, float* c) {
+    const int64_t n = words<U>(k_end - k);
+    if (left.column_stride != 1) {
+      pack_by_rows({left.data, left.column_stride, left.row_stride}, k, k_end, row, rows, left_,
+                   kBlockRows);
+      if (!kUsesAmx<U>)
+        return multiply<true>(rows, columns, n, left_, kBlockRows, right, starts_sum, c);
+      transpose_words(rows, n, left_, kBlockRows, transposed_, kBlockDepth);
+      return multiply<false>(rows, columns, n, transposed_, kBlockDepth, right, starts_sum, c);
+    }
+    // With an odd row stride or depth a word would contain elements of two rows.
+    if (std::is_same_v<Element<U>, T> && ((k_end - k) | left.row_stride) % kPerWord<U> == 0)
+      return multiply<false>(rows, columns, n, reinterpret_cast<const U*>(left.at(row, k)),
+                             left.row_stride / kPerWord<U>, right, starts_sum, c);
+    for (int64_t i = 0; i < rows; ++i)
+      pack_row(left.at(row + i, k), k_end - k, n * kPerWord<U>, left_ + i * kBlockDepth);
+    multiply<false>(rows, columns, n, left_, kBlockDepth, right, starts_sum, c);
+  }
+
+  template <bool kByColumn>
+  static void multiply(int64_t rows, int64_t columns, int64_t n, const U* left, int64_t step,
+                       const U* right, bool starts_sum, float* c) {
+    const auto run = starts_sum ? &small_gemm<U, kByColumn, Update::Replace>
+                                : &small_gemm<U, kByColumn, Update::Add>;
+    for (int64_t j = 0; j < columns; j += kMicroPanel, right += kDepth * kMicroPanel)
+      run(rows, to_vectors(std::min(kMicroPanel, columns - j)) / kLanes, n, left, step, right,
+          kMicroPanel, c + j * kChunkRows, kMicroPanel, nullptr);
+  }
+
+  U *packed_, *left_, *transposed_, *row_buffer_;
+  float* sums_;
+  const T* data_ = nullptr;  // packed_ holds this matrix from row k_ and column first_ on.
+  int64_t k_ = 0, first_ = 0;
+};
+
+}  // namespace
+}  // namespace llmos
