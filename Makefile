@@ -93,14 +93,14 @@ sanitize: $(VENV)/.ready
 	LLMOS_SANITIZED=$(CURDIR)/build/sanitized PYTHONPATH=$(CURDIR)/build/sanitized \
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	OMP_WAIT_POLICY=passive LLMOS_SKIP_TRITON=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-	$(PYTHON) -P -m pytest -n $(JOBS) --dist worksteal tests/test_sanitize.py tests/test_kernels.py tests/test_ops.py tests/test_int8.py tests/test_int8_linear.py \
+	$(PYTHON) -P -m pytest -n $(JOBS) --dist worksteal tests/kernels/test_sanitize.py tests/kernels/test_kernels.py tests/ops/test_ops.py tests/ops/test_int8.py tests/ops/test_int8_linear.py \
 	  -k "sanitize or guard or matches_reference or layouts or strided or integers or extreme or few or outliers or rows_of or test_pack"
 
 wheel: $(VENV)/.ready
 	$(PYTHON) tools/wheel.py
 
 test-wheels: $(VENV)/.ready
-	LLMOS_WHEELS=all $(PYTHON) -m pytest -s -v tests/test_wheels.py
+	LLMOS_WHEELS=all $(PYTHON) -m pytest -s -v tests/build/test_wheels.py
 
 gpu:
 	python3 tools/gpu_session/gpu.py $(SLICE)

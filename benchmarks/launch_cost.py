@@ -2,7 +2,7 @@
 
     python benchmarks/launch_cost.py [FILE]
 
-On a GPU this uses its driver; elsewhere a driver that does nothing (tests/fake_cuda.c), so that the
+On a GPU this uses its driver; elsewhere a driver that does nothing (tests/helpers/fake_cuda.c), so that the
 time is that of the launchers alone. It prints microseconds for each kernel, side by side in one
 run, and writes JSON to the file given.
 """
@@ -38,7 +38,7 @@ LIBRARY = Path(FOLDER.name) / "libcuda.so.1"
 
 def fake_driver():
     """Make Triton use a CUDA library that does nothing, and return the library."""
-    source = ROOT / "tests" / "fake_cuda.c"
+    source = ROOT / "tests" / "helpers" / "fake_cuda.c"
     options = ["-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
     subprocess.run(["cc", *options, "-o", LIBRARY, source], check=True)
     os.environ["TRITON_LIBCUDA_PATH"] = FOLDER.name

@@ -44,17 +44,23 @@ QUICK = {
     f"test_{name}"
     for name in (
         *("attention", "attention_masks", "dropout", "embedding", "int8", "int8_linear", "layers"),
-        *("mha", "nn", "ops", "products", "properties", "quantize", "swap", "swap_chains"),
-        *("swap_kept", "swap_speed"),
+        *("mha", "nn", "ops", "products", "properties", "quantize", "swap", "swap_sequential"),
+        *("swap_kept", "swap_rules", "swap_speed"),
     )
 }
 NOT_QUICK = ("triton", "compiles_whole", "exports", "gpu")
+#: The files of tests that take a minute and more: they run first, so that the last worker to end
+#: does not end long after the others.
+LONG = {
+    f"test_{name}" for name in ("wheels", "triton", "cpu_levels", "machine_code", "cli", "bench")
+}
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem in QUICK and not any(name in item.name for name in NOT_QUICK):
             item.add_marker(pytest.mark.quick)
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 @pytest.hookimpl(trylast=True)

@@ -33,15 +33,20 @@ class Mutant:
     tests: tuple[str, ...]  # Arguments of pytest.
 
 
-KERNELS = ("tests/test_kernels.py", "tests/test_ops.py")
-NORMS = ("tests/test_kernels.py", "-k", "norm")
+KERNELS = ("tests/kernels/test_kernels.py", "tests/ops/test_ops.py")
+NORMS = ("tests/kernels/test_kernels.py", "-k", "norm")
 MUTANTS = (
     Mutant(
         "drop the mask",
         "llmos_kernels/_triton/attention/scores.py",
         "    return tl.load(mask, inside, 0) != 0\n",
         "    return tl.load(mask, inside, 0) >= 0\n",
-        ("tests/test_kernels.py", "tests/test_attention_masks.py", "-k", "attention or mask"),
+        (
+            "tests/kernels/test_kernels.py",
+            "tests/ops/test_attention_masks.py",
+            "-k",
+            "attention or mask",
+        ),
     ),
     Mutant(
         "wrong divisor",
@@ -62,14 +67,14 @@ MUTANTS = (
         "llmos_kernels/_triton/gemm/gemm.py",
         "    for start in range(0, length, BLOCK_K):",
         "    for start in range(0, length - BLOCK_K + 1, BLOCK_K):",
-        ("tests/test_kernels.py", "-k", "linear or feed_forward"),
+        ("tests/kernels/test_kernels.py", "-k", "linear or feed_forward"),
     ),
     Mutant(
         "int32 offset",
         "llmos_kernels/_triton/norm/layer_norm.py",
         "    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]",
         "    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]",
-        ("tests/test_triton.py", "-k", "offsets_past_two"),
+        ("tests/kernels/test_triton.py", "-k", "offsets_past_two"),
     ),
     Mutant(
         "swap dweight and dbias",
@@ -90,7 +95,7 @@ MUTANTS = (
         "llmos_kernels/nn/int8.py",
         "if source is None or source[0] is not weight or source[1] != state:",
         "if source is None:",
-        ("tests/test_int8_linear.py", "tests/test_quantize.py"),
+        ("tests/ops/test_int8_linear.py", "tests/swap/test_quantize.py"),
     ),
     Mutant(
         "dropout mask not replayed",
@@ -104,14 +109,14 @@ MUTANTS = (
         "llmos_kernels/_triton/int8/linear.py",
         "            inside = at_place < tl.load(index) - start\n",
         "            inside = at_place < tl.load(index) - start - 1\n",
-        ("tests/test_int8.py", "tests/test_int8_linear.py"),
+        ("tests/ops/test_int8.py", "tests/ops/test_int8_linear.py"),
     ),
     Mutant(
         "scale of the wrong row",
         "csrc/cpu/kernels/int8_kernel.cpp",
         "F32) * input_scale[r];",
         "F32) * input_scale[r ? r - 1 : 0];",
-        ("tests/test_int8.py", "tests/test_int8_linear.py"),
+        ("tests/ops/test_int8.py", "tests/ops/test_int8_linear.py"),
     ),
     Mutant(
         "missing tail store",

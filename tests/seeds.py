@@ -35,8 +35,9 @@ FILES = (
     "properties",
     "quantize",
     "swap",
-    "swap_chains",
+    "swap_sequential",
     "swap_kept",
+    "swap_rules",
     "swap_speed",
     "transformers",
     "transformers_int8",
@@ -66,7 +67,7 @@ def run(level: str, seed: int, triton: bool) -> dict:
     env |= dict(zip(names, TORCH[level], strict=True))
     if not triton:
         env["LLMOS_SKIP_TRITON"] = "1"
-    files = [str(TESTS / f"test_{name}.py") for name in FILES]
+    files = [str(path) for name in FILES for path in TESTS.rglob(f"test_{name}.py")]
     chosen = "not compiles and not every_backend" + " and not triton and not tiles" * (not triton)
     options = ["-q", "-n", str(os.cpu_count()), "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options]

@@ -5,7 +5,7 @@ import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @contextlib.contextmanager

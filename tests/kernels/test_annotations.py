@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parent.parent / "llmos_kernels" / "_triton"
+FOLDER = Path(__file__).parents[2] / "llmos_kernels" / "_triton"
 
 
 def is_compiled(function: ast.FunctionDef) -> bool:

@@ -19,7 +19,7 @@ from llmos_kernels._triton.gemm import gemm, persistent
 from llmos_kernels._triton.norm import layer_norm
 from llmos_kernels._triton.runtime import settings
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ABOUT = {"gpu": "Test GPU", "arch": "sm_90", "torch": "2", "triton": "3"}
 BF16 = torch.bfloat16
 

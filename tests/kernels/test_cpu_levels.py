@@ -13,12 +13,13 @@ import pytest
 import llmos_kernels
 from llmos_kernels import _C
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("level", _C.cpu_levels()[:-1])
 def test_level(level):
-    files = [TESTS / f"test_{name}.py" for name in ("ops", "kernels", "int8", "int8_linear")]
+    names = ("ops/test_ops", "kernels/test_kernels", "ops/test_int8", "ops/test_int8_linear")
+    files = [TESTS / f"{name}.py" for name in names]
     args = ["-q", "-p", "no:cacheprovider", *files]
     chosen = "matches_reference or layouts or guard or masks or alone or integers or extreme"
     chosen = ["-k", f"({chosen}) and not triton"]

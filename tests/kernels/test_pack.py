@@ -17,7 +17,7 @@ from llmos_kernels._core import registry
 from llmos_kernels._tools import environment
 from llmos_kernels._triton.runtime import kernel_pack
 
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parents[1] / "helpers"
 
 
 def session(*args, script="pack_session.py", **env):
@@ -25,7 +25,7 @@ def session(*args, script="pack_session.py", **env):
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("LLMOS", "TRITON"))}
     done = subprocess.run(
-        [sys.executable, HERE / script, *map(str, args)],
+        [sys.executable, HELPERS / script, *map(str, args)],
         env=environment | env,
         capture_output=True,
         text=True,
@@ -57,7 +57,7 @@ def driver(tmp_path_factory):
     library = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
     name = "-Wl,-soname,libcuda.so.1"
     subprocess.run(
-        [compiler, "-shared", "-fPIC", "-pthread", name, "-o", library, HERE / "fake_cuda.c"],
+        [compiler, "-shared", "-fPIC", "-pthread", name, "-o", library, HELPERS / "fake_cuda.c"],
         check=True,
     )
     return library

@@ -20,7 +20,7 @@ import pytest
 import torch
 from one_tree import ROOT, turn
 
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parents[1] / "helpers"
 BUILT_WITH = (
     "cmake",
     "ninja",
@@ -110,7 +110,7 @@ def installed(wheel, tmp_path_factory):
 
 def proved(environment, **env):
     """Run ``opcheck`` of every op, ``env``, ``verify`` and ``demo``; return facts on the wheel."""
-    about = json.loads(environment(HERE / "wheel_session.py", "opcheck", **env))
+    about = json.loads(environment(HELPERS / "wheel_session.py", "opcheck", **env))
     assert about["checked"] >= 12 and not about["reference"]
     assert about["file"].startswith(str(environment.folder))
     text = environment("-m", "llmos_kernels", "env", **env)
@@ -135,7 +135,7 @@ def test_installed(installed):
 
 def test_without_a_compiler(installed):
     """The wheel works where no compiler, nor any other program, is on the path."""
-    json.loads(installed(HERE / "wheel_session.py", PATH="/nonexistent"))
+    json.loads(installed(HELPERS / "wheel_session.py", PATH="/nonexistent"))
     assert "verdict" in installed("-m", "llmos_kernels", "env", PATH="/nonexistent")
 
 
@@ -163,7 +163,7 @@ def test_the_wheel(wheel):
         assert b"pkg:pypi/triton@" in z.read(bom)
         here = {
             bytes(path)
-            for path in (ROOT, HERE, Path.home(), Path(sys.prefix))
+            for path in (ROOT, HELPERS, Path.home(), Path(sys.prefix))
             if len(path.parts) > 2
         }
         found = [n for n in names for path in here if path in z.read(n)]
@@ -197,7 +197,7 @@ def test_no_torch_to_build_with(installed, tmp_path):
     target = tmp_path / "site"
     run(*pip, "install", "--no-deps", "--target", target, pure)
     code = "import sys; sys.path.insert(0, sys.argv.pop(1)); sys.argv[0] = sys.argv.pop(1); exec(open(sys.argv[0]).read())"
-    about = json.loads(installed("-c", code, target, HERE / "wheel_session.py"))
+    about = json.loads(installed("-c", code, target, HELPERS / "wheel_session.py"))
     assert about["file"].startswith(str(target)) and about["reference"]
 
 
