@@ -2,13 +2,15 @@
 
 A product of [rows, depth] by [depth, width] takes rows * depth * width multiply-accumulates (MACs).
 The answers are measurements, kept as data: ``tuned/cpu/products.json`` and ``tuned/gpu/products.json``
-hold one entry for each direction and dtype with the machines and sizes that it is for, the library
-that was fastest there, and where that was measured (null: not known). A field that is null matches
-everything; ``rows`` and ``macs`` are ranges ``[from, below]``. The first entry that matches answers.
+hold entries for a direction and a dtype, with the machines and sizes that they are for, the library
+that was fastest there, and where that was measured (null: not known). A field of the machine that is
+null matches every machine. ``rows`` and ``macs`` are ranges ``[from, below]``; the upper end may be
+null. ``depth`` and ``width`` are reserved and null. The first entry that matches answers.
 
 The directions are the forward product, the gradients of its input (``dinput``; with the derivative of
-an activation fused, ``dinput_activation``) and of its weight, and ``layer``: the range of a whole
-``nn.Linear``, with its gradients, outside of which torch's own layer is faster.
+an activation fused, ``dinput_activation``) and of its weight. An entry for ``layer`` is a range of
+sizes of a whole ``nn.Linear``: outside of all of them torch computes the layer and its gradients;
+inside, the other directions decide, and the entry's provider is not read.
 """
 
 import functools
@@ -148,8 +150,8 @@ def _rule(entry: dict) -> Rule:
     )
 
 
-#: The rules of each direction by dtype and device, and where torch would use oneDNN also by whether
-#: ``torch.backends.mkldnn.enabled`` lets it.
+#: The results of ``_table``. The key is (dtype, device); for CPU dtypes that torch can give to oneDNN
+#: it is (dtype, device, whether oneDNN is enabled).
 _tables: dict[tuple, dict[str, tuple[Rule, ...]]] = {}
 
 
@@ -188,11 +190,12 @@ def choose(
     Args:
         direction: FORWARD, DINPUT, DINPUT_ACTIVATION or DWEIGHT.
         dtype: The dtype of both factors.
-        device: Where they are. It is ours on devices that no table is for.
-        rows: Rows of the layer's input. Never a symbolic size: what is traced does not ask.
+        device: Where they are. On devices without a table the answer is OURS, for a ``layer`` TORCH.
+        rows: Rows of the layer's input, an int. Traced code does not call this: it records an op
+            that calls it at run time.
         macs: Multiply-accumulates of the product.
-        layer: Whether the product is one of an ``nn.Linear`` without an activation, of which TORCH
-            computes all, gradients too, where that is faster.
+        layer: Whether the product belongs to an ``nn.Linear`` without an activation. Only then can
+            the answer be TORCH: torch's own layer and its gradients.
     """
     table = _tables.get((dtype, device)) or _table(dtype, device)
     if layer:

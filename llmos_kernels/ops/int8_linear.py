@@ -168,7 +168,8 @@ _to_vnni = define(
 def int8_vnni_weight(weight_int8: Tensor) -> Tensor | None:
     """Return a weight in the VNNI layout that products on this device read, or None if they read none.
 
-    Without it ``int8_linear`` makes that copy at each call of more than 16 rows.
+    Without it ``int8_linear`` of mode "dynamic" makes that copy at each call of more than 16 rows,
+    and of fewer rows where there are outliers; ``int8_linear_rows`` makes it at every call.
 
     Args:
         weight_int8: [out, in], int8, any strides.
@@ -239,7 +240,8 @@ def _weight_only_by_rows(
     return linear(rows, weight, bias, _activations.NAMES[activation])
 
 
-#: What graphs record, since they must not compare the number of rows.
+#: A traced graph records this op in place of the branch above: the branch compares the number of
+#: rows, which may be symbolic while tracing, so it is taken when the op runs.
 _weight_only_of_any_rows = define_composite(
     f"int8_weight_only_of_any_rows({_WEIGHT}, Tensor? bias, int activation) -> Tensor",
     run=_weight_only_by_rows,
@@ -336,7 +338,7 @@ def int8_linear(
 
     Returns:
         [..., out], of the dtype of ``input``. Gradients reach ``input`` and ``bias``. Under autocast
-        the floating point arguments are cast to its dtype first, as torch does.
+        these two are cast to its dtype first.
 
     Raises:
         ValueError: Shapes or devices disagree, a name is unknown, the threshold is negative or not
@@ -403,7 +405,7 @@ def int8_linear_rows(
     vnni_weight: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``int8_quantize(int8_linear(...))``: int8 rows and scales for ``int8_matmul``.
+    """Return ``int8_linear(...)`` with its rows quantized, and their scales, for ``int8_matmul``.
 
     On CPUs only a few rows of the floating point result exist at a time, in the cache.
 

@@ -4,7 +4,7 @@
     y = (h - mean(h)) * rstd * weight + bias,   rstd = rsqrt(var(h) + eps)
 
 RMS normalisation (``ops/rms_norm.py``) is the same with mean 0 and no bias: ``center=False`` here.
-``mean`` and ``rstd`` are float32 whatever the dtype of ``x``; ``h`` is rounded to that dtype before
+``mean`` and ``rstd`` are float32, for float64 input float64; ``h`` is rounded to that dtype before
 it is normalised, as in torch.  Ba et al. 2016, arXiv:1607.06450.
 
 The gradients, with g = dy * weight and x_hat = (h - mean) * rstd:
@@ -84,7 +84,7 @@ def normalize(
 
 
 def _moments(rows: Tensor, eps: float, center: bool) -> tuple[Tensor, Tensor]:
-    """Return mean and rstd [rows, 1] of ``rows`` [rows, d]; without ``center`` the mean is 0, []."""
+    """Return mean and rstd [rows, 1] of ``rows`` [rows, d]; without ``center`` the mean is a scalar 0."""
     mean = rows.mean(-1, keepdim=True) if center else rows.new_zeros(())
     variance = (rows - mean if center else rows).square().mean(-1, keepdim=True)
     return mean, torch.rsqrt(variance + eps)
@@ -166,7 +166,10 @@ def norm_backward_reference(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return dresidual, dx, dweight and dbias; empty where not wanted, dx also without dropout."""
+    """Return dresidual, dx, dweight and dbias.
+
+    dweight and dbias are empty where not wanted. dx is empty without dropout: it equals dresidual.
+    """
     mean = stats[0, :, None] if center else None
     dresidual, dweight, dbias = _gradients(dy, dh, h, weight, mean, stats[-1, :, None], d)
     dtype = stats.dtype if weight is None else weight.dtype
@@ -421,13 +424,13 @@ def layer_norm(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Return ``torch.nn.functional.layer_norm`` of the arguments, in one pass over ``input``.
+    """Return ``torch.nn.functional.layer_norm`` of the arguments.
 
     Args:
         input: [..., *normalized_shape], float32, bfloat16 or float16 (float64: the reference computes
             it), any strides.
         normalized_shape: The last dimensions of ``input``.
-        weight: [*normalized_shape], of the dtype of ``input`` or float32; or None.
+        weight: [*normalized_shape], of the dtype of ``input`` or, for 16-bit input, float32; or None.
         bias: Like ``weight``, and of its dtype.
         eps: Added to the variance.
         backend: "reference" for the plain torch definition, else None.
@@ -472,7 +475,7 @@ def add_layer_norm(
             it), any strides.
         residual: Of the shape of ``input``; where the dtypes differ, both are taken in the common one.
         normalized_shape: The last dimensions of ``input``.
-        weight: [*normalized_shape], of the dtype of ``h`` or float32; or None.
+        weight: [*normalized_shape], of the dtype of ``h`` or, where that has 16 bits, float32; or None.
         bias: Like ``weight``, and of its dtype.
         eps: Added to the variance.
         dropout_p: The probability, in [0, 1), that an element of ``input`` is set to 0.

@@ -141,10 +141,10 @@ def alive(pid):
 )
 def test_time_limit(out, ends, goes_on, outcome):
     """SIGINT, then SIGKILL; nothing that the step has started is left."""
-    runner = Runner(out, budget=2.0, grace=1.0)
+    runner = Runner(out, budget=4.0, grace=3.0)
     began = time.monotonic()
     assert runner.run(step("a", CHILDREN + ends, goes_on=goes_on)) == outcome
-    assert 0.9 < time.monotonic() - began < 4
+    assert 0.9 < time.monotonic() - began < 12
     row = gpu_merge.read(out / "summary.json")["a"]
     first, second, *rest = row["tail"].split()
     assert row["rc"] == "time limit" and rest == ["kept"] * (ends == KEEPS)

@@ -126,8 +126,9 @@ template <class Word, class T>
   }
 }
 
-// Pack `count` rows, row(j) each, as a right operand whose inner dimension runs over the rows. A
-// null pointer stands for a row of zeros.
+// Pack `count` rows, row(j) each, as the right operand of a product that sums over these rows: with
+// two elements per word, a word holds one column of two consecutive rows. A null pointer stands for
+// a row of zeros.
 template <class Word, class T, class RowOf>
 [[gnu::noinline]] void pack_inner(int64_t count, int64_t dim, Word* to, RowOf row) {
   static const T zeros[kMaxDim] = {};
@@ -156,8 +157,7 @@ struct Byte {
   uint8_t value;
 };
 
-// Return a mask element as what is combined with the logit. A float is added to it; a bool becomes
-// an upper bound, -infinity or infinity.
+// Return an element of a bool mask as a float: infinity where the key is visible, else -infinity.
 template <class V>
 inline V load(const Byte* p) {
   if constexpr (sizeof(V) == sizeof(float)) {
@@ -244,7 +244,10 @@ inline bool pack_mask(const Mask& mask, const QueryBlock& block, const KeyTile& 
   }
 }
 
-// How a score x becomes an unnormalised weight. With float words: exp(x * scale - shift). With
+// How a score x becomes an unnormalised weight. With a float mask or scale 0, mask_scores has
+// already computed the logit, and the weight is exp(x - shift). Else, with float words: exp(x *
+// scale
+// - shift). With
 // bfloat16 pairs, which round the weight anyway: exp2(x * factor - shift), where factor = scale *
 // log2(e); but not with a float mask, which may hold the lowest float and would overflow.
 template <class Word>
@@ -273,8 +276,8 @@ struct SoftmaxExp {
   }
 };
 
-// Apply all masks to a tile of scores. body(j, v, x) gets each vector, with x as SoftmaxExp::exp
-// takes it. Scores that change are stored.
+// Apply all masks to a tile of scores, in place. Calls body(j, v, x) for key j and row vector v; x
+// is the masked score, or the logit if softmax_exp.takes_logits.
 template <int kVectors, class Word, class Body>
 [[gnu::always_inline]] inline void mask_scores(const QueryBlock& block, const KeyTile& keys,
                                                const SoftmaxExp<Word>& softmax_exp, MaskType type,

@@ -1,9 +1,9 @@
 // PanelGemm: GEMMs of whole matrices, c[i][j] = sum over k of left[i][k] right[k][j].
 //
-// The columns of c are divided into panels, one a task, and a panel into micro-panels of a few
-// vectors. A panel of the right operand is packed to VNNI layout, one micro-panel after the other
-// and kDepth words deep at a time. The left operand is read in place if its rows are in that layout
-// already, else it is packed in small blocks.
+// The columns of c are divided into panels, and a panel into micro-panels of a few vectors. A task
+// is a panel and a range of rows. A panel of the right operand is packed to VNNI layout, one
+// micro-panel after the other and kDepth words deep at a time. The left operand is read in place if
+// its rows are in that layout already, else it is packed in small blocks.
 #pragma once
 
 #include "../linear.h"
@@ -129,6 +129,7 @@ class PanelGemm {
                                         bool starts_sum, float* c) {
     const int64_t n = words<U>(k_end - k);
     if (left.column_stride != 1) {
+      // The transposed left operand has contiguous rows: pack it as [word][row].
       pack_by_rows({left.data, left.column_stride, left.row_stride}, k, k_end, row, rows, left_,
                    kBlockRows);
       if (!kUsesAmx<U>)
@@ -156,6 +157,8 @@ class PanelGemm {
   }
 
   U *packed_, *left_, *transposed_, *row_buffer_;
+  // [micro-panel][row of the chunk][column]. If the depth fits one part, every block of rows is
+  // finished at once and uses the first rows.
   float* sums_;
   const T* data_ = nullptr;  // packed_ holds this matrix from row k_ and column first_ on.
   int64_t k_ = 0, first_ = 0;

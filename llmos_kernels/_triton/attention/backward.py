@@ -1,11 +1,11 @@
 """Triton backward kernels of attention; the formulas are in ``ops/attention.py``.
 
-There are three kernels, and each recomputes the weights from the statistics. A thread block of the
-first computes dquery of a block of queries, and stores delta = sum(dout * out) for the others. One
-of the second computes dkey and dvalue of a block of keys, over all query heads that share them. One
-of the third computes a tile of the gradient of a float mask, over everything that the tile was
-broadcast to. There are no atomics, and nothing of shape [q_len, k_len] is stored but the gradient
-of the mask.
+Three kernels recompute the attention weights p from the statistics. dquery: one thread block per
+block of queries, which also stores delta = sum(dout * out) for the others, corrected for rounding.
+dkey and dvalue: one thread block per block of keys, over all query heads that share them. The
+gradient of a float mask (``backward_mask.py``): one thread block per tile, over everything that the
+tile was broadcast to. There are no atomics, and nothing of shape [q_len, k_len] is stored but the
+gradient of the mask.
 """
 
 from collections.abc import Callable, Iterator
@@ -111,8 +111,8 @@ def _dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, d
     query = load_rows(q + b * q_batch + h * q_head, row, q_row, exists, D, BLOCK_D)
     d_out = load_rows(dout + b * dout_batch + h * dout_head, row, dout_row, exists, DV, BLOCK_DV)
     o = load_rows(out + (b * q_len * HEADS + h) * DV, row, HEADS * DV, exists, DV, BLOCK_DV)
-    # delta comes from the same matrix product as dp. If a query sees a single key, out is its
-    # value, and then dp - delta is exactly 0.
+    # delta is computed by a matrix product like that of dp, so that both round alike. If a query
+    # sees a single key, out is its value, and then dp - delta is exactly 0.
     diagonal = tl.arange(0, BLOCK_M)[:, None] == tl.arange(0, BLOCK_M)[None, :]
     total = tl.dot(d_out, tl.trans(o), input_precision="ieee")
     total = tl.sum(tl.where(diagonal, total, 0.0), 1)
@@ -129,9 +129,9 @@ def _dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, d
     )
     last = (i + offset)[:, None]
     if PRECISE:
-        # The rounding of out enters dout * out but not dp, and matters most with few keys. If all
-        # keys fit one tile, delta is instead the mean of dp weighted by p, whose sum is 1, or 0 if
-        # no key is visible.
+        # ``out`` was rounded, so sum(dout * out) has an error that dp lacks; it matters most with
+        # few keys. If all keys fit one tile, delta is therefore the mean of dp weighted by p. The
+        # sum of p is 1 up to rounding, or 0 if no key is visible.
         for start in range(first, tl.where(stop - first <= BLOCK_N, stop, first), BLOCK_N):
             attended = None
             if mask is not None and not BIAS:
@@ -224,7 +224,8 @@ def _dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, d
                 if PRECISE:
                     excess += tl.sum(ds, 1)
     if PRECISE:
-        # The exact sum of ds is 0. What rounding leaves of it corrects delta for the other kernels.
+        # In exact arithmetic the sum of ds over the keys is 0. Its computed value is the rounding
+        # error of delta, and is added to what the other kernels read.
         tl.store(delta + at, total + excess, exists)
     store_rows(dq + (b * q_len * HEADS + h) * D, row, HEADS * D, exists, acc * scale, D, BLOCK_D)
 
@@ -298,7 +299,8 @@ def _dkey_kernel(q, k, v, dout, mask, padding, cu_q, cu_k, seed, stats, delta, d
     inside = readable_keys(padding, padding_col, col, k_count)
     key = load_rows(k + b * k_batch + hk * k_head, k_start + col, k_row, inside, D, BLOCK_D)
     value = load_rows(v + b * v_batch + hk * v_head, k_start + col, v_row, inside, DV, BLOCK_DV)
-    # Queries before ``first`` see none of these keys, queries from ``bounded`` on see them all.
+    # By the causal limit, queries before ``first`` see none of these keys, and queries from
+    # ``bounded`` on see them all.
     first = 0 * q_count
     bounded = first
     stop = tl.where(tl.max(inside.to(tl.int32)) > 0, q_count, 0)
@@ -426,17 +428,17 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dquery, dkey, dvalue and dattn_mask of ``llmos::attention_backward``."""
     batch, heads, q_len, d = q.shape
-    kv_heads, k_len, dv = v.shape[1:]
+    kv_heads, k_len, v_dim = v.shape[1:]
     dq = q.new_empty((batch, q_len, heads, d))
     dk = q.new_empty((batch, k_len, kv_heads, d))
-    d_v = q.new_empty((batch, k_len, kv_heads, dv))
+    dv = q.new_empty((batch, k_len, kv_heads, v_dim))
     dmask = q.new_empty(0)
     if mask_grad and attn_mask is not None:
         dmask = attn_mask.new_empty(attn_mask.shape)
     q, k, v, dout = (with_unit_columns(t) for t in (q, k, v, dout))
     stats = stats.contiguous()
     delta = stats.new_empty(stats.shape[1:])
-    block_d, block_dv = block_dim(d), block_dim(dv)
+    block_d, block_dv = block_dim(d), block_dim(v_dim)
     threshold, factor = dropout_arguments(dropout_p)
     shared = dict(
         q=q,
@@ -455,7 +457,7 @@ def backward(
         factor=factor,
         CAUSAL=causal,
         D=d,
-        DV=dv,
+        DV=v_dim,
         BLOCK_D=block_d,
         BLOCK_DV=block_dv,
         **stride_arguments(q=q, k=k, v=v, dout=dout),
@@ -464,7 +466,7 @@ def backward(
     varlen = varlen_arguments(cu_q, cu_k)
     variant = tile_variant(attn_mask, padding, shared["seed"], cu_q)
     if dq.numel():
-        blocks = tile_arguments("dquery", q, dv, variant)
+        blocks = tile_arguments("dquery", q, v_dim, variant)
         count = thread_blocks_per_head(cu_q, q_len, blocks["BLOCK_M"])
         _dquery_kernel[(count * batch * heads,)](
             **shared,
@@ -477,14 +479,14 @@ def backward(
             **blocks,
         )
     if dk.numel():
-        blocks = tile_arguments("dkey", q, dv, variant)
+        blocks = tile_arguments("dkey", q, v_dim, variant)
         count = thread_blocks_per_head(cu_k, k_len, blocks["BLOCK_N"])
         _dkey_kernel[(count * batch * kv_heads,)](
-            **shared, **varlen, dk=dk, dv=d_v, KEY_HEADS=kv_heads, BLOCKS=count, **blocks
+            **shared, **varlen, dk=dk, dv=dv, KEY_HEADS=kv_heads, BLOCKS=count, **blocks
         )
     if dmask.numel():
         launch_dmask(dmask, shared, batch, heads)
-    return dq, dk, d_v, dmask
+    return dq, dk, dv, dmask
 
 
 def variants() -> Iterator[tuple[Callable, tuple]]:

@@ -21,8 +21,8 @@ _EPSILON_NAMES = ("eps", "variance_epsilon", "epsilon")
 class FusedRMSNorm(GeneratedClass):
     """An RMS norm of a model, with one parameter ``weight`` [d] and an epsilon.
 
-    An input [..., d] of another dtype than the weight, and autocast, go to the original forward:
-    each model has its own way to mix dtypes.
+    An input [..., d] of another dtype than the weight, and under autocast any input that is not
+    float32, go to the original forward: each model has its own way to mix dtypes.
     """
 
     weight: Tensor
@@ -39,7 +39,7 @@ class FusedRMSNorm(GeneratedClass):
 
 @functools.cache
 def fused_rms_norm(replaced: type, epsilon_name: str) -> type:
-    """Return the drop-in subclass of ``replaced``, which has the attribute ``epsilon_name``."""
+    """Return the drop-in for ``replaced``, whose instances hold epsilon in ``epsilon_name``."""
     made_by = (fused_rms_norm, (replaced, epsilon_name))
     return generate_class(FusedRMSNorm, replaced, made_by, _epsilon_name=epsilon_name)
 
@@ -61,10 +61,10 @@ class ModelRMSNormRule(Rule):
         return [ModuleCall((torch.randn(example_rows(size), width, **options),))]
 
     def replicas(self, candidate: Candidate) -> Replicas:
-        """Return the copies to compare. The one in float64 is of the drop-in.
+        """Return the copies to compare. The one in float64 has the class of the drop-in.
 
-        A model's own RMS norm casts to float32, so it cannot be exact. ``epsilon_name`` has seen
-        that the drop-in computes the same.
+        A model's own RMS norm casts to float32, so it cannot be exact. That it computes what
+        ``rms_norm_reference`` does was checked by ``epsilon_name``.
         """
         return Replicas.of(candidate.module, candidate.drop_in, exact=candidate.drop_in)
 
