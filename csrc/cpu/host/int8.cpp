@@ -33,8 +33,7 @@ void pack_weight(const Matrix<int8_t>& weight, void* vnni_weight, int64_t inner,
 }
 
 Tensor pack(const Tensor& weight_) {
-  STD_TORCH_CHECK(has_vnni(),
-                  "int8_vnni_weight: the ISA in use has no VNNI instructions");
+  STD_TORCH_CHECK(has_vnni(), "int8_vnni_weight: the ISA in use has no VNNI instructions");
   const Tensor weight = llmos::contiguous(weight_);
   const int64_t outer = weight.size(0), inner = weight.size(1);
   const int64_t columns = task_kernel<Int8VnniWeightArgs>.best()->block;
