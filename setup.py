@@ -6,8 +6,7 @@ Environment variables:
     LLMOS_BUILD_PACK: 1 compiles Triton kernels ahead of time into the wheel, a list of modules of
         ``_triton`` only theirs. By default, and with 0, none are compiled.
     TORCH_CUDA_ARCH_LIST: The GPUs that CUDA C++ and the pack are compiled for, such as "8.0;9.0".
-    By
-        default CUDA C++ is compiled for the GPUs of this machine, if any.
+        By default CUDA C++ is compiled for the GPUs of this machine, if any.
     LLMOS_SANITIZE: 1 builds with AddressSanitizer and UndefinedBehaviorSanitizer.
     MAX_JOBS: The number of parallel compilers.
 """

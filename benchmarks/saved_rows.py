@@ -14,7 +14,8 @@ def sources() -> str:
     sums = hashlib.sha256()
     for folder in ("llmos_kernels", "csrc", "benchmarks"):
         for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in (".py", ".cpp", ".h", ".cu"):
+            tuned = path.suffix == ".json" and "tuned" in path.parts
+            if tuned or path.suffix in (".py", ".cpp", ".h", ".cu"):
                 sums.update(path.read_bytes())
     return sums.hexdigest()
 

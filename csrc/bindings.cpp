@@ -26,19 +26,19 @@ PYBIND11_MODULE(_C, m) {
       },
       "Return the CPU levels (ISAs) that this machine can run, lowest first.");
   m.def("is_intel", &llmos::is_intel, "Return True if the CPU is made by Intel.");
-  m.def("packs_int8", &llmos::has_vnni,
+  m.def("has_vnni", &llmos::has_vnni,
         "Return True if int8 kernels read the weight in VNNI layout.");
 
   py::register_exception<llmos::pack::Unusable>(m, "Unusable", PyExc_RuntimeError);
-  using llmos::pack::Descriptor, llmos::pack::Kernel, llmos::pack::Variant;
+  using llmos::pack::Descriptor, llmos::pack::PackedKernel, llmos::pack::Variant;
   using Map = std::tuple<int, int, int, std::vector<uint32_t>>;
-  py::class_<Kernel>(m, "Kernel",
-                     "The variants of one Triton kernel that were compiled ahead of time.")
+  py::class_<PackedKernel>(m, "PackedKernel",
+                           "The variants of one Triton kernel that were compiled ahead of time.")
       .def(py::init<std::vector<std::pair<std::string, int>>, std::vector<std::string>, py::dict>(),
            py::arg("parameters"), py::arg("options"), py::arg("dtypes"))
       .def(
           "add",
-          [](Kernel& kernel, const std::string& key, std::string symbol, unsigned threads,
+          [](PackedKernel& kernel, const std::string& key, std::string symbol, unsigned threads,
              unsigned shared, std::vector<size_t> sizes, const std::vector<Map>& maps,
              py::object image) {
             std::vector<Descriptor> descriptors;
@@ -54,9 +54,9 @@ PYBIND11_MODULE(_C, m) {
           },
           py::arg("key"), py::arg("symbol"), py::arg("threads"), py::arg("shared"),
           py::arg("sizes"), py::arg("maps"), py::arg("image"))
-      .def("key", &Kernel::key, py::arg("args"), py::arg("kwargs"),
+      .def("key", &PackedKernel::key, py::arg("args"), py::arg("kwargs"),
            "Return the key of a launch, or None for arguments that no variant accepts.")
-      .def("launch", &Kernel::launch, py::arg("device"), py::arg("stream"), py::arg("grid"),
+      .def("launch", &PackedKernel::launch, py::arg("device"), py::arg("stream"), py::arg("grid"),
            py::arg("args"), py::arg("kwargs"),
            "Launch the variant for these arguments; return False if there is none.");
   m.attr("build") = py::dict(py::arg("compiler") = LLMOS_COMPILER, py::arg("torch") = LLMOS_TORCH,

@@ -19,7 +19,7 @@ enum Isa { Baseline, Avx2, Avx512, Avx512Bf16, Amx, kIsaCount };
 inline constexpr const char* isa_names[kIsaCount] = {"baseline", "avx2", "avx512", "avx512_bf16",
                                                      "amx"};
 
-// Return true if AMX (bfloat16 and int8 amx) can be used: the CPU has it, this build has kernels
+// Return true if AMX (for bfloat16 and int8) can be used: the CPU has it, this build has kernels
 // for it, and Linux grants this process the tile registers.
 inline bool has_amx() {
 #if defined(LLMOS_AMX) && defined(__linux__)

@@ -89,7 +89,7 @@ void encode(const Descriptor& compiled, const TensorDescriptor& descriptor, std:
 }  // namespace
 
 // The arguments of a launch: the key of its variant, and the values in order.
-struct Kernel::Arguments {
+struct PackedKernel::Arguments {
   struct Value {
     uint64_t bits;
     size_t size;  // In bytes.
@@ -107,8 +107,8 @@ struct Kernel::Arguments {
   }
 };
 
-Kernel::Kernel(std::vector<std::pair<std::string, int>> parameters,
-               std::vector<std::string> options, py::dict dtypes)
+PackedKernel::PackedKernel(std::vector<std::pair<std::string, int>> parameters,
+                           std::vector<std::string> options, py::dict dtypes)
     : dtypes_(std::move(dtypes)) {
   const auto name = [](const std::string& s) {
     return py::reinterpret_steal<py::str>(interned(s.c_str()));
@@ -117,11 +117,11 @@ Kernel::Kernel(std::vector<std::pair<std::string, int>> parameters,
   for (auto& text : options) options_.push_back({name(text), 0});
 }
 
-void Kernel::add(const std::string& key, Variant variant) {
+void PackedKernel::add(const std::string& key, Variant variant) {
   variants_.insert_or_assign(key, std::move(variant));
 }
 
-bool Kernel::read(const py::tuple& args, const py::dict& kwargs, Arguments& to) const {
+bool PackedKernel::read(const py::tuple& args, const py::dict& kwargs, Arguments& to) const {
   static PyObject *const data_ptr = interned("data_ptr"), *const dtype = interned("dtype"),
                          *const base = interned("base"), *const shape = interned("shape"),
                          *const strides = interned("strides"), *const padding = interned("padding"),
@@ -244,7 +244,7 @@ bool Kernel::read(const py::tuple& args, const py::dict& kwargs, Arguments& to) 
   return positional <= parameters_.size() && named == kwargs.size();
 }
 
-py::object Kernel::key(const py::tuple& args, const py::dict& kwargs) const {
+py::object PackedKernel::key(const py::tuple& args, const py::dict& kwargs) const {
   Arguments arguments;
   if (!read(args, kwargs, arguments)) return py::none();
   return py::str(arguments.key);
@@ -289,7 +289,7 @@ Handle load(const Variant& variant, const std::string& image) {
 
 }  // namespace
 
-Handle Kernel::function(Variant& variant, int device) {
+Handle PackedKernel::function(Variant& variant, int device) {
   const auto loaded = [&]() -> Handle {
     return size_t(device) < variant.functions.size() ? variant.functions[device] : nullptr;
   };
@@ -313,8 +313,8 @@ Handle Kernel::function(Variant& variant, int device) {
   return variant.functions[device] = function;
 }
 
-bool Kernel::launch(int device, uint64_t stream, const py::tuple& grid, const py::tuple& args,
-                    const py::dict& kwargs) {
+bool PackedKernel::launch(int device, uint64_t stream, const py::tuple& grid, const py::tuple& args,
+                          const py::dict& kwargs) {
   Arguments arguments;
   if (!read(args, kwargs, arguments)) return false;
   const auto found = variants_.find(arguments.key);

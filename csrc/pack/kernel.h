@@ -1,5 +1,5 @@
-// Kernel: a Triton kernel compiled ahead of time. It finds the variant that was compiled for the
-// arguments of a call, and launches it.
+// PackedKernel: a Triton kernel compiled ahead of time. It finds the variant that was compiled for
+// the arguments of a call, and launches it.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -34,12 +34,12 @@ struct Variant {
   std::vector<Handle> functions;  // The loaded function, for each device.
 };
 
-class Kernel {
+class PackedKernel {
  public:
   // dtypes maps torch dtypes to their names in keys. options names the launch options, which are
   // part of the key unless they are None.
-  Kernel(std::vector<std::pair<std::string, int>> parameters, std::vector<std::string> options,
-         py::dict dtypes);
+  PackedKernel(std::vector<std::pair<std::string, int>> parameters,
+               std::vector<std::string> options, py::dict dtypes);
 
   void add(const std::string& key, Variant variant);
 

@@ -1,12 +1,13 @@
 """Report which kernels run here, and why others do not: ``python -m llmos_kernels env``."""
 
 import importlib.metadata
+import itertools
 import os
 import platform
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +17,17 @@ import llmos_kernels
 from llmos_kernels._core.registry import _FORCED, DEFINED, HAS_TRITON
 from llmos_kernels._tools import checksums
 from llmos_kernels._triton.runtime import kernel_pack
-from llmos_kernels.ops._product_policy import FORWARD, PROVIDERS, rules
+from llmos_kernels.ops._product_policy import (
+    DINPUT,
+    DWEIGHT,
+    FORWARD,
+    LAYER,
+    NO_LIMIT,
+    OURS,
+    PROVIDERS,
+    ProductRule,
+    rules,
+)
 
 #: The dispatch keys that are reported, one for each kind of device.
 KEYS = ("CPU", "CUDA")
@@ -116,6 +127,40 @@ def _gpus() -> Iterator[str]:
         yield triton_kernels(arch)
 
 
+def _sizes(rule: ProductRule) -> str:
+    """Return the range of sizes of ``rule``, for people."""
+
+    def limits(low: int, high: int, shown: Callable[[int], str], unit: str) -> list[str]:
+        if (low, high) == (0, NO_LIMIT):
+            return []
+        return [f"{shown(low)} {'or more' if high == NO_LIMIT else f'to {shown(high)}'} {unit}"]
+
+    def power(n: int) -> str:
+        return f"2^{n.bit_length() - 1}" if n else "0"
+
+    rows = limits(rule.rows_from, rule.rows_below, str, "rows")
+    return ", ".join(rows + limits(rule.macs_from, rule.macs_below, power, "MACs")) or "any size"
+
+
+def products() -> Iterator[str]:
+    """Yield a line for each range of sizes in which torch's libraries compute a matrix product."""
+    devices = [("CPU", torch.device("cpu"))]
+    devices += [("CUDA", torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+    for (key, device), dtype in itertools.product(
+        devices, (torch.float32, torch.bfloat16, torch.float16)
+    ):
+        short = str(dtype).removeprefix("torch.")
+        for direction in (FORWARD, DINPUT, DWEIGHT):
+            for rule in rules(direction, dtype, device):
+                if rule.provider != OURS:
+                    library = f"torch's {PROVIDERS[rule.provider]}"
+                    yield f"{f'{short} linear {direction}':32} {key:6} {library}: {_sizes(rule)}"
+        ours = [_sizes(rule) for rule in rules(LAYER, dtype, device)]
+        if "any size" not in ours:
+            but = f", but for {'; '.join(ours)}" if ours else ""
+            yield f"{f'{short} nn.Linear':32} {key:6} torch's own{but}"
+
+
 def describe() -> Iterator[str]:
     """Yield the lines that ``env`` prints; the last one is the verdict."""
     yield f"llmos_kernels {llmos_kernels.__version__}"
@@ -148,11 +193,7 @@ def describe() -> Iterator[str]:
                 if why and (key == "CPU" or torch.cuda.is_available()):
                     slow.add(f"{key}: {why}")
             yield f"{op:32} {key:6} {file}{f' ({why})' if why else ''}"
-    for dtype in (torch.bfloat16, torch.float32):
-        for rule in rules(FORWARD, dtype, torch.device("cpu")):
-            what = f"{str(dtype)[6:]} linear, {rule.rows_from} rows or more"
-            macs = f"from 2^{rule.macs_from.bit_length() - 1} multiply-accumulates on"
-            yield f"{what:32} {'CPU':6} torch's {PROVIDERS[rule.provider]}, {macs}"
+    yield from products()
     yield ""
     verdict = "every op has a kernel for every device of this machine"
     yield f"verdict: {'the reference answers on ' + '; '.join(sorted(slow)) if slow else verdict}"

@@ -36,6 +36,8 @@ PROVIDERS = {OURS: "llmos_kernels", CUBLAS: "cuBLAS", ONEDNN: "oneDNN", MKL: "MK
 
 FOLDER = Path(__file__).parent.parent / "tuned"
 FORMAT = 1
+#: The upper end of a range that has none.
+NO_LIMIT = sys.maxsize
 _SIZES = {"rows", "macs", "depth", "width"}
 _COMMON = {"direction", "dtype", "provider", "measured", *_SIZES}
 _FIELDS = {
@@ -56,7 +58,7 @@ class Cpu(NamedTuple):
     mkl: bool
 
 
-class Rule(NamedTuple):
+class ProductRule(NamedTuple):
     """The provider of products whose rows and MACs lie in these ranges, the upper ends excluded."""
 
     provider: str
@@ -101,23 +103,46 @@ def torch_library(dtype: torch.dtype, onednn_enabled: bool = True) -> str:
 
 
 def read(path: Path, kind: str) -> list[dict]:
-    """Return the entries of a table for ``kind``, "cpu" or "gpu"; ValueError for a malformed one."""
-    table = json.loads(path.read_text())
-    if table["format"] != FORMAT:
-        raise ValueError(f"{path}: format {table['format']}, expected {FORMAT}")
-    for entry in table["products"]:
-        if {*entry} != _FIELDS[kind]:
-            raise ValueError(f"{path}: fields {sorted(entry)}, expected {sorted(_FIELDS[kind])}")
-        if entry["direction"] not in DIRECTIONS or entry["provider"] not in PROVIDERS:
-            raise ValueError(f"{path}: {entry['direction']} by {entry['provider']}")
-        if entry["depth"] is not None or entry["width"] is not None:
-            raise ValueError(f"{path}: depth and width must be null, rows and macs are compared")
+    """Return the entries of a table for ``kind``, "cpu" or "gpu".
+
+    Raises:
+        ValueError: The file is malformed; the message names it, and what is wrong.
+    """
+    try:
+        table = json.loads(path.read_text())
+        if table["format"] != FORMAT:
+            raise ValueError(f"format {table['format']}, expected {FORMAT}")
+        for entry in table["products"]:
+            _check(entry, kind)
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path}: {type(e).__name__}: {e}") from e
     return table["products"]
+
+
+def _check(entry: dict, kind: str) -> None:
+    """Raise ValueError for an entry that ``choose`` could not use."""
+    if {*entry} != _FIELDS[kind]:
+        raise ValueError(f"fields {sorted(entry)}, expected {sorted(_FIELDS[kind])}")
+    if entry["direction"] not in DIRECTIONS or entry["provider"] not in PROVIDERS:
+        raise ValueError(f"{entry['direction']} by {entry['provider']}")
+    if not isinstance(getattr(torch, str(entry["dtype"]), None), torch.dtype):
+        raise ValueError(f"dtype {entry['dtype']}")
+    for name in ("rows", "macs"):
+        low, high = entry[name]
+        if (
+            type(low) is not int
+            or low < 0
+            or not (high is None or (type(high) is int and high > low))
+        ):
+            raise ValueError(f"{name} {entry[name]}, expected [from, below]")
+    if entry["depth"] is not None or entry["width"] is not None:
+        raise ValueError("depth and width must be null, rows and macs are compared")
 
 
 @functools.cache
 def _entries(kind: str) -> list[dict]:
-    return [e for path in sorted((FOLDER / kind).glob("*.json")) for e in read(path, kind)]
+    paths = sorted((FOLDER / kind).glob("products*.json"))
+    return [entry for path in paths for entry in read(path, kind)]
 
 
 def _facts(device: torch.device, dtype: torch.dtype, onednn_enabled: bool) -> dict:
@@ -138,31 +163,30 @@ def _matches(entry: dict, facts: dict) -> bool:
     return True
 
 
-def _rule(entry: dict) -> Rule:
+def _rule(entry: dict) -> ProductRule:
     (rows_from, rows_below), (macs_from, macs_below) = entry["rows"], entry["macs"]
-    most = sys.maxsize
-    return Rule(
+    return ProductRule(
         entry["provider"],
         rows_from,
-        most if rows_below is None else rows_below,
+        NO_LIMIT if rows_below is None else rows_below,
         macs_from,
-        most if macs_below is None else macs_below,
+        NO_LIMIT if macs_below is None else macs_below,
     )
 
 
 #: The results of ``_table``. The key is (dtype, device); for CPU dtypes that torch can give to oneDNN
 #: it is (dtype, device, whether oneDNN is enabled).
-_tables: dict[tuple, dict[str, tuple[Rule, ...]]] = {}
+_tables: dict[tuple, dict[str, tuple[ProductRule, ...]]] = {}
 
 
-def _table(dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Rule, ...]]:
+def _table(dtype: torch.dtype, device: torch.device) -> dict[str, tuple[ProductRule, ...]]:
     """Return the rules of each direction for products of ``dtype`` on ``device``."""
     enabled = torch._C._get_mkldnn_enabled()
     if known := _tables.get((dtype, device, enabled)):
         return known
     depends = device.type == "cpu" and dtype in cpu().onednn
     key = (dtype, device, enabled) if depends else (dtype, device)
-    found: dict[str, list[Rule]] = {direction: [] for direction in DIRECTIONS}
+    found: dict[str, list[ProductRule]] = {direction: [] for direction in DIRECTIONS}
     kind = {"cpu": "cpu", "cuda": "gpu"}.get(device.type)
     if kind:
         facts = _facts(device, dtype, enabled)
@@ -172,7 +196,7 @@ def _table(dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Rule, ..
     return _tables.setdefault(key, {d: tuple(of_direction) for d, of_direction in found.items()})
 
 
-def rules(direction: str, dtype: torch.dtype, device: torch.device) -> tuple[Rule, ...]:
+def rules(direction: str, dtype: torch.dtype, device: torch.device) -> tuple[ProductRule, ...]:
     """Return the rules that ``choose`` tries in order, in ``direction`` for ``dtype`` on ``device``."""
     return (_tables.get((dtype, device)) or _table(dtype, device))[direction]
 

@@ -14,7 +14,8 @@ second's dinput, and sum it over rows for the first bias there. The dropout mask
 
 ``forward``, ``dinput`` and ``parameter_gradients`` ask ``ops/_product_policy.py`` who computes a
 product. While a graph is traced they do not ask: they record an op, ``llmos::linear_..._by_policy``,
-that asks when it runs, so that no threshold is compared with a symbolic size.
+that asks when it runs, so that no threshold is compared with a symbolic size. On CUDA a traced product
+with nothing fused is recorded as torch's own, so that compilers can fuse what is around it.
 """
 
 import torch
@@ -280,7 +281,7 @@ def dinput(
 
 
 def _dweight(dz: Tensor, input: Tensor, of_bias: bool, layer: bool) -> tuple[Tensor, Tensor | None]:
-    """Return dweight [out, in] and, if ``of_bias``, dbias [out], by whom the policy names."""
+    """Return dweight [out, in] and, if ``of_bias``, dbias [out], computed by the library that the policy names."""
     n, width = dz.shape
     if choose(DWEIGHT, dz.dtype, dz.device, n, n * width * input.shape[1], layer) == OURS:
         dweight, dbias = linear_dweight(dz, input, of_bias)

@@ -191,7 +191,7 @@ def int8_vnni_weight(weight_int8: Tensor) -> Tensor | None:
     if weight_int8.ndim != 2:
         raise ValueError(f"weight_int8 must be [out, in], got {list(weight_int8.shape)}")
     extension = sys.modules.get("llmos_kernels._C")
-    if weight_int8.device.type != "cpu" or extension is None or not extension.packs_int8():
+    if weight_int8.device.type != "cpu" or extension is None or not extension.has_vnni():
         return None
     return _to_vnni(weight_int8.detach())
 

@@ -58,6 +58,10 @@ def test_pure_python_wheel(missing, named, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert "llmos_kernels/py.typed" in names and "llmos_kernels/_triton/norm/layer_norm.py" in names
     assert not any(name.endswith(".so") for name in names)
+    assert "llmos_kernels/tuned/cpu/products.json" in names
+    tops = {name.partition("/")[0] for name in names}
+    assert all(t == "llmos_kernels" or t.endswith(".dist-info") for t in tops), tops
+    assert [name for name in names if "bench" in name] == ["llmos_kernels/_tools/bench.py"]
     read = lambda name: json.loads(zipfile.ZipFile(wheel).read(name))
     assert read("llmos_kernels/_build_info.json").keys() == {"commit", "dirty", "python"}
     (bom,) = (name for name in names if ".dist-info/sboms/" in name)

@@ -35,7 +35,9 @@ def keys(arch: str) -> None:
 
     def run(self, grid, args, kwargs):
         launch = build_pack.launch_of(self, args, dict(kwargs))
-        made = _C.Kernel(parameters(self), list(OPTIONS), kernel_pack.DTYPES).key(args, kwargs)
+        made = _C.PackedKernel(parameters(self), list(OPTIONS), kernel_pack.DTYPES).key(
+            args, kwargs
+        )
         assert made == launch.key, f"{self.name}: {made} is not {launch.key}"
         bind = create_function_from_signature(self.signature, self.params, backend)
         _, specialization, _ = bind(*args, **kwargs)

@@ -61,11 +61,11 @@ def test_triton(shape, dtype):
 def test_rows_of_a_layer(shape, dtype, device):
     """``int8_linear_rows`` gives the bits of ``int8_linear`` followed by quantisation."""
     x, weight, scale, bias = arguments(*shape, dtype, device)
-    packed = lk.int8_vnni_weight(weight)
+    vnni_weight = lk.int8_vnni_weight(weight)
     for activation, unsigned in (("relu", True), (None, False)):
         y = lk.int8_linear(x, weight, scale, bias, activation)
         expected = quantize_reference(y, unsigned)
-        for options in ({}, {"vnni_weight": packed}, {"backend": "reference"}):
+        for options in ({}, {"vnni_weight": vnni_weight}, {"backend": "reference"}):
             made = lk.int8_linear_rows(x, weight, scale, bias, activation, **options)
             for actual, wanted in zip(made, expected, strict=True):
                 assert actual.dtype == wanted.dtype and torch.equal(actual, wanted)

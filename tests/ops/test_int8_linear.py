@@ -21,17 +21,17 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_outliers_and_weight_only(shape, dtype, device):
     x, weight, scale, bias = arguments(*shape, dtype, device)
     x = with_outliers(x)
-    packed = lk.int8_vnni_weight(weight)
+    vnni_weight = lk.int8_vnni_weight(weight)
 
     def linear(*args, **options):
-        return lk.int8_linear(*args, **options, vnni_weight=packed)
+        return lk.int8_linear(*args, **options, vnni_weight=vnni_weight)
 
     for activation in (None, "gelu"):
         for fn in (lk.int8_linear, linear):
             judged(fn, x, weight, scale, bias, activation=activation, outlier_threshold=6.0)
         judged(lk.int8_linear, x, weight, scale, bias, activation=activation, mode="weight_only")
     none = linear(x, weight, scale, bias, outlier_threshold=1e9)
-    for b in (packed, None):
+    for b in (vnni_weight, None):
         assert torch.equal(lk.int8_linear(x, weight, scale, bias, vnni_weight=b), none)
 
 
@@ -57,22 +57,24 @@ def test_triton_linear(shape, dtype):
         judged(lambda *a, mode: few(*a, 0), x, weight, scale, bias, mode="weight_only")
 
 
-def test_pack():
-    packs = torch.ops.llmos.int8_vnni_weight.default
+def test_vnni_weight():
+    make_vnni_weight = torch.ops.llmos.int8_vnni_weight.default
     reference = DEFINED["llmos::int8_vnni_weight"].reference
     for shape in ((1, 1), (64, 4), (65, 7), (130, 300), (0, 5), (5, 0)):
         weight = torch.randint(-128, 128, shape, dtype=torch.int8)
-        packed = lk.int8_vnni_weight(weight)
-        if packed is None:
+        vnni_weight = lk.int8_vnni_weight(weight)
+        if vnni_weight is None:
             with pytest.raises(RuntimeError, match="has no VNNI"):
-                packs(weight)
+                make_vnni_weight(weight)
         else:
-            assert torch.equal(packed, reference(weight))
-            assert torch.equal(lk.int8_vnni_weight(weight.mT.contiguous().mT), packed)
-    packed = lk.int8_vnni_weight(weight := torch.randint(-128, 128, (130, 300), dtype=torch.int8))
-    if packed is not None:
+            assert torch.equal(vnni_weight, reference(weight))
+            assert torch.equal(lk.int8_vnni_weight(weight.mT.contiguous().mT), vnni_weight)
+    vnni_weight = lk.int8_vnni_weight(
+        weight := torch.randint(-128, 128, (130, 300), dtype=torch.int8)
+    )
+    if vnni_weight is not None:
         x, scale = torch.randn(20, 300), torch.ones(130)
-        strided = packed.mT.contiguous().mT
+        strided = vnni_weight.mT.contiguous().mT
         expected = lk.int8_linear(x, weight, scale)
         assert torch.equal(lk.int8_linear(x, weight, scale, vnni_weight=strided), expected)
     with pytest.raises(TypeError, match="float32"):

@@ -1,5 +1,6 @@
 """Products by our GEMM or torch's libraries: the choice, results, gradients, error budget."""
 
+import json
 import sys
 
 import pytest
@@ -233,6 +234,15 @@ def test_malformed_table(tmp_path):
     path.write_text('{"format": 2, "products": []}')
     with pytest.raises(ValueError, match="format 2"):
         _product_policy.read(path, "cpu")
+    path.write_text('{"format": 1}')
+    with pytest.raises(ValueError, match=r"table\.json: KeyError"):
+        _product_policy.read(path, "cpu")
+    (right, *_) = _product_policy.read(_product_policy.FOLDER / "cpu" / "products.json", "cpu")
+    wrong = {"dtype": "bfloat61", "rows": None, "macs": [5, 5], "provider": "mlk", "depth": 8}
+    for field, value in wrong.items():
+        path.write_text(json.dumps({"format": 1, "products": [right | {field: value}]}))
+        with pytest.raises(ValueError, match=r"table\.json"):
+            _product_policy.read(path, "cpu")
 
 
 @onednn
@@ -272,7 +282,7 @@ def test_project(level, monkeypatch):
 def test_what_env_says(monkeypatch):
     pretend(monkeypatch, "amx", True, True)
     said = "\n".join(environment.describe())
-    assert "torch's MKL, from 2^26 multiply-accumulates on" in said
+    assert "torch's MKL: 64 or more rows, 2^26 or more MACs" in said
     pretend(monkeypatch, "avx512_bf16")
     assert "MKL" not in "\n".join(environment.describe())
 

@@ -75,7 +75,7 @@ def test_layer_in_other_dtypes(device):
         assert layer(torch.randn(20, 40, device=device)).dtype == torch.bfloat16
 
 
-def test_a_packed_weight_is_never_stale():
+def test_a_vnni_weight_is_never_stale():
     torch.manual_seed(0)
     layer = Int8Linear.from_linear(nn.Linear(40, 24))
     x = torch.randn(20, 40)

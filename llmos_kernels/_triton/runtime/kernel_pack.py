@@ -116,11 +116,11 @@ class Pack:
     def kernel(
         self, name: str, parameters: Sequence[tuple[str, int]], options: Iterable[str]
     ) -> Any:
-        """Return the ``_C.Kernel`` with all variants of the kernel ``name``, which may be none."""
+        """Return the ``_C.PackedKernel`` with all variants of the kernel ``name``, which may be none."""
         from llmos_kernels import _C
 
         if name not in self.kernels:
-            made = _C.Kernel(list(parameters), list(options), DTYPES)
+            made = _C.PackedKernel(list(parameters), list(options), DTYPES)
             for v in self.index["kernels"].get(name, ()):
                 image = functools.partial(self.cubin, v)
                 threads, maps = 32 * v["warps"], v["descriptors"]
