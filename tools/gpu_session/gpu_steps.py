@@ -45,7 +45,8 @@ import machine
 from llmos_kernels._tools import environment
 from llmos_kernels._triton.runtime import kernel_pack
 device = "cuda" if torch.cuda.is_available() else "cpu"
-about = {"env": list(environment.describe()), "torch": torch.__version__, "machine": machine.name(device)}
+about = {"env": list(environment.describe()), "torch": torch.__version__}
+about["machine"] = machine.name(device)
 if device == "cuda":
     about |= {"arch": kernel_pack.arch_of(0), "copy GB/s": machine.copy_rate(device, 2**31)}
 print("\\n".join(about["env"]))
