@@ -144,10 +144,13 @@ inference = pytest.mark.parametrize("direction", ("inference",))
 @inference
 @each_dtype
 @pytest.mark.parametrize("op", (LAYERS,))
-@pytest.mark.parametrize("size", [
-    pytest.param(size, id="x".join(map(str, size)), marks=[pytest.mark.quick] if i == 0 else [])
-    for i, size in enumerate(LAYER_SIZES)
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param(size, id="x".join(map(str, size)), marks=[pytest.mark.quick] if i == 0 else [])
+        for i, size in enumerate(LAYER_SIZES)
+    ],
+)
 def test_encoder_layers(op, size, dtype, direction, provider, side_by_side):
     """Time two post-norm encoder layers, without padding."""
 

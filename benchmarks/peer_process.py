@@ -70,9 +70,12 @@ class Peer:
                 env = {k: v for k, v in env.items() if k not in ("OMP_PROC_BIND", "OMP_PLACES")}
             with _all_cores():
                 self._process = subprocess.Popen(
-                    [peers.PYTHON, __file__, name, folder], env=env, text=True,
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                )  # fmt: skip
+                    [peers.PYTHON, __file__, name, folder],
+                    env=env,
+                    text=True,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                )
             self.versions = json.loads(self._read())
             self.result = torch.load(f"{folder}/{name}.pt")
 

@@ -105,12 +105,16 @@ def flash_attn(case):
 
 
 OPS = {
-    "reference": reference, "eager": eager, "compile": compiled, "flex_attention": flex_attention,
+    "reference": reference,
+    "eager": eager,
+    "compile": compiled,
+    "flex_attention": flex_attention,
     "sdpa_cudnn": functools.partial(_sdpa, "CUDNN_ATTENTION"),
     "sdpa_flash": functools.partial(_sdpa, "FLASH_ATTENTION"),
     "sdpa_efficient": functools.partial(_sdpa, "EFFICIENT_ATTENTION"),
-    "liger": liger, "flash_attn": flash_attn,
-}  # fmt: skip
+    "liger": liger,
+    "flash_attn": flash_attn,
+}
 
 
 def dynamic(linear):
@@ -197,9 +201,12 @@ def bitsandbytes(model, inputs):
     for name, layer in list(model.named_modules()):
         if type(layer) is torch.nn.Linear:
             new = bnb.Linear8bitLt(
-                layer.in_features, layer.out_features, layer.bias is not None,
-                has_fp16_weights=False, threshold=6.0,
-            )  # fmt: skip
+                layer.in_features,
+                layer.out_features,
+                layer.bias is not None,
+                has_fp16_weights=False,
+                threshold=6.0,
+            )
             weight = layer.weight.data.clone()
             new.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
             new.bias = layer.bias
@@ -210,8 +217,10 @@ def bitsandbytes(model, inputs):
 
 MODELS = {"zentorch": zentorch, "onnxruntime": onnxruntime}
 INT8_MODELS = {
-    "onnxruntime_int8": onnxruntime_int8, "torchao": torchao, "bitsandbytes": bitsandbytes,
-}  # fmt: skip
+    "onnxruntime_int8": onnxruntime_int8,
+    "torchao": torchao,
+    "bitsandbytes": bitsandbytes,
+}
 
 
 def _missing(package: str) -> str | None:

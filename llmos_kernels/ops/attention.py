@@ -461,9 +461,20 @@ def scaled_dot_product_attention(
     Vaswani et al. 2017, arXiv:1706.03762.
     """
     call = check_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_padding_mask,
-        cu_seqlens_q, cu_seqlens_k, bottom_right, return_weights,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        key_padding_mask,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        bottom_right,
+        return_weights,
+    )
     seed = draw_seed(query.device) if dropout_p else None
     if use_reference(backend, call.tensors.query.dtype):
         return call.shaped(*_by_reference(call.tensors, call.options, seed, return_weights))

@@ -114,9 +114,18 @@ def _backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     h = embedding_sum((index0, index1, index2), (table0, table1, table2))
     dh, _, dweight, dbias = norm_backward_reference(
-        _drop(dy, dropout_p, seed), None, h, weight, stats, h.shape[-1], True, 0.0, None,
-        weight_grad, bias_grad,
-    )  # fmt: skip
+        _drop(dy, dropout_p, seed),
+        None,
+        h,
+        weight,
+        stats,
+        h.shape[-1],
+        True,
+        0.0,
+        None,
+        weight_grad,
+        bias_grad,
+    )
     return dh, dweight, dbias
 
 

@@ -81,9 +81,16 @@ def _linear_reference(
         outlier_sums = input[:, columns].float() @ weight_int8[:, columns].float().mT
     a, a_scale = quantize_reference(rows)
     return matmul_reference(
-        a, weight_int8, a_scale, weight_scale, vnni_weight, bias, activation, input.dtype,
+        a,
+        weight_int8,
+        a_scale,
+        weight_scale,
+        vnni_weight,
+        bias,
+        activation,
+        input.dtype,
         outlier_sums,
-    )  # fmt: skip
+    )
 
 
 def _linear_rows_reference(

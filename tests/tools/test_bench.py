@@ -48,8 +48,9 @@ def test_a_wrong_row_has_no_time():
     assert row.wrong == {"other": "error 4.1 times its budget"}
     row = made_row(kernel=answer(1.1), eager=fails, mute=lambda: None)
     assert not row.calls and row.wrong == {
-        "kernel": "error 1.1 times its budget", "eager": "NotImplementedError: not for this",
-    }  # fmt: skip
+        "kernel": "error 1.1 times its budget",
+        "eager": "NotImplementedError: not for this",
+    }
     with pytest.raises(NotImplementedError):
         made_row(kernel=fails)
     int8 = rows.Call(lambda: 0, (), rows.relative(torch.ones(4), torch.ones(4).double() * 1.1))
@@ -128,11 +129,13 @@ A, B = "a [1] float32 forward", "b [2] bfloat16 backward"
 FULL = result((A, "kernel", 2.0, [2.0, 2.2]), (A, "eager", 4.0, [1.0, 1.0]))
 QUICK = [
     result(
-        (A, "kernel", 9.0, [low, 2.5]), (B, "kernel", 5.0, [0.9, 1.1]),
-        quick=True, limits={"copy": c},
+        (A, "kernel", 9.0, [low, 2.5]),
+        (B, "kernel", 5.0, [0.9, 1.1]),
+        quick=True,
+        limits={"copy": c},
     )
     for low, c in ((1.8, 3.0), (1.9, 2.0))
-]  # fmt: skip
+]
 
 
 def test_baseline(tmp_path):
@@ -140,11 +143,23 @@ def test_baseline(tmp_path):
     runs."""
     made = baseline.make([QUICK[0], FULL, QUICK[1]])["this"]
     assert made["rows"] == [
-        {"row": A, "us": {"kernel": 2.0, "eager": 4.0}, "bytes": 8, "products": "int8",
-         "ratio": [2.0, 2.2], "gate": [1.8, 2.5]},
-        {"row": B, "us": {"kernel": 5.0}, "bytes": 8, "products": "int8",
-         "ratio": [0.9, 1.1], "gate": [0.9, 1.1]},
-    ]  # fmt: skip
+        {
+            "row": A,
+            "us": {"kernel": 2.0, "eager": 4.0},
+            "bytes": 8,
+            "products": "int8",
+            "ratio": [2.0, 2.2],
+            "gate": [1.8, 2.5],
+        },
+        {
+            "row": B,
+            "us": {"kernel": 5.0},
+            "bytes": 8,
+            "products": "int8",
+            "ratio": [0.9, 1.1],
+            "gate": [0.9, 1.1],
+        },
+    ]
     assert made["limits"] == {"copy": 3.0} and [r["quick"] for r in made["runs"]] == [
         True,
         True,

@@ -189,9 +189,14 @@ def call(
     # A file, because a pipe stays open as long as any process of the step.
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [str(part) for part in step.command], cwd=ROOT, env=env, stdout=log,
-            stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+            [str(part) for part in step.command],
+            cwd=ROOT,
+            env=env,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         rc: int | str
         try:
             rc = wait(process, max(limit, 1.0), save)

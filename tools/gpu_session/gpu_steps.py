@@ -67,9 +67,14 @@ print(len(rows), "kernels,", sum(r["spills"] > 0 for r in rows), "spill")
 
 #: Tests that are not run here: the extension is built already, and wheels are not for this machine.
 _NOT_HERE = (
-    "test_cpu_levels.py", "test_sanitize.py", "test_wheels.py", "test_build.py", "test_stress.py",
-    "test_gpu_slices.py", "test_gpu_carry.py",
-)  # fmt: skip
+    "test_cpu_levels.py",
+    "test_sanitize.py",
+    "test_wheels.py",
+    "test_build.py",
+    "test_stress.py",
+    "test_gpu_slices.py",
+    "test_gpu_carry.py",
+)
 _PACKED = ("test_kernels.py", "test_ops.py", "test_attention.py", "test_int8.py", "test_layers.py")
 #: Tests that compile for any GPU.
 _NEED_NO_GPU = (
@@ -208,9 +213,15 @@ def _benchmark(out: Path, name: str, rehearse: bool) -> list[Step]:
         arguments += ["--providers", "kernel,eager", "--busy"]
     arguments += ["--resume", out / f"{name}.jsonl", "--benchmark-json", out / f"{name}.new.json"]
     step = Step(
-        name, 330, _python(*arguments), {"PYTHONPATH": f"{ROOT}{os.pathsep}{PEERS}"}, MEASURED,
-        goes_on=True, keeps=(f"{name}.jsonl", f"{name}.json"), resume=f"{name}.jsonl",
-    )  # fmt: skip
+        name,
+        330,
+        _python(*arguments),
+        {"PYTHONPATH": f"{ROOT}{os.pathsep}{PEERS}"},
+        MEASURED,
+        goes_on=True,
+        keeps=(f"{name}.jsonl", f"{name}.json"),
+        resume=f"{name}.jsonl",
+    )
     return [step]
 
 
