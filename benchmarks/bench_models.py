@@ -128,11 +128,11 @@ def inference_row(row, stock, given, wanted, stack):
     return row
 
 
-def row_of(op, size, dtype, direction, stock, **more):
+def row_of(op, size, dtype, direction, stock, **options):
     goals = GOALS.get((op, size), ()) if DEVICE == "cpu" else ()
     goal = {"eager": goals[DTYPES.index(dtype)]} if goals and direction == "inference" else {}
     weights = sum(p.nbytes for p in stock.parameters())
-    return Row(op, size, getattr(torch, dtype), direction, weights, goals=goal, **more)
+    return Row(op, size, getattr(torch, dtype), direction, weights, goals=goal, **options)
 
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)

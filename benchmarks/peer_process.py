@@ -48,13 +48,13 @@ def main(name: str, folder: str) -> None:
 @contextlib.contextmanager
 def _all_cores():
     """Lift this thread's pinning, which a process started here would inherit."""
-    own = os.sched_getaffinity(0)
+    pinned = os.sched_getaffinity(0)
     threads = (int(t) for t in os.listdir("/proc/self/task"))
     os.sched_setaffinity(0, set().union(*map(os.sched_getaffinity, threads)))
     try:
         yield
     finally:
-        os.sched_setaffinity(0, own)
+        os.sched_setaffinity(0, pinned)
 
 
 class Peer:

@@ -143,8 +143,8 @@ class FirstOutput(torch.nn.Module):
         self.model, self.second = model, second
 
     def forward(self, input_ids, other=None):
-        more = {} if other is None else {self.second: other}
-        return self.model(input_ids=input_ids, use_cache=False, **more)[0]
+        second_input = {} if other is None else {self.second: other}
+        return self.model(input_ids=input_ids, use_cache=False, **second_input)[0]
 
 
 def zentorch(model, inputs):

@@ -62,14 +62,19 @@ def times(ratio: float) -> str:
     return f"{min(ratio, 0.999) if ratio < 1 else ratio:#.3g}"
 
 
-def _ticks(low: float, high: float, most: int = 8) -> list[float]:
+def _ticks(low: float, high: float, max_ticks: int = 8) -> list[float]:
     """Return round values for a logarithmic axis: more where they fit, else powers of ten."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     powers = range(first, last + 1)
-    choices = ((1, 1.5, 2, 3, 5, 7), 1), ((1, 2, 5), 1), ((1,), 1), ((1,), len(powers) // most + 1)
+    choices = (
+        ((1, 1.5, 2, 3, 5, 7), 1),
+        ((1, 2, 5), 1),
+        ((1,), 1),
+        ((1,), len(powers) // max_ticks + 1),
+    )
     for digits, step in choices:
         found = [m * 10.0**p for p in powers[::step] for m in digits if low <= m * 10.0**p <= high]
-        if len(found) <= most:
+        if len(found) <= max_ticks:
             break
     return found
 
@@ -293,10 +298,10 @@ def _svg(figure: Figure, prefix: str, label: str) -> str:
     found = file.getvalue()
     found = re.sub(r"<metadata>.*?</metadata>", "", found[found.index("<svg") :], flags=re.DOTALL)
 
-    def own(tag: re.Match) -> str:
+    def prefixed(tag: re.Match) -> str:
         return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", tag[0])
 
-    found = re.sub(r"<[^>]*>", own, found)
+    found = re.sub(r"<[^>]*>", prefixed, found)
     opening = f'<svg role="img" aria-label="{escape(label)}"'
     found = re.sub(r' xmlns(:xlink)?="[^"]*"', "", found)
     return found.replace("<svg", opening, 1).strip()

@@ -284,9 +284,9 @@ def test_what_is_kept(speedups):
     assert "plain" in [e.module for e in lk.quantize(model, always=True).quantized]
     assert not lk.quantize(nn.Sequential(nn.Linear(4, 4)), skip="0").quantized
     with torch.inference_mode():  # The weight must not be an inference tensor, which cannot train.
-        one = nn.Linear(4, 4)
-        lk.quantize(one, always=True)
-    assert not one.weight_int8.is_inference()
+        layer = nn.Linear(4, 4)
+        lk.quantize(layer, always=True)
+    assert not layer.weight_int8.is_inference()
 
 
 def test_bad_models():

@@ -133,11 +133,11 @@ def test_rehearsal_in_a_tree_that_others_use(tree, commands, monkeypatch):
     """Its extension stays, and nothing is compiled."""
     wheel(tree / ".gpu-carry")
     monkeypatch.setattr(gpu_carry, "REHEARSE", True)
-    own = tree / "llmos_kernels" / "_ops_cpu.so"
-    own.write_text("own")
-    assert gpu_carry.main(["build"]) == 0 and own.read_text() == "own"
-    own.unlink()
-    assert gpu_carry.main(["build"]) == 0 and own.read_text() == "cpu"
+    extension = tree / "llmos_kernels" / "_ops_cpu.so"
+    extension.write_text("own")
+    assert gpu_carry.main(["build"]) == 0 and extension.read_text() == "own"
+    extension.unlink()
+    assert gpu_carry.main(["build"]) == 0 and extension.read_text() == "cpu"
     assert commands == []
 
 

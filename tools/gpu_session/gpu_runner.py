@@ -184,8 +184,8 @@ def call(
     step: Step, out: Path, limit: float, grace: float, save: Callable[[], None]
 ) -> tuple[int | str, str]:
     """Return a step's exit status, or "time limit", and its output; end all its processes."""
-    own = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", MARK: str(out)}
-    env = {**os.environ, **own, **step.env}
+    runner_env = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", MARK: str(out)}
+    env = {**os.environ, **runner_env, **step.env}
     # A file, because a pipe stays open as long as any process of the step.
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(

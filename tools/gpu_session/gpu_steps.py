@@ -150,11 +150,11 @@ def _python(*arguments: str | Path) -> list[str | Path]:
     return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
 
 
-def _pytest(out: Path, name: str, seconds: int, arguments, **more) -> Step:
+def _pytest(out: Path, name: str, seconds: int, arguments, **options) -> Step:
     """Return a step of tests, whose outcomes go to tests.json."""
     command = _python(*arguments, f"--junitxml={out / name}.xml")
-    env = {"OMP_WAIT_POLICY": "passive", **more.pop("env", {})}
-    return Step(name, seconds, command, env, **more)
+    env = {"OMP_WAIT_POLICY": "passive", **options.pop("env", {})}
+    return Step(name, seconds, command, env, **options)
 
 
 def _chosen(rehearse: bool, expression: str) -> list[str]:
