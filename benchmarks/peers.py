@@ -128,7 +128,7 @@ def dynamic(linear):
 
 
 def int_mm(layer, x):
-    """Return a linear layer put together of torch's ops: quantise, torch._int_mm, scale."""
+    """Return a linear layer put together of torch's ops: quantize, torch._int_mm, scale."""
     scale = x.abs().amax(-1, keepdim=True).float() / 127
     rows = (x / scale).round().to(torch.int8)
     sums = torch._int_mm(rows, layer.weight_int8.t())

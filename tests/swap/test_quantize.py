@@ -1,4 +1,4 @@
-"""Layers and models with int8 weights: results, what is not quantised and why, checkpoints."""
+"""Layers and models with int8 weights: results, what is not quantized and why, checkpoints."""
 
 import copy
 import json
@@ -174,7 +174,7 @@ def test_whole_model(optimized, speedups):
     with torch.no_grad():
         model.layers[1].linear2.weight_scale.zero_()
         assert relative(model(x), expected) > 0.1
-    lk.quantize(model)  # There is nothing left to quantise.
+    lk.quantize(model)  # There is nothing left to quantize.
     assert not lk.quantize(model).entries
     model(x).sum().backward()
     assert model.layers[0].linear1.bias.grad is not None
