@@ -134,9 +134,13 @@ def test_bert_layers(op, size, dtype, direction, provider, side_by_side):
         d, heads, hidden, batch, length = size
         torch.manual_seed(0)
         config = transformers.BertConfig(
-            vocab_size=100, hidden_size=d, num_attention_heads=heads, num_hidden_layers=2,
-            intermediate_size=hidden, return_dict=False,
-        )  # fmt: skip
+            vocab_size=100,
+            hidden_size=d,
+            num_attention_heads=heads,
+            num_hidden_layers=2,
+            intermediate_size=hidden,
+            return_dict=False,
+        )
         stock = transformers.BertModel(config, add_pooling_layer=False)
         stock = stock.to(DEVICE, getattr(torch, dtype)).eval()
         ids = torch.randint(100, (batch, length), device=DEVICE)
@@ -146,11 +150,15 @@ def test_bert_layers(op, size, dtype, direction, provider, side_by_side):
         lk.quantize(model, always=True, rows=(length,))
         wants = {"onnxruntime_int8": 1.25, "torchao": 1.15, "bitsandbytes": 4.0}
         row = Row(
-            op, size, getattr(torch, dtype), direction,
+            op,
+            size,
+            getattr(torch, dtype),
+            direction,
             moved=sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
             flop=operations(functools.partial(stock, ids)),
-            goals=wants if DEVICE == "cpu" else {}, rate="int8",
-        )  # fmt: skip
+            goals=wants if DEVICE == "cpu" else {},
+            rate="int8",
+        )
         with torch.no_grad():
             exact = copy.deepcopy(stock).double()(ids)[0]
             models = {"kernel": model, "eager": stock, "kernel_float": swapped}

@@ -128,11 +128,11 @@ def inference_row(row, stock, given, wanted, stack):
     return row
 
 
-def row_of(op, size, dtype, direction, stock, **more):
+def row_of(op, size, dtype, direction, stock, **options):
     goals = GOALS.get((op, size), ()) if DEVICE == "cpu" else ()
     goal = {"eager": goals[DTYPES.index(dtype)]} if goals and direction == "inference" else {}
     weights = sum(p.nbytes for p in stock.parameters())
-    return Row(op, size, getattr(torch, dtype), direction, weights, goals=goal, **more)
+    return Row(op, size, getattr(torch, dtype), direction, weights, goals=goal, **options)
 
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -144,10 +144,13 @@ inference = pytest.mark.parametrize("direction", ("inference",))
 @inference
 @each_dtype
 @pytest.mark.parametrize("op", (LAYERS,))
-@pytest.mark.parametrize("size", [
-    pytest.param(size, id="x".join(map(str, size)), marks=[pytest.mark.quick] if i == 0 else [])
-    for i, size in enumerate(LAYER_SIZES)
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param(size, id="x".join(map(str, size)), marks=[pytest.mark.quick] if i == 0 else [])
+        for i, size in enumerate(LAYER_SIZES)
+    ],
+)
 def test_encoder_layers(op, size, dtype, direction, provider, side_by_side):
     """Time two post-norm encoder layers, without padding."""
 

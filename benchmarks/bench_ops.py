@@ -138,10 +138,15 @@ def op_row(op, size, dtype, direction, wanted):
     case = BY_NAME[op]
     args, exact, eager = drawn(op, size, dtype)
     row = Row(
-        op, size, getattr(torch, dtype), direction,
-        moved=moved(case, args, direction), flop=flop(case, args, direction),
-        goals=goals(op, size, dtype, direction), gradients=direction != FORWARD,
-    )  # fmt: skip
+        op,
+        size,
+        getattr(torch, dtype),
+        direction,
+        moved=moved(case, args, direction),
+        flop=flop(case, args, direction),
+        goals=goals(op, size, dtype, direction),
+        gradients=direction != FORWARD,
+    )
     args = plain(args) if direction == FORWARD else args
     gradients = make_gradients(run_once(case.op, args))
     turns = device_time.cold(args)[1:] if DEVICE == "cuda" else ()

@@ -61,10 +61,10 @@ class Session:
         if not params or "provider" not in params:
             return True
         if self.quick:
-            own = self.config.getoption("providers")
+            providers = self.config.getoption("providers")
             if item.get_closest_marker("quick") is None:
                 return False
-            if not own and params["provider"] not in QUICK:
+            if not providers and params["provider"] not in QUICK:
                 return False
         for flag, name in (
             ("op", "op"),
@@ -95,8 +95,8 @@ class Session:
             self.checked = True
         with contextlib.ExitStack() as stack:
             row = build(wanted, stack)
-            rounds, most = (9, 1.0) if self.quick else (25, 8.0)
-            found = rows.measure(row, rounds, most, busy)
+            rounds, max_seconds = (9, 1.0) if self.quick else (25, 8.0)
+            found = rows.measure(row, rounds, max_seconds, busy)
         self.saved.add(key, wanted, found)
         return found
 
@@ -220,11 +220,11 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def line(extras: dict[str, dict]) -> str:
-    own = extras["kernel"]
-    ratios = [f"{k} {e['us'] / own['us']:.2f}" for k, e in extras.items() if k != "kernel"]
-    goals = [f"goal {k} {v}" for k, v in own.get("goal", {}).items()]
-    error = own.get("error_over_budget", own.get("relative_error", ""))
-    share = f"{own['share']:.0%}" if "share" in own else ""
-    return f"{own['row']:62} {own['us']:9.1f} {share:>5} {error:>6}  " + ", ".join(
+    kernel = extras["kernel"]
+    ratios = [f"{k} {e['us'] / kernel['us']:.2f}" for k, e in extras.items() if k != "kernel"]
+    goals = [f"goal {k} {v}" for k, v in kernel.get("goal", {}).items()]
+    error = kernel.get("error_over_budget", kernel.get("relative_error", ""))
+    share = f"{kernel['share']:.0%}" if "share" in kernel else ""
+    return f"{kernel['row']:62} {kernel['us']:9.1f} {share:>5} {error:>6}  " + ", ".join(
         [*ratios, *goals]
     )

@@ -2,9 +2,9 @@
 
     python benchmarks/launch_cost.py [FILE]
 
-On a GPU this uses its driver; elsewhere a driver that does nothing (tests/helpers/fake_cuda.c), so that the
-time is that of the launchers alone. It prints microseconds for each kernel, side by side in one
-run, and writes JSON to the file given.
+On a GPU this uses its driver; elsewhere a driver that does nothing (tests/helpers/fake_cuda.c), so
+that the time is that of the launchers alone. It prints microseconds for each kernel, side by side
+in one run, and writes JSON to the file given.
 """
 
 import contextlib

@@ -48,13 +48,13 @@ def main(name: str, folder: str) -> None:
 @contextlib.contextmanager
 def _all_cores():
     """Lift this thread's pinning, which a process started here would inherit."""
-    own = os.sched_getaffinity(0)
+    pinned = os.sched_getaffinity(0)
     threads = (int(t) for t in os.listdir("/proc/self/task"))
     os.sched_setaffinity(0, set().union(*map(os.sched_getaffinity, threads)))
     try:
         yield
     finally:
-        os.sched_setaffinity(0, own)
+        os.sched_setaffinity(0, pinned)
 
 
 class Peer:
@@ -70,9 +70,12 @@ class Peer:
                 env = {k: v for k, v in env.items() if k not in ("OMP_PROC_BIND", "OMP_PLACES")}
             with _all_cores():
                 self._process = subprocess.Popen(
-                    [peers.PYTHON, __file__, name, folder], env=env, text=True,
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                )  # fmt: skip
+                    [peers.PYTHON, __file__, name, folder],
+                    env=env,
+                    text=True,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                )
             self.versions = json.loads(self._read())
             self.result = torch.load(f"{folder}/{name}.pt")
 

@@ -105,12 +105,16 @@ def flash_attn(case):
 
 
 OPS = {
-    "reference": reference, "eager": eager, "compile": compiled, "flex_attention": flex_attention,
+    "reference": reference,
+    "eager": eager,
+    "compile": compiled,
+    "flex_attention": flex_attention,
     "sdpa_cudnn": functools.partial(_sdpa, "CUDNN_ATTENTION"),
     "sdpa_flash": functools.partial(_sdpa, "FLASH_ATTENTION"),
     "sdpa_efficient": functools.partial(_sdpa, "EFFICIENT_ATTENTION"),
-    "liger": liger, "flash_attn": flash_attn,
-}  # fmt: skip
+    "liger": liger,
+    "flash_attn": flash_attn,
+}
 
 
 def dynamic(linear):
@@ -124,7 +128,7 @@ def dynamic(linear):
 
 
 def int_mm(layer, x):
-    """Return a linear layer put together of torch's ops: quantise, torch._int_mm, scale."""
+    """Return a linear layer put together of torch's ops: quantize, torch._int_mm, scale."""
     scale = x.abs().amax(-1, keepdim=True).float() / 127
     rows = (x / scale).round().to(torch.int8)
     sums = torch._int_mm(rows, layer.weight_int8.t())
@@ -139,8 +143,8 @@ class FirstOutput(torch.nn.Module):
         self.model, self.second = model, second
 
     def forward(self, input_ids, other=None):
-        more = {} if other is None else {self.second: other}
-        return self.model(input_ids=input_ids, use_cache=False, **more)[0]
+        second_input = {} if other is None else {self.second: other}
+        return self.model(input_ids=input_ids, use_cache=False, **second_input)[0]
 
 
 def zentorch(model, inputs):
@@ -197,9 +201,12 @@ def bitsandbytes(model, inputs):
     for name, layer in list(model.named_modules()):
         if type(layer) is torch.nn.Linear:
             new = bnb.Linear8bitLt(
-                layer.in_features, layer.out_features, layer.bias is not None,
-                has_fp16_weights=False, threshold=6.0,
-            )  # fmt: skip
+                layer.in_features,
+                layer.out_features,
+                layer.bias is not None,
+                has_fp16_weights=False,
+                threshold=6.0,
+            )
             weight = layer.weight.data.clone()
             new.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
             new.bias = layer.bias
@@ -210,8 +217,10 @@ def bitsandbytes(model, inputs):
 
 MODELS = {"zentorch": zentorch, "onnxruntime": onnxruntime}
 INT8_MODELS = {
-    "onnxruntime_int8": onnxruntime_int8, "torchao": torchao, "bitsandbytes": bitsandbytes,
-}  # fmt: skip
+    "onnxruntime_int8": onnxruntime_int8,
+    "torchao": torchao,
+    "bitsandbytes": bitsandbytes,
+}
 
 
 def _missing(package: str) -> str | None:

@@ -38,10 +38,10 @@ def share_of_limits(device: str, seconds: float, moved: int, flop: int | None, r
     found = {"GB/s": round(moved / seconds / 1e9, 2)}
     size = 1 << min(max(moved, 1 << 20), 1 << 29).bit_length() - 1
     shares = [moved / seconds / 1e9 / machine.copy_rate(device, size)]
-    most = limits(device).get(rate)
+    peak_rate = limits(device).get(rate)
     if flop:
         found |= {"FLOP": flop, "GFLOP/s": round(flop / seconds / 1e9, 1)}
-        shares += [flop / seconds / 1e9 / most] if most else []
+        shares += [flop / seconds / 1e9 / peak_rate] if peak_rate else []
     return found | {"share": round(max(shares), 3)}
 
 

@@ -42,8 +42,8 @@ class Call:
         """Return why a time would say nothing, or None."""
         if self.about.get("relative_error", 0.0) > INT8:
             return f"relative error {self.about['relative_error']:.3g}"
-        most = OURS if self.about.get("ours") else THEIRS
-        if self.about.get("error_over_budget", 0.0) > most:
+        limit = OURS if self.about.get("ours") else THEIRS
+        if self.about.get("error_over_budget", 0.0) > limit:
             return f"error {self.about['error_over_budget']:.3g} times its budget"
         return None
 
@@ -123,11 +123,11 @@ def peak_bytes(fn: Callable[[], object]) -> int:
         fn()
     events = profiled.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held = most = 0
+    held = peak = 0
     for _, change in changes:
         held += change
-        most = max(most, held)
-    return most
+        peak = max(peak, held)
+    return peak
 
 
 def _on_gpu(calls: dict[str, Call], rounds: int) -> tuple[dict[str, list[float]], dict]:
@@ -135,12 +135,12 @@ def _on_gpu(calls: dict[str, Call], rounds: int) -> tuple[dict[str, list[float]]
 
     Calls are CUDA graphs; a call that cannot be captured runs on the stream.
     """
-    ready, more = {}, {}
+    ready, details = {}, {}
     for provider, call in calls.items():
         turns = [call.run, *call.copies]
         try:
             ready[provider] = device_time.captured(turns).replay, len(turns)
-            more[provider] = {"timed": "graph"}
+            details[provider] = {"timed": "graph"}
         except RuntimeError:
             torch.cuda.synchronize()
 
@@ -150,30 +150,30 @@ def _on_gpu(calls: dict[str, Call], rounds: int) -> tuple[dict[str, list[float]]
 
             eagerly()
             ready[provider] = eagerly, len(turns)
-            more[provider] = {"timed": "stream"}
+            details[provider] = {"timed": "stream"}
         times = []
         for _ in range(20):
             torch.cuda.synchronize()
             times.append(rates.host_seconds(call.run))
-        more[provider]["launch_us"] = round(statistics.median(times) * 1e6, 2)
+        details[provider]["launch_us"] = round(statistics.median(times) * 1e6, 2)
     found: dict[str, list[float]] = {provider: [] for provider in calls}
     for i in range(rounds + 2):
         for provider, (work, count) in ready.items():
             taken = device_time.seconds(work) / count
             if i >= 2:
                 found[provider].append(taken)
-    return found, more
+    return found, details
 
 
-def times(row: Row, rounds: int, most: float) -> tuple[dict[str, list[float]], dict]:
+def times(row: Row, rounds: int, max_seconds: float) -> tuple[dict[str, list[float]], dict]:
     """Return samples of every provider, taken in turn."""
     if DEVICE == "cuda":
         return _on_gpu(row.calls, rounds)
     runs = [c.run for c in row.calls.values()]
-    return dict(zip(row.calls, samples(runs, rounds, max_seconds=most), strict=True)), {}
+    return dict(zip(row.calls, samples(runs, rounds, max_seconds=max_seconds), strict=True)), {}
 
 
-def measure(row: Row, rounds: int, most: float, busy: bool) -> dict[str, dict]:
+def measure(row: Row, rounds: int, max_seconds: float, busy: bool) -> dict[str, dict]:
     """Return samples and figures of each provider, or why it has none."""
     inside = contextlib.nullcontext() if row.gradients else torch.inference_mode()
     with inside:
@@ -183,11 +183,11 @@ def measure(row: Row, rounds: int, most: float, busy: bool) -> dict[str, dict]:
             if not hasattr(c.run, "timed")
         }
         watch = machine.Watch([os.getpid(), *row.pids])
-        found, more = times(row, rounds, most)
+        found, details = times(row, rounds, max_seconds)
         if not busy and (why := watch.disturbed(DEVICE)) is not None:
             why = machine.wait_until_idle(DEVICE)
             watch = machine.Watch([os.getpid(), *row.pids])
-            found, more = times(row, rounds, most)
+            found, details = times(row, rounds, max_seconds)
             why = why or watch.disturbed(DEVICE)
             if why is not None:
                 raise machine.Busy(f"not measured: {why} (--busy measures all the same)")
@@ -203,7 +203,7 @@ def measure(row: Row, rounds: int, most: float, busy: bool) -> dict[str, dict]:
         extra = about | {"provider": provider, "us": round(median * 1e6, 2)} | call.about
         extra |= rates.share_of_limits(DEVICE, median, row.moved, row.flop, row.rate or dtype)
         extra |= {"median_ci": interval(taken)}
-        extra |= peaks.get(provider, {}) | more.get(provider, {})
+        extra |= peaks.get(provider, {}) | details.get(provider, {})
         if row.tokens is not None:
             extra["tokens/s"] = round(row.tokens / median, 1)
         if "eager" in found:

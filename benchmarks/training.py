@@ -77,10 +77,15 @@ class MaskedModel(nn.Module):
         from transformers import BertConfig, BertForMaskedLM
 
         config = BertConfig(
-            vocab_size=BYTES + 1, hidden_size=WIDTH, num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS, intermediate_size=HIDDEN, max_position_embeddings=LENGTH,
-            hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
-        )  # fmt: skip
+            vocab_size=BYTES + 1,
+            hidden_size=WIDTH,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            intermediate_size=HIDDEN,
+            max_position_embeddings=LENGTH,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+        )
         self.bert = BertForMaskedLM(config)
 
     def loss(self, window, generator):
@@ -119,8 +124,11 @@ def train(make, data, steps, dropout, seed, swap, nudge) -> list[float]:
 
 def smooth(losses, width=20):
     """Return the mean of each step and those before it."""
-    return [sum(part) / len(part) for i in range(len(losses))
-            if (part := losses[max(0, i + 1 - width) : i + 1])]  # fmt: skip
+    return [
+        sum(part) / len(part)
+        for i in range(len(losses))
+        if (part := losses[max(0, i + 1 - width) : i + 1])
+    ]
 
 
 def apart(a, b) -> float:

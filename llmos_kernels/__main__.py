@@ -48,15 +48,15 @@ def tune(args: argparse.Namespace) -> int:
     return 0 if tune.tune_this_gpu(args.op, dtypes, args.output, args.jobs) else 130
 
 
-def bench(args) -> int:
-    """Run the benchmark suites of a source tree with pinned threads; flags are theirs and pytest's."""
+def bench(args: argparse.Namespace) -> int:
+    """Run a source tree's benchmark suites with pinned threads; flags are theirs and pytest's."""
     from llmos_kernels._tools import bench
 
     return bench.run(args.arguments)
 
 
-def demo(_) -> int:
-    """Swap a model in place, and compare outputs and times: a sentence encoder, or a small model."""
+def demo(_: argparse.Namespace) -> int:
+    """Swap a model in place, compare outputs and times: a sentence encoder, or a small model."""
     from llmos_kernels._tools import demo
 
     return demo.run()

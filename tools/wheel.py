@@ -45,8 +45,12 @@ def build(folder: str, source: Path | str) -> None:
     command = [*pip, "--no-build-isolation", "--no-deps", "-w", folder, source]
     said: list[str] = []
     with subprocess.Popen(
-        command, env=os.environ | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:  # fmt: skip
+        command,
+        env=os.environ | settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
         assert process.stdout is not None
         show(process.stdout, said)
     if process.returncode:

@@ -63,9 +63,16 @@ def figure(bars: Sequence[tuple[Machine, list[tuple[str, Row]]]]) -> Figure:
     ends, places, names = [1.0], [], []
     for machine, rows in bars:
         ax.text(
-            -0.585, y, heading(machine), transform=ax.get_yaxis_transform(), va="center",
-            fontsize=9, fontweight="bold", zorder=5, bbox={"fc": "white", "ec": "none", "pad": 2},
-        )  # fmt: skip
+            -0.585,
+            y,
+            heading(machine),
+            transform=ax.get_yaxis_transform(),
+            va="center",
+            fontsize=9,
+            fontweight="bold",
+            zorder=5,
+            bbox={"fc": "white", "ec": "none", "pad": 2},
+        )
         for label, row in rows:
             y += 1
             ratio, span = row.ratio("eager") or 1.0, row.ratio_interval("eager")
@@ -74,9 +81,13 @@ def figure(bars: Sequence[tuple[Machine, list[tuple[str, Row]]]]) -> Figure:
             ax.plot(span or (ratio, ratio), [y, y], color="black", linewidth=1, zorder=3)
             ends.append(span[1] if span else ratio)
             ax.text(
-                1.02, y, f"{times(ratio)} x", transform=ax.get_yaxis_transform(), va="center",
+                1.02,
+                y,
+                f"{times(ratio)} x",
+                transform=ax.get_yaxis_transform(),
+                va="center",
                 color=RED if ratio < 1 else "black",
-            )  # fmt: skip
+            )
             places.append(y)
             names.append(f"{label}, {row.dtype}")
         y += 1.3

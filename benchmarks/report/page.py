@@ -181,11 +181,16 @@ def _headline(machine: Machine) -> Table:
                 else Cell(times(mean), mean)
             )
         span = (min(ratios), max(ratios)) if ratios else None
-        listed.append([
-            *(Cell(name, name) for name in (group.op, group.dtype, group.direction)),
-            average, Cell(_span(span, times), span[0] if span else None),
-            Cell(str(len(ratios) - lost), len(ratios) - lost), _lost(lost), _lost(ahead),
-        ])  # fmt: skip
+        listed.append(
+            [
+                *(Cell(name, name) for name in (group.op, group.dtype, group.direction)),
+                average,
+                Cell(_span(span, times), span[0] if span else None),
+                Cell(str(len(ratios) - lost), len(ratios) - lost),
+                _lost(lost),
+                _lost(ahead),
+            ]
+        )
     return Table("Against eager", titles, [False] * 3 + [True] * 5, listed)
 
 
@@ -200,11 +205,16 @@ def _behind(machine: Machine) -> Table:
     for ratio, provider, row in sorted(found, key=lambda item: item[0]):
         span, ours, peer = row.ratio_interval(provider), row.entries[OURS], row.entries[provider]
         unsure = " includes 1" if span and span[1] >= 1 else ""
-        listed.append([
-            Cell(BEHIND.format(times(ratio)), ratio, "bad"), Cell(row.name, row.name),
-            _provider(row, peer), _number(ours.median * 1e6), _number(peer.median * 1e6),
-            Cell(_span(span, times) + unsure, span[0] if span else None),
-        ])  # fmt: skip
+        listed.append(
+            [
+                Cell(BEHIND.format(times(ratio)), ratio, "bad"),
+                Cell(row.name, row.name),
+                _provider(row, peer),
+                _number(ours.median * 1e6),
+                _number(peer.median * 1e6),
+                Cell(_span(span, times) + unsure, span[0] if span else None),
+            ]
+        )
     titles = [
         "peer's time over ours",
         "row",
@@ -267,11 +277,17 @@ def _section(index: int, machine: Machine) -> dict:
         plots = [(caption, Markup(svg)) for caption, svg in figures(machine, rows, prefix)]
         ops.append({"id": prefix, "name": op, "plots": plots, "table": _op_table(op, rows)})
     return {
-        "id": f"m{index}", "name": machine.name, "facts": _facts(machine), "ops": ops,
-        "ours_known": machine.measured_here, "mixed": _mixed(machine),
-        "headline": _headline(machine), "behind": _behind(machine), "wrong": _wrong(machine),
+        "id": f"m{index}",
+        "name": machine.name,
+        "facts": _facts(machine),
+        "ops": ops,
+        "ours_known": machine.measured_here,
+        "mixed": _mixed(machine),
+        "headline": _headline(machine),
+        "behind": _behind(machine),
+        "wrong": _wrong(machine),
         "absent": sorted(machine.absent.items()),
-    }  # fmt: skip
+    }
 
 
 def render(results: Results) -> str:

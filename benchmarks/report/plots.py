@@ -23,10 +23,16 @@ BLUE, LIGHT, GREY, RED = "#1f4e9e", "#8fb4e8", "#666666", "#c00020"
 MARKERS = {"float32": "o", "bfloat16": "s", "float16": "^", "int8": "D"}
 #: Names are not read as formulas, and text stays text.
 STYLE: Any = {
-    "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "llmos", "font.size": 9,
-    "font.family": "DejaVu Sans", "axes.spines.top": False, "axes.spines.right": False,
-    "hatch.linewidth": 0.8, "legend.frameon": False,
-}  # fmt: skip
+    "text.parse_math": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "llmos",
+    "font.size": 9,
+    "font.family": "DejaVu Sans",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "hatch.linewidth": 0.8,
+    "legend.frameon": False,
+}
 
 
 def styled(function: Callable) -> Callable:
@@ -56,14 +62,19 @@ def times(ratio: float) -> str:
     return f"{min(ratio, 0.999) if ratio < 1 else ratio:#.3g}"
 
 
-def _ticks(low: float, high: float, most: int = 8) -> list[float]:
+def _ticks(low: float, high: float, max_ticks: int = 8) -> list[float]:
     """Return round values for a logarithmic axis: more where they fit, else powers of ten."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     powers = range(first, last + 1)
-    choices = ((1, 1.5, 2, 3, 5, 7), 1), ((1, 2, 5), 1), ((1,), 1), ((1,), len(powers) // most + 1)
+    choices = (
+        ((1, 1.5, 2, 3, 5, 7), 1),
+        ((1, 2, 5), 1),
+        ((1,), 1),
+        ((1,), len(powers) // max_ticks + 1),
+    )
     for digits, step in choices:
         found = [m * 10.0**p for p in powers[::step] for m in digits if low <= m * 10.0**p <= high]
-        if len(found) <= most:
+        if len(found) <= max_ticks:
             break
     return found
 
@@ -107,11 +118,16 @@ def _points(ax: Axes, rows: Sequence[Row], x_of: Callable[[Row], float], key: st
             ax.plot(x, rate, marker, ms=6, mfc=face, mec=edge, mew=1.1, zorder=3)
     handles = [
         Line2D(
-            [], [], marker=MARKERS.get(d, "v"), ls="", mfc=BLUE, mec=BLUE,
+            [],
+            [],
+            marker=MARKERS.get(d, "v"),
+            ls="",
+            mfc=BLUE,
+            mec=BLUE,
             label=_short(d or "no dtype", 16),
         )
         for d in dict.fromkeys(row.products for row in rows)
-    ]  # fmt: skip
+    ]
     handles.append(Line2D([], [], marker="o", ls="", mfc="white", mec=GREY, label="hollow: eager"))
     if lost:
         handles.append(Line2D([], [], color=RED, ls="--", lw=1.1, label="eager is ahead"))
@@ -130,9 +146,15 @@ def _rates(rows: Sequence[Row], key: str) -> list[float]:
 def _legend(ax: Axes, handles: Sequence[Any]) -> None:
     labels = [str(h.get_label()) for h in handles]
     ax.legend(
-        handles, labels, loc="upper left", bbox_to_anchor=(-0.12, -0.16), ncols=2, fontsize=8,
-        handlelength=2.4, columnspacing=1.2,
-    )  # fmt: skip
+        handles,
+        labels,
+        loc="upper left",
+        bbox_to_anchor=(-0.12, -0.16),
+        ncols=2,
+        fontsize=8,
+        handlelength=2.4,
+        columnspacing=1.2,
+    )
 
 
 def intensity(row: Row) -> float | None:
@@ -205,9 +227,15 @@ def _value(ax: Axes, y: float, ratio: float, size: float) -> None:
     behind = ratio < 1
     said = f"▼ {times(ratio)} behind" if behind else times(ratio)
     ax.text(
-        1.01, y, said, transform=ax.get_yaxis_transform(), va="center", fontsize=size,
-        color=RED if behind else "black", fontweight="bold" if behind else "normal",
-    )  # fmt: skip
+        1.01,
+        y,
+        said,
+        transform=ax.get_yaxis_transform(),
+        va="center",
+        fontsize=size,
+        color=RED if behind else "black",
+        fontweight="bold" if behind else "normal",
+    )
 
 
 def _ratio_axis(ax: Axes, values: Sequence[float], lines: float, label: str) -> None:
@@ -239,9 +267,16 @@ def _speedups(rows: Sequence[Row]) -> Figure:
     for row in rows:
         label = _short(row.short, 60)
         ax.text(
-            -0.37, y + 0.08, label, transform=ax.get_yaxis_transform(), va="center", fontsize=8,
-            fontweight="bold", zorder=5, bbox={"fc": "white", "ec": "none", "pad": 0.6},
-        )  # fmt: skip
+            -0.37,
+            y + 0.08,
+            label,
+            transform=ax.get_yaxis_transform(),
+            va="center",
+            fontsize=8,
+            fontweight="bold",
+            zorder=5,
+            bbox={"fc": "white", "ec": "none", "pad": 0.6},
+        )
         for provider in _compared(row):
             y += 1
             ratio, span = row.ratio(provider) or 1.0, row.ratio_interval(provider)
@@ -263,10 +298,10 @@ def _svg(figure: Figure, prefix: str, label: str) -> str:
     found = file.getvalue()
     found = re.sub(r"<metadata>.*?</metadata>", "", found[found.index("<svg") :], flags=re.DOTALL)
 
-    def own(tag: re.Match) -> str:
+    def prefixed(tag: re.Match) -> str:
         return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", tag[0])
 
-    found = re.sub(r"<[^>]*>", own, found)
+    found = re.sub(r"<[^>]*>", prefixed, found)
     opening = f'<svg role="img" aria-label="{escape(label)}"'
     found = re.sub(r' xmlns(:xlink)?="[^"]*"', "", found)
     return found.replace("<svg", opening, 1).strip()
@@ -318,7 +353,7 @@ def _overview(ax: Axes, machine: Machine, found: dict[tuple[str, str], list[Grou
     patches: list[Any] = [
         Patch(color=shades[i % len(shades)], label=_short(d or "no dtype", 16))
         for i, d in enumerate(dtypes)
-    ]  # fmt: skip
+    ]
     patches.append(Patch(fc="white", ec=RED, hatch="/////", label="behind eager"))
     ax.legend(handles=patches, loc="lower left", bbox_to_anchor=(0, 1), ncols=6, fontsize=8)
 

@@ -98,7 +98,7 @@ def define(
 
 
 def define_composite(schema: str, *, run: Callable, fake: Callable) -> torch._ops.OpOverload:
-    """Register ``llmos::<name>``, which runs other ops and has no kernel, and return its overload."""
+    """Register ``llmos::<name>``, which runs other ops and has no kernel; return its overload."""
     name = schema.partition("(")[0]
     _LIB.define(schema)
     _LIB.impl(name, torch.no_grad()(run), "CompositeExplicitAutograd")

@@ -14,13 +14,27 @@ from llmos_kernels.ops.linear import project
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention`` through ``llmos_kernels.scaled_dot_product_attention``.
 
-    Arguments and state dict are those of torch. Every mask, dropout and the attention weights are
-    computed by the fused kernels; nested tensors go to torch. A query whose keys are all masked
-    gets an attention of 0, also where torch returns NaN because weights are needed.
+    The state dict is that of torch. Every mask, dropout and the attention weights are computed by
+    the fused kernels; nested tensors go to torch. A query whose keys are all masked gets an
+    attention of 0, also where torch returns NaN because weights are needed.
+
+    Args:
+        embed_dim, num_heads, ...: the arguments of ``torch.nn.MultiheadAttention``, unchanged.
+
+    Returns:
+        ``forward(query, key, value, key_padding_mask, need_weights, attn_mask,
+        average_attn_weights, is_causal)`` takes as ``query`` [q_len, batch, embed_dim], [batch,
+        q_len, embed_dim] if ``batch_first``, or [q_len, embed_dim], and ``key`` and ``value``
+        likewise with k_len, kdim and vdim, of the dtype of the parameters. It returns the output,
+        of the shape and dtype of ``query``, and the weights [batch, q_len, k_len], [batch,
+        num_heads, q_len, k_len] unless averaged, or None. ``attn_mask`` is [q_len, k_len] or
+        [batch * num_heads, q_len, k_len], ``key_padding_mask`` [batch, k_len]: bool, True hides a
+        key, or floating, added to the scores.
 
     Raises:
         AssertionError, RuntimeError: where torch raises them: shapes disagree.
         ValueError: the head dim is above 256 or, in training, ``dropout`` is outside [0, 1).
+        TypeError: the dtype of an input is not that of the parameters.
 
     Example:
         >>> x = torch.randn(8, 128, 512)

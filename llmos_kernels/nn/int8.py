@@ -233,11 +233,28 @@ def activated(layer: nn.Module, input: Tensor, activation: str | None) -> Tensor
 
 
 class Int8MultiheadAttention(MultiheadAttention):
-    """``MultiheadAttention`` with int8 projections, which are made by ``quantize``.
+    """``MultiheadAttention`` with int8 projections, which ``quantize`` makes of a float module.
 
     ``in_proj`` is an ``Int8Linear`` [3 * embed_dim, embed_dim] with the rows of query, key and
     value one after the other, ``out_proj`` is another. ``in_proj_weight`` is computed each time it
     is read.
+
+    Returns:
+        ``forward`` takes and returns what that of ``MultiheadAttention`` does, in the dtype of the
+        float module: [batch, length, embed_dim] if ``batch_first``, and the weights or None.
+
+    Raises:
+        AssertionError, RuntimeError: where torch raises them: shapes disagree.
+        ValueError: the head dim is above 256 or, in training, ``dropout`` is outside [0, 1).
+        TypeError: the dtype of an input is not that of the biases.
+
+    Example:
+        >>> layer = torch.nn.TransformerEncoderLayer(512, 8, batch_first=True)
+        >>> report = llmos_kernels.quantize(layer, always=True)
+        >>> type(layer.self_attn).__name__
+        'Int8MultiheadAttention'
+
+    Source: LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339, for the outlier columns.
     """
 
     @property

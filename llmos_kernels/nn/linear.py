@@ -10,8 +10,19 @@ from llmos_kernels.ops.linear import project
 class Linear(torch.nn.Linear):
     """``torch.nn.Linear`` through our GEMM or torch's, whichever is faster.
 
-    On CPUs the choice depends on the size and dtype of the call; elsewhere it is torch's GEMM.
-    Arguments, state dict and errors are those of ``torch.nn.Linear``.
+    On CPUs the choice depends on the size and dtype of the call; elsewhere it is torch's GEMM. The
+    state dict is that of ``torch.nn.Linear``.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in torch.
+
+    Returns:
+        ``forward(input)`` takes [..., in_features] and returns [..., out_features], both of the
+        dtype of the weight. Under autocast ``input`` is cast, and the result has autocast's dtype.
+
+    Raises:
+        RuntimeError: shapes or dtypes disagree, and torch computes the call.
+        ValueError, TypeError: shapes, or dtypes, disagree, and our GEMM computes it.
 
     Example:
         >>> Linear(512, 2048)(torch.randn(8, 128, 512)).shape

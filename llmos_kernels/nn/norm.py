@@ -15,8 +15,20 @@ from llmos_kernels.ops.rms_norm import rms_norm
 class LayerNorm(torch.nn.LayerNorm):
     """``torch.nn.LayerNorm`` through ``llmos_kernels.layer_norm``.
 
-    Arguments, state dict and errors are those of ``torch.nn.LayerNorm``. Nested tensors go to
-    torch.
+    The state dict is that of ``torch.nn.LayerNorm``. Nested tensors go to torch.
+
+    Args:
+        normalized_shape, eps, elementwise_affine, bias, device, dtype: as in torch.
+
+    Returns:
+        ``forward(input)`` takes [..., *normalized_shape], float32, bfloat16, float16 or float64,
+        and returns a tensor of that shape and dtype; float32 under CUDA autocast, as in torch.
+
+    Raises:
+        ValueError: ``input`` does not end in ``normalized_shape``, or is on another device than the
+            parameters.
+        TypeError: ``input`` has another dtype, or the parameters neither its dtype nor, for 16-bit
+            input, float32.
 
     Example:
         >>> LayerNorm(768)(torch.randn(8, 128, 768)).shape
@@ -34,7 +46,19 @@ class LayerNorm(torch.nn.LayerNorm):
 class RMSNorm(torch.nn.RMSNorm):
     """``torch.nn.RMSNorm`` through ``llmos_kernels.rms_norm``.
 
-    Arguments, state dict and errors are those of ``torch.nn.RMSNorm``. Nested tensors go to torch.
+    The state dict is that of ``torch.nn.RMSNorm``. Nested tensors go to torch.
+
+    Args:
+        normalized_shape, eps, elementwise_affine, device, dtype: as in torch.
+
+    Returns:
+        ``forward(x)`` takes [..., *normalized_shape], float32, bfloat16, float16 or float64, and
+        returns a tensor of that shape and dtype; float32 under CUDA autocast, as in torch.
+
+    Raises:
+        ValueError: ``x`` does not end in ``normalized_shape``, or is on another device than the
+            weight.
+        TypeError: ``x`` has another dtype.
 
     Example:
         >>> RMSNorm(768)(torch.randn(8, 128, 768)).shape

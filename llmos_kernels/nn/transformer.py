@@ -50,9 +50,24 @@ class _Layer(nn.Module):
 class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
     """``torch.nn.TransformerEncoderLayer`` through the fused attention, feed-forward and norms.
 
-    Arguments, state dict and errors are those of torch, with every mask, activation, ``norm_first``
-    and ``batch_first``, forward and backward. The nested tensors that ``nn.TransformerEncoder``
-    makes of padded batches in inference stay nested: nothing is computed for padding.
+    The state dict is that of torch. Every mask and activation, ``norm_first`` and ``batch_first``
+    are supported, forward and backward. The nested tensors that ``nn.TransformerEncoder`` makes of
+    padded batches in inference stay nested: nothing is computed for padding.
+
+    Args:
+        d_model, nhead, ...: the arguments of ``torch.nn.TransformerEncoderLayer``, unchanged.
+
+    Returns:
+        ``forward(src, src_mask, src_key_padding_mask, is_causal)`` takes as ``src`` [length, batch,
+        d_model], [batch, length, d_model] if ``batch_first``, or [length, d_model], of the dtype of
+        the parameters, and returns a tensor of that shape and dtype. ``src_mask`` is [length,
+        length] or [batch * nhead, length, length], ``src_key_padding_mask`` [batch, length]: bool,
+        True hides a key, or floating, added to the scores.
+
+    Raises:
+        AssertionError, RuntimeError: where torch raises them: shapes disagree.
+        ValueError: the head dim is above 256; or ``dropout`` is outside [0, 1] or, in training, 1.
+        TypeError: the dtype of ``src`` is not that of the parameters.
 
     Example:
         >>> layer = TransformerEncoderLayer(512, 8, batch_first=True)
@@ -95,8 +110,25 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
 class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
     """``torch.nn.TransformerDecoderLayer`` through the fused attention, feed-forward and norms.
 
-    Arguments, state dict and errors are those of torch, with every mask, activation, ``norm_first``
-    and ``batch_first``, forward and backward.
+    The state dict is that of torch. Every mask and activation, ``norm_first`` and ``batch_first``
+    are supported, forward and backward.
+
+    Args:
+        d_model, nhead, ...: the arguments of ``torch.nn.TransformerDecoderLayer``, unchanged.
+
+    Returns:
+        ``forward(tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask,
+        memory_key_padding_mask, tgt_is_causal, memory_is_causal)`` takes as ``tgt`` [tgt_len,
+        batch, d_model], [batch, tgt_len, d_model] if ``batch_first``, or [tgt_len, d_model], and
+        ``memory`` likewise with mem_len, of the dtype of the parameters. It returns a tensor of the
+        shape and dtype of ``tgt``. ``tgt_mask`` ends in [tgt_len, tgt_len], ``memory_mask`` in
+        [tgt_len, mem_len]; key padding masks are [batch, tgt_len] and [batch, mem_len]. Masks are
+        bool, True hides a key, or floating, added to the scores.
+
+    Raises:
+        AssertionError, RuntimeError: where torch raises them: shapes disagree.
+        ValueError: the head dim is above 256; or ``dropout`` is outside [0, 1] or, in training, 1.
+        TypeError: the dtype of ``tgt`` or ``memory`` is not that of the parameters.
 
     Example:
         >>> layer = TransformerDecoderLayer(512, 8, batch_first=True)

@@ -1,12 +1,12 @@
 """The activations of linear layers, and the tensors that their gradients need.
 
-    relu(z) = max(z, 0)                 relu2(z) = max(z, 0)^2
-    gelu(z) = z Phi(z)                  gelu_tanh(z) = z (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) / 2
-    silu(z) = z / (1 + exp(-z))         Phi: the distribution function of the standard normal
+    relu(z) = max(z, 0)             relu2(z) = max(z, 0)^2
+    gelu(z) = z Phi(z)              gelu_tanh(z) = z (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) / 2
+    silu(z) = z / (1 + exp(-z))     Phi: the distribution function of the standard normal
 
-So et al. 2021, arXiv:2109.08668 (relu2); Hendrycks and Gimpel 2016, arXiv:1606.08415 (the gelus, silu).
-For the gradient one tensor is saved of the pre-activation z and the result y: y for relu, whose sign
-is the mask, z for the others. Kernels take an activation as its index in ``NAMES``.
+So et al. 2021, arXiv:2109.08668 (relu2); Hendrycks and Gimpel 2016, arXiv:1606.08415 (the gelus,
+silu). For the gradient one tensor is saved of the pre-activation z and the result y: y for relu,
+whose sign is the mask, z for the others. Kernels take an activation as its index in ``NAMES``.
 """
 
 import math
@@ -24,7 +24,7 @@ _TANH_SCALE, _TANH_CUBE = math.sqrt(2 / math.pi), 0.044715
 
 
 def code_of(activation: str | None) -> int:
-    """Return the index of ``activation`` in ``NAMES``; None is "none". Raise ValueError for others."""
+    """Return the index of ``activation`` in ``NAMES``; None is "none". Others raise ValueError."""
     name = "none" if activation is None else activation
     if name not in NAMES:
         raise ValueError(f"activation must be None or one of {', '.join(NAMES)}, got {name!r}")

@@ -49,7 +49,7 @@ class Arguments:
     form: str  # "heads", "no heads" or "varlen": the form of the caller's query.
 
     def shaped(self, out: Tensor, weights: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Return ``out`` [batch, q_len, heads, v_dim] in the caller's form, with weights if wanted."""
+        """Return ``out`` [batch, q_len, heads, v_dim] in the caller's form, with weights if any."""
         if self.form == "varlen":
             return out.squeeze(0)
         out = out.squeeze(2) if self.form == "no heads" else out.transpose(1, 2)

@@ -4,9 +4,9 @@
     dropped        = word < floor(p * 2^32)
     dropout(x)     = 0 where dropped, else x / (1 - p)
 
-``x`` is [rows, cols]. A mask is determined by a ``seed`` tensor [2] (int64: seed, offset) on the device
-of ``x``, drawn from torch's default generator, and saved as nothing else: the backward computes it
-again, and a replayed CUDA graph draws a new seed. Salmon et al., SC 2011.
+``x`` is [rows, cols]. A mask is determined by a ``seed`` tensor [2] (int64: seed, offset) on the
+device of ``x``, drawn from torch's default generator, and saved as nothing else: the backward
+computes it again, and a replayed CUDA graph draws a new seed. Salmon et al., SC 2011.
 """
 
 import torch

@@ -1,16 +1,17 @@
 """Which library computes a matrix product: this one, or the one that torch calls.
 
 A product of [rows, depth] by [depth, width] takes rows * depth * width multiply-accumulates (MACs).
-The answers are measurements, kept as data: ``tuned/cpu/products.json`` and ``tuned/gpu/products.json``
-hold entries for a direction and a dtype, with the machines and sizes that they are for, the library
-that was fastest there, and where that was measured (null: not known). A field of the machine that is
-null matches every machine. ``rows`` and ``macs`` are ranges ``[from, below]``; the upper end may be
-null. ``depth`` and ``width`` are reserved and null. The first entry that matches answers.
+The answers are measurements, kept as data: ``tuned/cpu/products.json`` and
+``tuned/gpu/products.json`` hold entries for a direction and a dtype, with the machines and sizes
+that they are for, the library that was fastest there, and where that was measured (null: not
+known). A field of the machine that is null matches every machine. ``rows`` and ``macs`` are ranges
+``[from, below]``; the upper end may be null. ``depth`` and ``width`` are reserved and null. The
+first entry that matches answers.
 
-The directions are the forward product, the gradients of its input (``dinput``; with the derivative of
-an activation fused, ``dinput_activation``) and of its weight. An entry for ``layer`` is a range of
-sizes of a whole ``nn.Linear``: outside of all of them torch computes the layer and its gradients;
-inside, the other directions decide, and the entry's provider is not read.
+The directions are the forward product, the gradients of its input (``dinput``; with the derivative
+of an activation fused, ``dinput_activation``) and of its weight. An entry for ``layer`` is a range
+of sizes of a whole ``nn.Linear``: outside of all of them torch computes the layer and its
+gradients; inside, the other directions decide, and the entry's provider is not read.
 """
 
 import functools
@@ -95,7 +96,7 @@ def cpu() -> Cpu:
 
 
 def torch_library(dtype: torch.dtype, onednn_enabled: bool = True) -> str:
-    """Return which library computes torch's CPU products of ``dtype``; ATEN is a loop of its own."""
+    """Return which library computes torch's CPU products of ``dtype``; ATEN is a plain loop."""
     if dtype in cpu().onednn:
         # torch.backends.mkldnn.enabled governs bfloat16 alone; float16 stays with oneDNN.
         return ONEDNN if onednn_enabled or dtype == torch.float16 else ATEN
@@ -174,8 +175,8 @@ def _rule(entry: dict) -> ProductRule:
     )
 
 
-#: The results of ``_table``. The key is (dtype, device); for CPU dtypes that torch can give to oneDNN
-#: it is (dtype, device, whether oneDNN is enabled).
+#: The results of ``_table``. The key is (dtype, device); for CPU dtypes that torch can give to
+#: oneDNN it is (dtype, device, whether oneDNN is enabled).
 _tables: dict[tuple, dict[str, tuple[ProductRule, ...]]] = {}
 
 
@@ -197,7 +198,7 @@ def _table(dtype: torch.dtype, device: torch.device) -> dict[str, tuple[ProductR
 
 
 def rules(direction: str, dtype: torch.dtype, device: torch.device) -> tuple[ProductRule, ...]:
-    """Return the rules that ``choose`` tries in order, in ``direction`` for ``dtype`` on ``device``."""
+    """Return the rules that ``choose`` tries in order."""
     return (_tables.get((dtype, device)) or _table(dtype, device))[direction]
 
 
@@ -214,7 +215,8 @@ def choose(
     Args:
         direction: FORWARD, DINPUT, DINPUT_ACTIVATION or DWEIGHT.
         dtype: The dtype of both factors.
-        device: Where they are. On devices without a table the answer is OURS, for a ``layer`` TORCH.
+        device: Where they are. On devices without a table the answer is OURS, for a ``layer``
+            TORCH.
         rows: Rows of the layer's input, an int. Traced code does not call this: it records an op
             that calls it at run time.
         macs: Multiply-accumulates of the product.

@@ -2,20 +2,21 @@
 
     z = input weight^T + bias,   y = dropout(activation(z))
 
-``input`` is [rows, in], ``weight`` [out, in], ``bias`` [out]. z is rounded to the dtype of ``input``
-before the activation, as in torch; sums are float32. The gradients, with f the dropout factors
-(0 or 1 / (1 - p)) and ``saved`` the activation's saved tensor (``ops/_activations.py``):
+``input`` is [rows, in], ``weight`` [out, in], ``bias`` [out]. z is rounded to the dtype of
+``input`` before the activation, as in torch; sums are float32. The gradients, with f the dropout
+factors (0 or 1 / (1 - p)) and ``saved`` the activation's saved tensor (``ops/_activations.py``):
 
     dz = dy f activation'(saved),   dinput = dz weight,   dweight = dz^T input,   dbias = sum(dz)
 
-Two layers in sequence (``ops/feed_forward.py``) apply f activation' of the first in the epilogue of the
-second's dinput, and sum it over rows for the first bias there. The dropout mask is that of
+Two layers in sequence (``ops/feed_forward.py``) apply f activation' of the first in the epilogue of
+the second's dinput, and sum it over rows for the first bias there. The dropout mask is that of
 ``ops/_dropout.py`` on the rows of y.
 
 ``forward``, ``dinput`` and ``parameter_gradients`` ask ``ops/_product_policy.py`` who computes a
-product. While a graph is traced they do not ask: they record an op, ``llmos::linear_..._by_policy``,
-that asks when it runs, so that no threshold is compared with a symbolic size. On CUDA a traced product
-with nothing fused is recorded as torch's own, so that compilers can fuse what is around it.
+product. While a graph is traced they do not ask: they record an op,
+``llmos::linear_..._by_policy``, that asks when it runs, so that no threshold is compared with a
+symbolic size. On CUDA a traced product with nothing fused is recorded as torch's own, so that
+compilers can fuse what is around it.
 """
 
 import torch
@@ -281,7 +282,7 @@ def dinput(
 
 
 def _dweight(dz: Tensor, input: Tensor, of_bias: bool, layer: bool) -> tuple[Tensor, Tensor | None]:
-    """Return dweight [out, in] and, if ``of_bias``, dbias [out], computed by the library that the policy names."""
+    """Return dweight [out, in] and, if ``of_bias``, dbias [out], by the policy's choice."""
     n, width = dz.shape
     if choose(DWEIGHT, dz.dtype, dz.device, n, n * width * input.shape[1], layer) == OURS:
         dweight, dbias = linear_dweight(dz, input, of_bias)

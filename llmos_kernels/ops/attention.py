@@ -4,9 +4,9 @@
     weights = exp(logits - m) / l,   m = max(logits),   l = sum(exp(logits - m))
     out     = dropout(weights) value
 
-A key is visible to a query unless a bool ``attn_mask`` is False there, ``key_padding_mask`` is True,
-``is_causal`` puts it later, or it belongs to another packed sequence. A row without a visible key
-has weights, output and gradients 0. ``m`` and ``l`` are float32 whatever the dtype.
+A key is visible to a query unless a bool ``attn_mask`` is False there, ``key_padding_mask`` is
+True, ``is_causal`` puts it later, or it belongs to another packed sequence. A row without a visible
+key has weights, output and gradients 0. ``m`` and ``l`` are float32 whatever the dtype.
 Vaswani et al. 2017, arXiv:1706.03762; tiled as in Dao 2023, arXiv:2307.08691.
 
 The gradients, with p = weights, f = the dropout factors (0 or 1 / (1 - dropout_p)):
@@ -14,11 +14,11 @@ The gradients, with p = weights, f = the dropout factors (0 or 1 / (1 - dropout_
     dvalue = (f p)^T dout,   dp = f (dout value^T),   ds = p (dp - sum(p * dp))
     dquery = ds key * scale,   dkey = ds^T query * scale,   dattn_mask = ds summed to its shape
 
-Kernels recompute p from the saved statistics ``stats``, m and 1 / l. For rows with many keys they take
-sum(dout * out), which is equal, for sum(p * dp).
+Kernels recompute p from the saved statistics ``stats``, m and 1 / l. For rows with many keys they
+take sum(dout * out), which is equal, for sum(p * dp).
 
-The mask of dropout is that of ``ops/_dropout.py``: row (b * heads + h) * q_len + i, column j, where j
-counts from the start of its own sequence.
+The mask of dropout is that of ``ops/_dropout.py``: row (b * heads + h) * q_len + i, column j, where
+j counts from the start of its own sequence.
 """
 
 from itertools import zip_longest
@@ -417,7 +417,7 @@ def scaled_dot_product_attention(
     return_weights: str | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return attention as ``torch.nn.functional.scaled_dot_product_attention``; all masks are fused.
+    """Return attention as ``torch.nn.functional.scaled_dot_product_attention`` does, masks fused.
 
     Unlike torch's, all masks may be combined, and a query that sees no key gets 0.
 
@@ -461,9 +461,20 @@ def scaled_dot_product_attention(
     Vaswani et al. 2017, arXiv:1706.03762.
     """
     call = check_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_padding_mask,
-        cu_seqlens_q, cu_seqlens_k, bottom_right, return_weights,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        key_padding_mask,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        bottom_right,
+        return_weights,
+    )
     seed = draw_seed(query.device) if dropout_p else None
     if use_reference(backend, call.tensors.query.dtype):
         return call.shaped(*_by_reference(call.tensors, call.options, seed, return_weights))

@@ -7,8 +7,8 @@
 torch. Nothing of the size of ``y`` is saved for the gradient: the backward looks the rows up again.
 Devlin et al. 2019, arXiv:1810.04805.
 
-The gradient dh is that of ``ops/layer_norm.py`` for dropout(dy); a table's gradient sums the rows of
-dh that share an index.
+The gradient dh is that of ``ops/layer_norm.py`` for dropout(dy); a table's gradient sums the rows
+of dh that share an index.
 """
 
 from collections.abc import Sequence
@@ -114,9 +114,18 @@ def _backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     h = embedding_sum((index0, index1, index2), (table0, table1, table2))
     dh, _, dweight, dbias = norm_backward_reference(
-        _drop(dy, dropout_p, seed), None, h, weight, stats, h.shape[-1], True, 0.0, None,
-        weight_grad, bias_grad,
-    )  # fmt: skip
+        _drop(dy, dropout_p, seed),
+        None,
+        h,
+        weight,
+        stats,
+        h.shape[-1],
+        True,
+        0.0,
+        None,
+        weight_grad,
+        bias_grad,
+    )
     return dh, dweight, dbias
 
 
@@ -222,7 +231,8 @@ def _check_sources(indices: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
     """Raise where number, shapes, dtypes or devices of the indices and tables disagree."""
     if not 1 <= len(indices) == len(tables) <= MAX_TABLES:
         raise ValueError(
-            f"expected one to {MAX_TABLES} indices and as many tables, got {len(indices)} and {len(tables)}"
+            f"expected one to {MAX_TABLES} indices and as many tables,"
+            f" got {len(indices)} and {len(tables)}"
         )
     first = tables[0]
     for i, (index, table) in enumerate(zip(indices, tables, strict=True)):
@@ -270,7 +280,7 @@ def _shape(indices: Sequence[Tensor]) -> torch.Size:
 
 
 def _repeating(index: Tensor, shape: torch.Size) -> Tensor:
-    """Return ``index`` in the end of ``shape`` if the rest of ``shape`` repeats it, else expanded."""
+    """Return ``index`` in the end of ``shape`` if the rest of that repeats it, else expanded."""
     unrepeated = index.shape
     while unrepeated and unrepeated[0] == 1:
         unrepeated = unrepeated[1:]

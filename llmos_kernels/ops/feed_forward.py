@@ -3,13 +3,15 @@
     h   = dropout(activation(input weight1^T + bias1))
     out = h weight2^T + bias2
 
-Vaswani et al. 2017, arXiv:1706.03762 (with relu). Between input and output one tensor is saved for the
-gradient: h for relu, the pre-activation for the others. With f the dropout factors (0 or 1 / (1 - p)):
+Vaswani et al. 2017, arXiv:1706.03762 (with relu). Between input and output one tensor is saved for
+the gradient: h for relu, the pre-activation for the others. With f the dropout factors (0 or
+1 / (1 - p)):
 
     dz = (dout weight2) f activation',   dinput = dz weight1
     dweight2 = dout^T h,   dbias2 = sum(dout),   dweight1 = dz^T input,   dbias1 = sum(dz)
 
-References and ops are in ``ops/_products.py``; ``ops/_product_policy.py`` says who computes a product.
+References and ops are in ``ops/_products.py``; ``ops/_product_policy.py`` says who computes a
+product.
 """
 
 from typing import Any
@@ -91,8 +93,8 @@ def feed_forward(
     every row: an infinity or NaN in a column that is not read stays unseen.
 
     Args:
-        input: [..., d_model], float32, bfloat16 or float16 (float64: the reference computes it), any
-            strides.
+        input: [..., d_model], float32, bfloat16 or float16 (float64: the reference computes it),
+            any strides.
         weight1: [hidden, d_model], of the dtype of ``input`` like all that follow.
         bias1: [hidden], or None.
         weight2: [d_model, hidden].

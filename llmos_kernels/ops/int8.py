@@ -1,11 +1,12 @@
 """Products of int8 rows, and the quantization of rows to int8.
 
-    scale_i = max_k |x_ik| / 127,   q_ik = round(x_ik * (127 / max_k |x_ik|))    in float32, ties to even
+    scale_i = max_k |x_ik| / 127,   q_ik = round(x_ik * (127 / max_k |x_ik|))
     out_ij = activation(sum_k a_ik b_jk * a_scale_i * b_scale_j + bias_j)
 
-The sum is int32 and exact; it is multiplied by a_scale, then by b_scale, in float32, and rounded to the
-dtype of the result before the activation. A row whose largest magnitude is below 1e-36 becomes 0 with
-scale 0; a row that holds NaN or infinity becomes 0 with scale NaN, so that its results are NaN.
+Rounding is of float32 values, ties to even. The sum is int32 and exact; it is multiplied by
+a_scale, then by b_scale, in float32, and rounded to the dtype of the result before the activation.
+A row whose largest magnitude is below 1e-36 becomes 0 with scale 0; a row that holds NaN or
+infinity becomes 0 with scale NaN, so that its results are NaN.
 """
 
 import torch
@@ -98,8 +99,8 @@ def int8_quantize(input: Tensor, *, backend: str | None = None) -> tuple[Tensor,
 
     Returns:
         The rows, int8 of the shape of ``input``, and the scales [...], float32:
-        ``rows * scale[..., None]`` differs from ``input`` by at most half a scale. A row of zeros has
-        scale 0, one that is not finite scale NaN. Not differentiable.
+        ``rows * scale[..., None]`` differs from ``input`` by at most half a scale. A row of zeros
+        has scale 0, one that is not finite scale NaN. Not differentiable.
 
     Raises:
         TypeError: ``input`` has another dtype.
@@ -191,8 +192,8 @@ def int8_matmul(
         [..., out], of ``out_dtype``. The sums are exact. Not differentiable.
 
     Raises:
-        ValueError: Shapes or devices disagree, a name is unknown, or ``in`` is above 131,071 (65,793
-            for uint8), where a sum could leave int32.
+        ValueError: Shapes or devices disagree, a name is unknown, or ``in`` is above 131,071
+            (65,793 for uint8), where a sum could leave int32.
         TypeError: A dtype is not as above.
 
     Example:

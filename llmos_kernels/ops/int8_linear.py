@@ -1,15 +1,16 @@
 """Linear layers with an int8 weight.
 
-    dynamic:      y = activation((sum_k q_ik w_jk * x_scale_i + sum_o x_io w_jo) * w_scale_j + bias_j)
-    weight_only:  y = activation(sum_k x_ik w_jk * w_scale_j + bias_j)
+    dynamic:      z = (sum_k q_ik w_jk * x_scale_i + sum_o x_io w_jo) * w_scale_j + bias_j
+    weight_only:  z = sum_k x_ik w_jk * w_scale_j + bias_j
+    y = activation(z)
 
-In "dynamic" mode the input's rows are quantized to int8, q, at each call (``int8_quantize``), but for the
-outliers o: the columns in which any row has a magnitude of ``outlier_threshold`` or more. These are 0 in
-q, do not count for the scale, and are multiplied in float32 unquantized, as in LLM.int8() (Dettmers et
-al. 2022, arXiv:2208.07339). NaN is no outlier.
+In "dynamic" mode the input's rows are quantized to int8, q, at each call (``int8_quantize``), but
+for the outliers o: the columns in which any row has a magnitude of ``outlier_threshold`` or more.
+These are 0 in q, do not count for the scale, and are multiplied in float32 unquantized, as in
+LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339). NaN is no outlier.
 
-The gradient is that of a linear layer with the weight ``weight_int8 * weight_scale``: rounding passes
-gradients through, the weight has none.
+The gradient is that of a linear layer with the weight ``weight_int8 * weight_scale``: rounding
+passes gradients through, the weight has none.
 """
 
 import math
@@ -80,9 +81,16 @@ def _linear_reference(
         outlier_sums = input[:, columns].float() @ weight_int8[:, columns].float().mT
     a, a_scale = quantize_reference(rows)
     return matmul_reference(
-        a, weight_int8, a_scale, weight_scale, vnni_weight, bias, activation, input.dtype,
+        a,
+        weight_int8,
+        a_scale,
+        weight_scale,
+        vnni_weight,
+        bias,
+        activation,
+        input.dtype,
         outlier_sums,
-    )  # fmt: skip
+    )
 
 
 def _linear_rows_reference(
@@ -128,7 +136,7 @@ def _vnni_reference(weight_int8: Tensor) -> Tensor:
     panels, groups, *_ = vnni_shape(weight_int8)
     padded = weight_int8.new_zeros(panels * VNNI_OUTPUTS, groups * VNNI_INPUTS)
     padded[:outputs, :inputs] = weight_int8
-    # The instruction multiplies uint8 by int8: it gets the weight plus 128, which flips the top bit.
+    # The instruction multiplies uint8 by int8: the weight plus 128, which flips the top bit.
     blocks = (padded ^ -128).view(panels, VNNI_OUTPUTS, groups, VNNI_INPUTS)
     return blocks.transpose(1, 2).contiguous()
 
@@ -166,7 +174,7 @@ _to_vnni = define(
 
 
 def int8_vnni_weight(weight_int8: Tensor) -> Tensor | None:
-    """Return a weight in the VNNI layout that products on this device read, or None if they read none.
+    """Return a weight in the VNNI layout that products on this device read, None if they read none.
 
     Without it ``int8_linear`` of mode "dynamic" makes that copy at each call of more than 16 rows,
     and of fewer rows where there are outliers; ``int8_linear_rows`` makes it at every call.
@@ -337,8 +345,8 @@ def int8_linear(
         backend: "reference" for the plain torch definition, else None.
 
     Returns:
-        [..., out], of the dtype of ``input``. Gradients reach ``input`` and ``bias``. Under autocast
-        these two are cast to its dtype first.
+        [..., out], of the dtype of ``input``. Gradients reach ``input`` and ``bias``. Under
+        autocast these two are cast to its dtype first.
 
     Raises:
         ValueError: Shapes or devices disagree, a name is unknown, the threshold is negative or not

@@ -3,8 +3,8 @@
     h = residual + x
     rows, scale = int8_quantize(layer_norm(h))
 
-The formulas are those of ``ops/layer_norm.py`` and ``ops/int8.py``, with the norm rounded to its dtype
-before it is quantized; the norm itself is not written to memory.
+The formulas are those of ``ops/layer_norm.py`` and ``ops/int8.py``, with the norm rounded to its
+dtype before it is quantized; the norm itself is not written to memory.
 """
 
 from collections.abc import Sequence
@@ -101,7 +101,8 @@ def int8_layer_norm(
         backend: "reference" for the plain torch definition, else None.
 
     Returns:
-        The rows, int8 of the shape of ``input``, and their scales [...], float32. Not differentiable.
+        The rows, int8 of the shape of ``input``, and their scales [...], float32. Not
+        differentiable.
 
     Raises:
         ValueError: Shapes or devices disagree.
@@ -131,7 +132,8 @@ def int8_add_layer_norm(
 
     Args:
         input: [..., *normalized_shape], float32, bfloat16 or float16, any strides.
-        residual: Of the shape of ``input``; where the dtypes differ, both are taken in the common one.
+        residual: Of the shape of ``input``; where the dtypes differ, both are taken in the common
+            one.
         normalized_shape: The last dimensions of ``input``.
         weight: [*normalized_shape], of the dtype of ``h`` or float32; or None.
         bias: Like ``weight``.

@@ -70,7 +70,7 @@ def add_residual(x: Tensor, residual: Tensor, d: int, p: float, seed: Tensor | N
 def normalize(
     h: Tensor, weight: Tensor | None, bias: Tensor | None, d: int, eps: float, center: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return ``y`` like ``h``, and stats: mean and rstd [2, rows], or with RMS rstd alone [1, rows]."""
+    """Return ``y`` like ``h``, and stats: mean and rstd [2, rows], or rstd [1, rows] with RMS."""
     acc = torch.promote_types(h.dtype, torch.float32)
     rows = rows_of(h, d).to(acc)
     mean, rstd = _moments(rows, eps, center)
@@ -84,7 +84,7 @@ def normalize(
 
 
 def _moments(rows: Tensor, eps: float, center: bool) -> tuple[Tensor, Tensor]:
-    """Return mean and rstd [rows, 1] of ``rows`` [rows, d]; without ``center`` the mean is a scalar 0."""
+    """Return mean and rstd [rows, 1] of ``rows`` [rows, d]; the mean is 0 without ``center``."""
     mean = rows.mean(-1, keepdim=True) if center else rows.new_zeros(())
     variance = (rows - mean if center else rows).square().mean(-1, keepdim=True)
     return mean, torch.rsqrt(variance + eps)
@@ -253,7 +253,7 @@ def gradients_of(
     stats: Tensor,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return dresidual, dx, dweight and dbias; by differentiable torch ops for second derivatives."""
+    """Return dresidual, dx, dweight and dbias; if grad is on, by differentiable torch ops."""
     weight_grad = weight is not None and weight.requires_grad
     bias_grad = bias is not None and bias.requires_grad
     if torch.is_grad_enabled():
@@ -395,7 +395,8 @@ def check_residual(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """Return both in their common dtype, or raise ValueError where shape or device differ."""
     if residual.shape != input.shape:
         raise ValueError(
-            f"residual must have the shape of input, {list(input.shape)}, got {list(residual.shape)}"
+            f"residual must have the shape of input, {list(input.shape)},"
+            f" got {list(residual.shape)}"
         )
     if residual.device != input.device:
         raise ValueError(f"residual is on {residual.device}, input on {input.device}")
@@ -406,7 +407,7 @@ def check_residual(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def autocasts(input: Tensor) -> bool:
-    """Return True if autocast runs a norm of ``input`` in float32, which torch does on CUDA alone."""
+    """Return True if autocast runs a norm of ``input`` in float32, as torch does on CUDA alone."""
     return input.is_cuda and torch.is_autocast_enabled("cuda") and input.dtype != torch.float64
 
 
@@ -427,16 +428,18 @@ def layer_norm(
     """Return ``torch.nn.functional.layer_norm`` of the arguments.
 
     Args:
-        input: [..., *normalized_shape], float32, bfloat16 or float16 (float64: the reference computes
-            it), any strides.
+        input: [..., *normalized_shape], float32, bfloat16 or float16 (float64: the reference
+            computes it), any strides.
         normalized_shape: The last dimensions of ``input``.
-        weight: [*normalized_shape], of the dtype of ``input`` or, for 16-bit input, float32; or None.
+        weight: [*normalized_shape], of the dtype of ``input`` or, for 16-bit input, float32; or
+            None.
         bias: Like ``weight``, and of its dtype.
         eps: Added to the variance.
         backend: "reference" for the plain torch definition, else None.
 
     Returns:
-        A contiguous tensor of the shape and dtype of ``input``; float32 under CUDA autocast, as in torch.
+        A contiguous tensor of the shape and dtype of ``input``; float32 under CUDA autocast, as in
+        torch.
 
     Raises:
         ValueError: Shapes or devices disagree.
@@ -471,11 +474,13 @@ def add_layer_norm(
     """Return ``layer_norm(h)`` and ``h = residual + dropout(input)``, in one pass.
 
     Args:
-        input: [..., *normalized_shape], float32, bfloat16 or float16 (float64: the reference computes
-            it), any strides.
-        residual: Of the shape of ``input``; where the dtypes differ, both are taken in the common one.
+        input: [..., *normalized_shape], float32, bfloat16 or float16 (float64: the reference
+            computes it), any strides.
+        residual: Of the shape of ``input``; where the dtypes differ, both are taken in the common
+            one.
         normalized_shape: The last dimensions of ``input``.
-        weight: [*normalized_shape], of the dtype of ``h`` or, where that has 16 bits, float32; or None.
+        weight: [*normalized_shape], of the dtype of ``h`` or, where that has 16 bits, float32; or
+            None.
         bias: Like ``weight``, and of its dtype.
         eps: Added to the variance.
         dropout_p: The probability, in [0, 1), that an element of ``input`` is set to 0.
@@ -483,8 +488,8 @@ def add_layer_norm(
         backend: "reference" for the plain torch definition, else None.
 
     Returns:
-        ``(y, h)``, both of the shape of ``input``. Under CUDA autocast ``y`` is float32, as in torch;
-        16-bit arguments are then added in their dtype, unfused.
+        ``(y, h)``, both of the shape of ``input``. Under CUDA autocast ``y`` is float32, as in
+        torch; 16-bit arguments are then added in their dtype, unfused.
 
     Raises:
         ValueError: Shapes or devices disagree, or ``dropout_p`` is not in [0, 1).

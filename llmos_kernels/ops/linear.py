@@ -7,7 +7,8 @@ gradient one tensor is saved besides the arguments: y for relu, z for the other 
 
     dz = dy activation'(saved),   dinput = dz weight,   dweight = dz^T input,   dbias = sum(dz)
 
-References and ops are in ``ops/_products.py``; ``ops/_product_policy.py`` says who computes a product.
+References and ops are in ``ops/_products.py``; ``ops/_product_policy.py`` says who computes a
+product.
 """
 
 from typing import Any
@@ -113,7 +114,7 @@ def _compute(
     layer: bool = False,
     provider: str | None = None,
 ) -> Tensor:
-    """Return the checked linear layer; the last two arguments are those of ``_products.forward``."""
+    """Return the checked linear layer; ``_products.forward`` explains the last two arguments."""
     check_linear(input, weight, bias)
     rows = as_rows(input)
     if use_reference(backend, input.dtype):
@@ -189,5 +190,5 @@ def project(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear_reference(*args: Any, **options: Any) -> Tensor:
-    """Return ``linear`` by its definition: plain, differentiable torch ops, any device and dtype."""
+    """Return ``linear`` by its definition, in differentiable torch ops: any device and dtype."""
     return linear(*args, **options, backend="reference")

@@ -3,8 +3,8 @@
     h = residual + dropout(x)
     y = h * rstd * weight,   rstd = rsqrt(mean(h^2) + eps)
 
-The reference and the ops are those of ``ops/layer_norm.py`` with ``center=False``. ``rstd`` is float32
-whatever the dtype.  Zhang and Sennrich 2019, arXiv:1910.07467.
+The reference and the ops are those of ``ops/layer_norm.py`` with ``center=False``. ``rstd`` is
+float32 whatever the dtype.  Zhang and Sennrich 2019, arXiv:1910.07467.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def rms_norm_reference(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    """Return ``rms_norm`` by its definition: plain, differentiable torch ops, any device and dtype."""
+    """Return ``rms_norm`` by its definition, in differentiable torch ops: any device and dtype."""
     d = check_norm(input, normalized_shape, weight, None)
     return normalize(input, weight, None, d, _eps(eps, input.dtype), center=False)[0]
 
@@ -80,15 +80,16 @@ def rms_norm(
     """Return ``torch.nn.functional.rms_norm`` of the arguments, in one pass over ``input``.
 
     Args:
-        input: [..., *normalized_shape], float32, bfloat16 or float16 (float64: the reference computes
-            it), any strides.
+        input: [..., *normalized_shape], float32, bfloat16 or float16 (float64: the reference
+            computes it), any strides.
         normalized_shape: The last dimensions of ``input``.
         weight: [*normalized_shape], of any floating dtype, or None.
         eps: Added to the mean square; None is the epsilon of float32 (of float64 for float64).
         backend: "reference" for the plain torch definition, else None.
 
     Returns:
-        A contiguous tensor of the shape and dtype of ``input``; float32 under CUDA autocast, as in torch.
+        A contiguous tensor of the shape and dtype of ``input``; float32 under CUDA autocast, as in
+        torch.
 
     Raises:
         ValueError: Shapes or devices disagree.
@@ -123,9 +124,10 @@ def add_rms_norm(
     """Return ``rms_norm(h)`` and ``h = residual + dropout(input)``, in one pass.
 
     Args:
-        input: [..., *normalized_shape], float32, bfloat16 or float16 (float64: the reference computes
-            it), any strides.
-        residual: Of the shape of ``input``; where the dtypes differ, both are taken in the common one.
+        input: [..., *normalized_shape], float32, bfloat16 or float16 (float64: the reference
+            computes it), any strides.
+        residual: Of the shape of ``input``; where the dtypes differ, both are taken in the common
+            one.
         normalized_shape: The last dimensions of ``input``.
         weight: [*normalized_shape], of any floating dtype, or None.
         eps: Added to the mean square; None is the epsilon of float32 (of float64 for float64).

@@ -1,4 +1,4 @@
-"""``optimize`` and ``restore``: a swap assigns to ``module.__class__``, or chooses an attention by name.
+"""``optimize`` and ``restore`` assign to ``module.__class__``, or choose an attention by name.
 
 Parameters, names, hooks, devices, optimizers and every reference to the module stay as they are.
 """
@@ -197,7 +197,7 @@ class _Judges:
         return timing.Switch(self.groups[module], on, off)
 
     def _prove(self, candidate: Candidate) -> tuple[float, list[timing.Timing]]:
-        """Return the largest error over its budget, and the times of modules of its kind, if any."""
+        """Return the largest error over its budget, and the times of modules of its kind if any."""
         module, drop_in = candidate.module, candidate.drop_in
         captured = self.captured.get(module, [])
         calls = captured[:1] or candidate.example_calls()

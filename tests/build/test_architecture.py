@@ -82,7 +82,8 @@ def test_there_is_no_circle():
 def test_import_loads_no_more_than_it_needs():
     code = """
 import sys, llmos_kernels
-heavy = ["llmos_kernels." + room for room in ("testing", "_tools", "_triton", "integrations.transformers")]
+rooms = "testing", "_tools", "_triton", "integrations.transformers"
+heavy = ["llmos_kernels." + room for room in rooms]
 heavy += ["triton", "transformers", "hypothesis", "pytest"]
 print([m for m in sys.modules if any(f"{m}.".startswith(f"{h}.") for h in heavy)])
 """

@@ -17,9 +17,11 @@ missing = sys.argv.pop(1)
 find, which = importlib.util.find_spec, shutil.which
 importlib.util.find_spec = lambda n, *a: None if n == missing else find(n, *a)
 if missing == "compiler":
-    shutil.which = lambda n, *a, **k: None if n in ("c++", "g++", "clang++", "") else which(n, *a, **k)
+    hidden = ("c++", "g++", "clang++", "")
+    shutil.which = lambda n, *a, **k: None if n in hidden else which(n, *a, **k)
 sys.argv[0] = "setup.py"
-exec(compile(open("setup.py").read(), "setup.py", "exec"), {"__name__": "__main__", "__file__": os.path.abspath("setup.py")})
+names = {"__name__": "__main__", "__file__": os.path.abspath("setup.py")}
+exec(compile(open("setup.py").read(), "setup.py", "exec"), names)
 """
 
 

@@ -196,7 +196,10 @@ def test_no_torch_to_build_with(installed, tmp_path):
     (pure,) = tmp_path.glob("*-none-any.whl")
     target = tmp_path / "site"
     run(*pip, "install", "--no-deps", "--target", target, pure)
-    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); sys.argv[0] = sys.argv.pop(1); exec(open(sys.argv[0]).read())"
+    code = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); sys.argv[0] = sys.argv.pop(1);"
+        " exec(open(sys.argv[0]).read())"
+    )
     about = json.loads(installed("-c", code, target, HELPERS / "wheel_session.py"))
     assert about["file"].startswith(str(target)) and about["reference"]
 

@@ -179,9 +179,9 @@ def refused(arch: str, library: str, folder: str) -> None:
         fn = importlib.import_module("llmos_kernels._triton.gemm.gemm")._sum_kernel
         return pack.kernel(name, parameters(fn), OPTIONS)
 
-    def launch(kernel, out=1 << 20, grid=(2,), **more):
+    def launch(kernel, out=1 << 20, grid=(2,), **overrides):
         pointers = Pointer(1 << 21, torch.float32), Pointer(out, torch.bfloat16)
-        return kernel.launch(0, STREAM, grid, (*pointers, 768, 3), named | more)
+        return kernel.launch(0, STREAM, grid, (*pointers, 768, 3), named | overrides)
 
     def error(call, *given, **named):
         try:

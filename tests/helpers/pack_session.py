@@ -103,10 +103,10 @@ def model_calls(d, heads, activation, dtype, batch, length):
             (q, q, q, q, None, mask, None, None, q.transpose(1, 2), row_stats, *options, False),
         )
     yield "attention_weights", (q, q, None, padding, row_stats, head_dim**-0.5, 0, 0.0, seed, True)
-    one, cache = q[:, :, :1], empty(batch, heads, 2 * length + 512, head_dim)
+    single_query, cache = q[:, :, :1], empty(batch, heads, 2 * length + 512, head_dim)
     yield (
         "attention_forward",
-        (one, cache, cache, None, None, None, None, head_dim**-0.5, 0, 0.0, seed),
+        (single_query, cache, cache, None, None, None, None, head_dim**-0.5, 0, 0.0, seed),
     )
     weight, scale = empty(4 * d, d, dtype=torch.int8), empty(4 * d, dtype=torch.float32)
     last = empty(4 * d), activation
@@ -177,8 +177,8 @@ def bits(folder: str) -> None:
                 fn.pack_kernels[0] = found and found.kernel(fn.name, parameters(fn), OPTIONS)
             with mock.patch.object(kernel_pack, "MODE", "require" if found else "off"):
                 results.append(launcher(*given))
-        own, tritons = (r if isinstance(r, tuple) else (r,) for r in results)
-        for a, b in zip(own, tritons, strict=True):
+        from_pack, from_triton = (r if isinstance(r, tuple) else (r,) for r in results)
+        for a, b in zip(from_pack, from_triton, strict=True):
             assert torch.equal(a.nan_to_num(), b.nan_to_num()), (launcher, launches)
         checked += 1
     print(checked, "calls")

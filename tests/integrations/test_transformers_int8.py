@@ -54,7 +54,7 @@ def test_pretrained(minilm, tmp_path):
 
 
 def test_conv1d(tmp_path):
-    """GPT-2's Conv1D layers, whose weights are transposed, are quantised."""
+    """GPT-2's Conv1D layers, whose weights are transposed, are quantized."""
     config = transformers.GPT2Config(
         vocab_size=50,
         n_positions=16,
@@ -117,7 +117,7 @@ def test_planted_outliers():
 
     def error(threshold):
         layer = Int8Linear.from_linear(plain, outlier_threshold=threshold)
-        # Only the input is quantised here: the exact result uses the dequantised weight.
+        # Only the input is quantized here: the exact result uses the dequantized weight.
         exact = F.linear(x, layer.weight, layer.bias)
         return ((layer(x) - exact).norm() / exact.norm()).item()
 

@@ -24,7 +24,7 @@ def signature_lines(function: ast.FunctionDef) -> range:
     "path", sorted(FOLDER.rglob("*.py")), ids=lambda p: str(p.relative_to(FOLDER))
 )
 def test_form(path):
-    """Launchers have types, only signatures of kernels are not formatted, lines have 100 columns."""
+    """Launchers have types, only kernel signatures are not formatted, lines have 100 columns."""
     source = path.read_text()
     functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)]
     for function in functions:

@@ -21,7 +21,7 @@ def assert_attention_accurate(op, given):
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name.startswith("attention")], ids=str)
 def test_attention_tiles_with_wgmma(case, monkeypatch):
-    """Tiles for GPUs with wgmma: two blocks of queries and of keys, each with a partial second block."""
+    """Tiles for GPUs with wgmma: two blocks of queries and of keys, the second of each partial."""
     from llmos_kernels._triton.runtime import launch
 
     monkeypatch.setattr(launch, "has_wgmma", lambda device: True)

@@ -145,15 +145,18 @@ def test_instructions():
 
 
 IR = """
-#mma = #ttg.nvidia_mma<{versionMajor = 3, versionMinor = 0, warpsPerCTA = [8, 1], instrShape = [16, 32, 16]}>
-#mma1 = #ttg.nvidia_mma<{versionMajor = 2, versionMinor = 0, warpsPerCTA = [2, 2], instrShape = [16, 8]}>
+#mma = #ttg.nvidia_mma<{versionMajor = 3, versionMinor = 0, warpsPerCTA = [8, 1], \
+instrShape = [16, 32, 16]}>
+#mma1 = #ttg.nvidia_mma<{versionMajor = 2, versionMinor = 0, warpsPerCTA = [2, 2], \
+instrShape = [16, 8]}>
     %0 = tt.load %a : tensor<64x64x!tt.ptr<bf16>, #blocked> loc(#loc)
     %1 = scf.for %i = %c0 to %n step %c1 iter_args(%x = %y) -> (i32)  : i32 {
       %2 = tt.load %b : tensor<32x64x!tt.ptr<bf16>, #blocked> loc(#loc)
       %3 = scf.for %j = %c0 to %n step %c1 iter_args(%z = %y) -> (i32)  : i32 {
         %4 = tt.load %c : tensor<64x!tt.ptr<f32>, #blocked> loc(#loc)
         %5 = tt.load %d, %m, %o : tensor<32x64x!tt.ptr<i8>, #blocked> loc(#loc)
-        %6 = ttng.warp_group_dot %5, %5, %0 : !ttg.memdesc<> * !ttg.memdesc<> -> tensor<ROWSx32xf32, #mma> loc(#loc)
+        %6 = ttng.warp_group_dot %5, %5, %0 : !ttg.memdesc<> * !ttg.memdesc<> \
+-> tensor<ROWSx32xf32, #mma> loc(#loc)
         %7 = tt.dot %5, %5, %0 : tensor<> * tensor<> -> tensor<32x16xf32, #mma1> loc(#loc)
       } loc(#loc)
     } loc(#loc)

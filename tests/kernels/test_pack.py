@@ -94,12 +94,12 @@ def test_same_bits_as_triton(tmp_path):
 
 
 def test_what_a_launch_refuses(folder, driver):
-    pointer, other, more, image, threads = session(
+    pointer, other, extra_parameter, image, threads = session(
         "refused", "sm_90", driver, folder, script="pack_driver.py"
     )
     assert pointer == "ValueError: _sum_kernel: a tensor that is not on the GPU"
     assert other.startswith("Unusable: the cubin of _sum_kernel has other parameters")
-    assert more == other, "a parameter more"
+    assert extra_parameter == other, "a parameter more"
     assert image.startswith("Unusable: cuModuleLoadData failed for _sum_kernel: device kernel")
     assert threads == "800 launches by 8 threads"
 
@@ -227,8 +227,8 @@ def test_which_gpu_runs_which_code(tmp_path, monkeypatch):
     for name in ("sm_80", "sm_90", "sm_100", "sm_120"):
         (tmp_path / f"{name}.json").touch()
     assert kernel_pack.archs() == ["sm_80", "sm_90", "sm_100", "sm_120"]
-    own = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100"}
-    assert {arch: kernel_pack.covering(arch) for arch in own} == own
+    covered = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100"}
+    assert {arch: kernel_pack.covering(arch) for arch in covered} == covered
     assert not any(map(kernel_pack.covering, ("sm_75", "sm_103", "sm_110", "sm_121")))
 
 

@@ -343,8 +343,8 @@ def test_out_of_memory_beside_real_tensors():
     with pytest.raises(torch.OutOfMemoryError):
         lk.layer_norm(x, (1024,))
     del x
-    few = torch.randn(5, 1024, device="cuda")
-    assert torch.equal(lk.layer_norm(few, (1024,)), lk.layer_norm(few[None], (1024,))[0])
+    x = torch.randn(5, 1024, device="cuda")
+    assert torch.equal(lk.layer_norm(x, (1024,)), lk.layer_norm(x[None], (1024,))[0])
 
 
 #: Elements of the largest tensor; the last rows are judged, enough of them not to judge luck.
@@ -364,9 +364,10 @@ LARGE = {
 
 def _last(n, values):
     """Return ``values`` with tensors of ``n`` rows replaced by their last rows, as new leaves."""
-    own = lambda a: isinstance(a, torch.Tensor) and a.shape[:1] == (n,)
+    has_all_rows = lambda a: isinstance(a, torch.Tensor) and a.shape[:1] == (n,)
     return [
-        a[-LAST:].detach().clone().requires_grad_(a.requires_grad) if own(a) else a for a in values
+        a[-LAST:].detach().clone().requires_grad_(a.requires_grad) if has_all_rows(a) else a
+        for a in values
     ]
 
 
@@ -386,9 +387,9 @@ def test_past_two_to_the_31_elements(name):
     if leaves:
         results += torch.autograd.grad(results, leaves, gradients)
     actual = [t.detach()[-LAST:].clone() for t in results]
-    few = _last(n, args), _last(n, gradients)
+    last_inputs = _last(n, args), _last(n, gradients)
     del results, args, leaves, gradients
-    for i, values in enumerate(zip(actual, *_expected(case, *few), strict=True)):
+    for i, values in enumerate(zip(actual, *_expected(case, *last_inputs), strict=True)):
         assert_accurate(*values, f"{name}, {i}")
 
 

@@ -277,12 +277,12 @@ def test_offsets_past_two_to_the_31(name):
         if name in c[0].name()
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    far = torch.empty(3 * 2**30 + 96, dtype=torch.bfloat16, device=device).as_strided(
+    distant_memory = torch.empty(3 * 2**30 + 96, dtype=torch.bfloat16, device=device).as_strided(
         (4, 96), (2**30, 1)
     )
 
     def apart(a):
-        return far.copy_(a) if a.shape == (4, 96) else a.to(device)
+        return distant_memory.copy_(a) if a.shape == (4, 96) else a.to(device)
 
     tensors = [isinstance(a, torch.Tensor) for a in args]
     near = [a.to(device) if t else a for a, t in zip(args, tensors, strict=True)]
@@ -313,10 +313,10 @@ def test_attention_offsets_past_two_to_the_31(far_dim):
     expected = results(*inputs)
     strides = [3**3, 3**2, 3, 1]
     strides[far_dim] = 2**30
-    far = torch.empty(2**31 + 3**4, dtype=torch.bfloat16, device=device)
-    far = far.as_strided((3, 3, 3, 3), strides)
+    distant_memory = torch.empty(2**31 + 3**4, dtype=torch.bfloat16, device=device)
+    distant_memory = distant_memory.as_strided((3, 3, 3, 3), strides)
     for i, t in enumerate(inputs):
-        distant = [*inputs[:i], far.copy_(t), *inputs[i + 1 :]]
+        distant = [*inputs[:i], distant_memory.copy_(t), *inputs[i + 1 :]]
         for actual, right in zip(results(*distant), expected, strict=True):
             assert torch.equal(actual, right)
 
@@ -342,10 +342,10 @@ def test_linear_offsets_past_two_to_the_31(far_dim):
         )
 
     expected = results(*inputs)
-    far = torch.empty(2**31 + 9, dtype=torch.bfloat16, device=device)
-    far = far.as_strided((3, 3), (2**30, 1) if far_dim == 0 else (1, 2**30))
+    distant_memory = torch.empty(2**31 + 9, dtype=torch.bfloat16, device=device)
+    distant_memory = distant_memory.as_strided((3, 3), (2**30, 1) if far_dim == 0 else (1, 2**30))
     for i, t in enumerate(inputs):
-        distant = [*inputs[:i], far.copy_(t), *inputs[i + 1 :]]
+        distant = [*inputs[:i], distant_memory.copy_(t), *inputs[i + 1 :]]
         for actual, right in zip(results(*distant), expected, strict=True):
             assert torch.equal(actual, right)
 

@@ -222,11 +222,11 @@ def test_tune(folder, monkeypatch):
 
 
 def test_agree():
-    one = torch.ones(8)
-    assert tune._agree([one + 1e-7], [one], torch.float32)
-    assert not tune._agree([one + 1e-5], [one], torch.float32)
-    assert not tune._agree([one / 0], [one], torch.float32)
-    assert tune._agree([one / 0], [one / 0], torch.float32)
+    ones = torch.ones(8)
+    assert tune._agree([ones + 1e-7], [ones], torch.float32)
+    assert not tune._agree([ones + 1e-5], [ones], torch.float32)
+    assert not tune._agree([ones / 0], [ones], torch.float32)
+    assert tune._agree([ones / 0], [ones / 0], torch.float32)
 
 
 @pytest.mark.parametrize("op", tune_jobs.OPS)

@@ -285,8 +285,8 @@ def test_one_hidden_tensor_is_saved():
         x = torch.randn(50, 16)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             block(x)
-        own = {p.data_ptr() for p in block.parameters()} | {x.data_ptr()}
-        extra = [t.nbytes for t in kept if t.data_ptr() not in own]
+        known_pointers = {p.data_ptr() for p in block.parameters()} | {x.data_ptr()}
+        extra = [t.nbytes for t in kept if t.data_ptr() not in known_pointers]
         assert sorted(extra) == [2 * 8, 50 * 40 * 4], extra  # The seed, and the hidden tensor.
 
 

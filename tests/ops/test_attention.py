@@ -194,8 +194,10 @@ def test_packed_sequences(bottom_right, dtype, device):
     pieces = []
     for i in range(5):
         rows, cols = slice(cu_q[i], cu_q[i + 1]), slice(cu_k[i], cu_k[i + 1])
-        one = [t[s].transpose(0, 1)[None] for t, s in zip(leaves, (rows, cols, cols), strict=True)]
-        pieces.append(attention(*one, **options)[0].transpose(0, 1))
+        sequence = [
+            t[s].transpose(0, 1)[None] for t, s in zip(leaves, (rows, cols, cols), strict=True)
+        ]
+        pieces.append(attention(*sequence, **options)[0].transpose(0, 1))
     out = torch.cat(pieces)
     generator = testing.generator(7)
     dout = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(device, dtype)

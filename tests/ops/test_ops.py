@@ -165,11 +165,11 @@ def test_row_alone_is_the_row_in_its_batch(case, dtype, device):
         args = case.make((33, d), dtype=dtype, device=device)
         batch = run(case.op, args)
         for row in (0, 17, 32):
-            one = tuple(
+            single_row = tuple(
                 a[row : row + 1] if isinstance(a, torch.Tensor) and a.shape == (33, d) else a
                 for a in args
             )
-            for alone, together in zip(run(case.op, one), batch, strict=True):
+            for alone, together in zip(run(case.op, single_row), batch, strict=True):
                 assert torch.equal(alone[0], together[row])
 
 
@@ -262,16 +262,16 @@ def test_function_transforms(case, device):
     at = next(i for i, a in enumerate(args) if isinstance(a, torch.Tensor))
     if case.row_wise:  # One row is enough for a Hessian.
         same = [isinstance(a, torch.Tensor) and a.shape == args[at].shape for a in args]
-        few = tuple(a[:1] if s else a for a, s in zip(args, same, strict=True))
+        small_args = tuple(a[:1] if s else a for a, s in zip(args, same, strict=True))
     else:
-        few = case.make(case.gradcheck_shape, device=device)
+        small_args = case.make(case.gradcheck_shape, device=device)
 
     def loss(fn, x):
-        return sum(o.square().sum() for o in run(fn, (*few[:at], x, *few[at + 1 :])))
+        return sum(o.square().sum() for o in run(fn, (*small_args[:at], x, *small_args[at + 1 :])))
 
     for transform in (torch.func.grad, torch.func.jacfwd, torch.func.hessian):
-        actual = transform(lambda x: loss(case.op, x))(few[at])
-        expected = transform(lambda x: loss(case.eager, x))(few[at])
+        actual = transform(lambda x: loss(case.op, x))(small_args[at])
+        expected = transform(lambda x: loss(case.eager, x))(small_args[at])
         torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-3)
     if not case.row_wise:
         return

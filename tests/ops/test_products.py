@@ -57,9 +57,14 @@ def arguments(dtype, columns=False, bias=True, requires_grad=False):
 def pretend(monkeypatch, isa, amx=False, intel=False, onednn=HAS_ONEDNN):
     """Choose as on a CPU with that ISA for our kernels, with AMX for oneDNN, of Intel's."""
     known = _product_policy.Cpu(
-        "GenuineIntel" if intel else "AuthenticAMD", None, isa, amx, torch.get_num_threads(),
-        frozenset([torch.bfloat16] if onednn else []), torch.backends.mkl.is_available(),
-    )  # fmt: skip
+        "GenuineIntel" if intel else "AuthenticAMD",
+        None,
+        isa,
+        amx,
+        torch.get_num_threads(),
+        frozenset([torch.bfloat16] if onednn else []),
+        torch.backends.mkl.is_available(),
+    )
     monkeypatch.setattr(_product_policy, "cpu", lambda: known)
     monkeypatch.setattr(_product_policy, "_tables", {})
 
@@ -156,7 +161,7 @@ def layers(dtype=torch.float32):
 
 @pytest.mark.parametrize("name", layers())
 def test_no_guard_on_rows(name):
-    """One graph for all numbers of rows, which says nothing of them; the policy is asked in its op."""
+    """One graph serves all numbers of rows; the policy is asked inside of its op."""
     layer = layers()[name]
     graphs = []
 

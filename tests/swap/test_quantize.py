@@ -1,4 +1,4 @@
-"""Layers and models with int8 weights: results, what is not quantised and why, checkpoints."""
+"""Layers and models with int8 weights: results, what is not quantized and why, checkpoints."""
 
 import copy
 import json
@@ -174,7 +174,7 @@ def test_whole_model(optimized, speedups):
     with torch.no_grad():
         model.layers[1].linear2.weight_scale.zero_()
         assert relative(model(x), expected) > 0.1
-    lk.quantize(model)  # There is nothing left to quantise.
+    lk.quantize(model)  # There is nothing left to quantize.
     assert not lk.quantize(model).entries
     model(x).sum().backward()
     assert model.layers[0].linear1.bias.grad is not None
@@ -284,9 +284,9 @@ def test_what_is_kept(speedups):
     assert "plain" in [e.module for e in lk.quantize(model, always=True).quantized]
     assert not lk.quantize(nn.Sequential(nn.Linear(4, 4)), skip="0").quantized
     with torch.inference_mode():  # The weight must not be an inference tensor, which cannot train.
-        one = nn.Linear(4, 4)
-        lk.quantize(one, always=True)
-    assert not one.weight_int8.is_inference()
+        layer = nn.Linear(4, 4)
+        lk.quantize(layer, always=True)
+    assert not layer.weight_int8.is_inference()
 
 
 def test_bad_models():

@@ -315,13 +315,16 @@ def test_a_proof_makes_the_models_own_call(attention_inputs):
     model = Attends()
     call = lambda: model(**attention_inputs)
     found = calls.captured_calls(model, [model.own, model.cross], call)
-    (own,), (cross,) = found[model.own], found[model.cross]
-    assert own.args[0] is own.args[1] is own.args[2] and own.args[0] is not attention_inputs["x"]
-    assert own.kwargs["need_weights"] is False and own.kwargs["attn_mask"].dtype == torch.bool
-    assert torch.equal(own.kwargs["key_padding_mask"], attention_inputs["padding"])
-    assert cross.args[1] is cross.args[2] and torch.equal(cross.args[3], cross.args[3])
-    assert cross.kwargs == {"average_attn_weights": False}
-    double = own.map(torch.Tensor.double)
+    (self_call,), (cross_call,) = found[model.own], found[model.cross]
+    query, key, value = self_call.args
+    assert query is key is value and query is not attention_inputs["x"]
+    assert self_call.kwargs["need_weights"] is False
+    assert self_call.kwargs["attn_mask"].dtype == torch.bool
+    assert torch.equal(self_call.kwargs["key_padding_mask"], attention_inputs["padding"])
+    assert cross_call.args[1] is cross_call.args[2]
+    assert torch.equal(cross_call.args[3], cross_call.args[3])
+    assert cross_call.kwargs == {"average_attn_weights": False}
+    double = self_call.map(torch.Tensor.double)
     assert double.args[0] is double.args[2] and double.kwargs["need_weights"] is False
 
 

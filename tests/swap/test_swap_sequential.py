@@ -98,7 +98,7 @@ class Reaches(Block):
 
 
 class TwoArguments(Block):
-    def forward(self, states, more=None):
+    def forward(self, states, other=None):
         return super().forward(states)
 
 

@@ -48,8 +48,9 @@ def test_a_wrong_row_has_no_time():
     assert row.wrong == {"other": "error 4.1 times its budget"}
     row = made_row(kernel=answer(1.1), eager=fails, mute=lambda: None)
     assert not row.calls and row.wrong == {
-        "kernel": "error 1.1 times its budget", "eager": "NotImplementedError: not for this",
-    }  # fmt: skip
+        "kernel": "error 1.1 times its budget",
+        "eager": "NotImplementedError: not for this",
+    }
     with pytest.raises(NotImplementedError):
         made_row(kernel=fails)
     int8 = rows.Call(lambda: 0, (), rows.relative(torch.ones(4), torch.ones(4).double() * 1.1))
@@ -64,9 +65,10 @@ def test_measured(monkeypatch):
     monkeypatch.setattr(rows.machine.Watch, "disturbed", lambda *_: None)
     row = made_row(kernel=answer(0.9), eager=answer(0.5), odd=fails)
     found = rows.measure(row, 3, 1.0, busy=False)
-    own = found["kernel"]["extra"]
-    assert own["vs_eager"] == 2.0 and own["vs_eager_ci"] == [2.0, 2.5] and own["us"] == 2e6
-    assert own["goal"] == {"eager": 2.0} and own["error_over_budget"] == 0.9 and "ours" not in own
+    kernel = found["kernel"]["extra"]
+    assert kernel["vs_eager"] == 2.0 and kernel["vs_eager_ci"] == [2.0, 2.5] and kernel["us"] == 2e6
+    assert kernel["goal"] == {"eager": 2.0} and kernel["error_over_budget"] == 0.9
+    assert "ours" not in kernel
     assert found["eager"]["samples"] == taken["eager"] and "goal" not in found["eager"]["extra"]
     assert found["odd"]["wrong"].startswith("NotImplementedError")
     monkeypatch.setattr(rows.machine.Watch, "disturbed", lambda *_: "others")
@@ -104,10 +106,10 @@ def test_saved_rows(tmp_path):
     assert saved_rows.SavedRows(None, about).get("test", ["kernel"]) is None
 
 
-def result(*benchmarks, quick=False, when="2026-01-02T03:04:05.678+00:00", **more):
+def result(*benchmarks, quick=False, when="2026-01-02T03:04:05.678+00:00", **fields):
     """What a run of the suites writes, of rows with a provider, microseconds and a ratio's
     interval."""
-    about = {"machine": "this", "quick": quick, "threads": 2, "limits": {"copy": 1.0}, **more}
+    about = {"machine": "this", "quick": quick, "threads": 2, "limits": {"copy": 1.0}, **fields}
     return {
         "machine_info": {"llmos": about},
         "commit_info": {"id": "0123456789abcdef", "dirty": False},
@@ -128,11 +130,13 @@ A, B = "a [1] float32 forward", "b [2] bfloat16 backward"
 FULL = result((A, "kernel", 2.0, [2.0, 2.2]), (A, "eager", 4.0, [1.0, 1.0]))
 QUICK = [
     result(
-        (A, "kernel", 9.0, [low, 2.5]), (B, "kernel", 5.0, [0.9, 1.1]),
-        quick=True, limits={"copy": c},
+        (A, "kernel", 9.0, [low, 2.5]),
+        (B, "kernel", 5.0, [0.9, 1.1]),
+        quick=True,
+        limits={"copy": c},
     )
     for low, c in ((1.8, 3.0), (1.9, 2.0))
-]  # fmt: skip
+]
 
 
 def test_baseline(tmp_path):
@@ -140,11 +144,23 @@ def test_baseline(tmp_path):
     runs."""
     made = baseline.make([QUICK[0], FULL, QUICK[1]])["this"]
     assert made["rows"] == [
-        {"row": A, "us": {"kernel": 2.0, "eager": 4.0}, "bytes": 8, "products": "int8",
-         "ratio": [2.0, 2.2], "gate": [1.8, 2.5]},
-        {"row": B, "us": {"kernel": 5.0}, "bytes": 8, "products": "int8",
-         "ratio": [0.9, 1.1], "gate": [0.9, 1.1]},
-    ]  # fmt: skip
+        {
+            "row": A,
+            "us": {"kernel": 2.0, "eager": 4.0},
+            "bytes": 8,
+            "products": "int8",
+            "ratio": [2.0, 2.2],
+            "gate": [1.8, 2.5],
+        },
+        {
+            "row": B,
+            "us": {"kernel": 5.0},
+            "bytes": 8,
+            "products": "int8",
+            "ratio": [0.9, 1.1],
+            "gate": [0.9, 1.1],
+        },
+    ]
     assert made["limits"] == {"copy": 3.0} and [r["quick"] for r in made["runs"]] == [
         True,
         True,
@@ -222,9 +238,9 @@ def test_a_run(tmp_path):
     assert "call of layer_norm [1, 64] float32 inference" in done.stdout
     found = json.loads(written.read_text())
     assert {b["params"]["provider"] for b in found["benchmarks"]} == {"kernel", "eager"}
-    own = next(b for b in found["benchmarks"] if b["params"]["provider"] == "kernel")
-    assert own["extra_info"]["error_over_budget"] <= 1 and own["extra_info"]["peak_bytes"] > 0
-    assert own["stats"]["median"] == pytest.approx(own["extra_info"]["us"] / 1e6, rel=0.01)
+    kernel = next(b for b in found["benchmarks"] if b["params"]["provider"] == "kernel")
+    assert kernel["extra_info"]["error_over_budget"] <= 1 and kernel["extra_info"]["peak_bytes"] > 0
+    assert kernel["stats"]["median"] == pytest.approx(kernel["extra_info"]["us"] / 1e6, rel=0.01)
     about = found["machine_info"]["llmos"]
     assert about["limits"]["copy"] > 0 and about["settings"]["OMP_PROC_BIND"] == "close"
     assert "liger" in found["llmos"]["absent"]

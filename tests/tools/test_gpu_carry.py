@@ -19,8 +19,10 @@ import pytest
 PYTHON, MACHINE = "cp{}{}".format(*sys.version_info), platform.machine()
 PARTS = {
     f"_C.cpython-{PYTHON[2:]}-x86_64-linux-gnu.so": "_C",
-    "_ops_cpu.so": "cpu", "_ops_cuda.so": "cuda", "_build_info.json": "{}",
-}  # fmt: skip
+    "_ops_cpu.so": "cpu",
+    "_ops_cuda.so": "cuda",
+    "_build_info.json": "{}",
+}
 
 
 def wheel(folder, tag=PYTHON, machine=MACHINE, **about):
@@ -44,9 +46,12 @@ def tree(tmp_path, monkeypatch):
     """A tree of its own, in which nothing is compiled."""
     (tmp_path / "llmos_kernels").mkdir()
     for name, path in (
-        ("FOLDER", ".gpu-carry"), ("PACKAGE", "llmos_kernels"), ("PACK", "pack"),
-        ("PEERS", "peers"), ("ROOT", ""),
-    ):  # fmt: skip
+        ("FOLDER", ".gpu-carry"),
+        ("PACKAGE", "llmos_kernels"),
+        ("PACK", "pack"),
+        ("PEERS", "peers"),
+        ("ROOT", ""),
+    ):
         monkeypatch.setattr(gpu_carry, name, tmp_path / path)
     monkeypatch.setattr(gpu_carry, "sources", lambda: "these")
     monkeypatch.setattr(gpu_carry, "ARCH", "9.0")
@@ -128,11 +133,11 @@ def test_rehearsal_in_a_tree_that_others_use(tree, commands, monkeypatch):
     """Its extension stays, and nothing is compiled."""
     wheel(tree / ".gpu-carry")
     monkeypatch.setattr(gpu_carry, "REHEARSE", True)
-    own = tree / "llmos_kernels" / "_ops_cpu.so"
-    own.write_text("own")
-    assert gpu_carry.main(["build"]) == 0 and own.read_text() == "own"
-    own.unlink()
-    assert gpu_carry.main(["build"]) == 0 and own.read_text() == "cpu"
+    extension = tree / "llmos_kernels" / "_ops_cpu.so"
+    extension.write_text("own")
+    assert gpu_carry.main(["build"]) == 0 and extension.read_text() == "own"
+    extension.unlink()
+    assert gpu_carry.main(["build"]) == 0 and extension.read_text() == "cpu"
     assert commands == []
 
 

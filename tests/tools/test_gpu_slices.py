@@ -362,8 +362,10 @@ def test_merge(monkeypatch, tmp_path, capsys):
     target = results / "nvidia-a100"
     assert str(target) in capsys.readouterr().out
     assert gpu_merge.read(target / "summary.json") == {
-        "both": {"started": 1, "rc": 1}, "only 1": {"started": 1}, "only 0": {"started": 0},
-    }  # fmt: skip
+        "both": {"started": 1, "rc": 1},
+        "only 1": {"started": 1},
+        "only 0": {"started": 0},
+    }
     assert gpu_merge.read(target / "tests.json") == {"tests": {"started": 1}}
     assert gpu_merge.read(target / "models.json") == bench("1", both=1, only0=0, only1=1)
     assert (target / "models.jsonl").read_text() == '"both"\n"1"\n"0"\n'
@@ -384,9 +386,16 @@ def test_the_slices(out, rehearse, carried):
     """Each fits a call, and the first one leaves time for more where the build is carried."""
     slices = gpu_steps.slices(out, rehearse, carried)
     assert list(slices) == [
-        "first", "ops-forward", "tune", "tests", "sanitizer", "ops-backward", "models", "stress",
+        "first",
+        "ops-forward",
+        "tune",
+        "tests",
+        "sanitizer",
+        "ops-backward",
+        "models",
+        "stress",
         "tune-float16",
-    ]  # fmt: skip
+    ]
     for name, steps in slices.items():
         assert sum(s.seconds for s in steps) <= BUDGET, name
         assert [s.name for s in steps[:2]] == ["build", "about"]

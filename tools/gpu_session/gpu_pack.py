@@ -37,8 +37,8 @@ def call(op: str, args: tuple) -> None:
     for _ in range(2):
         made = DEFINED[f"llmos::{op}"].launch(*given)
         pairs.append(made if isinstance(made, tuple) else (made,))
-    for one, other in zip(*pairs, strict=True):
-        if not torch.equal(one.nan_to_num(), other.nan_to_num()):
+    for first, second in zip(*pairs, strict=True):
+        if not torch.equal(first.nan_to_num(), second.nan_to_num()):
             raise AssertionError(f"{op}: other bits at the second call")
 
 

@@ -184,14 +184,19 @@ def call(
     step: Step, out: Path, limit: float, grace: float, save: Callable[[], None]
 ) -> tuple[int | str, str]:
     """Return a step's exit status, or "time limit", and its output; end all its processes."""
-    own = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", MARK: str(out)}
-    env = {**os.environ, **own, **step.env}
+    runner_env = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", MARK: str(out)}
+    env = {**os.environ, **runner_env, **step.env}
     # A file, because a pipe stays open as long as any process of the step.
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [str(part) for part in step.command], cwd=ROOT, env=env, stdout=log,
-            stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+            [str(part) for part in step.command],
+            cwd=ROOT,
+            env=env,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         rc: int | str
         try:
             rc = wait(process, max(limit, 1.0), save)

@@ -45,7 +45,8 @@ import machine
 from llmos_kernels._tools import environment
 from llmos_kernels._triton.runtime import kernel_pack
 device = "cuda" if torch.cuda.is_available() else "cpu"
-about = {"env": list(environment.describe()), "torch": torch.__version__, "machine": machine.name(device)}
+about = {"env": list(environment.describe()), "torch": torch.__version__}
+about["machine"] = machine.name(device)
 if device == "cuda":
     about |= {"arch": kernel_pack.arch_of(0), "copy GB/s": machine.copy_rate(device, 2**31)}
 print("\\n".join(about["env"]))
@@ -66,9 +67,14 @@ print(len(rows), "kernels,", sum(r["spills"] > 0 for r in rows), "spill")
 
 #: Tests that are not run here: the extension is built already, and wheels are not for this machine.
 _NOT_HERE = (
-    "test_cpu_levels.py", "test_sanitize.py", "test_wheels.py", "test_build.py", "test_stress.py",
-    "test_gpu_slices.py", "test_gpu_carry.py",
-)  # fmt: skip
+    "test_cpu_levels.py",
+    "test_sanitize.py",
+    "test_wheels.py",
+    "test_build.py",
+    "test_stress.py",
+    "test_gpu_slices.py",
+    "test_gpu_carry.py",
+)
 _PACKED = ("test_kernels.py", "test_ops.py", "test_attention.py", "test_int8.py", "test_layers.py")
 #: Tests that compile for any GPU.
 _NEED_NO_GPU = (
@@ -144,11 +150,11 @@ def _python(*arguments: str | Path) -> list[str | Path]:
     return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
 
 
-def _pytest(out: Path, name: str, seconds: int, arguments, **more) -> Step:
+def _pytest(out: Path, name: str, seconds: int, arguments, **options) -> Step:
     """Return a step of tests, whose outcomes go to tests.json."""
     command = _python(*arguments, f"--junitxml={out / name}.xml")
-    env = {"OMP_WAIT_POLICY": "passive", **more.pop("env", {})}
-    return Step(name, seconds, command, env, **more)
+    env = {"OMP_WAIT_POLICY": "passive", **options.pop("env", {})}
+    return Step(name, seconds, command, env, **options)
 
 
 def _chosen(rehearse: bool, expression: str) -> list[str]:
@@ -207,9 +213,15 @@ def _benchmark(out: Path, name: str, rehearse: bool) -> list[Step]:
         arguments += ["--providers", "kernel,eager", "--busy"]
     arguments += ["--resume", out / f"{name}.jsonl", "--benchmark-json", out / f"{name}.new.json"]
     step = Step(
-        name, 330, _python(*arguments), {"PYTHONPATH": f"{ROOT}{os.pathsep}{PEERS}"}, MEASURED,
-        goes_on=True, keeps=(f"{name}.jsonl", f"{name}.json"), resume=f"{name}.jsonl",
-    )  # fmt: skip
+        name,
+        330,
+        _python(*arguments),
+        {"PYTHONPATH": f"{ROOT}{os.pathsep}{PEERS}"},
+        MEASURED,
+        goes_on=True,
+        keeps=(f"{name}.jsonl", f"{name}.json"),
+        resume=f"{name}.jsonl",
+    )
     return [step]
 
 

@@ -1,1 +1,1 @@
-"""Triton kernels of int8 quantisation and int8 GEMMs."""
+"""Triton kernels of int8 quantization and int8 GEMMs."""

@@ -1,7 +1,7 @@
 """Triton kernel of LayerNorm and RMSNorm with int8 results.
 
 The formulas are in ``ops/int8_norm.py``. The kernel is the forward kernel of
-``norm/layer_norm.py``, and quantises the rows while they are in registers.
+``norm/layer_norm.py``, and quantizes the rows while they are in registers.
 
 Memory traffic: x (and residual) are read once, rows (and h) are written once.
 """

@@ -1,13 +1,13 @@
-"""Triton kernels of int8 quantisation and of int8 GEMMs.
+"""Triton kernels of int8 quantization and of int8 GEMMs.
 
 The formulas are in ``ops/int8.py`` and, for linear layers, in ``ops/int8_linear.py``. A thread
 block of the GEMM computes one tile of out: it accumulates in int32, and the epilogue applies
 scales, bias and activation in registers. With outliers there are three launches. The first marks
 the columns that hold any (all thread blocks write the same value, so their order does not matter).
-The second quantises the rows, and one further thread block lists the marked columns. The GEMM then
+The second quantizes the rows, and one further thread block lists the marked columns. The GEMM then
 adds the products of the listed columns to its scaled sums.
 
-Memory traffic: the input is read twice to quantise it and once to find outliers; the GEMM reads a
+Memory traffic: the input is read twice to quantize it and once to find outliers; the GEMM reads a
 once for each column of tiles, b once for each row of tiles, and writes out once.
 """
 
@@ -78,7 +78,7 @@ def round_to_integer(x):
 @kernel(do_not_specialize=["M"])
 def _quantize_kernel(input, rows, scale, marks, index, M, K, input_row, input_col,
                      LEVELS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Quantise one row for each thread block; outliers become 0.
+    """Quantize one row for each thread block; outliers become 0.
 
     With marks, one further thread block lists the outlier columns in index.
     """

@@ -116,7 +116,7 @@ class Pack:
     def kernel(
         self, name: str, parameters: Sequence[tuple[str, int]], options: Iterable[str]
     ) -> Any:
-        """Return the ``_C.PackedKernel`` with all variants of the kernel ``name``, which may be none."""
+        """Return the ``_C.PackedKernel`` with all variants of ``name``, which may be none."""
         from llmos_kernels import _C
 
         if name not in self.kernels:

@@ -33,7 +33,7 @@ class Kernel(JITFunction):
 
     def __init__(self, fn: Callable, **options: Any) -> None:
         super().__init__(fn, **options)
-        #: This kernel's ``_C.PackedKernel`` from the pack, by device; None for a device without a pack.
+        #: This kernel's ``_C.PackedKernel`` by device; None for a device without a pack.
         self.pack_kernels: dict[int, Any] = {}
 
     @property
@@ -42,7 +42,7 @@ class Kernel(JITFunction):
         return f"{self.fn.__module__.partition('._triton.')[2]}:{self.fn.__name__}"
 
     def pack_kernel(self, device: int) -> Any:
-        """Return this kernel's ``_C.PackedKernel`` for ``device``, or None if no pack is used there."""
+        """Return this kernel's ``_C.PackedKernel`` for ``device``, or None without a pack."""
         try:
             return self.pack_kernels[device]
         except KeyError:

@@ -207,7 +207,7 @@ SHAPES = (
     (1, 1, 33, 40, 256),
     (1, 1, 193, 129, 16),
 )
-_FEW_SHAPES = ((2, 2, 1, 65, 8), (2, 4, 64, 65, 40), (2, 2, 33, 130, 72))
+_VARIANT_SHAPES = ((2, 2, 1, 65, 8), (2, 4, 64, 65, 40), (2, 2, 33, 130, 72))
 
 
 def _case(
@@ -215,7 +215,7 @@ def _case(
     *,
     benchmark_shapes: tuple = (),
     gpu_benchmark_shapes: tuple = (),
-    shapes: tuple = _FEW_SHAPES,
+    shapes: tuple = _VARIANT_SHAPES,
     make: dict[str, Any] | None = None,
     heads: int = 2,
     **options: Any,
@@ -272,7 +272,7 @@ ATTENTION = (
     _case(
         "-bias",
         make={"mask": "1hqk"},
-        shapes=(*_FEW_SHAPES, (2, 2, 5, 1000, 33)),
+        shapes=(*_VARIANT_SHAPES, (2, 2, 5, 1000, 33)),
         benchmark_shapes=((2, 12, 512, 512, 64),),
         gpu_benchmark_shapes=_GPU[1:],
     ),
@@ -282,7 +282,7 @@ ATTENTION = (
     _case(
         "-padding",
         make={"padding": "right"},
-        shapes=(*_FEW_SHAPES, (3, 2, 5, 1000, 33)),
+        shapes=(*_VARIANT_SHAPES, (3, 2, 5, 1000, 33)),
         benchmark_shapes=((8, 12, 512, 512, 64),),
         gpu_benchmark_shapes=_GPU[1:],
     ),

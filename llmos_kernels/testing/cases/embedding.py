@@ -121,7 +121,7 @@ SHAPES = (
     (70, 1000),
     (2, 20011),
 )
-_FEW_SHAPES = ((2, 3, 129), (2, 65, 31), (2, 20011))
+_VARIANT_SHAPES = ((2, 3, 129), (2, 65, 31), (2, 20011))
 
 EMBEDDING = (
     _case(
@@ -133,10 +133,10 @@ EMBEDDING = (
     _case(
         "-dropout",
         dropout_p=0.1,
-        shapes=_FEW_SHAPES,
+        shapes=_VARIANT_SHAPES,
         benchmark_shapes=((8, 128, 768),),
         gpu_benchmark_shapes=((32, 512, 768),),
     ),
-    _case("-two_tables", tables=2, parameters=1, shapes=_FEW_SHAPES),
-    _case("-one_table-plain", tables=1, parameters=0, shapes=_FEW_SHAPES),
+    _case("-two_tables", tables=2, parameters=1, shapes=_VARIANT_SHAPES),
+    _case("-one_table-plain", tables=1, parameters=0, shapes=_VARIANT_SHAPES),
 )

@@ -74,7 +74,7 @@ SHAPES = (
     (130, 72, 40),
     (67, 520, 97),
 )
-_FEW_SHAPES = ((3, 65, 40), (2, 17, 40, 130))
+_VARIANT_SHAPES = ((3, 65, 40), (2, 17, 40, 130))
 #: Training and inference of a base model, a small encoder, and one token of a large decoder.
 BENCHMARK_SHAPES = ((1024, 768, 3072), (128, 384, 1536), (1, 4096, 16384))
 GPU_BENCHMARK_SHAPES = ((8192, 384, 1536), (8192, 1024, 4096), (8192, 4096, 16384))
@@ -87,7 +87,7 @@ def _case(
     activation: str | None,
     bias: bool = True,
     dropout_p: float = 0.0,
-    shapes: tuple = _FEW_SHAPES,
+    shapes: tuple = _VARIANT_SHAPES,
     benchmark_shapes: tuple = (),
 ) -> Case:
     """Return the case of a linear layer or, of two ``layers``, of a feed-forward block."""

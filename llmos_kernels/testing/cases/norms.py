@@ -136,23 +136,23 @@ def _case(
 
 _layer = functools.partial(_case, module=layer_norm, eager=F.layer_norm)
 _rms = functools.partial(_case, module=rms_norm, eager=F.rms_norm)
-_FEW_SHAPES = ((5, 31), (2, 3, 129), (2, 20011))
+_VARIANT_SHAPES = ((5, 31), (2, 3, 129), (2, 20011))
 
 NORMS = (
     _layer("layer_norm", op="layer_norm", make={}, benchmark_shapes=BENCHMARK_SHAPES),
-    _layer("layer_norm-plain", op="layer_norm", make={"parameters": 0}, shapes=_FEW_SHAPES),
+    _layer("layer_norm-plain", op="layer_norm", make={"parameters": 0}, shapes=_VARIANT_SHAPES),
     _layer(
         "layer_norm-weight",
         op="layer_norm",
         make={"parameters": 1, "eps": None},
-        shapes=_FEW_SHAPES,
+        shapes=_VARIANT_SHAPES,
     ),
     _layer("layer_norm-2d", op="layer_norm", make={"dims": 2}, shapes=((3, 4, 5), (2, 1, 33, 7))),
     _layer(
         "layer_norm-float32_weight",
         op="layer_norm",
         make={"parameter_dtype": torch.float32},
-        shapes=_FEW_SHAPES,
+        shapes=_VARIANT_SHAPES,
     ),
     _layer(
         "add_layer_norm",
@@ -173,7 +173,7 @@ NORMS = (
         make={"parameters": 1, "eps": 1e-6},
         benchmark_shapes=BENCHMARK_SHAPES,
     ),
-    _rms("rms_norm-plain", op="rms_norm", make={"parameters": 0}, shapes=_FEW_SHAPES),
+    _rms("rms_norm-plain", op="rms_norm", make={"parameters": 0}, shapes=_VARIANT_SHAPES),
     _rms(
         "add_rms_norm",
         op="add_rms_norm",
@@ -185,6 +185,6 @@ NORMS = (
         op="add_rms_norm",
         make={"tensors": 2, "parameters": 1, "eps": 1e-6},
         dropout_p=0.1,
-        shapes=_FEW_SHAPES,
+        shapes=_VARIANT_SHAPES,
     ),
 )
