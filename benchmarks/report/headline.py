@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from report.model import Machine, Results, Row, mapping, text
+from report.model import Machine, ReportRow, Results, mapping, text
 from report.plots import BLUE, LIGHT, RED, styled, times
 
 #: The number of bars, over all machines.
@@ -25,13 +25,13 @@ ROWS = {
 }
 
 
-def chosen(machine: Machine, limit: int) -> list[tuple[str, Row]]:
+def chosen(machine: Machine, limit: int) -> list[tuple[str, ReportRow]]:
     """Return at most ``limit`` rows of a machine, with labels, in the order of ROWS."""
     rows = ((label, machine.rows.get(name)) for name, label in ROWS.items())
     return [(label, row) for label, row in rows if row and row.ratio("eager")][:limit]
 
 
-def shares(results: Results) -> list[tuple[Machine, list[tuple[str, Row]]]]:
+def shares(results: Results) -> list[tuple[Machine, list[tuple[str, ReportRow]]]]:
     """Return the rows of each machine: an equal part of BARS, and what the others leave free."""
     machines = sorted(results.machines, key=lambda m: len(chosen(m, BARS)))
     found, left = [], BARS
@@ -53,7 +53,7 @@ def heading(machine: Machine) -> str:
     return ", ".join([*said, f"{text(machine.about.get('threads'))} threads"])
 
 
-def figure(bars: Sequence[tuple[Machine, list[tuple[str, Row]]]]) -> Figure:
+def figure(bars: Sequence[tuple[Machine, list[tuple[str, ReportRow]]]]) -> Figure:
     """Return the bars, one group a machine."""
     lines = sum(len(rows) + 1.3 for _, rows in bars)
     height = 0.27 * lines + 0.75

@@ -73,7 +73,7 @@ def _divide(a: float | None, b: float | None) -> float | None:
 
 
 @dataclass(frozen=True)
-class Entry:
+class ProviderTime:
     """A provider's median time for a row, in seconds, in the run of that number."""
 
     provider: str
@@ -88,14 +88,14 @@ class Entry:
 
 
 @dataclass
-class Row:
+class ReportRow:
     """A row: what was computed, and each provider's time."""
 
     name: str
     op: str
     dtype: str
     direction: str
-    entries: dict[str, Entry] = field(default_factory=dict)
+    entries: dict[str, ProviderTime] = field(default_factory=dict)
 
     @property
     def products(self) -> str:
@@ -169,7 +169,7 @@ class Machine:
     measured_here: bool = False
     about: dict = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
-    rows: dict[str, Row] = field(default_factory=dict)
+    rows: dict[str, ReportRow] = field(default_factory=dict)
     wrong: dict[tuple[str, str], str] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
 
@@ -180,9 +180,9 @@ class Machine:
         return {text(k): n for k, v in limits.items() if (n := positive(v))}
 
     @property
-    def ops(self) -> dict[str, list[Row]]:
+    def ops(self) -> dict[str, list[ReportRow]]:
         """The rows by op."""
-        found: dict[str, list[Row]] = {}
+        found: dict[str, list[ReportRow]] = {}
         for row in self.rows.values():
             found.setdefault(row.op, []).append(row)
         return found
@@ -211,7 +211,7 @@ class Group:
     op: str
     dtype: str
     direction: str
-    rows: list[Row]
+    rows: list[ReportRow]
 
     @property
     def ratios(self) -> list[float]:
@@ -227,7 +227,7 @@ class Group:
 
 def groups(machine: Machine) -> list[Group]:
     """Return the rows by op, direction and dtype."""
-    found: dict[tuple[str, str, str], list[Row]] = {}
+    found: dict[tuple[str, str, str], list[ReportRow]] = {}
     for rows in machine.ops.values():
         for row in rows:
             found.setdefault((row.op, row.dtype, row.direction), []).append(row)
@@ -285,7 +285,7 @@ def _last(pattern: re.Pattern, name: str) -> str:
     return next(reversed(pattern.findall(name)), "")
 
 
-def _row(benchmark: dict, provider: str) -> Row:
+def _row(benchmark: dict, provider: str) -> ReportRow:
     """Return the row that a benchmark belongs to, without entries."""
     info = mapping(benchmark.get("extra_info"))
     given = text(benchmark.get("fullname")) or text(benchmark.get("name")) or "unnamed"
@@ -293,7 +293,7 @@ def _row(benchmark: dict, provider: str) -> Row:
     op = text(info.get("op")) or name.partition("[")[0].strip() or name
     dtype = text(info.get("dtype")) or _last(_DTYPE, name)
     direction = text(info.get("direction")) or _last(_DIRECTION, name)
-    return Row(name, op, dtype, direction.replace(" + ", "+"))
+    return ReportRow(name, op, dtype, direction.replace(" + ", "+"))
 
 
 def _machine_name(found: dict) -> str:
@@ -332,7 +332,7 @@ def _add(machine: Machine, found: dict, path: Path) -> None:
         if (row.name, provider) in seen:
             raise ValueError(f"{path}: {row.name!r} has the provider {provider!r} twice")
         seen.add((row.name, provider))
-        entry = Entry(provider, median, mapping(benchmark.get("extra_info")), run)
+        entry = ProviderTime(provider, median, mapping(benchmark.get("extra_info")), run)
         machine.rows.setdefault(row.name, row).entries[provider] = entry
         machine.wrong.pop((row.name, provider), None)
         machine.absent.pop(provider, None)

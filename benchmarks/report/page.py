@@ -9,11 +9,11 @@ from markupsafe import Markup
 
 from report.model import (
     OURS,
-    Entry,
     Interval,
     Machine,
+    ProviderTime,
+    ReportRow,
     Results,
-    Row,
     groups,
     mapping,
     number,
@@ -64,7 +64,7 @@ def _micros(seconds: float) -> str:
     return _digits(seconds * 1e6)
 
 
-def _ratio(row: Row, provider: str) -> Cell:
+def _ratio(row: ReportRow, provider: str) -> Cell:
     ratio = row.ratio(provider)
     if provider == OURS or ratio is None:
         return Cell()
@@ -73,7 +73,7 @@ def _ratio(row: Row, provider: str) -> Cell:
     )
 
 
-def _judged(entry: Entry) -> Cell:
+def _judged(entry: ProviderTime) -> Cell:
     """Return the error over its budget."""
     error = number(entry.info.get("error_over_budget"))
     if error is None:
@@ -85,7 +85,7 @@ def _judged(entry: Entry) -> Cell:
     )
 
 
-def _goal(row: Row, entry: Entry) -> Cell:
+def _goal(row: ReportRow, entry: ProviderTime) -> Cell:
     """Return the goals of a row, and whether they are met."""
     if entry.provider != OURS:
         return Cell()
@@ -100,44 +100,44 @@ def _goal(row: Row, entry: Entry) -> Cell:
     return Cell("; ".join(said), "; ".join(said) or None, "bad goal" if missed else "goal")
 
 
-def _provider(row: Row, entry: Entry) -> Cell:
+def _provider(row: ReportRow, entry: ProviderTime) -> Cell:
     runs, ours = text(entry.info.get("runs")), row.entries.get(OURS)
     said = entry.provider + (f" (runs {runs})" if runs else "")
     other = "*" if ours and ours.run != entry.run else ""
     return Cell(said + other, said, "ours" if entry.provider == OURS else "")
 
 
-def _percent(entry: Entry) -> Cell:
+def _percent(entry: ProviderTime) -> Cell:
     share = number(entry.info.get("share"))
     return Cell() if share is None else Cell(f"{share:.0%}", share)
 
 
-def _info(key: str, scale: float = 1, digits: int = 4) -> Callable[[Row, Entry], Cell]:
-    def cell(_row: Row, entry: Entry) -> Cell:
+def _info(key: str, scale: float = 1, digits: int = 4) -> Callable[[ReportRow, ProviderTime], Cell]:
+    def cell(_row: ReportRow, entry: ProviderTime) -> Cell:
         value = number(entry.info.get(key))
         return _number(None if value is None else value * scale, digits)
 
     return cell
 
 
-def _rate(key: str, given: str) -> Callable[[Row, Entry], Cell]:
+def _rate(key: str, given: str) -> Callable[[ReportRow, ProviderTime], Cell]:
     """Return a column of rates, from amount and median; else what the file says."""
 
-    def cell(row: Row, entry: Entry) -> Cell:
+    def cell(row: ReportRow, entry: ProviderTime) -> Cell:
         rate = row.rate(entry.provider, key)
         return _number(rate or positive(entry.info.get(given)), 3)
 
     return cell
 
 
-def _interval(_row: Row, entry: Entry) -> Cell:
+def _interval(_row: ReportRow, entry: ProviderTime) -> Cell:
     span = entry.interval
     return Cell(_span(span, _micros), span[1] - span[0] if span else None)
 
 
 #: Each column: its title, whether it holds numbers, and what makes the cell. A column without
 #: values is left out.
-COLUMNS: tuple[tuple[str, bool, Callable[[Row, Entry], Cell]], ...] = (
+COLUMNS: tuple[tuple[str, bool, Callable[[ReportRow, ProviderTime], Cell]], ...] = (
     ("row", False, lambda row, entry: Cell(row.short, row.name)),
     ("provider", False, _provider),
     ("median, µs", True, lambda row, entry: _number(entry.median * 1e6)),
@@ -155,7 +155,7 @@ COLUMNS: tuple[tuple[str, bool, Callable[[Row, Entry], Cell]], ...] = (
 )
 
 
-def _op_table(op: str, rows: Sequence[Row]) -> Table:
+def _op_table(op: str, rows: Sequence[ReportRow]) -> Table:
     pairs = [(row, entry) for row in rows for entry in row.entries.values()]
     columns = [[make(row, entry) for row, entry in pairs] for _, _, make in COLUMNS]
     filled = [i for i, cells in enumerate(columns) if any(c.value is not None for c in cells)]

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from report.model import OURS, Group, Interval, Machine, Results, Row, groups
+from report.model import OURS, Group, Interval, Machine, ReportRow, Results, groups
 
 BLUE, LIGHT, GREY, RED = "#1f4e9e", "#8fb4e8", "#666666", "#c00020"
 MARKERS = {"float32": "o", "bfloat16": "s", "float16": "^", "int8": "D"}
@@ -98,7 +98,9 @@ def _log(ax: Axes, axis: str, low: float, high: float) -> None:
     ax.set_axisbelow(True)
 
 
-def _points(ax: Axes, rows: Sequence[Row], x_of: Callable[[Row], float], key: str) -> list[Any]:
+def _points(
+    ax: Axes, rows: Sequence[ReportRow], x_of: Callable[[ReportRow], float], key: str
+) -> list[Any]:
     """Draw ours filled, eager hollow and a line between the two, marked by the dtype of the
     products; return the legend's handles."""
     lost = False
@@ -138,7 +140,7 @@ def _ends(values: Sequence[float]) -> Interval:
     return min(values) / 1.6, max(values) * 1.6
 
 
-def _rates(rows: Sequence[Row], key: str) -> list[float]:
+def _rates(rows: Sequence[ReportRow], key: str) -> list[float]:
     shown = [(r, p) for r in rows for p in (OURS, "eager") if p in r.entries]
     return [rate for r, p in shown if (rate := r.rate(p, key))]
 
@@ -157,13 +159,13 @@ def _legend(ax: Axes, handles: Sequence[Any]) -> None:
     )
 
 
-def intensity(row: Row) -> float | None:
+def intensity(row: ReportRow) -> float | None:
     """Return the FLOP per byte that must move."""
     flop, moved = row.known("FLOP"), row.known("bytes")
     return flop / moved if flop and moved else None
 
 
-def _roofline(ax: Axes, machine: Machine, rows: Sequence[Row]) -> None:
+def _roofline(ax: Axes, machine: Machine, rows: Sequence[ReportRow]) -> None:
     found = {id(row): x for row in rows if (x := intensity(row))}
     roofs = {k: v for k, v in machine.limits.items() if k != "copy"}
     copy = machine.limits.get("copy")
@@ -190,7 +192,7 @@ def _roofline(ax: Axes, machine: Machine, rows: Sequence[Row]) -> None:
     _legend(ax, handles)
 
 
-def _bandwidth(ax: Axes, machine: Machine, rows: Sequence[Row]) -> None:
+def _bandwidth(ax: Axes, machine: Machine, rows: Sequence[ReportRow]) -> None:
     copy = machine.limits.get("copy")
     _log(ax, "x", *_ends([row.known("bytes") or 1.0 for row in rows]))
     _log(ax, "y", *_ends([*_rates(rows, "bytes"), *([copy] if copy else [])]))
@@ -203,7 +205,7 @@ def _bandwidth(ax: Axes, machine: Machine, rows: Sequence[Row]) -> None:
     _legend(ax, handles)
 
 
-def _with_rates(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+def _with_rates(rows: Sequence[ReportRow]) -> tuple[list[ReportRow], list[ReportRow]]:
     """Return the rows for the roofline, and those for the plot of bandwidths."""
     shown = [r for r in rows if r.known("bytes") and (OURS in r.entries or "eager" in r.entries)]
     return [r for r in shown if r.known("FLOP")], [r for r in shown if not r.known("FLOP")]
@@ -255,11 +257,11 @@ def _framed(width: float, height: float, edges: tuple[float, float, float, float
     return figure
 
 
-def _compared(row: Row) -> list[str]:
+def _compared(row: ReportRow) -> list[str]:
     return [p for p in row.entries if p != OURS and row.ratio(p)]
 
 
-def _speedups(rows: Sequence[Row]) -> Figure:
+def _speedups(rows: Sequence[ReportRow]) -> Figure:
     """Return a figure of every peer's time over ours, row by row."""
     lines = sum(len(_compared(row)) + 1.3 for row in rows)
     figure = _framed(5.6, 0.19 * lines + 0.75, (1.3, 1.05, 0.15, 0.55))
@@ -308,7 +310,7 @@ def _svg(figure: Figure, prefix: str, label: str) -> str:
 
 
 @styled
-def figures(machine: Machine, rows: Sequence[Row], prefix: str) -> list[tuple[str, str]]:
+def figures(machine: Machine, rows: Sequence[ReportRow], prefix: str) -> list[tuple[str, str]]:
     """Return captions and SVGs of an op."""
     made: list[tuple[str, Figure]] = []
     for caption, draw, shown in zip(
@@ -321,7 +323,7 @@ def figures(machine: Machine, rows: Sequence[Row], prefix: str) -> list[tuple[st
             figure = _framed(5.4, 4.3, (0.75, 0.15, 0.15, 1.45))
             draw(figure.add_subplot(), machine, shown)
             made.append((caption, figure))
-    by_direction: dict[str, list[Row]] = {}
+    by_direction: dict[str, list[ReportRow]] = {}
     for row in rows:
         if _compared(row):
             by_direction.setdefault(row.direction, []).append(row)

@@ -322,8 +322,8 @@ def test_bars_are_shared(tmp_path):
     for name, rows in (("few", [*headline.ROWS][:2]), ("many", headline.ROWS), ("none", ())):
         machine = model.Machine(name)
         for row in rows:
-            entries = {p: model.Entry(p, 1.0, {}, 0) for p in ("kernel", "eager")}
-            machine.rows[row] = model.Row(row, "op", "float32", "inference", entries)
+            entries = {p: model.ProviderTime(p, 1.0, {}, 0) for p in ("kernel", "eager")}
+            machine.rows[row] = model.ReportRow(row, "op", "float32", "inference", entries)
         results.machines.append(machine)
     assert [(m.name, len(rows)) for m, rows in headline.shares(results)] == [
         ("many", 8),
