@@ -165,7 +165,7 @@ def _workers(rehearse: bool) -> tuple[list[str], dict]:
     """Return options for several processes on one GPU: most of the time goes into compiling."""
     if rehearse or importlib.util.find_spec("xdist") is None:
         return [], {}
-    return ["-n", "16"], {"OMP_NUM_THREADS": "1"}
+    return ["-n", str(os.cpu_count())], {"OMP_NUM_THREADS": "1"}
 
 
 def _tests(out: Path, rehearse: bool, carried: bool) -> list[Step]:
@@ -173,7 +173,7 @@ def _tests(out: Path, rehearse: bool, carried: bool) -> list[Step]:
     ignored = [f"--ignore={_test(name)}" for name in _NOT_HERE]
     suite = ["tests", *ignored, *several, "-k", f"not {' and not '.join(_NEED_NO_GPU)}"]
     again = [*map(_test, _PACKED), *several]
-    pack = [*_CARRY, "pack", "--jobs", "16"]
+    pack = [*_CARRY, "pack", "--jobs", str(os.cpu_count())]
     if rehearse:
         suite = [_test("test_kernels.py"), "-k", "layer_norm-2d and not every_backend"]
         again = [_test("test_kernels.py"), "-k", "layer_norm-2d and guard"]
