@@ -42,6 +42,7 @@ MODULES = (
     "gemm.linear_backward",
     "int8.layer_norm",
     "int8.linear",
+    "int8.quantize",
     "norm.embedding",
     "norm.layer_norm",
     "norm.layer_norm_backward",

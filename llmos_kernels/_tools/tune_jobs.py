@@ -12,6 +12,7 @@ from llmos_kernels._triton.attention import backward as attention_backward
 from llmos_kernels._triton.attention import forward as attention
 from llmos_kernels._triton.gemm import linear, linear_backward
 from llmos_kernels._triton.int8 import linear as int8
+from llmos_kernels._triton.int8.quantize import quantize
 from llmos_kernels._triton.norm import layer_norm, layer_norm_backward
 from llmos_kernels._triton.runtime import pack_shapes
 from llmos_kernels.ops._activations import GELU
@@ -143,7 +144,7 @@ def _int8(empty: Empty, dtype: torch.dtype) -> Iterator[TuningJob]:
     """Yield the launches of linear layers with an int8 weight."""
 
     def make(rows: int, d: int, hidden: int, threshold: float) -> tuple:
-        weight, scale = int8.quantize(empty(hidden, d))
+        weight, scale = quantize(empty(hidden, d))
         return empty(rows, d), weight, scale, None, empty(hidden), GELU, threshold
 
     gemv = [{k: v for k, v in c.items() if k != "persistent"} for c in GEMV if c["BLOCK_K"] >= 128]

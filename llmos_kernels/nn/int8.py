@@ -17,8 +17,8 @@ from llmos_kernels.ops.int8_linear import (
     check_threshold,
     dense,
     int8_linear,
-    int8_vnni_weight,
 )
+from llmos_kernels.ops.int8_vnni_weight import int8_vnni_weight
 
 
 class Int8Linear(nn.Linear):

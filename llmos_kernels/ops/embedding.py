@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmos_kernels._core.registry import define, needs_grad, use_reference
 from llmos_kernels.ops._dropout import check_dropout, draw_seed, dropout_reference
-from llmos_kernels.ops.layer_norm import (
+from llmos_kernels.ops._norm import (
     autocasts,
     check_norm,
     gradients_of,

@@ -77,7 +77,7 @@ _quantize = define(
         input.new_empty(input.shape, dtype=torch.int8),
         input.new_empty(input.shape[0], dtype=torch.float32),
     ),
-    triton="int8.linear:quantize",
+    triton="int8.quantize:quantize",
 )
 _matmul = define(
     "int8_matmul(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? vnni_weight,"

@@ -14,7 +14,6 @@ passes gradients through, the weight has none.
 """
 
 import math
-import sys
 from typing import Any
 
 import torch
@@ -31,8 +30,6 @@ from llmos_kernels.ops import _activations, _products
 from llmos_kernels.ops._activations import NONE, RELU, RELU2
 from llmos_kernels.ops._autocast import autocast
 from llmos_kernels.ops.int8 import (
-    VNNI_INPUTS,
-    VNNI_OUTPUTS,
     check_beside,
     check_int8,
     check_shapes,
@@ -42,7 +39,7 @@ from llmos_kernels.ops.int8 import (
 )
 from llmos_kernels.ops.linear import as_rows, linear
 
-__all__ = ["int8_linear", "int8_linear_reference", "int8_linear_rows", "int8_vnni_weight"]
+__all__ = ["int8_linear", "int8_linear_reference", "int8_linear_rows"]
 
 MODES = ("dynamic", "weight_only")
 #: The most rows of input that the kernel for ``weight_only`` takes.
@@ -131,21 +128,12 @@ def _weight_only_reference(
     return _products.activate_rows(z.to(input.dtype), activation, 0.0, None).contiguous()
 
 
-def _vnni_reference(weight_int8: Tensor) -> Tensor:
-    outputs, inputs = weight_int8.shape
-    panels, groups, *_ = vnni_shape(weight_int8)
-    padded = weight_int8.new_zeros(panels * VNNI_OUTPUTS, groups * VNNI_INPUTS)
-    padded[:outputs, :inputs] = weight_int8
-    # The instruction multiplies uint8 by int8: the weight plus 128, which flips the top bit.
-    blocks = (padded ^ -128).view(panels, VNNI_OUTPUTS, groups, VNNI_INPUTS)
-    return blocks.transpose(1, 2).contiguous()
-
-
 def _out(input: Tensor, weight_int8: Tensor, *_: Any) -> Tensor:
     return input.new_empty(input.shape[0], weight_int8.shape[0])
 
 
 _WEIGHT = "Tensor input, Tensor weight_int8, Tensor weight_scale"
+
 _dynamic = define(
     f"int8_linear({_WEIGHT}, Tensor? vnni_weight, Tensor? bias, int activation,"
     " float outlier_threshold) -> Tensor",
@@ -153,6 +141,7 @@ _dynamic = define(
     fake=_out,
     triton="int8.linear:linear",
 )
+
 _linear_rows = define(
     f"int8_linear_rows({_WEIGHT}, Tensor? vnni_weight, Tensor? bias, int activation)"
     " -> (Tensor rows, Tensor scale)",
@@ -160,48 +149,13 @@ _linear_rows = define(
     fake=_linear_rows_fake,
     triton="int8.linear:linear_rows",
 )
+
 _weight_only = define(
     f"int8_weight_only({_WEIGHT}, Tensor? bias, int activation) -> Tensor",
     reference=_weight_only_reference,
     fake=_out,
     triton="int8.linear:weight_only",
 )
-_to_vnni = define(
-    "int8_vnni_weight(Tensor weight_int8) -> Tensor",
-    reference=_vnni_reference,
-    fake=lambda weight_int8: weight_int8.new_empty(vnni_shape(weight_int8)),
-)
-
-
-def int8_vnni_weight(weight_int8: Tensor) -> Tensor | None:
-    """Return a weight in the VNNI layout that products on this device read, None if they read none.
-
-    Without it ``int8_linear`` of mode "dynamic" makes that copy at each call of more than 16 rows,
-    and of fewer rows where there are outliers; ``int8_linear_rows`` makes it at every call.
-
-    Args:
-        weight_int8: [out, in], int8, any strides.
-
-    Returns:
-        A copy of the weight's size, for this process alone: its layout is not an interface. None on
-        devices other than the CPU, and on CPUs whose ISA has no VNNI.
-
-    Raises:
-        TypeError: The weight is not int8.
-        ValueError: The weight does not have two dimensions.
-
-    Example:
-        >>> rows, scale = int8_quantize(torch.randn(512, 768))
-        >>> vnni = int8_vnni_weight(rows)
-        >>> y = int8_linear(torch.randn(32, 768), rows, scale, vnni_weight=vnni)
-    """
-    check_int8(weight_int8=weight_int8)
-    if weight_int8.ndim != 2:
-        raise ValueError(f"weight_int8 must be [out, in], got {list(weight_int8.shape)}")
-    extension = sys.modules.get("llmos_kernels._C")
-    if weight_int8.device.type != "cpu" or extension is None or not extension.has_vnni():
-        return None
-    return _to_vnni(weight_int8.detach())
 
 
 def _definition(

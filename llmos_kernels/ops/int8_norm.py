@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from llmos_kernels._core.registry import KERNEL_DTYPES, define, use_reference
+from llmos_kernels.ops._norm import check_norm, check_residual, normalize, rows_of
 from llmos_kernels.ops.int8 import quantize_reference
-from llmos_kernels.ops.layer_norm import check_norm, check_residual, normalize, rows_of
 
 __all__ = ["int8_add_layer_norm", "int8_layer_norm"]
 

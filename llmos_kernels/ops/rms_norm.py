@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmos_kernels._core.registry import use_reference
 from llmos_kernels.ops._dropout import check_dropout
-from llmos_kernels.ops.layer_norm import (
+from llmos_kernels.ops._norm import (
     add_dropped,
     add_norm,
     as_float32,

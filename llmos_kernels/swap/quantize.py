@@ -20,7 +20,8 @@ from llmos_kernels.nn.int8 import (
 )
 from llmos_kernels.nn.linear import Linear
 from llmos_kernels.nn.transformer import TransformerEncoderLayer
-from llmos_kernels.ops.int8_linear import MODES, check_threshold, int8_linear, int8_vnni_weight
+from llmos_kernels.ops.int8_linear import MODES, check_threshold, int8_linear
+from llmos_kernels.ops.int8_vnni_weight import int8_vnni_weight
 from llmos_kernels.ops.linear import project
 from llmos_kernels.swap.calls import ModelRun, ModuleCall
 from llmos_kernels.swap.optimize import MARK, capture, check_model

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmos_kernels._triton.int8.linear import quantization_scale, quantize, round_to_integer
+from llmos_kernels._triton.int8.quantize import quantization_scale, quantize, round_to_integer
 from llmos_kernels._triton.norm import layer_norm
 from llmos_kernels._triton.rows import as_rows, row_block
 from llmos_kernels._triton.runtime import pack_shapes

@@ -1,14 +1,11 @@
-"""Triton kernels of int8 quantization and of int8 GEMMs.
+"""Triton kernels of int8 GEMMs; the formulas are in ``ops/int8.py`` and ``ops/int8_linear.py``.
 
-The formulas are in ``ops/int8.py`` and, for linear layers, in ``ops/int8_linear.py``. A thread
-block of the GEMM computes one tile of out: it accumulates in int32, and the epilogue applies
-scales, bias and activation in registers. With outliers there are three launches. The first marks
-the columns that hold any (all thread blocks write the same value, so their order does not matter).
-The second quantizes the rows, and one further thread block lists the marked columns. The GEMM then
-adds the products of the listed columns to its scaled sums.
+A thread block computes one tile of out: it accumulates in int32, and the epilogue applies scales,
+bias and activation in registers. With outliers (``quantize.py``) it then adds the products of the
+listed columns to its scaled sums.
 
-Memory traffic: the input is read twice to quantize it and once to find outliers; the GEMM reads a
-once for each column of tiles, b once for each row of tiles, and writes out once.
+Memory traffic: a is read once for each column of tiles, b once for each row of tiles, and out is
+written once.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,99 +17,11 @@ from torch import Tensor
 
 from llmos_kernels._triton.gemm.activation import activate
 from llmos_kernels._triton.gemm.gemm import TILE, halves, part_and_origin
+from llmos_kernels._triton.int8.quantize import mark_kernel, quantize_rows
 from llmos_kernels._triton.runtime import pack_shapes, settings
 from llmos_kernels._triton.runtime.launch import kernel
 from llmos_kernels.ops._activations import GELU, GELU_TANH, NONE, RELU, RELU2
-from llmos_kernels.ops.int8 import SMALLEST
 from llmos_kernels.ops.int8_linear import WEIGHT_ONLY_ROWS
-
-_SMALLEST: tl.constexpr = tl.constexpr(SMALLEST)
-#: Adding this and subtracting it again rounds a float32 to an integer, with ties to even.
-_ROUNDING: tl.constexpr = tl.constexpr(1.5 * 2**23)
-
-
-@kernel(do_not_specialize=["M"])
-def _mark_kernel(input, marks, threshold, M, K, input_row, input_col, BLOCK_M: tl.constexpr,
-                 BLOCK_K: tl.constexpr):  # fmt: skip
-    """Store marks[k] = 1 if column k has an outlier in the rows of this thread block."""
-    blocks = tl.cdiv(K, BLOCK_K)
-    k = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
-    row = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    at = input + row.to(tl.int64)[:, None] * input_row + k.to(tl.int64)[None, :] * input_col
-    x = tl.abs(tl.load(at, (row < M)[:, None] & (k < K)[None, :], 0.0).to(tl.float32))
-    found = tl.max((x >= threshold).to(tl.int32), 0) > 0
-    tl.store(marks + k, tl.full((BLOCK_K,), 1, tl.int32), found & (k < K))
-
-
-@triton.jit
-def _list_outliers(marks, index, K, BLOCK: tl.constexpr):
-    """Store the number of marked columns in index[0], and the columns after it in order."""
-    k = tl.arange(0, BLOCK)
-    count = tl.full((), 0, tl.int32)
-    for start in range(0, K, BLOCK):
-        marked = tl.load(marks + start + k, k < K - start, 0)
-        tl.store(index + count + tl.cumsum(marked, 0), start + k, marked > 0)
-        count += tl.sum(marked, 0)
-    tl.store(index, count)
-
-
-@triton.jit
-def quantization_scale(largest, finite, LEVELS: tl.constexpr):
-    """Return the scale of rows with these largest magnitudes, and its inverse.
-
-    Both are 0 for a row of zeros; where not ``finite`` the scale is NaN and the inverse 0.
-    """
-    some = finite & (largest >= _SMALLEST)
-    of = tl.where(some, largest, LEVELS * 1.0)
-    levels = tl.full(of.shape, LEVELS, tl.float32)
-    scale = tl.where(some, tl.div_rn(of, levels), tl.where(finite, 0.0, float("nan")))
-    return scale, tl.where(some, tl.div_rn(levels, of), 0.0)
-
-
-@triton.jit
-def round_to_integer(x):
-    """Return x rounded to the nearest integer, ties to even."""
-    return (x + _ROUNDING) - _ROUNDING
-
-
-@kernel(do_not_specialize=["M"])
-def _quantize_kernel(input, rows, scale, marks, index, M, K, input_row, input_col,
-                     LEVELS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Quantize one row for each thread block; outliers become 0.
-
-    With marks, one further thread block lists the outlier columns in index.
-    """
-    if marks is not None:  # noqa: SIM102  Triton evaluates this condition when it compiles.
-        if tl.program_id(0) == M:
-            _list_outliers(marks, index, K, BLOCK)
-            return
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK)
-    input += row * input_row + k.to(tl.int64) * input_col
-    rows += row * K + k
-    step = tl.full((), BLOCK, tl.int64)
-    magnitude = tl.zeros((BLOCK,), tl.float32)
-    nonfinite = tl.zeros((BLOCK,), tl.int32)
-    at = input
-    for start in range(0, K, BLOCK):
-        x = tl.abs(tl.load(at, k < K - start, 0.0).to(tl.float32))
-        if marks is not None:
-            x = tl.where(tl.load(marks + start + k, k < K - start, 0) > 0, 0.0, x)
-        nonfinite |= (~(x < float("inf"))).to(tl.int32)
-        magnitude = tl.maximum(magnitude, x)
-        at += step * input_col
-    finite = tl.max(nonfinite, 0) == 0
-    largest = tl.max(magnitude, 0)
-    stored, inverse = quantization_scale(largest, finite, LEVELS)
-    tl.store(scale + row, stored)
-    for start in range(0, K, BLOCK):
-        x = tl.load(input, k < K - start, 0.0).to(tl.float32)
-        if marks is not None:
-            x = tl.where(tl.load(marks + start + k, k < K - start, 0) > 0, 0.0, x)
-        x = tl.where(inverse > 0, x, 0.0) * inverse
-        tl.store(rows, round_to_integer(x).to(rows.dtype.element_ty), k < K - start)
-        input += step * input_col
-        rows += BLOCK
 
 
 @triton.jit
@@ -202,39 +111,6 @@ def _weight_only_kernel(input, weight, scale, bias, out, M, N, K, input_row, inp
         input += tl.full((), BLOCK_K, tl.int64) * input_col
         weight += BLOCK_K
     _epilogue(z, scale, bias, out, row, first_col, M, N, ACTIVATION, BLOCK_M, BLOCK_N)
-
-
-def quantize(input: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the int8 rows and their scales of ``llmos::int8_quantize``."""
-    return _quantize(input, None, None, 127)
-
-
-def _quantize(
-    input: Tensor, marks: Tensor | None, index: Tensor | None, levels: int
-) -> tuple[Tensor, Tensor]:
-    """Return the rows, int8 for 127 ``levels`` or uint8 for 255, and their scales.
-
-    With ``marks``, the columns that it marks become 0 and are listed in ``index``.
-    """
-    m, k = input.shape
-    rows = input.new_empty((m, k), dtype=torch.int8 if levels == 127 else torch.uint8)
-    scale = input.new_empty(m, dtype=torch.float32)
-    if m:
-        block = min(max(triton.next_power_of_2(k), 16), 4096)
-        _quantize_kernel[(m + (marks is not None),)](
-            input,
-            rows,
-            scale,
-            marks,
-            index,
-            m,
-            k,
-            *input.stride(),
-            LEVELS=levels,
-            BLOCK=block,
-            num_warps=max(block // 1024, 1),
-        )
-    return rows, scale
 
 
 def matmul(
@@ -327,10 +203,10 @@ def linear(
     if threshold and input.numel():
         marks = input.new_zeros(k, dtype=torch.int32)
         index = input.new_empty(k + 1, dtype=torch.int32)
-        _mark_kernel[(triton.cdiv(m, 32) * triton.cdiv(k, 128),)](
+        mark_kernel[(triton.cdiv(m, 32) * triton.cdiv(k, 128),)](
             input, marks, threshold, m, k, *input.stride(), BLOCK_M=32, BLOCK_K=128
         )
-    rows, scale = _quantize(input, marks, index, 127)
+    rows, scale = quantize_rows(input, marks, index, 127)
     return _matmul(
         rows,
         weight_int8,
@@ -354,7 +230,7 @@ def linear_rows(
 ) -> tuple[Tensor, Tensor]:
     """Return the rows and scales of ``llmos::int8_linear_rows``; CPUs alone use ``vnni_weight``."""
     y = linear(input, weight_int8, weight_scale, vnni_weight, bias, activation, 0.0)
-    return _quantize(y, None, None, 255 if activation in (RELU, RELU2) else 127)
+    return quantize_rows(y, None, None, 255 if activation in (RELU, RELU2) else 127)
 
 
 def weight_only(
@@ -402,7 +278,6 @@ def variants() -> Iterator[tuple[Callable, tuple]]:
     for dtype, rows, k, n in pack_shapes.products():
         input, bias = torch.empty(rows, k, dtype=dtype), torch.empty(n, dtype=dtype)
         weight, scale = torch.empty(n, k, dtype=torch.int8), torch.empty(n)
-        yield quantize, (input,)
         for activation in (NONE, RELU, GELU, GELU_TANH) if k < n else (NONE,):
             for threshold in (0.0, 6.0):
                 yield linear, (input, weight, scale, None, bias, activation, threshold)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmos_kernels.ops import attention
+from llmos_kernels.ops._attention_reference import dropout_factors
 from llmos_kernels.ops._dropout import draw_seed
 from llmos_kernels.testing.cases.case import Case
 
@@ -171,7 +172,7 @@ def _eager(
         logits = logits.masked_fill(~visible, float("-inf"))
     weights = logits.softmax(-1)
     if dropout_p:
-        weights = weights * attention.dropout_factors(weights, draw_seed(q.device), dropout_p, None)
+        weights = weights * dropout_factors(weights, draw_seed(q.device), dropout_p, None)
     out = weights @ v
     if not kind:
         return out

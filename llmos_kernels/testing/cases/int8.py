@@ -15,8 +15,8 @@ from llmos_kernels.ops.int8_linear import (
     WEIGHT_ONLY_ROWS,
     int8_linear,
     int8_linear_reference,
-    int8_vnni_weight,
 )
+from llmos_kernels.ops.int8_vnni_weight import int8_vnni_weight
 
 #: (rows, inner, outer) for ``verify``.
 SHAPES = ((1, 70, 33), (3, 64, 40), (17, 300, 65), (130, 64, 130))

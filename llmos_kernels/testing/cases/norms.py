@@ -11,6 +11,8 @@ from torch import Tensor
 
 from llmos_kernels._core.registry import KERNEL_DTYPES
 from llmos_kernels.ops import layer_norm, rms_norm
+from llmos_kernels.ops._dropout import draw_seed
+from llmos_kernels.ops._norm import add_residual
 from llmos_kernels.testing.cases.case import Case
 
 
@@ -55,10 +57,8 @@ def _add_eager(
 ) -> tuple[Tensor, Tensor]:
     """Return ``norm(h)`` and h = residual + dropout(x), with the dropout mask of our kernels."""
     if dropout_p:
-        seed = layer_norm.draw_seed(x.device)
-        h = layer_norm.add_residual(
-            x, residual, torch.Size(normalized_shape).numel(), dropout_p, seed
-        )
+        seed = draw_seed(x.device)
+        h = add_residual(x, residual, torch.Size(normalized_shape).numel(), dropout_p, seed)
     else:
         h = residual + x
     return norm(h, normalized_shape, *rest), h

@@ -1,0 +1,209 @@
+"""The reference of attention: the forward, the weights and the gradients by their formulas.
+
+The formulas are in ``ops/attention.py``. All of it is plain torch ops on any device and dtype.
+"""
+
+import torch
+from torch import Tensor
+
+from llmos_kernels.ops._attention_arguments import (
+    NOT_CAUSAL,
+    TOP_LEFT,
+    AttentionOptions,
+    AttentionTensors,
+)
+from llmos_kernels.ops._dropout import keep_mask
+
+__all__: list[str] = []
+
+
+def attend(
+    tensors: AttentionTensors, options: AttentionOptions, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return out [batch, q_len, heads, v_dim], stats [2, batch, heads, q_len] and the weights.
+
+    The weights [batch, heads, q_len, k_len] are those after dropout.
+    """
+    query, key, value = _widened(
+        tensors.query, tensors.key, tensors.value, tensors.key_padding_mask
+    )
+    weights, stats = _softmax(_logits(query, key, tensors, options))
+    if seed is not None:
+        factors = dropout_factors(weights, seed, options.dropout_p, tensors.cu_seqlens_k)
+        weights = weights * factors
+    return (weights @ value).transpose(1, 2), stats, weights
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weights, 0 in rows where every logit is -inf, and stats (m, 1 / l)."""
+    m = logits.detach().amax(-1) if logits.shape[-1] else logits.detach().sum(-1)
+    m = m.masked_fill(m == float("-inf"), 0)
+    p = torch.exp(logits - m[..., None])
+    total = p.sum(-1)
+    nothing = total == 0
+    inverse = total.masked_fill(nothing, 1).reciprocal().masked_fill(nothing, 0)
+    return p * inverse[..., None], torch.stack((m, inverse.detach()))
+
+
+def _widened(
+    query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return all three in the accumulation dtype, with a key and value head for each query head."""
+    if key_padding_mask is not None:  # Ignored keys and values may hold anything, also NaN.
+        ignored = key_padding_mask[:, None, :, None]
+        key, value = key.masked_fill(ignored, 0), value.masked_fill(ignored, 0)
+    group = query.shape[1] // key.shape[1]
+    if group > 1:
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    acc = torch.promote_types(query.dtype, torch.float32)
+    return query.to(acc), key.to(acc), value.to(acc)
+
+
+def _logits(
+    query: Tensor, key: Tensor, tensors: AttentionTensors, options: AttentionOptions
+) -> Tensor:
+    """Return the masked logits of ``query`` and ``key``, which are ``_widened``."""
+    attn_mask, key_padding_mask, cu_q, cu_k = tensors[3:]
+    logits = query @ key.mT * options.scale
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            logits = logits.masked_fill(~attn_mask, float("-inf"))
+        else:
+            logits = logits + attn_mask.to(logits.dtype)
+    if key_padding_mask is not None:
+        logits = logits.masked_fill(key_padding_mask[:, None, None], float("-inf"))
+    rows = torch.arange(query.shape[2], device=query.device)[:, None]
+    cols = torch.arange(key.shape[2], device=query.device)[None]
+    offset: int | Tensor = key.shape[2] - query.shape[2]
+    if cu_q is not None and cu_k is not None:
+        of_row, of_col = _sequence(cu_q, rows), _sequence(cu_k, cols)
+        logits = logits.masked_fill(of_row != of_col, float("-inf"))
+        offset = (cu_k.diff() - cu_q.diff())[of_row]
+        rows, cols = rows - cu_q[of_row], cols - cu_k[of_col]
+    if options.causal != NOT_CAUSAL:
+        last = rows if options.causal == TOP_LEFT else rows + offset
+        logits = logits.masked_fill(cols > last, float("-inf"))
+    return logits
+
+
+def _sequence(cu_seqlens: Tensor, at: Tensor) -> Tensor:
+    """Return the index of the packed sequence that each position belongs to."""
+    return torch.searchsorted(cu_seqlens[1:-1].contiguous(), at.int().contiguous(), right=True)
+
+
+def dropout_factors(weights: Tensor, seed: Tensor, p: float, cu_k: Tensor | None) -> Tensor:
+    """Return 0 or 1 / (1 - p) for each of the ``weights`` [batch, heads, q_len, k_len]."""
+    cols = weights.shape[-1]
+    keep = keep_mask(seed, weights.shape[:-1].numel(), cols, p).view(weights.shape)
+    if cu_k is not None:
+        at = torch.arange(cols, device=weights.device)
+        keep = keep[..., at - cu_k[_sequence(cu_k, at)]]
+    return keep.to(weights.dtype) * (1 / (1 - p))
+
+
+def forward_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    scale: float,
+    causal: int,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    tensors = AttentionTensors(query, key, value, attn_mask, key_padding_mask, cu_q, cu_k)
+    out, stats, _ = attend(tensors, AttentionOptions(scale, causal, dropout_p), seed)
+    return out.to(query.dtype).contiguous(), stats
+
+
+def weights_reference(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    stats: Tensor,
+    scale: float,
+    causal: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    mean: bool,
+) -> Tensor:
+    tensors = AttentionTensors(query, key, key, attn_mask, key_padding_mask, None, None)
+    wide_query, wide_key, _ = _widened(query, key, key, key_padding_mask)
+    logits = _logits(wide_query, wide_key, tensors, AttentionOptions(scale, causal, dropout_p))
+    weights = torch.exp(logits - stats[0, ..., None]) * stats[1, ..., None]
+    if seed is not None:
+        weights = weights * dropout_factors(weights, seed, dropout_p, None)
+    return (weights.mean(1) if mean else weights).to(query.dtype)
+
+
+def attention_gradients(
+    dout: Tensor | None,
+    dweights: Tensor | None,
+    tensors: AttentionTensors,
+    options: AttentionOptions,
+    seed: Tensor | None,
+    stats: Tensor | None = None,
+) -> list[Tensor]:
+    """Return the gradients of query, key, value and a float attn_mask, by differentiable torch ops.
+
+    ``dout`` is [batch, heads, q_len, v_dim], ``dweights`` [batch, heads, q_len, k_len]; one of them
+    may be None. The weights are recomputed from ``stats`` where it is given.
+    """
+    q, k, v, attn_mask, key_padding_mask, _, cu_k = tensors
+    query, key, value = _widened(q, k, v, key_padding_mask)
+    logits = _logits(query, key, tensors, options)
+    if stats is None:
+        p = _softmax(logits)[0]
+    else:
+        p = torch.exp(logits - stats[0, ..., None]) * stats[1, ..., None]
+    factors: Tensor | int = 1
+    if seed is not None:
+        factors = dropout_factors(p, seed, options.dropout_p, cu_k)
+    dp = torch.zeros_like(p) if dweights is None else dweights.to(p.dtype)
+    dvalue = torch.zeros_like(value)
+    if dout is not None:
+        dout = dout.to(p.dtype)
+        dp = dp + dout @ value.mT
+        dvalue = (p * factors).mT @ dout
+    dp = dp * factors
+    # A row of p sums to 1 but for the rounding of stats, or to 0 where no key is visible.
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True) / p.sum(-1, keepdim=True).clamp_min(0.5))
+
+    def of_heads(gradient: Tensor, t: Tensor) -> Tensor:
+        return gradient.unflatten(1, (t.shape[1], -1)).sum(2).to(t.dtype)
+
+    scale = options.scale
+    gradients = [of_heads(ds @ key * scale, q), of_heads(ds.mT @ query * scale, k)]
+    gradients.append(of_heads(dvalue, v))
+    if attn_mask is not None and attn_mask.is_floating_point():
+        gradients.append(ds.sum_to_size(attn_mask.shape).to(attn_mask.dtype))
+    return gradients
+
+
+def backward_reference(
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    out: Tensor,
+    stats: Tensor,
+    scale: float,
+    causal: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    mask_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tensors = AttentionTensors(query, key, value, attn_mask, key_padding_mask, cu_q, cu_k)
+    options = AttentionOptions(scale, causal, dropout_p)
+    gradients = attention_gradients(dout, None, tensors, options, seed, stats)
+    dquery, dkey, dvalue = (d.transpose(1, 2).contiguous() for d in gradients[:3])
+    dmask = gradients[3].contiguous() if mask_grad else query.new_empty(0)
+    return dquery, dkey, dvalue, dmask
