@@ -1,7 +1,6 @@
 """The arguments of ``scaled_dot_product_attention``, checked and in the form that kernels take."""
 
 import math
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -39,8 +38,7 @@ class AttentionOptions(NamedTuple):
     dropout_p: float
 
 
-@dataclass(frozen=True)
-class Arguments:
+class Arguments(NamedTuple):
     """A checked call: what kernels take, and the form in which the caller gets the results."""
 
     tensors: AttentionTensors
@@ -64,7 +62,7 @@ class Arguments:
         """Return the same call with query, key and value three different tensor objects."""
         key, value = self.tensors.key, self.tensors.value
         tensors = self.tensors._replace(key=key.view_as(key), value=value.view_as(value))
-        return replace(self, tensors=tensors)
+        return self._replace(tensors=tensors)
 
 
 def check_attention(
@@ -150,12 +148,12 @@ def _check_dtypes(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor |
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     """Raise where tensors [batch, heads, length, head_dim] disagree."""
     batch, heads, _, dim = query.shape
-    shown = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+    v_dim = value.shape[3]
+    shown = lambda: f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     if key.shape[0] != batch or key.shape[3] != dim or value.shape[:3] != key.shape[:3]:
-        raise ValueError(f"the shapes disagree as [batch, heads, length, head_dim]: {shown}")
-    for d in (dim, value.shape[3]):
-        if not 1 <= d <= MAX_DIM:
-            raise ValueError(f"head dims must be from 1 to {MAX_DIM}, got {d}: {shown}")
+        raise ValueError(f"the shapes disagree as [batch, heads, length, head_dim]: {shown()}")
+    if not (1 <= dim <= MAX_DIM and 1 <= v_dim <= MAX_DIM):
+        raise ValueError(f"head dims must be from 1 to {MAX_DIM}, got {dim} and {v_dim}: {shown()}")
     kv_heads = key.shape[1]
     if kv_heads != heads and not enable_gqa:
         raise ValueError(f"query has {heads} heads, key {kv_heads}: that takes enable_gqa=True")

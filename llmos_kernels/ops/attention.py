@@ -45,38 +45,16 @@ from llmos_kernels.ops._dropout import draw_seed
 __all__ = ["scaled_dot_product_attention", "scaled_dot_product_attention_reference"]
 
 
-def _forward_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    scale: float,
-    causal: int,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    batch, heads, q_len, _ = query.shape
+def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, heads, q_len, _d = query.shape
     acc = torch.promote_types(query.dtype, torch.float32)
     out = query.new_empty((batch, q_len, heads, value.shape[-1]))
     return out, query.new_empty((2, batch, heads, q_len), dtype=acc)
 
 
-def _weights_fake(
-    query: Tensor,
-    key: Tensor,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    stats: Tensor,
-    scale: float,
-    causal: int,
-    dropout_p: float,
-    seed: Tensor | None,
-    mean: bool,
-) -> Tensor:
+def _weights_fake(query: Tensor, key: Tensor, *rest: Any) -> Tensor:
     batch, heads, q_len, _ = query.shape
+    mean = rest[-1]
     return query.new_empty((batch, *(() if mean else (heads,)), q_len, key.shape[2]))
 
 
@@ -86,21 +64,13 @@ def _backward_fake(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    out: Tensor,
-    stats: Tensor,
-    scale: float,
-    causal: int,
-    dropout_p: float,
-    seed: Tensor | None,
-    mask_grad: bool,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dquery, dkey, dvalue = (
         query.new_empty((t.shape[0], t.shape[2], t.shape[1], t.shape[3]))
         for t in (query, key, value)
     )
+    mask_grad = rest[-1]
     if not mask_grad or attn_mask is None:
         return dquery, dkey, dvalue, query.new_empty(0)
     return dquery, dkey, dvalue, query.new_empty(attn_mask.shape, dtype=attn_mask.dtype)
