@@ -181,7 +181,8 @@ def project(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not input.is_cpu:  # A compiler can fuse and tune torch's.
             return F.linear(input, weight, bias)
         return _compute(input, weight, bias, NONE, None, True)
-    elements, (width, depth) = input.numel(), weight.shape
+    width, depth = weight.shape
+    elements = input.numel()
     rows = elements // depth if depth else 0
     provider = choose(FORWARD, input.dtype, input.device, rows, elements * width, True)
     if provider == TORCH:
