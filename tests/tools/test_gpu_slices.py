@@ -35,6 +35,18 @@ def out(tmp_path, monkeypatch):
     return tmp_path / "work"
 
 
+@pytest.mark.parametrize(("variable", "seen", "arch"), [("8.6", "9.0", "8.6"), ("", "8.0", "8.0")])
+def test_the_gpu_that_is_seen_is_built_for(variable, seen, arch, tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\necho {seen}\necho 7.5\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", variable)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_steps.compute_capability() == arch
+    smi.unlink()
+    assert gpu_steps.compute_capability() == (variable or "9.0")
+
+
 @pytest.fixture
 def archive(out):
     """What comes back of a call."""

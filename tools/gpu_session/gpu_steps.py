@@ -5,14 +5,29 @@ The estimates are for a GPU of compute capability 9.0 and 16 CPU cores; no GPU h
 
 import importlib.util
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def compute_capability() -> str:
+    """Return TORCH_CUDA_ARCH_LIST, or that of the first GPU here, or "9.0" where there is none."""
+    if arch := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return arch
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        seen = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        seen = []
+    return seen[0] if seen else "9.0"
+
+
 #: The compute capability that is built for.
-ARCH = os.environ.get("TORCH_CUDA_ARCH_LIST", "9.0")
+ARCH = compute_capability()
 #: The pack of the GPU machine, which is not in the package.
 PACK = ROOT / "build" / "gpu-pack"
 #: Libraries that ``gpu_carry`` brought along.
