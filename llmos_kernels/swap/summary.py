@@ -118,7 +118,8 @@ class Report:
         return "\n".join([table(rows), *reasons, *self._last_lines()])
 
     def _last_lines(self) -> Iterator[str]:
-        yield f"{len(self.swapped)} swapped, {len(self.kept)} kept"
+        unchanged = "" if self.swapped else ": the model is as it was"
+        yield f"{len(self.swapped)} swapped, {len(self.kept)} kept{unchanged}"
         for t in self.model:
             what = "a step of the model, forward and backward" if t.backward else "the model"
             yield f"{what}: {span(t.before, t.after)} ({t.speedup:.2f}x)"
