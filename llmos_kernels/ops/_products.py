@@ -15,8 +15,8 @@ the second's dinput, and sum it over rows for the first bias there. The dropout 
 ``forward``, ``dinput`` and ``parameter_gradients`` ask ``ops/_product_policy.py`` who computes a
 product. While a graph is traced they do not ask: they record an op,
 ``llmos::linear_..._by_policy``, that asks when it runs, so that no threshold is compared with a
-symbolic size. On CUDA a traced product with nothing fused is recorded as torch's own, so that
-compilers can fuse what is around it.
+symbolic size. On CUDA a traced product with nothing fused is recorded as torch's own: it is
+cuBLAS's whatever its size (``tuned/gpu/products.json``), and compilers can fuse what is around it.
 """
 
 import torch

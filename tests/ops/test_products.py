@@ -231,6 +231,20 @@ def test_tables():
     assert _product_policy.rules(_product_policy.LAYER, torch.float64, CPU) == ()
 
 
+def test_traced_products_of_gpus_are_those_of_the_table():
+    """A graph for CUDA records torch's plain products, which is right while they are cuBLAS's
+    whatever their size and GPU. An entry that says otherwise must be asked when the graph runs, as
+    on CPUs."""
+    plain = {_product_policy.FORWARD, _product_policy.DINPUT, _product_policy.DWEIGHT}
+    everywhere = {"rows": [0, None], "macs": [0, None], "gpu": None, "arch": None}
+    found = set()
+    for entry in _product_policy._entries("gpu"):
+        assert entry["direction"] in plain and entry["provider"] == _product_policy.CUBLAS
+        assert {field: entry[field] for field in everywhere} == everywhere
+        found.add((entry["direction"], entry["dtype"]))
+    assert found == {(d, t) for d in plain for t in ("float32", "bfloat16", "float16")}
+
+
 def test_malformed_table(tmp_path):
     path = tmp_path / "table.json"
     path.write_text('{"format": 1, "products": [{"direction": "forward"}]}')
