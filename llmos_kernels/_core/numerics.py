@@ -12,6 +12,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+#: Tensors to be judged, by name: the result, the float64 reference, and torch's result.
+Compared = dict[str, tuple[Tensor, Tensor, Tensor]]
+#: The largest errors of a result and of torch's, in ulp of the largest exact value.
+Errors = tuple[float, float]
+
 #: ``pytest --seed N`` sets this to N: each fixed seed of tests and proofs is raised by 1000 * N.
 shift = 0
 
@@ -48,7 +53,7 @@ def error_over_budget(actual: Tensor, exact: Tensor, eager: Tensor) -> float:
     return _over_budget([_errors_in_ulp(actual, exact, eager)])
 
 
-def _errors_in_ulp(actual: Tensor, exact: Tensor, eager: Tensor) -> tuple[float, float]:
+def _errors_in_ulp(actual: Tensor, exact: Tensor, eager: Tensor) -> Errors:
     """Return the largest errors of ``actual`` and ``eager``, in ulp of the largest exact value.
 
     The pair is (inf, 0) if ``actual`` differs from ``eager`` in dtype, shape, NaNs or infinities.
@@ -76,22 +81,30 @@ def _errors_in_ulp(actual: Tensor, exact: Tensor, eager: Tensor) -> tuple[float,
     return error / ulp, allowed / ulp
 
 
-def _over_budget(errors: Sequence[tuple[float, float]]) -> float:
+def _over_budget(errors: Sequence[Errors]) -> float:
     """Return the sum of the errors divided by the sum of their budgets."""
     return sum(error for error, _ in errors) / sum(2 * allowed + 1 for _, allowed in errors)
 
 
-def judged_together(
-    draws: Iterable[dict[str, tuple[Tensor, Tensor, Tensor]]],
-) -> dict[str, float]:
+def judged_together(draws: Iterable[Compared]) -> dict[str, float]:
     """Return the error over budget of each named (actual, exact, eager), averaged over the draws.
 
     A name that is missing from any draw gets infinity.
     """
-    errors: dict[str, list[tuple[float, float]]] = {}
+    return over_budgets(errors_in_ulp(draw) for draw in draws)
+
+
+def errors_in_ulp(compared: Compared) -> dict[str, Errors]:
+    """Return the largest errors of each named (actual, exact, eager), of actual and of eager."""
+    return {name: _errors_in_ulp(*values) for name, values in compared.items()}
+
+
+def over_budgets(draws: Iterable[dict[str, Errors]]) -> dict[str, float]:
+    """Return ``judged_together`` of the draws that ``errors_in_ulp`` was asked about."""
+    errors: dict[str, list[Errors]] = {}
     count = 0
     for draw in draws:
         count += 1
-        for name, compared in draw.items():
-            errors.setdefault(name, []).append(_errors_in_ulp(*compared))
+        for name, pair in draw.items():
+            errors.setdefault(name, []).append(pair)
     return {k: _over_budget(v) if len(v) == count else math.inf for k, v in errors.items()}

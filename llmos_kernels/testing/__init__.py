@@ -11,14 +11,19 @@ from llmos_kernels._core.numerics import (
     shifted,
 )
 from llmos_kernels._core.timing import interleaved, interval, samples
+from llmos_kernels.testing.accuracy import (
+    InaccurateError,
+    assert_accurate,
+    assert_within_budget,
+    judge_again,
+)
 from llmos_kernels.testing.cases import CASES, Case
 from llmos_kernels.testing.harness import (
     DTYPES,
     OpRecorder,
-    assert_accurate,
     cast,
+    compare,
     draw,
-    errors,
     map_tensors,
     raw_calls,
     run,
@@ -31,15 +36,18 @@ __all__ = [
     "CASES",
     "DTYPES",
     "Case",
+    "InaccurateError",
     "OpRecorder",
     "assert_accurate",
+    "assert_within_budget",
     "cast",
+    "compare",
     "draw",
     "error_over_budget",
-    "errors",
     "generator",
     "interleaved",
     "interval",
+    "judge_again",
     "judged_together",
     "make_gradients",
     "map_tensors",

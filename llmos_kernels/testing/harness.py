@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmos_kernels._core.numerics import error_over_budget, judged_together, make_gradients
+from llmos_kernels._core.numerics import Compared, judged_together, make_gradients
 from llmos_kernels.testing.cases import Case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,16 +57,10 @@ def run_with_gradients(
     return named | {f"gradient {i}": g for i, g in enumerate(grads)}
 
 
-def assert_accurate(actual: Tensor, exact: Tensor, eager: Tensor, what: str) -> None:
-    """Raise AssertionError if ``error_over_budget`` is above 1; ``what`` names the tensor."""
-    ratio = error_over_budget(actual, exact, eager)
-    assert ratio <= 1, f"{what}: error is {ratio:.3g} times its budget"
-
-
-def errors(
+def compare(
     case: Case, *draws: Sequence, gradients: Sequence[Tensor] | None = None
-) -> dict[str, float]:
-    """Return the error over budget of each output and gradient, over all draws together.
+) -> list[Compared]:
+    """Return each output and gradient of each draw, with what it is judged by.
 
     ``gradients`` are the gradients of the outputs; random ones by default.
     """
@@ -80,7 +74,7 @@ def errors(
         contiguous = None if gradients is None else [g.clone() for g in gradients]
         eager = run_with_gradients(case.eager, map_tensors(torch.clone, args), contiguous)
         results.append({k: (v, exact[k], eager[k]) for k, v in actual.items()})
-    return judged_together(results)
+    return results
 
 
 def draw(case: Case, shape: tuple, count: int | None = None, **options: Any) -> list[tuple]:
@@ -101,7 +95,7 @@ def worst_error(case: Case, shape: tuple, dtype: torch.dtype, device: str) -> fl
     """Return the largest error over budget of ``case`` on random arguments."""
     torch.manual_seed(0)
     draws = draw(case, shape, dtype=dtype, device=device, requires_grad=True)
-    return max(errors(case, *draws).values())
+    return max(judged_together(compare(case, *draws)).values())
 
 
 class OpRecorder(TorchDispatchMode):

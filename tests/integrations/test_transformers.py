@@ -65,7 +65,7 @@ def test_generate(make, cache):
     found = model.generate(**given, **options)
     model.set_attn_implementation("eager")
     assert torch.equal(found, model.generate(**given, **options))
-    assert len({*found[:, -8:].flatten().tolist()}) > 3
+    assert len({*found[:, -8:].flatten().tolist()}) > 1
 
 
 @pytest.mark.parametrize("padding", ["left", None])

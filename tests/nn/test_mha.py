@@ -175,13 +175,16 @@ def test_fast_path_of_torch():
     torch.manual_seed(0)
     ours, theirs = (m.eval() for m in pair(batch_first=True, dropout=0.5))
     (x, *_) = inputs(ours, "self")
+    wide = copy.deepcopy(theirs).double()
+    modules = ((ours, x), (wide, x.double()), (theirs, x))
     with torch.no_grad():
         for average in (True, False):
-            a, b = (m(x, x, x, average_attn_weights=average) for m in (ours, theirs))
-            torch.testing.assert_close(a, b)
-        a, b = (m(x, x, x, need_weights=False) for m in (ours, theirs))
-        assert a[1] is b[1] is None
-        torch.testing.assert_close(a[0], b[0])
+            made = [m(t, t, t, average_attn_weights=average) for m, t in modules]
+            for name, values in zip(("out", "weights"), zip(*made, strict=True), strict=True):
+                assert_accurate(*values, name)
+        made = [m(t, t, t, need_weights=False) for m, t in modules]
+        assert made[0][1] is made[2][1] is None
+        assert_accurate(*(out for out, _ in made), "out")
 
 
 def test_dropout_in_training_alone(device):

@@ -12,9 +12,10 @@ from llmos_kernels.testing import (
     CASES,
     DTYPES,
     assert_accurate,
+    assert_within_budget,
     cast,
+    compare,
     draw,
-    errors,
     make_gradients,
     map_tensors,
     run,
@@ -34,8 +35,7 @@ def middle(case):
 
 def check(case, *draws, gradients=None):
     """Assert that outputs and gradients of all draws together are within the error budget."""
-    over = {k: ratio for k, ratio in errors(case, *draws, gradients=gradients).items() if ratio > 1}
-    assert not over, f"error over budget: {over}"
+    assert_within_budget(compare(case, *draws, gradients=gradients), str(case))
 
 
 @each_dtype

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmos_kernels._core import numerics
-from llmos_kernels.testing import CASES, DTYPES, errors, map_tensors
+from llmos_kernels.testing import CASES, DTYPES, assert_within_budget, compare, map_tensors
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -55,8 +55,7 @@ def arguments(draw):
 @hypothesis.given(arguments())
 def test_error_budget(drawn):
     case, args = drawn
-    over = {k: r for k, r in errors(case, args).items() if r > 1}
-    assert not over, (case.name, over)
+    assert_within_budget(compare(case, args), case.name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

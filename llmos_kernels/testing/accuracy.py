@@ -1,0 +1,82 @@
+"""Assertions about accuracy, and what judges a test again that misses one.
+
+The error budget is a multiple of the error that torch makes on the same numbers. Where these are
+few, the ratio of the two largest errors is a matter of luck: one test in some hundreds misses its
+budget though its errors are torch's. Such a test runs again with other random numbers, and each of
+its comparisons is judged by the sums of its errors and of its budgets over all runs.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import Tensor
+
+from llmos_kernels._core import numerics
+from llmos_kernels._core.numerics import Compared, Errors
+
+__all__ = ["InaccurateError", "assert_accurate", "assert_within_budget", "judge_again"]
+
+#: How often a test that misses a budget runs again.
+DRAWS = 16
+#: An error that is so many times its budget is not chance.
+HOPELESS = 4.0
+#: What a test has compared that is being judged again; else None.
+_collected: dict[str, Errors] | None = None
+
+
+class InaccurateError(AssertionError):
+    """A result misses its error budget.
+
+    Args:
+        what: what was judged.
+        over: each error over its budget that is above 1, by name.
+    """
+
+    def __init__(self, what: str, over: dict[str, float]) -> None:
+        ratios = ", ".join(f"{name} {ratio:.3g}" for name, ratio in over.items())
+        super().__init__(f"{what}: error over budget: {ratios}")
+        self.is_hopeless = max(over.values()) > HOPELESS
+
+
+def assert_within_budget(draws: Sequence[Compared], what: str) -> None:
+    """Raise InaccurateError if an error over budget, over all draws together, is above 1."""
+    if _collected is not None:
+        start = len(_collected)
+        for i, draw in enumerate(draws):
+            errors = numerics.errors_in_ulp(draw)
+            _collected.update({f"{start}, {what}, {name}, {i}": e for name, e in errors.items()})
+        return
+    over = {k: ratio for k, ratio in numerics.judged_together(draws).items() if ratio > 1}
+    if over:
+        raise InaccurateError(what, over)
+
+
+def assert_accurate(actual: Tensor, exact: Tensor, eager: Tensor, what: str) -> None:
+    """Raise InaccurateError if the error of ``actual`` over its budget is above 1."""
+    assert_within_budget([{"error": (actual, exact, eager)}], what)
+
+
+def judge_again(test: Callable[[], object], missed: InaccurateError) -> None:
+    """Run ``test``, which has raised ``missed``, with more random numbers and judge all together.
+
+    Raises:
+        InaccurateError: The errors of a comparison exceed its budgets in sum, or are hopeless.
+    """
+    if missed.is_hopeless:
+        raise missed
+    over = {k: r for k, r in numerics.over_budgets(_errors_of_runs(test)).items() if r > 1}
+    if over:
+        raise InaccurateError(f"{DRAWS + 1} runs", over) from missed
+
+
+def _errors_of_runs(test: Callable[[], object]) -> Iterator[dict[str, Errors]]:
+    """Run ``test`` with its own seeds and with others, and yield what it compares."""
+    global _collected
+    shift = numerics.shift
+    try:
+        for i in range(DRAWS + 1):
+            numerics.shift = shift + 1000 * i
+            _collected = {}
+            test()
+            yield _collected
+    finally:
+        numerics.shift, _collected = shift, None
