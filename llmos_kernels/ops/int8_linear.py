@@ -6,11 +6,13 @@
 
 In "dynamic" mode the input's rows are quantized to int8, q, at each call (``int8_quantize``), but
 for the outliers o: the columns in which any row has a magnitude of ``outlier_threshold`` or more.
-These are 0 in q, do not count for the scale, and are multiplied in float32 unquantized, as in
-LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339). NaN is no outlier.
+These are 0 in q, do not count for the scale, and are multiplied unquantized, in float32, by the
+int8 weight. LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339) is similar, but keeps the weights
+of these columns in float16. NaN is no outlier.
 
-The gradient is that of a linear layer with the weight ``weight_int8 * weight_scale``: rounding
-passes gradients through, the weight has none.
+The gradient of the input is that of a linear layer with the weight ``weight_int8 * weight_scale``:
+the gradient of the rounding is taken as 1 (a straight-through estimator). The weight has no
+gradient.
 """
 
 import math
@@ -45,7 +47,7 @@ MODES = ("dynamic", "weight_only")
 #: The most rows of input that the kernel for ``weight_only`` takes.
 WEIGHT_ONLY_ROWS = 16
 #: Activations without negative results.
-_POSITIVE = RELU, RELU2
+_NONNEGATIVE = RELU, RELU2
 
 
 def check_threshold(outlier_threshold: float) -> float:
@@ -99,7 +101,7 @@ def _linear_rows_reference(
     activation: int,
 ) -> tuple[Tensor, Tensor]:
     y = _linear_reference(input, weight_int8, weight_scale, vnni_weight, bias, activation, 0.0)
-    return quantize_reference(y, activation in _POSITIVE)
+    return quantize_reference(y, activation in _NONNEGATIVE)
 
 
 def _linear_rows_fake(
@@ -110,7 +112,7 @@ def _linear_rows_fake(
     bias: Tensor | None,
     activation: int,
 ) -> tuple[Tensor, Tensor]:
-    dtype = torch.uint8 if activation in _POSITIVE else torch.int8
+    dtype = torch.uint8 if activation in _NONNEGATIVE else torch.int8
     rows = input.new_empty(input.shape[0], weight_int8.shape[0], dtype=dtype)
     return rows, input.new_empty(input.shape[0], dtype=torch.float32)
 
@@ -158,7 +160,7 @@ _weight_only = define(
 )
 
 
-def _definition(
+def _differentiable_reference(
     rows: Tensor,
     weight_int8: Tensor,
     weight_scale: Tensor,
@@ -167,7 +169,10 @@ def _definition(
     threshold: float,
     mode: str,
 ) -> Tensor:
-    """Return the layer by differentiable torch ops; rounding passes derivatives through."""
+    """Return the layer by differentiable torch ops: ``backend="reference"`` and second derivatives.
+
+    The gradient of the rounding is taken as 1.
+    """
     acc = torch.promote_types(rows.dtype, torch.float32)
     x = rows.to(acc)
     if mode == "dynamic":
@@ -259,7 +264,9 @@ class _Int8Linear(torch.autograd.Function):
             dz = dout
         elif torch.is_grad_enabled():
             if rows is not None:
-                saved = _definition(rows, weight_int8, weight_scale, bias, *ctx.quantization)
+                saved = _differentiable_reference(
+                    rows, weight_int8, weight_scale, bias, *ctx.quantization
+                )
             dz = (dout * _products.slopes(saved, ctx.activation, 0.0, None)).to(dout.dtype)
         else:
             dz = _products.activation_backward(dout, saved, ctx.activation, 0.0, None)
@@ -325,7 +332,7 @@ def int8_linear(
     rows = as_rows(input)
     quantization = code, threshold, mode
     if use_reference(backend, input.dtype):
-        out = _definition(rows, weight_int8, weight_scale, bias, *quantization)
+        out = _differentiable_reference(rows, weight_int8, weight_scale, bias, *quantization)
     elif needs_grad(input, bias):
         out = _Int8Linear.apply(rows, weight_int8, weight_scale, vnni_weight, bias, *quantization)
     else:
@@ -342,7 +349,9 @@ def _check(
 ) -> None:
     """Raise ValueError or TypeError where the arguments of ``int8_linear`` disagree."""
     if input.is_nested:
-        raise ValueError("input must not be a nested tensor: pad it, or optimize its layer")
+        raise ValueError(
+            "input must not be a nested tensor: pad it, or optimize the layer around this one"
+        )
     if input.dtype not in KERNEL_DTYPES and input.dtype != torch.float64:
         raise TypeError(f"input must be float32, bfloat16, float16 or float64, got {input.dtype}")
     check_int8(weight_int8=weight_int8)

@@ -40,13 +40,13 @@ def optimize(
     ``inputs`` the whole model is timed at the end without and with the swaps. Where it is slower
     with them, the swaps that cause this are undone. The report says all this.
 
-    The attention of a Hugging Face model is chosen by name, "llmos". It is proved on the whole
-    model: the outputs in eval mode are compared with those of the model's own eager attention, and
-    with those of a copy in float64.
+    The attention of a Hugging Face model is set by its ``attn_implementation``, "llmos". It is
+    proved on the whole model: the outputs in eval mode are compared with those of the model's own
+    eager attention, and with those of a copy in float64.
 
     Args:
         model: any ``torch.nn.Module``.
-        verify: False proves and times nothing.
+        verify: False swaps without proofs and times; ``inputs`` run once, to see that they fit.
         strict: raise where a module would be kept for another reason than its speed.
         inputs: a tuple of arguments of ``model``, or a dict of keyword arguments. The model runs
             them up to some hundred times, in eval mode, so that each module is proved and timed on
@@ -234,7 +234,7 @@ def _first_line(e: Exception) -> str:
 
 
 def restore(model: nn.Module) -> None:
-    """Give every module that ``optimize`` swapped in ``model`` its class or its attention back.
+    """Undo ``optimize``: restore the class of each module in ``model`` and each attention.
 
     Args:
         model: a model, or a part of one.

@@ -215,7 +215,8 @@ def _why_not(model: nn.Module, name: str, module: Any, skip: Sequence[str]) -> s
     elif "weight" not in module._parameters:
         whys.append("its weight is no parameter of its own (a parametrization, or pruning)")
     elif isinstance(module, nn.Linear) and type(module) not in (nn.Linear, Linear):
-        whys.append(f"{type(module).__name__} is a subclass of Linear with a forward of its own")
+        name = type(module).__name__
+        whys.append(f"{name} is a subclass of Linear and may compute something else")
     if "forward" in module.__dict__:
         whys.append("its forward has been replaced on the instance")
     why = next(filter(None, whys), "")

@@ -31,6 +31,9 @@ _PLACES = ("layer_idx", "layer_id")
 class Timing:
     """Times of an original and of its replacement, at one number of rows.
 
+    Of a swap that is undone because the whole model is faster without it, the original is the model
+    with that swap.
+
     Args:
         rows: the number of rows of the input.
         backward: whether forward and backward were timed together, else the forward alone.

@@ -175,7 +175,7 @@ def refused(arch: str, library: str, folder: str) -> None:
         name = "gemm.gemm:_sum_kernel"
         (first, *_) = pack.index["kernels"][name]
         blocks = [int(t[1:]) for t in first["key"].partition(";")[0].split(",") if t[0] == "="]
-        named.update(zip(("SHARES", "BLOCK_M", "BLOCK_N"), blocks, strict=True))
+        named.update(zip(("PARTS_AT_ONCE", "BLOCK_M", "BLOCK_N"), blocks, strict=True))
         fn = importlib.import_module("llmos_kernels._triton.gemm.gemm")._sum_kernel
         return pack.kernel(name, parameters(fn), OPTIONS)
 

@@ -4,7 +4,8 @@
     python3 tools/gpu_session/gpu.py --list
     python3 tools/gpu_session/gpu.py --merge gpu.zip ...   # results into build/results/<GPU>/
 
-A call ends after 8 minutes, or after ``--seconds``. Steps work in build/gpu, and their results are
+A slice is a named list of steps (``gpu_steps.py``). A call ends after 8 minutes, or after
+``--seconds``. Steps run in the root of the repository and write to build/gpu; their results are
 also in gpu.zip, in the folder that the variable OUT names, after each step and every 30 seconds.
 The next call continues with the steps that have not passed with the same sources. If build/gpu is
 gone, ``--resume-from`` names the gpu.zip of an earlier call. LLMOS_REHEARSE=1 runs small pieces of
@@ -27,7 +28,7 @@ from gpu_carry import REHEARSE
 from gpu_runner import BUDGET, GRACE, Runner
 from gpu_steps import ROOT, Step, slices
 
-#: The folder where steps work.
+#: The folder that steps write to.
 WORK = ROOT / "build" / ("gpu-rehearsal" if REHEARSE else "gpu")
 #: The folder of gpu.zip.
 OUT = Path(os.environ.get("OUT", f"{WORK}-out")).resolve()
@@ -37,7 +38,8 @@ RESULTS = ROOT / "build" / "results"
 def pending(runner: Runner, steps: list[Step], again: bool = False) -> list[Step]:
     """Return the steps to run, each once.
 
-    Steps that always run come first, then those that are not finished, then those that failed.
+    Steps that always run come first, then those that are not finished, then those that failed. If
+    all others have passed, none has to run.
     """
     steps = list({step.name: step for step in steps}.values())
     wanted = {step.name: again or step.always or runner.outcome(step) != "passed" for step in steps}
@@ -94,15 +96,16 @@ def seconds(text: str) -> float:
 def arguments(names: list[str], given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("slices", nargs="*", metavar="SLICE", help=", ".join(names))
-    parser.add_argument("--slice", action="append", default=[], metavar="SLICE", help="the same")
-    parser.add_argument("--again", action="store_true", help="also what has passed")
+    named = {"action": "append", "default": [], "metavar": "SLICE"}
+    parser.add_argument("--slice", **named, help="the same, as an option")
+    parser.add_argument("--again", action="store_true", help="run also what has passed")
     parser.add_argument("--list", action="store_true", help="slices, steps, what is done")
-    parser.add_argument("--seconds", type=seconds, default=BUDGET, help="of this call")
+    parser.add_argument("--seconds", type=seconds, default=BUDGET, help="this call's time limit")
     archives = {"type": Path, "metavar": gpu_archive.NAME}
     parser.add_argument(
         "--resume-from", **archives, help="what an earlier call has left, or its folder"
     )
-    parser.add_argument("--merge", nargs="+", **archives, help="such files into build/results")
+    parser.add_argument("--merge", nargs="+", **archives, help="merge these into build/results")
     args = parser.parse_args(given)
     args.slices += args.slice
     if unknown := {*args.slices} - {*names}:
@@ -111,21 +114,22 @@ def arguments(names: list[str], given: list[str] | None) -> argparse.Namespace:
 
 
 def gpu_name() -> str | None:
-    """Return this GPU's name as in about.json, or None."""
+    """Return the name of the first GPU in the form of about.json; None without nvidia-smi."""
     if not shutil.which("nvidia-smi"):
         return None
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    name = subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
+    done = subprocess.run(command, capture_output=True, text=True)
+    name = "" if done.returncode else done.stdout.partition("\n")[0]
     return re.sub(r"\W+", "-", name).lower() or None
 
 
 def resume(given: Path) -> None:
-    """Merge an earlier call's results into WORK, if they are of a GPU of this name."""
+    """Merge an earlier call's results into WORK, unless they are from a GPU of another name."""
     here = gpu_name()
     with gpu_archive.opened(given) as folder:
         there = gpu_merge.read(folder / "about.json").get("machine")
         if here and there and here != there:
-            print(f"{given} is not gone on with: of {there}, this is {here}")
+            print(f"{given} was not resumed: it is from {there}, this GPU is {here}")
         else:
             gpu_merge.into(WORK, folder)
 

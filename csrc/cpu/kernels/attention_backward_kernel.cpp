@@ -177,7 +177,7 @@ struct TileGradient {
   template <class Packed>
   bool multiply(const QueryBlock& block, int64_t sequence, int64_t kv_head, const KeyTile& keys,
                 const BlockOperands<T>& rows, Packed& cache) {
-    if (!keys.any_visible) return false;
+    if (!keys.any_unpadded) return false;
     if (a.mask.type != MaskType::None && !pack_mask(a.mask, block, keys, mask)) return false;
     cache.get(sequence, kv_head, keys.begin);
     query_key_scores(a, a.sequences[sequence], kv_head, block, keys, rows.query, cache.key_rows,

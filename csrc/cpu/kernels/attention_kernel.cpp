@@ -169,7 +169,7 @@ struct AttentionForwardKernel {
     const int64_t from = std::max(task.begin, s.first / kTile * kTile);
     for (int64_t begin = from; begin < last; begin += kTile) {
       const KeyTile keys(a, s, begin, last);
-      if (keys.any_visible) use_decode ? decode_tile(block, task, keys) : tile(block, task, keys);
+      if (keys.any_unpadded) use_decode ? decode_tile(block, task, keys) : tile(block, task, keys);
     }
     task.partial ? finish_partial(block, task.partial) : finish(block);
   }

@@ -30,8 +30,8 @@ struct QueryBlock {
   int64_t rows, vectors;
   int64_t batch;
   int64_t head[kBlock], index[kBlock];  // Query head, and row in the tensor.
-  int64_t mask_at[kBlock];
-  alignas(64) int32_t limit[kBlock];  // Causal mask: only keys before it are visible.
+  int64_t mask_offset[kBlock];          // Of the first element of the row of the mask.
+  alignas(64) int32_t limit[kBlock];    // Causal mask: only keys before it are visible.
   alignas(64) uint32_t row_low[kBlock], row_high[kBlock];  // The row number in the dropout mask.
   int64_t min_limit, max_limit;
   bool same_mask_row;
@@ -45,6 +45,7 @@ struct QueryBlock {
         min_limit(s.k_len),
         max_limit(0),
         same_mask_row(true) {
+    // Lanes past the last row repeat it.
     for (int64_t r = 0; r < vectors * kLanes; ++r) {
       const int64_t row = begin + std::min(r, rows - 1), i = row % s.q_len;
       head[r] = first_head + row / s.q_len;
@@ -53,9 +54,9 @@ struct QueryBlock {
       limit[r] = int32_t(visible);
       min_limit = std::min(min_limit, visible);
       max_limit = std::max(max_limit, visible);
-      mask_at[r] = s.batch * a.mask.batch_stride + head[r] * a.mask.head_stride +
-                   index[r] * a.mask.query_stride;
-      same_mask_row &= mask_at[r] == mask_at[0];
+      mask_offset[r] = s.batch * a.mask.batch_stride + head[r] * a.mask.head_stride +
+                       index[r] * a.mask.query_stride;
+      same_mask_row &= mask_offset[r] == mask_offset[0];
       const uint64_t id = a.stats_at(s.batch, head[r], index[r]);
       row_low[r] = uint32_t(id);
       row_high[r] = uint32_t(id >> 32);
@@ -94,19 +95,19 @@ inline bool is_ignored(const AttentionCommonArgs<T>& a, const Sequence& s, int64
 struct KeyTile {
   int64_t begin, count;
   bool ignored[kTile];  // By key padding.
-  bool any_ignored, any_visible;
+  bool any_ignored, any_unpadded;
 
   template <class T>
   KeyTile(const AttentionCommonArgs<T>& a, const Sequence& s, int64_t begin_, int64_t end)
       : begin(begin_),
         count(std::min(kTile, end - begin_)),
         any_ignored(false),
-        any_visible(!a.padding) {
+        any_unpadded(!a.padding) {
     if (!a.padding) return;
     for (int64_t j = 0; j < count; ++j) {
       ignored[j] = is_ignored(a, s, begin + j);
       any_ignored |= ignored[j];
-      any_visible |= !ignored[j];
+      any_unpadded |= !ignored[j];
     }
   }
 };
@@ -157,7 +158,8 @@ struct Byte {
   uint8_t value;
 };
 
-// Return an element of a bool mask as a float: infinity where the key is visible, else -infinity.
+// Return a marker for an element of a bool mask: -infinity where it hides the key, else infinity.
+// mask_scores compares it and never adds it.
 template <class V>
 inline V load(const Byte* p) {
   if constexpr (sizeof(V) == sizeof(float)) {
@@ -189,7 +191,7 @@ template <class M>
     store(to + j * kBlock + first, v);
   };
   for (int64_t first = 0; first < block.vectors * kLanes; first += kLanes) {
-    const int64_t* at = block.mask_at + first;
+    const int64_t* at = block.mask_offset + first;
     int64_t j = 0;
     if (key_step == 1 && !block.same_mask_row) {
       if constexpr (sizeof(M) == 2) {  // Two keys in a lane: half as many shuffles.
@@ -245,11 +247,10 @@ inline bool pack_mask(const Mask& mask, const QueryBlock& block, const KeyTile& 
 }
 
 // How a score x becomes an unnormalised weight. With a float mask or scale 0, mask_scores has
-// already computed the logit, and the weight is exp(x - shift). Else, with float words: exp(x *
-// scale
-// - shift). With
-// bfloat16 pairs, which round the weight anyway: exp2(x * factor - shift), where factor = scale *
-// log2(e); but not with a float mask, which may hold the lowest float and would overflow.
+// already computed the logit, and the weight is exp(x - shift). Else, with float words, it is
+// exp(x * scale - shift), and with bfloat16 pairs, which round the weight anyway, exp2(x * factor -
+// shift), where factor = scale * log2(e). A float mask may hold -FLT_MAX, which times log2(e) would
+// overflow: so its logits are not scaled.
 template <class Word>
 struct SoftmaxExp {
   static constexpr bool kPrecise = kPerWord<Word> == 1;

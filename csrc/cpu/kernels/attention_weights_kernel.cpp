@@ -53,7 +53,7 @@ struct AttentionWeightsKernel {
     const int64_t last = std::min(s.last, block.max_limit);
     for (int64_t at = s.first / kTile * kTile; at < last; at += kTile) {
       const KeyTile keys(a, s, at, last);
-      if (!keys.any_visible) continue;
+      if (!keys.any_unpadded) continue;
       if (a.mask.type != MaskType::None && !pack_mask(a.mask, block, keys, mask)) continue;
       cache.get(sequence, head / a.group(), keys.begin);
       query_key_scores(a, s, head / a.group(), block, keys, query, cache.key_rows, scores);

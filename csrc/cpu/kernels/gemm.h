@@ -137,7 +137,7 @@ class PanelGemm {
       transpose_words(rows, n, left_, kBlockRows, transposed_, kBlockDepth);
       return multiply<false>(rows, columns, n, transposed_, kBlockDepth, right, starts_sum, c);
     }
-    // With an odd row stride or depth a word would contain elements of two rows.
+    // Rows are read as words where both the row stride and the depth are whole numbers of words.
     if (std::is_same_v<Element<U>, T> && ((k_end - k) | left.row_stride) % kPerWord<U> == 0)
       return multiply<false>(rows, columns, n, reinterpret_cast<const U*>(left.at(row, k)),
                              left.row_stride / kPerWord<U>, right, starts_sum, c);

@@ -22,7 +22,7 @@ from llmos_kernels._triton.rows import dropout_factors
 @triton.jit
 def _step(m, total, acc, query, k, v, mask, attended, padding, padding_col, seed, dropout_row,
           start, last, k_first, k_stop, k_row, v_row, mask_col, scale, threshold, factor,
-          EDGE: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr,
+          KEY_RANGE: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr,
           DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
           BLOCK_DV: tl.constexpr):  # fmt: skip
     """Return m, total and acc after one more block of keys.
@@ -30,16 +30,16 @@ def _step(m, total, acc, query, k, v, mask, attended, padding, padding_col, seed
     m is the largest logit so far, total the sum of exponentials, acc the sum of weighted values.
     """
     col = start + tl.arange(0, BLOCK_N)
-    inside = keys_inside(padding, padding_col, col, k_first, k_stop, EDGE)
+    inside = keys_inside(padding, padding_col, col, k_first, k_stop, KEY_RANGE)
     key = load_rows(k, col, k_row, inside, D, BLOCK_D)
     x = logits(
         query,
         key,
         mask + col.to(tl.int64)[None, :] * mask_col if BIAS else None,
         attended,
-        inside[None, :] if EDGE else None,
+        inside[None, :] if KEY_RANGE else None,
         col[None, :],
-        last if EDGE and CAUSAL else None,
+        last if KEY_RANGE and CAUSAL else None,
         scale,
         BIAS,
     )
@@ -75,9 +75,9 @@ def attend(query, k, v, mask, padding, padding_col, seed, dropout_row, last, beg
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    for edge in tl.static_range(2 if padding is None else 3):
-        low = first if edge == 0 else (bounded if edge == 1 else padded)
-        high = bounded if edge == 0 else (padded if edge == 1 else stop)
+    for key_range in tl.static_range(2 if padding is None else 3):
+        low = first if key_range == 0 else (bounded if key_range == 1 else padded)
+        high = bounded if key_range == 0 else (padded if key_range == 1 else stop)
         for visited in range(0, high - low, BLOCK_N):
             start = low + visited
             if mask is not None and not BIAS:
@@ -107,7 +107,7 @@ def attend(query, k, v, mask, padding, padding_col, seed, dropout_row, last, beg
                         scale,
                         threshold,
                         factor,
-                        edge,
+                        key_range,
                         CAUSAL,
                         BIAS,
                         D,
@@ -141,7 +141,7 @@ def attend(query, k, v, mask, padding, padding_col, seed, dropout_row, last, beg
                     scale,
                     threshold,
                     factor,
-                    edge,
+                    key_range,
                     CAUSAL,
                     BIAS,
                     D,

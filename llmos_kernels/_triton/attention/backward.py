@@ -109,6 +109,6 @@ def backward(
 
 
 def variants() -> Iterator[tuple[Callable, tuple]]:
-    """Yield the launchers and arguments whose kernels the pack holds."""
+    """Yield launchers and arguments; the kernels that they launch are compiled into the pack."""
     for call in pack_shapes.attention(pack_shapes.PLAIN_AND_MASKED):
         yield backward, call.backward()

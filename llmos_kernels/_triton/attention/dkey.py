@@ -25,7 +25,7 @@ from llmos_kernels._triton.runtime.launch import kernel
 @triton.jit
 def _dkey_step(dk, dv, key, value, q, dout, stats, delta, mask, attended, inside, seed, at, start,
                col, q_count, offset, ROWS, q_row, dout_row, first_col, scale, threshold, factor,
-               EDGE: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+               KEY_RANGE: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                BLOCK_DV: tl.constexpr):  # fmt: skip
     """Return dk and dv after one more block of queries.
@@ -45,7 +45,7 @@ def _dkey_step(dk, dv, key, value, q, dout, stats, delta, mask, attended, inside
         attended,
         inside[:, None] if BIAS else None,
         col[:, None],
-        (i + offset)[None, :] if EDGE else None,
+        (i + offset)[None, :] if KEY_RANGE else None,
         scale,
         BIAS,
     )

@@ -1,8 +1,7 @@
 """Triton kernel of the gradient of query; the formulas are in ``ops/attention.py``.
 
 A thread block computes dquery of a block of queries of one head from the recomputed attention
-weights p. It also stores delta = sum(dout * out), corrected for rounding, which the kernels of the
-other gradients read.
+weights p. It also stores delta = sum(dout * out), which the kernels of the other gradients read.
 """
 
 import triton
@@ -23,13 +22,13 @@ from llmos_kernels._triton.runtime.launch import kernel
 @triton.jit
 def _weights_of_keys(query, dout, m, inverse, k, v, mask, attended, padding, padding_col, seed,
                      dropout_row, start, last, k_first, k_stop, k_row, v_row, mask_col, scale,
-                     threshold, factor, EDGE: tl.constexpr, CAUSAL: tl.constexpr,
+                     threshold, factor, KEY_RANGE: tl.constexpr, CAUSAL: tl.constexpr,
                      BIAS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr,
                      BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                      BLOCK_DV: tl.constexpr):  # fmt: skip
     """Return the tiles p and dp of the keys from ``start`` on, and these keys."""
     col = start + tl.arange(0, BLOCK_N)
-    inside = keys_inside(padding, padding_col, col, k_first, k_stop, EDGE)
+    inside = keys_inside(padding, padding_col, col, k_first, k_stop, KEY_RANGE)
     key = load_rows(k, col, k_row, inside, D, BLOCK_D)
     value = load_rows(v, col, v_row, inside, DV, BLOCK_DV)
     p, dp = tile_weights(
@@ -41,9 +40,9 @@ def _weights_of_keys(query, dout, m, inverse, k, v, mask, attended, padding, pad
         inverse,
         mask + col.to(tl.int64)[None, :] * mask_col if BIAS else None,
         attended,
-        inside[None, :] if EDGE else None,
+        inside[None, :] if KEY_RANGE else None,
         col[None, :],
-        last if EDGE and CAUSAL else None,
+        last if KEY_RANGE and CAUSAL else None,
         seed,
         dropout_row,
         start,
@@ -66,7 +65,11 @@ def dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, de
                   CAUSAL: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                   PRECISE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                   BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
-    """Compute dquery and delta of a block of queries of one head."""
+    """Compute dquery and delta of a block of queries of one head.
+
+    With PRECISE delta is corrected for the rounding of ``out`` where all keys fit one tile; it is
+    set for float32, and where k_len fits one tile.
+    """
     b, h, first_row, q_start, q_count, k_start, k_count, offset = query_block(
         cu_q, cu_k, q_len, k_len, HEADS, BLOCKS, SEQUENCES, CAUSAL, BLOCK_M
     )
@@ -87,8 +90,8 @@ def dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, de
     query = load_rows(q + b * q_batch + h * q_head, row, q_row, exists, D, BLOCK_D)
     d_out = load_rows(dout + b * dout_batch + h * dout_head, row, dout_row, exists, DV, BLOCK_DV)
     o = load_rows(out + (b * q_len * HEADS + h) * DV, row, HEADS * DV, exists, DV, BLOCK_DV)
-    # delta is computed by a matrix product like that of dp, so that both round alike. If a query
-    # sees a single key, out is its value, and then dp - delta is exactly 0.
+    # delta is computed by a matrix product like that of dp, so that both round alike. Without
+    # dropout, if a query sees a single key, out is its value, and dp - delta is exactly 0.
     diagonal = tl.arange(0, BLOCK_M)[:, None] == tl.arange(0, BLOCK_M)[None, :]
     total = tl.dot(d_out, tl.trans(o), input_precision="ieee")
     total = tl.sum(tl.where(diagonal, total, 0.0), 1)
@@ -96,8 +99,8 @@ def dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, de
     k_first, k_stop, first, bounded, padded, stop = key_span(
         padding,
         padding_col,
-        0 * k_count,
-        tl.where(first_row < q_count, k_count, 0),
+        0 * k_count,  # The first key, as a value of the type of k_count.
+        tl.where(first_row < q_count, k_count, 0),  # No key for blocks past the last query.
         first_row + offset,
         tl.minimum(first_row + BLOCK_M, q_count) - 1 + offset,
         CAUSAL,
@@ -150,9 +153,9 @@ def dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, de
     else:
         tl.store(delta + at, total, exists)
     excess = tl.zeros((BLOCK_M,), tl.float32)
-    for edge in tl.static_range(2 if padding is None else 3):
-        low = first if edge == 0 else (bounded if edge == 1 else padded)
-        high = bounded if edge == 0 else (padded if edge == 1 else stop)
+    for key_range in tl.static_range(2 if padding is None else 3):
+        low = first if key_range == 0 else (bounded if key_range == 1 else padded)
+        high = bounded if key_range == 0 else (padded if key_range == 1 else stop)
         for visited in range(0, high - low, BLOCK_N):
             start = low + visited
             attended = None
@@ -185,7 +188,7 @@ def dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, de
                     scale,
                     threshold,
                     factor,
-                    edge,
+                    key_range,
                     CAUSAL,
                     BIAS,
                     D,

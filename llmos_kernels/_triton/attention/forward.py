@@ -75,8 +75,8 @@ def _forward_kernel(q, k, v, mask, padding, cu_q, cu_k, seed, out, stats, q_batc
         seed,
         at[:, None],
         (i + offset)[:, None],
-        0 * k_count,
-        tl.where(first_row < q_count, k_count, 0),
+        0 * k_count,  # The first key, as a value of the type of k_count.
+        tl.where(first_row < q_count, k_count, 0),  # No key for blocks past the last query.
         first_row + offset,
         tl.minimum(first_row + BLOCK_M, q_count) - 1 + offset,
         k_row,
@@ -149,7 +149,8 @@ def forward(
     blocks = tile_arguments("forward", q, dv, variant)
     if (rows := max(triton.next_power_of_2(q_len), 16)) < blocks["BLOCK_M"]:
         blocks["BLOCK_M"] = rows
-        if q.dtype != torch.float32:  # Fewer warps, since several would compute the same rows.
+        # A warp multiplies 16 rows. The limit of registers was chosen for the larger tile.
+        if q.dtype != torch.float32:
             blocks |= {"num_warps": min(blocks["num_warps"], max(rows // 16, 4)), "maxnreg": None}
     count = thread_blocks_per_head(cu_q, q_len, blocks["BLOCK_M"])
     _forward_kernel[(count * batch * heads,)](
@@ -166,7 +167,7 @@ def forward(
 
 
 def variants() -> Iterator[tuple[Callable, tuple]]:
-    """Yield the launchers and arguments whose kernels the pack holds."""
+    """Yield launchers and arguments; the kernels that they launch are compiled into the pack."""
     for call in pack_shapes.attention(pack_shapes.PLAIN_AND_MASKED):
         yield forward, call.forward()
     for call in pack_shapes.attention(pack_shapes.SHORT, lengths=(64, 60, 32, 28)):

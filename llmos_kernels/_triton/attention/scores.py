@@ -158,15 +158,15 @@ def readable_keys(padding, padding_col, col, k_count):
 
 
 @triton.jit
-def keys_inside(padding, padding_col, col, k_first, k_stop, EDGE: tl.constexpr):
-    """Return which of the keys ``col`` are valid in the range EDGE of a ``key_span``.
+def keys_inside(padding, padding_col, col, k_first, k_stop, KEY_RANGE: tl.constexpr):
+    """Return which of the keys ``col`` are valid in the part KEY_RANGE, 0 to 2, of a ``key_span``.
 
     The result is None in range 0, where all are. In range 1 the keys from k_first to k_stop are
     valid; in range 2 padding decides.
     """
     inside = None
-    if EDGE:
-        inside = readable_keys(padding if EDGE == 2 else None, padding_col, col, k_stop)
+    if KEY_RANGE:
+        inside = readable_keys(padding if KEY_RANGE == 2 else None, padding_col, col, k_stop)
         inside &= col >= k_first
     return inside
 

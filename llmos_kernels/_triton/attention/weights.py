@@ -139,7 +139,7 @@ def weights(
 
 
 def variants() -> Iterator[tuple[Callable, tuple]]:
-    """Yield the launchers and arguments whose kernels the pack holds."""
+    """Yield launchers and arguments; the kernels that they launch are compiled into the pack."""
     for call in pack_shapes.attention(pack_shapes.PADDED):
         for mean in (True, False):
             yield weights, call.weights(mean)

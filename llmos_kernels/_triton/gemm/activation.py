@@ -167,7 +167,7 @@ def backward(
 
 
 def variants() -> Iterator[tuple[Callable, tuple]]:
-    """Yield the launchers and arguments whose kernels the pack holds."""
+    """Yield launchers and arguments; the kernels that they launch are compiled into the pack."""
     for dtype in pack_shapes.DTYPES:
         for _, hidden in pack_shapes.FEED_FORWARDS:
             z = torch.empty(64, hidden, dtype=dtype)

@@ -39,19 +39,19 @@ def tile_origin(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def part_span(part, K, STEP):
+def part_span(part, K, PART_LENGTH):
     """Return where a part of K starts, how long it is, and how much of K follows its start.
 
     Loads are masked by the last, not by the length: Triton can prove that 16 divides it if 16
     divides K.
     """
-    first = part.to(tl.int64) * STEP
+    first = part.to(tl.int64) * PART_LENGTH
     rest = (K - first).to(tl.int32)
-    return first, tl.minimum(rest, STEP), rest
+    return first, tl.minimum(rest, PART_LENGTH), rest
 
 
 @triton.jit
-def multiply(a, b, row, col, part, M, N, K, STEP, a_row, a_inner, b_inner, b_col,
+def multiply(a, b, row, col, part, M, N, K, PART_LENGTH, a_row, a_inner, b_inner, b_col,
              SKIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
              BLOCK_K: tl.constexpr):  # fmt: skip
     """Return the float32 sum of a[row, k] b[k, col] over a part of K.
@@ -59,7 +59,7 @@ def multiply(a, b, row, col, part, M, N, K, STEP, a_row, a_inner, b_inner, b_col
     With SKIP, b[k] is not loaded where a[row, k] is 0 for all rows of the tile.
     """
     k = tl.arange(0, BLOCK_K)
-    first, length, rest = part_span(part, K, STEP)
+    first, length, rest = part_span(part, K, PART_LENGTH)
     a += row[:, None] * a_row + (first + k)[None, :] * a_inner
     b += (first + k)[:, None] * b_inner + col[None, :] * b_col
     step = tl.full((), BLOCK_K, tl.int64)
@@ -90,26 +90,26 @@ def store_part(partial, acc, part, row, col, M, N):
 
 
 @triton.jit
-def add_parts(partial, row, col, PARTS, M, N,
-              SHARES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """Return the sum of a tile over all parts in a fixed order, loading SHARES parts at a time."""
-    share = tl.arange(0, SHARES)[:, None, None].to(tl.int64)
+def add_parts(partial, row, col, PARTS, M, N, PARTS_AT_ONCE: tl.constexpr, BLOCK_M: tl.constexpr,
+              BLOCK_N: tl.constexpr):  # fmt: skip
+    """Return the sum of a tile over all parts in a fixed order, PARTS_AT_ONCE of them a load."""
+    share = tl.arange(0, PARTS_AT_ONCE)[:, None, None].to(tl.int64)
     at = row[None, :, None] * N + col[None, None, :]
     inside = (row < M)[None, :, None] & (col < N)[None, None, :]
-    total = tl.zeros((SHARES, BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, PARTS, SHARES):
+    total = tl.zeros((PARTS_AT_ONCE, BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, PARTS, PARTS_AT_ONCE):
         part = first + share
         total += tl.load(partial + part * M * N + at, inside & (part < PARTS), 0.0)
     return tl.sum(total, 0)
 
 
 @kernel(do_not_specialize=["PARTS"])
-def _sum_kernel(partial, out, SIZE, PARTS, SHARES: tl.constexpr, BLOCK_M: tl.constexpr,
+def _sum_kernel(partial, out, SIZE, PARTS, PARTS_AT_ONCE: tl.constexpr, BLOCK_M: tl.constexpr,
                 BLOCK_N: tl.constexpr):  # fmt: skip
     """Store out = the sum of ``partial`` [PARTS, SIZE] over its parts."""
     row = tl.arange(0, BLOCK_M).to(tl.int64)
     col = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = add_parts(partial, row, col, PARTS, 1, SIZE, SHARES, BLOCK_M, BLOCK_N)
+    total = add_parts(partial, row, col, PARTS, 1, SIZE, PARTS_AT_ONCE, BLOCK_M, BLOCK_N)
     tl.store(out + col[None, :], total, (col < SIZE)[None, :])
 
 
@@ -127,7 +127,7 @@ def part_plan(m: int, n: int, parts: int) -> tuple[tuple[int], dict]:
     grid = (triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)
     return grid, {
         "PARTS": parts,
-        "SHARES": shares,
+        "PARTS_AT_ONCE": shares,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "num_warps": 4,
@@ -215,7 +215,7 @@ def plan(
     parts = triton.cdiv(blocks_k * block_k, step)
     return (count * parts,), {
         "PARTS": parts,
-        "STEP": step,
+        "PART_LENGTH": step,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,

@@ -42,8 +42,8 @@ def _epilogue(acc, bias, seed, out, saved, row, first_col, M, N, threshold, scal
               ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Store out and saved of rows ``row`` and BLOCK_N columns from ``first_col``.
 
-    It handles 32 columns at a time: activation and dropout of a whole tile would take so many
-    registers that a second thread block would not fit the multiprocessor.
+    It handles 32 columns at a time: activation and dropout of a whole tile take more registers
+    than the product, and fewer thread blocks would fit a multiprocessor.
     """
     if BLOCK_N > 32:
         left, right = halves(acc, BLOCK_M, BLOCK_N)
@@ -95,7 +95,7 @@ def _epilogue(acc, bias, seed, out, saved, row, first_col, M, N, threshold, scal
 
 
 @kernel(do_not_specialize=["M", "threshold"])
-def _forward_kernel(input, weight, bias, seed, out, saved, partial, M, N, K, PARTS, STEP,
+def _forward_kernel(input, weight, bias, seed, out, saved, partial, M, N, K, PARTS, PART_LENGTH,
                     input_row, input_col, weight_row, weight_col, threshold, scale,
                     ACTIVATION: tl.constexpr, SKIP: tl.constexpr, BLOCK_M: tl.constexpr,
                     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
@@ -112,7 +112,7 @@ def _forward_kernel(input, weight, bias, seed, out, saved, partial, M, N, K, PAR
         M,
         N,
         K,
-        STEP,
+        PART_LENGTH,
         input_row,
         input_col,
         weight_col,
@@ -173,13 +173,13 @@ def _persistent_forward_kernel(a, b, bias, seed, out, saved, M, N, K, threshold,
 
 @kernel(do_not_specialize=["M", "PARTS", "threshold"])
 def _parts_kernel(partial, bias, seed, out, saved, M, N, PARTS, threshold, scale,
-                  ACTIVATION: tl.constexpr, SHARES: tl.constexpr, BLOCK_M: tl.constexpr,
+                  ACTIVATION: tl.constexpr, PARTS_AT_ONCE: tl.constexpr, BLOCK_M: tl.constexpr,
                   BLOCK_N: tl.constexpr):  # fmt: skip
     """Compute out and saved from the parts of the GEMM."""
     _, first_row, first_col = part_and_origin(M, N, 1, BLOCK_M, BLOCK_N)
     row = first_row + tl.arange(0, BLOCK_M)
     col = first_col + tl.arange(0, BLOCK_N)
-    acc = add_parts(partial, row, col, PARTS, M, N, SHARES, BLOCK_M, BLOCK_N)
+    acc = add_parts(partial, row, col, PARTS, M, N, PARTS_AT_ONCE, BLOCK_M, BLOCK_N)
     _epilogue(
         acc,
         bias,
@@ -249,7 +249,7 @@ def forward(
 
 
 def variants() -> Iterator[tuple[Callable, tuple]]:
-    """Yield the launchers and arguments whose kernels the pack holds."""
+    """Yield launchers and arguments; the kernels that they launch are compiled into the pack."""
     for dtype, rows, k, n in pack_shapes.products():
         input, weight, bias = (torch.empty(s, dtype=dtype) for s in ((rows, k), (n, k), n))
         if k < n:

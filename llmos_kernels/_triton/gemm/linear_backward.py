@@ -100,9 +100,9 @@ def _epilogue(acc, saved, seed, dinput, sums, row, first_row, first_col, M, N, s
 
 
 @kernel(do_not_specialize=["M", "threshold"])
-def _dinput_kernel(dout, weight, saved, seed, dinput, sums, partial, M, N, K, PARTS, STEP, dout_row,
-                   dout_col, weight_row, weight_col, saved_row, saved_col, threshold, scale,
-                   ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+def _dinput_kernel(dout, weight, saved, seed, dinput, sums, partial, M, N, K, PARTS, PART_LENGTH,
+                   dout_row, dout_col, weight_row, weight_col, saved_row, saved_col, threshold,
+                   scale, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                    BLOCK_K: tl.constexpr):  # fmt: skip
     """Compute a tile of dinput and its column sums, or its part of a split K."""
     part, first_row, first_col = part_and_origin(M, N, PARTS, BLOCK_M, BLOCK_N)
@@ -117,7 +117,7 @@ def _dinput_kernel(dout, weight, saved, seed, dinput, sums, partial, M, N, K, PA
         M,
         N,
         K,
-        STEP,
+        PART_LENGTH,
         dout_row,
         dout_col,
         weight_row,
@@ -184,13 +184,13 @@ def _persistent_dinput_kernel(a, b, saved, seed, dinput, sums, M, N, K, saved_ro
 
 @kernel(do_not_specialize=["M", "PARTS", "threshold"])
 def _parts_kernel(partial, saved, seed, dinput, sums, M, N, PARTS, saved_row, saved_col, threshold,
-                  scale, ACTIVATION: tl.constexpr, SHARES: tl.constexpr, BLOCK_M: tl.constexpr,
-                  BLOCK_N: tl.constexpr):  # fmt: skip
+                  scale, ACTIVATION: tl.constexpr, PARTS_AT_ONCE: tl.constexpr,
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Compute dinput and its column sums from the parts of the GEMM."""
     _, first_row, first_col = part_and_origin(M, N, 1, BLOCK_M, BLOCK_N)
     row = first_row + tl.arange(0, BLOCK_M)
     col = first_col + tl.arange(0, BLOCK_N)
-    acc = add_parts(partial, row, col, PARTS, M, N, SHARES, BLOCK_M, BLOCK_N)
+    acc = add_parts(partial, row, col, PARTS, M, N, PARTS_AT_ONCE, BLOCK_M, BLOCK_N)
     _epilogue(
         acc,
         saved,
@@ -213,27 +213,27 @@ def _parts_kernel(partial, saved, seed, dinput, sums, M, N, PARTS, saved_row, sa
 
 
 @triton.jit
-def _sum_columns(dout, sums, row, part, share, SHARES, M, K, STEP, dout_row, dout_col,
+def _sum_columns(dout, sums, row, part, piece, PIECES, M, K, PART_LENGTH, dout_row, dout_col,
                  BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """Store the sums of columns ``row`` of dout over one of SHARES pieces of a part of its rows."""
-    first, length, rest = part_span(part, K, STEP)
-    piece = tl.cdiv(tl.cdiv(length, BLOCK_K), SHARES) * BLOCK_K
+    """Store the sums of columns ``row`` of dout over one of PIECES pieces of a part of its rows."""
+    first, length, rest = part_span(part, K, PART_LENGTH)
+    piece_length = tl.cdiv(tl.cdiv(length, BLOCK_K), PIECES) * BLOCK_K
     k = tl.arange(0, BLOCK_K)
     dout += row[:, None] * dout_col
     total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    stop = tl.minimum((share + 1) * piece, length)
-    for start in tl.range(share * piece, stop, BLOCK_K, num_stages=4):
+    stop = tl.minimum((piece + 1) * piece_length, length)
+    for start in tl.range(piece * piece_length, stop, BLOCK_K, num_stages=4):
         at = dout + (first + start + k)[None, :] * dout_row
         total += tl.load(at, (row < M)[:, None] & (k < rest - start)[None, :], 0.0).to(tl.float32)
-    at = (part.to(tl.int64) * SHARES + share) * M + row
+    at = (part.to(tl.int64) * PIECES + piece) * M + row
     tl.store(sums + at, tl.sum(total, 1), row < M)
 
 
 @kernel(do_not_specialize=["K"])
-def _dweight_kernel(dout, input, dweight, sums, partial, M, N, K, PARTS, STEP, dout_row, dout_col,
-                    input_row, input_col, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                    BLOCK_K: tl.constexpr):  # fmt: skip
-    """Compute a tile of dweight, or its part of a split K, and a share of the sums of dout."""
+def _dweight_kernel(dout, input, dweight, sums, partial, M, N, K, PARTS, PART_LENGTH,
+                    dout_row, dout_col, input_row, input_col, BLOCK_M: tl.constexpr,
+                    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """Compute a tile of dweight, or its part of a split K, and a piece of the sums of dout."""
     part, first_row, first_col = part_and_origin(M, N, PARTS, BLOCK_M, BLOCK_N)
     row = first_row + tl.arange(0, BLOCK_M)
     col = first_col + tl.arange(0, BLOCK_N)
@@ -247,7 +247,7 @@ def _dweight_kernel(dout, input, dweight, sums, partial, M, N, K, PARTS, STEP, d
             tl.cdiv(N, BLOCK_N),
             M,
             K,
-            STEP,
+            PART_LENGTH,
             dout_row,
             dout_col,
             BLOCK_M,
@@ -262,7 +262,7 @@ def _dweight_kernel(dout, input, dweight, sums, partial, M, N, K, PARTS, STEP, d
         M,
         N,
         K,
-        STEP,
+        PART_LENGTH,
         dout_col,
         dout_row,
         input_row,
@@ -375,7 +375,7 @@ def dweight(dout: Tensor, input: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
 
 
 def variants() -> Iterator[tuple[Callable, tuple]]:
-    """Yield the launchers and arguments whose kernels the pack holds.
+    """Yield launchers and arguments; the kernels that they launch are compiled into the pack.
 
     ``dweight`` is not among them: with nothing fused, cuBLAS computes it on a GPU.
     """

@@ -104,7 +104,7 @@ def norm(
 
 
 def variants() -> Iterator[tuple[Callable, tuple]]:
-    """Yield the launchers and arguments whose kernels the pack holds."""
+    """Yield launchers and arguments; the kernels that they launch are compiled into the pack."""
     for x, weight, bias, d, center in pack_shapes.norms():
         for residual in (None, x):
             yield norm, (x, residual, weight, bias, d, 1e-5, center)

@@ -274,7 +274,7 @@ def weight_only(
 
 
 def variants() -> Iterator[tuple[Callable, tuple]]:
-    """Yield the launchers and arguments whose kernels the pack holds."""
+    """Yield launchers and arguments; the kernels that they launch are compiled into the pack."""
     for dtype, rows, k, n in pack_shapes.products():
         input, bias = torch.empty(rows, k, dtype=dtype), torch.empty(n, dtype=dtype)
         weight, scale = torch.empty(n, k, dtype=torch.int8), torch.empty(n)

@@ -141,6 +141,6 @@ def quantize_rows(
 
 
 def variants() -> Iterator[tuple[Callable, tuple]]:
-    """Yield the launchers and arguments whose kernels the pack holds."""
+    """Yield launchers and arguments; the kernels that they launch are compiled into the pack."""
     for dtype, rows, k, _ in pack_shapes.products():
         yield quantize, (torch.empty(rows, k, dtype=dtype),)

@@ -234,7 +234,7 @@ def backward(
 
 
 def variants() -> Iterator[tuple[Callable, tuple]]:
-    """Yield the launchers and arguments whose kernels the pack holds."""
+    """Yield launchers and arguments; the kernels that they launch are compiled into the pack."""
     index = torch.empty(64, dtype=torch.int64)
     for dtype in pack_shapes.DTYPES:
         for d in (512, 1024, 2048):

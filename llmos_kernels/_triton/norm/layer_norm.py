@@ -224,7 +224,7 @@ def _launch(
 
 
 def variants() -> Iterator[tuple[Callable, tuple]]:
-    """Yield the launchers and arguments whose kernels the pack holds."""
+    """Yield launchers and arguments; the kernels that they launch are compiled into the pack."""
     for x, weight, bias, d, center in pack_shapes.norms():
         yield forward, (x, weight, bias, d, 1e-5, center)
         for p in (0.0, 0.1):

@@ -282,7 +282,7 @@ def _sum_shares(partial: Tensor | None, like: Tensor, d: int, dtype: torch.dtype
 
 
 def variants() -> Iterator[tuple[Callable, tuple]]:
-    """Yield the launchers and arguments whose kernels the pack holds."""
+    """Yield launchers and arguments; the kernels that they launch are compiled into the pack."""
     for x, weight, bias, d, center in pack_shapes.norms():
         stats = torch.empty(2 if center else 1, len(x))
         parameters = True, bias is not None

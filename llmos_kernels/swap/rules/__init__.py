@@ -1,7 +1,7 @@
 """The rules of ``optimize``: which modules can be swapped, for what, and why one cannot.
 
-Each module of this package holds one rule.  ``classify`` asks them in turn, once for each module of
-a model; the first that matches decides.
+Each rule has a file of its own; ``rule.py`` has their base classes. ``classify`` asks the rules in
+turn, once for each module of a model; the first that matches decides.
 """
 
 import sys
@@ -41,6 +41,7 @@ RULES: list[Rule] = [
     ModelRMSNormRule(),
     SequentialRule(),
 ]
+#: What loads the rule of a library, by the module and the name of the library's base class.
 _LIBRARIES: dict[tuple[str, str], Callable[[], ModelRule]] = {}
 
 
@@ -73,7 +74,7 @@ def why_not(module: nn.Module, rule: Rule, around: Sequence[nn.Module] = ()) -> 
         return "it has no shape before it has run: run the model once, then optimize"
     original = next((c for c in known if isinstance(module, c)), None)
     if original is not None and cls is not original:
-        return f"{cls.__name__} is a subclass of {original.__name__} with a forward of its own"
+        return f"{cls.__name__} is a subclass of {original.__name__} and may compute something else"
     if "forward" in module.__dict__:
         return "its forward has been replaced on the instance"
     why = why_untouchable(module, around)

@@ -46,7 +46,7 @@ def fused_residual(replaced: type) -> type:
 
 
 class ResidualRule(Rule):
-    """Swaps modules of two tensors whose only parts are a projection, a Dropout and a LayerNorm.
+    """Swaps modules of two tensors with three children: a Dropout, a LayerNorm and another module.
 
     torch.fx then shows whether the forward is the formula.
     """
@@ -89,7 +89,7 @@ class ResidualRule(Rule):
 
 
 def residual_parts(block: nn.Module) -> tuple[Any, nn.Dropout, nn.LayerNorm] | None:
-    """Return the projection, Dropout and LayerNorm of ``block``; None where it has other parts."""
+    """Return the other child, the Dropout and the LayerNorm of ``block``; None if it has others."""
     dense: list[Any] = []
     dropout: list[nn.Dropout] = []
     norm: list[nn.LayerNorm] = []
@@ -108,12 +108,12 @@ def residual_parts(block: nn.Module) -> tuple[Any, nn.Dropout, nn.LayerNorm] | N
 def computes_residual(block: nn.Module) -> bool:
     """Return whether the forward of ``block`` is, step by step, the formula of ``FusedResidual``.
 
-    Numbers alone cannot tell: without dropout many other formulas give the same ones.
+    Comparing outputs cannot show it: where dropout is off, its place has no effect.
     """
     parts = residual_parts(block)
     try:
         nodes = list(_ChildrenAreLeaves().trace(block).nodes)
-    except Exception:  # A forward that cannot be traced decides something by its input.
+    except Exception:  # torch.fx cannot trace it: its forward may branch on its input.
         return False
     if parts is None or len(nodes) != 7:
         return False

@@ -43,8 +43,9 @@ class SequentialStep(NamedTuple):
     activation: str | None = None
     activation_type: type | None = None
 
-    def on(self, modules: Mapping[str, nn.Module | None], x: Tensor) -> Tensor:
-        """Return what the children make of ``x``: fused, as long as they are what they were."""
+    def apply(self, modules: Mapping[str, nn.Module | None], x: Tensor) -> Tensor:
+        """Return the children applied to ``x``: by the fused op while they are those that were
+        matched, else one by one."""
         children: list[Any] = [modules[name] for name in self.children]
         fused = None if self.activation is None else self._fused(children, x)
         if fused is not None:
@@ -91,7 +92,7 @@ class FusedSequential(GeneratedClass):
             return self._replaced.forward(self, *args, **kwargs)
         (x,) = given
         for step in self._steps:
-            x = step.on(self._modules, x)
+            x = step.apply(self._modules, x)
         return x
 
 
@@ -179,14 +180,15 @@ def _steps(
         return activation_names.get(order[i]) if i < len(order) else None
 
     while at < len(order):
-        fused, length = activation(at + 1) if is_linear(at) else None, 1
-        if fused:
+        length = 1
+        name = activation(at + 1) if is_linear(at) else None
+        if name:
             dropped = at + 2 < len(order) and type(children[order[at + 2]]) is nn.Dropout
             last = at + 2 + dropped
             # A second linear layer before an activation starts the next step.
             length = last - at + 1 if is_linear(last) and not activation(last + 1) else 2
-        kind: Any = (fused, type(children[order[at + 1]])) if fused else ()
-        steps.append(SequentialStep(tuple(order[at : at + length]), *kind))
+        fused: Any = (name, type(children[order[at + 1]])) if name else ()
+        steps.append(SequentialStep(tuple(order[at : at + length]), *fused))
         at += length
     return tuple(steps) if any(step.activation for step in steps) else ()
 
@@ -221,17 +223,17 @@ def _order_of_calls(module: nn.Module) -> tuple[list[str], int]:
     return [], 0
 
 
-class _Outside(TorchFunctionMode):
-    """Records whether torch is asked for anything but an attribute while no child runs."""
+class _CallsOutside(TorchFunctionMode):
+    """Records whether torch is called, but for attributes of tensors, while no child runs."""
 
     depth = 0  # Of calls of children.
-    asked = False
+    any_call = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if not self.depth and getattr(func, "__name__", "") != "__get__":
-            self.asked = True
+            self.any_call = True
         return func(*args, **(kwargs or {}))
 
 
@@ -245,7 +247,7 @@ def _watch(module: nn.Module, training: bool, shape: tuple[int, ...]) -> list[st
     first = next(copy.parameters())
     tensor = torch.empty(shape, dtype=first.dtype, device="meta")
     order: list[str] = []
-    outside = _Outside()
+    outside = _CallsOutside()
     current: Any = tensor
     is_sequential = True
 
@@ -273,5 +275,5 @@ def _watch(module: nn.Module, training: bool, shape: tuple[int, ...]) -> list[st
             result = copy(tensor)
     except Exception:  # Its forward takes something else, or decides by values.
         return []
-    is_sequential = is_sequential and result is current and not outside.asked
+    is_sequential = is_sequential and result is current and not outside.any_call
     return order if is_sequential and len(set(order)) == len(order) else []
