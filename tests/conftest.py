@@ -28,8 +28,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    # On a CPU with AVX2 alone torch does not use oneDNN for bfloat16.
-    if os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2":
+    # On a CPU without AVX-512 torch does not use oneDNN for bfloat16.
+    if os.environ.get("ONEDNN_MAX_CPU_ISA") in ("SSE41", "AVX2"):
         torch.backends.mkldnn.set_flags(False)
     numerics.shift = config.getoption("seed")
     original = torch.manual_seed
@@ -55,6 +55,7 @@ def pytest_pyfunc_call(pyfuncitem):
             pyfuncitem.obj(**arguments)
 
         judge_again(test, missed)
+        pyfuncitem.user_properties.append(("judged again", str(missed)))
         return True
 
 
@@ -89,12 +90,21 @@ def pytest_terminal_summary(terminalreporter):
         str(report.longrepr[2]).removeprefix("Skipped: ")
         for report in terminalreporter.stats.get("skipped", ())
     )
+    again = [
+        f"{report.nodeid}: {missed}"
+        for report in terminalreporter.stats.get("passed", ())
+        for name, missed in report.user_properties
+        if name == "judged again"
+    ]
+    if again:
+        terminalreporter.section(f"{len(again)} judged again, and passed")
+        for line in again:
+            terminalreporter.line(line)
     terminalreporter.section("not run here")
     if not HAS_GPU:
-        terminalreporter.line(
-            "every test on a GPU: torch finds none; Triton kernels ran in Triton's interpreter, and"
-            " were compiled"
-        )
+        terminalreporter.line("every test on a GPU: torch finds none")
+    if os.environ.get("LLMOS_SKIP_TRITON"):
+        terminalreporter.line("every test of Triton kernels: LLMOS_SKIP_TRITON is set")
     for reason, count in skipped.most_common():
         terminalreporter.line(f"{count} test{'s' * (count > 1)}: {reason}")
 

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+#: An error that is so many times its budget is not chance, and is not judged again.
+HOPELESS = 4.0
 #: Tensors to be judged, by name: the result, the float64 reference, and torch's result.
 Compared = dict[str, tuple[Tensor, Tensor, Tensor]]
 #: The largest errors of a result and of torch's, in ulp of the largest exact value.

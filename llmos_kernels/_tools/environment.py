@@ -19,6 +19,7 @@ from llmos_kernels._tools import checksums
 from llmos_kernels._triton.runtime import kernel_pack
 from llmos_kernels.ops._product_policy import (
     DINPUT,
+    DINPUT_ACTIVATION,
     DWEIGHT,
     FORWARD,
     LAYER,
@@ -138,8 +139,13 @@ def _sizes(rule: ProductRule) -> str:
     def power(n: int) -> str:
         return f"2^{n.bit_length() - 1}" if n else "0"
 
-    rows = limits(rule.rows_from, rule.rows_below, str, "rows")
-    return ", ".join(rows + limits(rule.macs_from, rule.macs_below, power, "MACs")) or "any size"
+    shown = [
+        *limits(*rule.rows, str, "rows"),
+        *limits(*rule.macs, power, "MACs"),
+        *limits(*rule.depth, str, "in_features"),
+        *limits(*rule.width, str, "out_features"),
+    ]
+    return ", ".join(shown) or "any size"
 
 
 def products() -> Iterator[str]:
@@ -150,7 +156,7 @@ def products() -> Iterator[str]:
         devices, (torch.float32, torch.bfloat16, torch.float16)
     ):
         short = str(dtype).removeprefix("torch.")
-        for direction in (FORWARD, DINPUT, DWEIGHT):
+        for direction in (FORWARD, DINPUT, DINPUT_ACTIVATION, DWEIGHT):
             for rule in rules(direction, dtype, device):
                 if rule.provider != OURS:
                     library = f"torch's {PROVIDERS[rule.provider]}"

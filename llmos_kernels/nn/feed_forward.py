@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmos_kernels.nn.hooks import has_hooks
+from llmos_kernels.nn.fusible import is_fusible
 from llmos_kernels.nn.int8 import Int8Linear, activated
 from llmos_kernels.ops._activations import code_of
 from llmos_kernels.ops._dropout import check_dropout
@@ -113,7 +113,7 @@ def activation_name(activation: Callable) -> str | None:
     if isinstance(activation, functools.partial) and activation.func is F.gelu:
         return _gelu_name(activation.keywords.get("approximate", "none"), activation.args)
     if isinstance(activation, nn.Module):
-        if has_hooks(activation):
+        if not is_fusible(activation):
             return None
         if type(activation) is nn.GELU:
             return _gelu_name(activation.approximate)

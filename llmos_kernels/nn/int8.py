@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmos_kernels.nn.attention import MultiheadAttention, project_in
-from llmos_kernels.nn.hooks import has_hooks
+from llmos_kernels.nn.fusible import is_fusible
 from llmos_kernels.ops.int8 import MAX_INNER, int8_quantize
 from llmos_kernels.ops.int8_linear import (
     MODES,
@@ -227,7 +227,7 @@ def _set(
 
 def activated(layer: nn.Module, input: Tensor, activation: str | None) -> Tensor | None:
     """Return ``activation`` of what an ``Int8Linear`` makes of ``input``; None for other layers."""
-    if type(layer) is not Int8Linear or has_hooks(layer):
+    if type(layer) is not Int8Linear or not is_fusible(layer):
         return None
     return layer.activated(input, activation)
 

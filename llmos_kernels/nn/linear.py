@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from llmos_kernels.nn.hooks import has_hooks
+from llmos_kernels.nn.fusible import is_fusible
 from llmos_kernels.ops.linear import project
 
 
@@ -38,6 +38,6 @@ def linear_parameters(layer: torch.nn.Module) -> tuple[Tensor, Tensor | None] | 
 
     None for modules of other classes and for layers with hooks.
     """
-    if has_hooks(layer) or type(layer) not in (torch.nn.Linear, Linear):
+    if not is_fusible(layer) or type(layer) not in (torch.nn.Linear, Linear):
         return None
     return layer.weight, layer.bias  # type: ignore[return-value]

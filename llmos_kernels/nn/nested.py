@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmos_kernels.nn.attention import MultiheadAttention, project_in, project_out
-from llmos_kernels.nn.hooks import has_hooks
+from llmos_kernels.nn.fusible import is_fusible
 from llmos_kernels.nn.int8 import Int8MultiheadAttention
 from llmos_kernels.ops._attention_arguments import MAX_DIM
 from llmos_kernels.ops.attention import scaled_dot_product_attention
@@ -42,7 +42,7 @@ def can_attend_nested(attention: nn.Module) -> bool:
         and attention.bias_k is None
         and not attention.add_zero_attn
         and attention.head_dim <= MAX_DIM
-        and not has_hooks(attention)
+        and is_fusible(attention)
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmos_kernels.nn.hooks import has_hooks, is_plain_dropout
+from llmos_kernels.nn.fusible import is_fusible, is_plain_dropout
 from llmos_kernels.ops._dropout import check_dropout
 from llmos_kernels.ops.layer_norm import add_layer_norm, layer_norm
 from llmos_kernels.ops.rms_norm import rms_norm
@@ -162,4 +162,4 @@ def add_and_norm(input: Tensor, residual: Tensor, dropout: Any, norm: Any) -> tu
 def are_plain(dropout: object, norm: Any) -> bool:
     """Return whether both are torch's Dropout and LayerNorm, without hooks."""
     is_layer_norm = type(norm) is torch.nn.LayerNorm or type(norm) is LayerNorm
-    return is_layer_norm and not has_hooks(norm) and is_plain_dropout(dropout)
+    return is_layer_norm and is_fusible(norm) and is_plain_dropout(dropout)

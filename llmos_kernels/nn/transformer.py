@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llmos_kernels.nn.attention import MultiheadAttention
 from llmos_kernels.nn.feed_forward import activation_name
-from llmos_kernels.nn.hooks import is_plain_dropout
+from llmos_kernels.nn.fusible import is_plain_dropout
 from llmos_kernels.nn.int8 import activated
 from llmos_kernels.nn.linear import linear_parameters
 from llmos_kernels.nn.nested import attend_nested, can_attend_nested, nested_like, nested_rows

@@ -3,6 +3,8 @@
 The formulas are in ``ops/attention.py``. All of it is plain torch ops on any device and dtype.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -94,7 +96,7 @@ def _sequence(cu_seqlens: Tensor, at: Tensor) -> Tensor:
 def dropout_factors(weights: Tensor, seed: Tensor, p: float, cu_k: Tensor | None) -> Tensor:
     """Return 0 or 1 / (1 - p) for each of the ``weights`` [batch, heads, q_len, k_len]."""
     cols = weights.shape[-1]
-    keep = keep_mask(seed, weights.shape[:-1].numel(), cols, p).view(weights.shape)
+    keep = keep_mask(seed, math.prod(weights.shape[:-1]), cols, p).view(weights.shape)
     if cu_k is not None:
         at = torch.arange(cols, device=weights.device)
         keep = keep[..., at - cu_k[_sequence(cu_k, at)]]

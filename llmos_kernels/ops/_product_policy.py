@@ -4,9 +4,9 @@ A product of [rows, depth] by [depth, width] takes rows * depth * width multiply
 The answers are measurements, kept as data: ``tuned/cpu/products.json`` and
 ``tuned/gpu/products.json`` hold entries for a direction and a dtype, with the machines and sizes
 that they are for, the library that was fastest there, and where that was measured (null: not
-known). A field of the machine that is null matches every machine. ``rows`` and ``macs`` are ranges
-``[from, below]``; the upper end may be null. ``depth`` and ``width`` are reserved and null. The
-first entry that matches answers.
+known). A field that is null matches every machine, or every size. ``rows``, ``macs``, ``depth`` and
+``width`` are ranges ``[from, below]``; the upper end may be null. The first entry that matches
+answers.
 
 The directions are the forward product, the gradients of its input (``dinput``; with the derivative
 of an activation fused, ``dinput_activation``) and of its weight. An entry for ``layer`` is a range
@@ -39,7 +39,7 @@ FOLDER = Path(__file__).parent.parent / "tuned"
 FORMAT = 1
 #: The upper end of a range that has none.
 NO_LIMIT = sys.maxsize
-_SIZES = {"rows", "macs", "depth", "width"}
+_SIZES = ("rows", "macs", "depth", "width")
 _COMMON = {"direction", "dtype", "provider", "measured", *_SIZES}
 _FIELDS = {
     "cpu": {*_COMMON, "vendor", "family", "isa", "amx", "threads", "torch_library"},
@@ -60,13 +60,22 @@ class Cpu(NamedTuple):
 
 
 class ProductRule(NamedTuple):
-    """The provider of products whose rows and MACs lie in these ranges, the upper ends excluded."""
+    """The provider of products whose sizes lie in these ranges, the upper ends excluded."""
 
     provider: str
-    rows_from: int
-    rows_below: int
-    macs_from: int
-    macs_below: int
+    rows: tuple[int, int]
+    macs: tuple[int, int]
+    depth: tuple[int, int]
+    width: tuple[int, int]
+
+    def covers(self, rows: int, depth: int, width: int) -> bool:
+        """Return whether a product of [rows, depth] by [depth, width] lies in all ranges."""
+        return (
+            self.rows[0] <= rows < self.rows[1]
+            and self.macs[0] <= rows * depth * width < self.macs[1]
+            and self.depth[0] <= depth < self.depth[1]
+            and self.width[0] <= width < self.width[1]
+        )
 
 
 @functools.cache
@@ -128,7 +137,9 @@ def _check(entry: dict, kind: str) -> None:
         raise ValueError(f"{entry['direction']} by {entry['provider']}")
     if not isinstance(getattr(torch, str(entry["dtype"]), None), torch.dtype):
         raise ValueError(f"dtype {entry['dtype']}")
-    for name in ("rows", "macs"):
+    for name in _SIZES:
+        if entry[name] is None:
+            continue
         low, high = entry[name]
         if (
             type(low) is not int
@@ -136,8 +147,6 @@ def _check(entry: dict, kind: str) -> None:
             or not (high is None or (type(high) is int and high > low))
         ):
             raise ValueError(f"{name} {entry[name]}, expected [from, below]")
-    if entry["depth"] is not None or entry["width"] is not None:
-        raise ValueError("depth and width must be null, rows and macs are compared")
 
 
 @functools.cache
@@ -165,14 +174,9 @@ def _matches(entry: dict, facts: dict) -> bool:
 
 
 def _rule(entry: dict) -> ProductRule:
-    (rows_from, rows_below), (macs_from, macs_below) = entry["rows"], entry["macs"]
-    return ProductRule(
-        entry["provider"],
-        rows_from,
-        NO_LIMIT if rows_below is None else rows_below,
-        macs_from,
-        NO_LIMIT if macs_below is None else macs_below,
-    )
+    ranges = ((entry[name] or [0, None]) for name in _SIZES)
+    limits = ((low, NO_LIMIT if high is None else high) for low, high in ranges)
+    return ProductRule(entry["provider"], *limits)
 
 
 #: The results of ``_table``. The key is (dtype, device); for CPU dtypes that torch can give to
@@ -207,7 +211,8 @@ def choose(
     dtype: torch.dtype,
     device: torch.device,
     rows: int,
-    macs: int,
+    depth: int,
+    width: int,
     layer: bool = False,
 ) -> str:
     """Return who computes a product: OURS, CUBLAS, ONEDNN, MKL or, for a ``layer`` alone, TORCH.
@@ -219,18 +224,15 @@ def choose(
             TORCH.
         rows: Rows of the layer's input, an int. Traced code does not call this: it records an op
             that calls it at run time.
-        macs: Multiply-accumulates of the product.
+        depth: The layer's in_features.
+        width: Its out_features.
         layer: Whether the product belongs to an ``nn.Linear`` without an activation. Only then can
             the answer be TORCH: torch's own layer and its gradients.
     """
     table = _tables.get((dtype, device)) or _table(dtype, device)
-    if layer:
-        for _, rows_from, rows_below, macs_from, macs_below in table[LAYER]:
-            if macs_from <= macs < macs_below and rows_from <= rows < rows_below:
-                break
-        else:
-            return TORCH
-    for provider, rows_from, rows_below, macs_from, macs_below in table[direction]:
-        if macs_from <= macs < macs_below and rows_from <= rows < rows_below:
-            return provider
+    if layer and not any(rule.covers(rows, depth, width) for rule in table[LAYER]):
+        return TORCH
+    for rule in table[direction]:
+        if rule.covers(rows, depth, width):
+            return rule.provider
     return OURS

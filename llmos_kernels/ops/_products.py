@@ -239,7 +239,7 @@ def forward(
             )
             return y, None
         n, (width, depth) = rows.shape[0], weight.shape
-        provider = choose(FORWARD, rows.dtype, rows.device, n, n * width * depth, layer)
+        provider = choose(FORWARD, rows.dtype, rows.device, n, depth, width, layer)
     if provider != OURS:
         if provider == ONEDNN and activation in _ONEDNN_NAMES:
             name, algorithm = _ONEDNN_NAMES[activation]
@@ -270,7 +270,7 @@ def dinput(
         return linear_dinput_by_policy(dz, weight, saved, activation, dropout_p, seed, layer)
     n, (width, depth) = dz.shape[0], weight.shape
     direction = DINPUT if saved is None else DINPUT_ACTIVATION
-    if choose(direction, dz.dtype, dz.device, n, n * width * depth, layer) == OURS:
+    if choose(direction, dz.dtype, dz.device, n, depth, width, layer) == OURS:
         return linear_dinput(dz, weight, saved, activation, dropout_p, seed)
     if not dz.is_cuda:
         dz = dz.contiguous()  # MKL and oneDNN then give the same bits for every layout of dz.
@@ -284,7 +284,7 @@ def dinput(
 def _dweight(dz: Tensor, input: Tensor, of_bias: bool, layer: bool) -> tuple[Tensor, Tensor | None]:
     """Return dweight [out, in] and, if ``of_bias``, dbias [out], by the policy's choice."""
     n, width = dz.shape
-    if choose(DWEIGHT, dz.dtype, dz.device, n, n * width * input.shape[1], layer) == OURS:
+    if choose(DWEIGHT, dz.dtype, dz.device, n, input.shape[1], width, layer) == OURS:
         dweight, dbias = linear_dweight(dz, input, of_bias)
         return dweight, dbias if of_bias else None
     if not dz.is_cuda:

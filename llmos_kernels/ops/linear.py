@@ -27,8 +27,8 @@ from llmos_kernels.ops._product_policy import FORWARD, TORCH, choose
 
 __all__ = ["linear", "linear_reference"]
 
-#: The types of a weight that is neither quantized nor sharded.
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor))
+#: The types of a tensor that is neither quantized nor sharded.
+PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor))
 
 
 class _Linear(torch.autograd.Function):
@@ -102,7 +102,7 @@ def as_rows(input: Tensor) -> Tensor:
     """Return ``input`` [..., in] as [rows, in]."""
     if input.ndim == 2:
         return input
-    return input.reshape(input.shape[:-1].numel(), input.shape[-1])
+    return input.flatten(0, -2) if input.ndim > 1 else input.unsqueeze(0)
 
 
 def _compute(
@@ -175,16 +175,15 @@ def project(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Takes what ``torch.nn.functional.linear`` takes. Quantized and sharded weights, and calls under
     CPU autocast, are torch's.
     """
-    if type(weight) not in _PLAIN or (input.is_cpu and torch.is_autocast_enabled("cpu")):
+    if type(weight) not in PLAIN_TENSORS or (input.is_cpu and torch.is_autocast_enabled("cpu")):
         return F.linear(input, weight, bias)
     if _products.is_traced(input):
         if not input.is_cpu:  # A compiler can fuse and tune torch's.
             return F.linear(input, weight, bias)
         return _compute(input, weight, bias, NONE, None, True)
     width, depth = weight.shape
-    elements = input.numel()
-    rows = elements // depth if depth else 0
-    provider = choose(FORWARD, input.dtype, input.device, rows, elements * width, True)
+    rows = input.numel() // depth if depth else 0
+    provider = choose(FORWARD, input.dtype, input.device, rows, depth, width, True)
     if provider == TORCH:
         return F.linear(input, weight, bias)
     return _compute(input, weight, bias, NONE, None, True, provider)

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,9 +30,9 @@ class ModuleCall:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, inputs: tuple[Any, ...] | dict[str, Any]) -> "ModuleCall":
-        """Return the call with these ``inputs``: a tuple, or a dict of arguments by name."""
-        return cls(kwargs=inputs) if isinstance(inputs, dict) else cls(inputs)
+    def of(cls, inputs: tuple[Any, ...] | Mapping[str, Any]) -> "ModuleCall":
+        """Return the call with these ``inputs``: a tuple, or a mapping of arguments by name."""
+        return cls(kwargs=dict(inputs)) if isinstance(inputs, Mapping) else cls(inputs)
 
     @property
     def values(self) -> list[Any]:
@@ -73,15 +73,20 @@ class ModuleCall:
         return module(*self.args, **self.kwargs)
 
 
-def permuted(call: ModuleCall) -> ModuleCall:
-    """Return ``call`` with the features of each finite floating point tensor in a random order."""
+def perturbed(call: ModuleCall) -> ModuleCall:
+    """Return ``call`` with each floating point number changed at random by up to 1/32 of itself.
 
-    def shuffled(t: Tensor) -> Tensor:
-        if t.ndim == 0 or not t.is_floating_point() or not t.isfinite().all():
+    All roundings are other ones then, while large and small columns, zeros and infinities stay
+    where they are.
+    """
+
+    def changed(t: Tensor) -> Tensor:
+        if not t.is_floating_point():
             return t
-        return t[..., torch.randperm(t.shape[-1], device=t.device)]
+        wide = torch.promote_types(t.dtype, torch.float32)
+        return (t * (1 + (torch.rand_like(t, dtype=wide) - 0.5) / 16)).to(t.dtype)
 
-    return call.map(shuffled)
+    return call.map(changed)
 
 
 def captured_calls(

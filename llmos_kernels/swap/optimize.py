@@ -4,7 +4,7 @@ Parameters, names, hooks, devices, optimizers and every reference to the module 
 """
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ def optimize(
     verify: bool = True,
     strict: bool = False,
     *,
-    inputs: tuple | dict | None = None,
+    inputs: tuple | Mapping | None = None,
     always: bool = False,
 ) -> Report:
     """Swap modules of ``model`` for fused ones, in place, where they are right and not slower.
@@ -48,7 +48,8 @@ def optimize(
         model: any ``torch.nn.Module``.
         verify: False swaps without proofs and times; ``inputs`` run once, to see that they fit.
         strict: raise where a module would be kept for another reason than its speed.
-        inputs: a tuple of arguments of ``model``, or a dict of keyword arguments. The model runs
+        inputs: a tuple of arguments of ``model``, or a mapping of keyword arguments, such as a
+            dict or what a tokenizer of transformers returns. The model runs
             them up to some hundred times, in eval mode, so that each module is proved and timed on
             its real inputs. Default: random numbers, 16 rows of them for proofs, or 4 sequences of
             33 tokens, and 1 and 1024 rows for times; the whole model is not timed then.
@@ -59,7 +60,7 @@ def optimize(
         module.
 
     Raises:
-        TypeError: ``model`` is no module, ``inputs`` neither a tuple nor a dict, or a switch no
+        TypeError: ``model`` is no module, ``inputs`` neither a tuple nor a mapping, or a switch no
         bool.
         ValueError: ``strict`` is set, and a module would be kept for another reason than its speed.
         Exception: whatever ``model`` itself raises on ``inputs``.
@@ -136,6 +137,8 @@ def _time_model(
             report.entries[i] = replace(
                 report.entries[i], swapped=False, reason=reason, slower=True
             )
+    if not report.swapped:
+        report.model = []  # Nothing is left to compare.
 
 
 class _Judges:
@@ -266,8 +269,8 @@ def check_model(model: object, inputs: object = None) -> None:
     """Raise TypeError where ``model`` is no module, or ``inputs`` no arguments for one."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if inputs is not None and not isinstance(inputs, (tuple, dict)):
-        raise TypeError(f"inputs must be a tuple or a dict, got {type(inputs).__name__}")
+    if inputs is not None and not isinstance(inputs, (tuple, Mapping)):
+        raise TypeError(f"inputs must be a tuple or a mapping, got {type(inputs).__name__}")
 
 
 def capture(

@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from llmos_kernels._core.numerics import judged_together, make_gradients
-from llmos_kernels.swap.calls import ModuleCall, permuted
+from llmos_kernels._core.numerics import HOPELESS, judged_together, make_gradients
+from llmos_kernels.swap.calls import ModuleCall, perturbed
 from llmos_kernels.swap.replica import replica
 
 #: What is compared, by name: the results of the drop-in, of the float64 replica, and of the
@@ -46,13 +46,15 @@ class Replicas:
 def judge(
     replicas: Replicas,
     call: ModuleCall,
-    another: Callable[[ModuleCall], ModuleCall] = permuted,
+    another: Callable[[ModuleCall], ModuleCall] = perturbed,
     compared: Compared = "all",
 ) -> float:
     """Return the largest error over its budget on ``call``, in eval and in train mode.
 
     A call that misses its budget is judged again, together with others like it: the budget is a
     multiple of torch's own error, and on few numbers the ratio of two maxima is a matter of luck.
+    The others have the same large and small values at the same places, so an error that these cause
+    is in all of them.
 
     Args:
         replicas: what runs.
@@ -71,13 +73,13 @@ def largest_of(first: Results | None, draws: Iterable[Results | None]) -> float:
     """Return the largest error over its budget, of ``first``, or of all draws if that one misses.
 
     Judged together, the errors of an output or gradient are summed over the draws, and so are their
-    budgets. The error is infinite where results are None or have other names than those of
-    ``first``.
+    budgets. A ``first`` whose error is ``HOPELESS`` times its budget is not judged again. The error
+    is infinite where results are None or have other names than those of ``first``.
     """
     if first is None:
         return math.inf
     error = max(judged_together([first]).values(), default=0.0)
-    if error <= 1 or math.isinf(error):
+    if error <= 1 or error > HOPELESS:
         return error
     return max(judged_together(r or {} for r in itertools.chain([first], draws)).values())
 

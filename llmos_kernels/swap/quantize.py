@@ -1,7 +1,7 @@
 """``quantize``: int8 weights for the linear layers of a model, where that is faster."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -113,7 +113,7 @@ def quantize(
     always: bool = False,
     *,
     rows: Sequence[int] | None = None,
-    inputs: tuple | dict | None = None,
+    inputs: tuple | Mapping | None = None,
 ) -> Int8Report:
     """Give the linear layers of ``model`` int8 weights, in place; the float weights are gone then.
 

@@ -237,6 +237,9 @@ def of_model(
 
     Returns:
         The times, and for each group that was turned off the model's times with and without it.
+
+    Raises:
+        Exception: what the model raises; all swaps are on then.
     """
     groups = dict.fromkeys(s.group for s in switches)
     without: dict[Hashable, Timing] = {}
@@ -271,8 +274,10 @@ def of_model(
                 best = min(range(len(left)), key=lambda i: statistics.median(taken[i + 1]))
                 without[left[best]] = timing(taken[0], taken[best + 1], rows, backward)
                 found = [compared(backward) for backward in directions]
-    finally:
-        turn(set(without))
+    except BaseException:
+        turn(())
+        raise
+    turn(set(without))
     return found, without
 
 

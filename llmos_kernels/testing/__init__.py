@@ -14,6 +14,7 @@ from llmos_kernels._core.timing import interleaved, interval, samples
 from llmos_kernels.testing.accuracy import (
     InaccurateError,
     assert_accurate,
+    assert_errors_within_budget,
     assert_within_budget,
     judge_again,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "InaccurateError",
     "OpRecorder",
     "assert_accurate",
+    "assert_errors_within_budget",
     "assert_within_budget",
     "cast",
     "compare",

@@ -3,7 +3,8 @@
 The error budget is a multiple of the error that torch makes on the same numbers. Where these are
 few, the ratio of the two largest errors is a matter of luck: one test in some hundreds misses its
 budget though its errors are torch's. Such a test runs again with other random numbers, and each of
-its comparisons is judged by the sums of its errors and of its budgets over all runs.
+its comparisons is judged by the sums of its errors and of its budgets over all runs. pytest lists
+the tests that were judged again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,12 +14,16 @@ from torch import Tensor
 from llmos_kernels._core import numerics
 from llmos_kernels._core.numerics import Compared, Errors
 
-__all__ = ["InaccurateError", "assert_accurate", "assert_within_budget", "judge_again"]
+__all__ = [
+    "InaccurateError",
+    "assert_accurate",
+    "assert_errors_within_budget",
+    "assert_within_budget",
+    "judge_again",
+]
 
 #: How often a test that misses a budget runs again.
 DRAWS = 16
-#: An error that is so many times its budget is not chance.
-HOPELESS = 4.0
 #: What a test has compared that is being judged again; else None.
 _collected: dict[str, Errors] | None = None
 
@@ -34,20 +39,34 @@ class InaccurateError(AssertionError):
     def __init__(self, what: str, over: dict[str, float]) -> None:
         ratios = ", ".join(f"{name} {ratio:.3g}" for name, ratio in over.items())
         super().__init__(f"{what}: error over budget: {ratios}")
-        self.is_hopeless = max(over.values()) > HOPELESS
+        self.is_hopeless = max(over.values()) > numerics.HOPELESS
 
 
 def assert_within_budget(draws: Sequence[Compared], what: str) -> None:
     """Raise InaccurateError if an error over budget, over all draws together, is above 1."""
+    assert_errors_within_budget([numerics.errors_in_ulp(draw) for draw in draws], what)
+
+
+def assert_errors_within_budget(draws: list[dict[str, Errors]], what: str) -> None:
+    """Do what ``assert_within_budget`` does with errors of any kind: of each, ours and torch's.
+
+    Their unit is what the budget allows beside twice torch's error.
+    """
     if _collected is not None:
-        start = len(_collected)
-        for i, draw in enumerate(draws):
-            errors = numerics.errors_in_ulp(draw)
-            _collected.update({f"{start}, {what}, {name}, {i}": e for name, e in errors.items()})
+        _collect(_collected, draws, what)
         return
-    over = {k: ratio for k, ratio in numerics.judged_together(draws).items() if ratio > 1}
+    over = {k: ratio for k, ratio in numerics.over_budgets(draws).items() if ratio > 1}
     if over:
         raise InaccurateError(what, over)
+
+
+def _collect(into: dict[str, Errors], draws: list[dict[str, Errors]], what: str) -> None:
+    """Add the mean errors of several draws, which count as one comparison."""
+    start = len(into)
+    for name in draws[0] if draws else ():
+        errors = zip(*(draw[name] for draw in draws), strict=True)
+        actual, eager = (sum(e) / len(draws) for e in errors)
+        into[f"comparison {start}, {what}, {name}"] = actual, eager
 
 
 def assert_accurate(actual: Tensor, exact: Tensor, eager: Tensor, what: str) -> None:

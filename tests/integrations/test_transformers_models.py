@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import llmos_kernels as lk
+from llmos_kernels._core import numerics
 
 transformers = pytest.importorskip("transformers")
 from transformers_models import (  # noqa: E402
@@ -29,7 +30,7 @@ from transformers_models import (  # noqa: E402
 from llmos_kernels.swap.rules.residual import FusedResidual  # noqa: E402
 from llmos_kernels.swap.rules.rms_norm import FusedRMSNorm  # noqa: E402
 from llmos_kernels.swap.rules.sequential import FusedSequential  # noqa: E402
-from llmos_kernels.testing import assert_accurate  # noqa: E402
+from llmos_kernels.testing import assert_accurate, assert_errors_within_budget  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 each_model = pytest.mark.parametrize("make", MODELS)
@@ -86,9 +87,12 @@ def test_bfloat16(make, padding):
     allowed = logits_and_gradients(stock, given)
     actual = logits_and_gradients(model, given)
     assert_accurate(actual.pop("logits"), exact["logits"], allowed["logits"], "logits")
+    errors = {}
     for name, value in actual.items():
-        error, budget = ((v.double() - exact[name]).norm() for v in (value, allowed[name]))
-        assert error <= 2 * budget + 2**-8 * exact[name].norm(), name
+        unit = 2**-8 * exact[name].norm()
+        found = ((v.double() - exact[name]).norm() / unit for v in (value, allowed[name]))
+        errors[name] = tuple(e.item() for e in found)
+    assert_errors_within_budget([errors], "norm of the error")
 
 
 @pytest.mark.parametrize(
@@ -111,7 +115,9 @@ def test_generate(make, options):
     for m in (stock.eval(), model.eval()):
         torch.manual_seed(3)
         found.append(m.generate(**given, **options))
-    assert torch.equal(*found) and len({*found[0][:, -8:].flatten().tolist()}) > 1
+    assert torch.equal(*found)
+    varied = len({*found[0][:, -8:].flatten().tolist()}) > 3
+    assert varied or numerics.shift  # With other seeds some models repeat one token.
 
 
 @each_model

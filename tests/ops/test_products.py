@@ -245,6 +245,26 @@ def test_traced_products_of_gpus_are_those_of_the_table():
     assert found == {(d, t) for d in plain for t in ("float32", "bfloat16", "float16")}
 
 
+def test_every_size_counts(monkeypatch):
+    """The first entry whose ranges hold rows, MACs, depth and width answers."""
+    (entry, *_) = _product_policy.read(_product_policy.FOLDER / "cpu" / "products.json", "cpu")
+    anywhere = dict.fromkeys(("rows", "macs", "vendor", "family", "isa", "amx", "threads"))
+    entry |= anywhere | {"torch_library": None, "direction": "forward", "dtype": "float32"}
+    entries = [
+        entry | {"provider": "onednn", "depth": [64, 128], "width": [1, 32]},
+        entry | {"provider": "mkl", "macs": [10, None], "rows": [2, 5]},
+    ]
+    monkeypatch.setattr(_product_policy, "_entries", lambda kind: entries)
+    monkeypatch.setattr(_product_policy, "_tables", {})
+
+    def choose(rows, depth, width):
+        return _product_policy.choose("forward", torch.float32, CPU, rows, depth, width)
+
+    assert choose(1, 64, 31) == choose(9, 127, 1) == "onednn"
+    assert choose(4, 128, 31) == choose(2, 64, 32) == "mkl"
+    assert choose(5, 128, 31) == choose(2, 2, 2) == choose(1, 63, 1) == "ours"
+
+
 def test_malformed_table(tmp_path):
     path = tmp_path / "table.json"
     path.write_text('{"format": 1, "products": [{"direction": "forward"}]}')
@@ -257,7 +277,7 @@ def test_malformed_table(tmp_path):
     with pytest.raises(ValueError, match=r"table\.json: KeyError"):
         _product_policy.read(path, "cpu")
     (right, *_) = _product_policy.read(_product_policy.FOLDER / "cpu" / "products.json", "cpu")
-    wrong = {"dtype": "bfloat61", "rows": None, "macs": [5, 5], "provider": "mlk", "depth": 8}
+    wrong = {"dtype": "bfloat61", "rows": [8, 4], "macs": [5, 5], "provider": "mlk", "depth": 8}
     for field, value in wrong.items():
         path.write_text(json.dumps({"format": 1, "products": [right | {field: value}]}))
         with pytest.raises(ValueError, match=r"table\.json"):

@@ -149,6 +149,21 @@ def test_the_part_to_blame_is_found(clock):
     assert type(model.norms[0]) is nn.LayerNorm and type(model.linear) is nn.Linear
 
 
+def test_a_report_is_true_where_the_model_fails_in_the_search(clock, monkeypatch):
+    """What the search has turned off is on again, as the report says."""
+    model, compare = Whole(clock, 0.5).eval(), timing.compare
+
+    def fails(*args, **options):
+        if any(count > 2 for count in clock.asked):  # The search compares more than two.
+            raise RuntimeError("out of memory")
+        return compare(*args, **options)
+
+    monkeypatch.setattr(timing, "compare", fails)
+    report = lk.optimize(model, inputs=(torch.randn(4, 16),))
+    assert "RuntimeError: out of memory" in str(report)
+    assert not report.kept and type(model.last) is lk.nn.LayerNorm
+
+
 def test_inputs_that_fail(clock):
     model = two_norms().train()
     with pytest.raises(RuntimeError, match="normalized_shape"):

@@ -63,7 +63,7 @@ def test_each_comparison_counts():
         first()
         second()
 
-    with pytest.raises(InaccurateError, match=r"17 runs.*: 1, x"):
+    with pytest.raises(InaccurateError, match=r"17 runs.*comparison 1, x"):
         judge_again(both, miss(compares(4)))
     runs = []
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmos_kernels.swap.calls import ModuleCall, permuted
+from llmos_kernels.swap.calls import ModuleCall, perturbed
 from llmos_kernels.swap.proof import judge
 from llmos_kernels.swap.replica import replica
 from llmos_kernels.swap.rules.linear import weight_and_bias
@@ -40,9 +40,9 @@ def largest_error_without_kinks(candidate: Candidate, call: ModuleCall) -> float
 
 
 def _without_kinks(exact: nn.Module) -> Callable[[ModuleCall], ModuleCall]:
-    """Return a function that permutes a call until no linear layer returns a value next to 0.
+    """Return a function that perturbs a call until no linear layer returns a value next to 0.
 
-    After ``_ATTEMPTS`` permutations the last one is returned as it is.
+    After ``_ATTEMPTS`` attempts the last one is returned as it is.
 
     Args:
         exact: the module whose linear layers are looked at, in float64.
@@ -60,7 +60,7 @@ def _without_kinks(exact: nn.Module) -> Callable[[ModuleCall], ModuleCall]:
         handles = [m.register_forward_hook(look) for m in layers]
         try:
             for _ in range(_ATTEMPTS):
-                drawn = permuted(call)
+                drawn = perturbed(call)
                 is_near_zero.clear()
                 with torch.no_grad():
                     drawn.map(lambda t: t.double() if t.is_floating_point() else t).on(exact)

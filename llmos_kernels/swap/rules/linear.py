@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import llmos_kernels.nn as fused
-from llmos_kernels.nn.hooks import has_hooks
+from llmos_kernels.nn.fusible import is_fusible
 from llmos_kernels.nn.linear import linear_parameters
 from llmos_kernels.ops._product_policy import LAYER, rules
 from llmos_kernels.ops.linear import project
@@ -51,7 +51,7 @@ def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     None for other modules and for layers with hooks.
     """
     if isinstance(layer, FusedConv1D) or is_conv1d(layer):
-        return None if has_hooks(layer) else (layer.weight.mT, layer.bias)  # type: ignore
+        return (layer.weight.mT, layer.bias) if is_fusible(layer) else None  # type: ignore
     return linear_parameters(layer)
 
 

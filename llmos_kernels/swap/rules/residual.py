@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import llmos_kernels.nn as fused
-from llmos_kernels.nn.hooks import has_hooks
+from llmos_kernels.nn.fusible import is_fusible
 from llmos_kernels.nn.norm import add_and_norm, are_plain
 from llmos_kernels.swap.calls import ModuleCall
 from llmos_kernels.swap.generated_class import GeneratedClass, generate_class
@@ -68,8 +68,8 @@ class ResidualRule(Rule):
         _, dropout, norm = parts
         if not 0 <= dropout.p < 1:
             return f"dropout with p={dropout.p}"
-        if has_hooks(dropout) or has_hooks(norm):
-            return "its dropout or LayerNorm has hooks, which a fused forward would not call"
+        if not is_fusible(dropout) or not is_fusible(norm):
+            return "its dropout or LayerNorm has hooks, or a forward or weights of another class"
         return ""
 
     def example_calls(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from llmos_kernels.nn.feed_forward import activation_name
-from llmos_kernels.nn.hooks import has_hooks, is_plain_dropout
+from llmos_kernels.nn.fusible import is_fusible, is_plain_dropout
 from llmos_kernels.nn.int8 import activated
 from llmos_kernels.ops import _activations
 from llmos_kernels.ops.feed_forward import feed_forward
@@ -77,7 +77,7 @@ class SequentialStep(NamedTuple):
     def _name_of(self, activation: nn.Module) -> str | None:
         known = activation_name(activation)
         if known is None and type(activation) is self.activation_type:
-            return None if any(map(has_hooks, activation.modules())) else self.activation
+            return None if not all(map(is_fusible, activation.modules())) else self.activation
         return known
 
 
