@@ -59,7 +59,7 @@ struct AttentionCommonArgs {
 // rows of one block.
 struct AttentionTask {
   int64_t sequence, kv_head, block, begin, end;
-  // Split keys: where to write unnormalised rows, each v_dim sums, then m and l. Null: no split.
+  // Split keys: where to write unnormalized rows, each v_dim sums, then m and l. Null: no split.
   float* partial;
 };
 

@@ -1,4 +1,4 @@
-// Arguments of the int8 kernels: quantisation of rows, and linear layers with an int8 weight.
+// Arguments of the int8 kernels: quantization of rows, and linear layers with an int8 weight.
 //
 //     out[i][j] = activation(input_scale[i] * weight_scale[j] * s[i][j] + bias[j]),
 //     s[i][j] = sum over k of input[i][k] weight[j][k]
@@ -23,7 +23,7 @@ struct Int8VnniWeightArgs {
 };
 
 // Input columns with outliers, which are multiplied in float32: values [row][count] holds them
-// unquantised.
+// unquantized.
 struct Int8Outliers {
   const int32_t* index = nullptr;
   const float* values = nullptr;
@@ -56,7 +56,7 @@ struct Int8GemvArgs : Int8GemmArgs<T> {
   Matrix<int8_t> weight;
 };
 
-// Weight-only quantisation: out from at most kInt8GemvMaxRows rows of T and an int8 weight. Tasks
+// Weight-only quantization: out from at most kInt8GemvMaxRows rows of T and an int8 weight. Tasks
 // are ranges of columns of out.
 template <class T>
 struct Int8WeightOnlyArgs {
@@ -79,11 +79,11 @@ struct Int8ZeroPointArgs {
   int64_t columns;
 };
 
-// Quantises rows of input, whose elements are contiguous, to int8 rows and their scales.
+// Quantizes rows of input, whose elements are contiguous, to int8 rows and their scales.
 //
 // With a column_mask, outlier columns are found and left out in two passes. The first, with
 // outlier_count 0, clears the mask of each column that has a magnitude of `threshold` or more. If
-// there are such columns, the second pass quantises their elements as 0 and copies them to
+// there are such columns, the second pass quantizes their elements as 0 and copies them to
 // outlier_values.
 template <class T>
 struct Int8QuantizeArgs {
@@ -93,7 +93,7 @@ struct Int8QuantizeArgs {
   int8_t* quantized;
   float* scale;
   float max_level;           // 127, or 255 for rows without negative elements, which become uint8.
-  int32_t* row_corrections;  // Zero-point corrections of the quantised rows, or null.
+  int32_t* row_corrections;  // Zero-point corrections of the quantized rows, or null.
   uint32_t* column_mask;     // [columns], null or all bits set at first.
   float threshold;
   const int32_t* outlier_index;  // [outlier_count]; outlier_values is [row][outlier_count].

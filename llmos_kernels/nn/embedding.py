@@ -14,7 +14,7 @@ from llmos_kernels.ops.embedding import embedding_layer_norm
 
 
 class BertEmbedding(nn.Module):
-    """Word, token type and position embeddings: added, normalised and dropped out in one pass.
+    """Word, token type and position embeddings: added, normalized and dropped out in one pass.
 
     The state dict is that of BERT's embeddings.
 

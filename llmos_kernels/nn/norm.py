@@ -1,4 +1,4 @@
-"""Normalisation modules, alone and with the residual addition before them."""
+"""Normalization modules, alone and with the residual addition before them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -80,7 +80,7 @@ class AddLayerNorm(torch.nn.LayerNorm):
     that of ``torch.nn.LayerNorm``.
 
     Args:
-        normalized_shape: the sizes of the last dimensions, which are normalised.
+        normalized_shape: the sizes of the last dimensions, which are normalized.
         eps: is added to the variance.
         elementwise_affine: whether there are a weight and a bias.
         bias: whether there is a bias.
@@ -141,7 +141,7 @@ def add_and_norm(input: Tensor, residual: Tensor, dropout: Any, norm: Any) -> tu
         input: [..., d].
         residual: [..., d].
         dropout: a module that drops.
-        norm: a module that normalises.
+        norm: a module that normalizes.
     """
     same_shape = isinstance(residual, Tensor) and input.shape == residual.shape
     if not (are_plain(dropout, norm) and same_shape):

@@ -196,9 +196,9 @@ def _check_varlen(
     key_padding_mask: Tensor | None,
     return_weights: str | None,
 ) -> None:
-    """Raise where the arguments of packed sequences disagree."""
+    """Raise where the arguments of varlen sequences disagree."""
     if cu_q is None or cu_k is None:
-        raise ValueError("packed sequences take both cu_seqlens_q and cu_seqlens_k")
+        raise ValueError("varlen sequences take both cu_seqlens_q and cu_seqlens_k")
     if query.ndim != 3:
         raise ValueError(
             f"with cu_seqlens, query is [total_q, heads, head_dim], got {list(query.shape)}"
@@ -210,7 +210,7 @@ def _check_varlen(
     ):
         if given is not None:
             raise ValueError(
-                f"{name} does not go with cu_seqlens: packed sequences hold no padding"
+                f"{name} does not go with cu_seqlens: varlen sequences hold no padding"
             )
     for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
         if cu.dtype != torch.int32:

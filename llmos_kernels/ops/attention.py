@@ -221,7 +221,7 @@ def scaled_dot_product_attention(
         scale: The factor of the logits; None is 1 / sqrt(head_dim).
         enable_gqa: Whether groups of query heads may share a key and value head.
         key_padding_mask: [batch, k_len], bool, True where a key is IGNORED.
-        cu_seqlens_q: [sequences + 1], int32, from 0 to total_q: where packed sequences begin.
+        cu_seqlens_q: [sequences + 1], int32, from 0 to total_q: where the varlen sequences begin.
         cu_seqlens_k: The same for ``key`` and ``value`` [total_k, heads, head_dim].
         bottom_right: Whether ``is_causal`` lets query i see keys up to i + k_len - q_len.
         return_weights: None, "per_head" or "mean".

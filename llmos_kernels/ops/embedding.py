@@ -1,4 +1,4 @@
-"""The sum of one to three embeddings, its layer normalisation and dropout: BERT's input.
+"""The sum of one to three embeddings, its layer normalization and dropout: BERT's input.
 
     h = tables[0][indices[0]] + tables[1][indices[1]] + tables[2][indices[2]]
     y = dropout((h - mean(h)) * rstd * weight + bias),   rstd = rsqrt(var(h) + eps)
@@ -340,7 +340,7 @@ def embedding_layer_norm(
     if use_reference(backend, tables[0].dtype):
         return _normalize_and_drop(embedding_sum(indices, tables, padding), weight, bias, eps, p)
     if autocasts(tables[0]) and tables[0].dtype != torch.float32:
-        # The sum keeps the tables' dtype, its normalisation is float32, as in torch.
+        # The sum keeps the tables' dtype, its normalization is float32, as in torch.
         h = embedding_sum(indices, tables, padding)
         return _normalize_and_drop(h.float(), weight, bias, eps, p)
     shape = _shape(indices)

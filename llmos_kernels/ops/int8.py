@@ -114,7 +114,7 @@ def int8_quantize(input: Tensor, *, backend: str | None = None) -> tuple[Tensor,
     if input.dtype not in KERNEL_DTYPES:
         raise TypeError(f"input must be float32, bfloat16 or float16, got {input.dtype}")
     if input.ndim == 0:
-        raise ValueError("input must have a dimension to quantise over, got none")
+        raise ValueError("input must have a dimension to quantize over, got none")
     quantize = quantize_reference if use_reference(backend, input.dtype) else _quantize
     rows, scale = quantize(as_rows(input.detach()))
     return rows.view(input.shape), scale.view(input.shape[:-1])

@@ -1,4 +1,4 @@
-"""Layer normalisation with int8 rows as its result.
+"""Layer normalization with int8 rows as its result.
 
     h = residual + x
     rows, scale = int8_quantize(layer_norm(h))

@@ -1,11 +1,11 @@
-"""Layer normalisation over the last dimensions, and its fusion with a residual and dropout.
+"""Layer normalization over the last dimensions, and its fusion with a residual and dropout.
 
     h = residual + dropout(x)
     y = (h - mean(h)) * rstd * weight + bias,   rstd = rsqrt(var(h) + eps)
 
-RMS normalisation (``ops/rms_norm.py``) is the same with mean 0 and no bias: ``center=False`` here.
+RMS normalization (``ops/rms_norm.py``) is the same with mean 0 and no bias: ``center=False`` here.
 ``mean`` and ``rstd`` are float32, for float64 input float64; ``h`` is rounded to that dtype before
-it is normalised, as in torch.  Ba et al. 2016, arXiv:1607.06450.
+it is normalized, as in torch.  Ba et al. 2016, arXiv:1607.06450.
 
 The gradients, with g = dy * weight and x_hat = (h - mean) * rstd:
 

@@ -1,4 +1,4 @@
-"""Root mean square normalisation over the last dimensions, and its fusion with a residual.
+"""Root mean square normalization over the last dimensions, and its fusion with a residual.
 
     h = residual + dropout(x)
     y = h * rstd * weight,   rstd = rsqrt(mean(h^2) + eps)

@@ -1,4 +1,4 @@
-"""int8 quantisation and products give the integers of the reference, in any layout."""
+"""int8 quantization and products give the integers of the reference, in any layout."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_triton(shape, dtype):
 @each_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rows_of_a_layer(shape, dtype, device):
-    """``int8_linear_rows`` gives the bits of ``int8_linear`` followed by quantisation."""
+    """``int8_linear_rows`` gives the bits of ``int8_linear`` followed by quantization."""
     x, weight, scale, bias = arguments(*shape, dtype, device)
     vnni_weight = lk.int8_vnni_weight(weight)
     for activation, unsigned in (("relu", True), (None, False)):
@@ -102,7 +102,7 @@ def test_rows_of_a_norm(shape, dtype, device):
 
 @pytest.mark.parametrize("shape", ((3, 0), (1, 1), (5, 33), (70, 768), (2, 20000)), ids=str)
 def test_triton_rows(shape):
-    """Quantised norms differ by at most one: the norms agree but for rounding."""
+    """Quantized norms differ by at most one: the norms agree but for rounding."""
     pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)

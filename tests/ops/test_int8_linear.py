@@ -119,7 +119,7 @@ def test_layouts(dtype, device):
 @each_dtype
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients(activation, dtype, device):
-    """Gradients are those of a linear layer with the dequantised weight."""
+    """Gradients are those of a linear layer with the dequantized weight."""
     x, weight, scale, bias = arguments(19, 40, 24, dtype, device)
     dout = torch.randn(19, 24, device=device).to(dtype)
 

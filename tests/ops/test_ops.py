@@ -165,7 +165,7 @@ def test_same_bits_on_every_repeat(case, dtype, device):
 @each_dtype
 @pytest.mark.parametrize(
     "case",
-    # A dropout mask depends on the index of the row; the 2d case normalises several rows.
+    # A dropout mask depends on the index of the row; the 2d case normalizes several rows.
     [c for c in CASES if c.row_wise and "dropout" not in c.name and "2d" not in c.name],
     ids=str,
 )

@@ -61,7 +61,7 @@ def test_error_budget(drawn):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [0.0, 0.1, -7.3, 1e4])
 def test_constant_rows_are_exactly_zero(value, dtype, device):
-    """A constant row is normalised to exactly 0, not to amplified rounding errors of its mean."""
+    """A constant row is normalized to exactly 0, not to amplified rounding errors of its mean."""
     from llmos_kernels import layer_norm
 
     for d in (3, 768, 1000, 20011):

@@ -1,4 +1,4 @@
-// The embedding_layer_norm ops: the sum of up to three embedding tables, normalised, with dropout.
+// The embedding_layer_norm ops: the sum of up to three embedding tables, normalized, with dropout.
 #include "../embedding.h"
 
 #include <torch/csrc/stable/library.h>

@@ -1,4 +1,4 @@
-// The int8 ops: quantisation of rows, and linear layers with an int8 weight.
+// The int8 ops: quantization of rows, and linear layers with an int8 weight.
 #include "../int8.h"
 
 #include <torch/csrc/stable/library.h>
@@ -12,7 +12,7 @@
 namespace llmos {
 namespace {
 
-// The cost of quantising an element, in multiply-accumulates.
+// The cost of quantizing an element, in multiply-accumulates.
 constexpr double kQuantizeWork = 16;
 constexpr float kMaxInt8 = 127, kMaxUint8 = 255;
 
@@ -172,7 +172,7 @@ Tensor int8_matmul(const Tensor& a_, const Tensor& b, const Tensor& a_scale_, co
   return out;
 }
 
-// Rows that pass through the GEMM and are quantised again while they are in the cache.
+// Rows that pass through the GEMM and are quantized again while they are in the cache.
 constexpr int64_t kRowsPerStep = 96;
 
 std::tuple<Tensor, Tensor> int8_linear_rows(const Tensor& input_, const Tensor& weight,

@@ -1,4 +1,4 @@
-// Normalisation with int8 output: a few rows at a time are normalised, and quantised while they are
+// Normalization with int8 output: a few rows at a time are normalized, and quantized while they are
 // in the cache.
 #include <torch/csrc/stable/library.h>
 

@@ -1,4 +1,4 @@
-// Helpers for the host code of ops with a normalisation: its parameters, and their gradients.
+// Helpers for the host code of ops with a normalization: its parameters, and their gradients.
 #pragma once
 
 #include <algorithm>

@@ -5,13 +5,13 @@
 namespace llmos {
 namespace {
 
-// The online-softmax state of a block of rows: unnormalised out, maximum score m, sum of
+// The online-softmax state of a block of rows: unnormalized out, maximum score m, sum of
 // exponentials l, the shift of the exponentials, and alpha, which rescales earlier sums.
 struct RunningSoftmax {
   float *out, *m, *l, *shift, *alpha;
 };
 
-// Turn a tile of scores into unnormalised weights, in the layout of a GEMM operand stored by
+// Turn a tile of scores into unnormalized weights, in the layout of a GEMM operand stored by
 // columns ([key][row], or pairs of keys), and updates m, l, shift and alpha.
 template <class U, int kVectors>
 [[gnu::noinline, gnu::flatten]] void softmax_tile(const QueryBlock& block, const KeyTile& keys,

@@ -246,7 +246,7 @@ inline bool pack_mask(const Mask& mask, const QueryBlock& block, const KeyTile& 
   }
 }
 
-// How a score x becomes an unnormalised weight. With a float mask or scale 0, mask_scores has
+// How a score x becomes an unnormalized weight. With a float mask or scale 0, mask_scores has
 // already computed the logit, and the weight is exp(x - shift). Else, with float words, it is
 // exp(x * scale - shift), and with bfloat16 pairs, which round the weight anyway, exp2(x * factor -
 // shift), where factor = scale * log2(e). A float mask may hold -FLT_MAX, which times log2(e) would

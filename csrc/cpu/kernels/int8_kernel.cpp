@@ -1,5 +1,5 @@
 // The int8 kernels of linear layers: packing of the weight to VNNI layout, GEMM, GEMV, and GEMV
-// with floating-point input (weight-only quantisation).
+// with floating-point input (weight-only quantization).
 #include "../int8.h"
 
 #include "epilogue.h"

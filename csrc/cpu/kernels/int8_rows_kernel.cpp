@@ -1,4 +1,4 @@
-// Quantisation of rows to int8, and the zero-point corrections of int8 rows.
+// Quantization of rows to int8, and the zero-point corrections of int8 rows.
 #include <algorithm>
 #include <limits>
 
@@ -110,7 +110,7 @@ struct Int8QuantizeKernel {
       for (int i = 0; i < kLanes; ++i) largest_bits = std::max(largest_bits, v[i]);
     if (a.column_mask && !kMasked && largest_bits >= std::bit_cast<uint32_t>(a.threshold)) {
       mark_outliers(from);
-      // The second pass quantises all rows again, without the marked columns.
+      // The second pass quantizes all rows again, without the marked columns.
       if (largest_bits < 0x7f800000) return;
     }
     const float largest = std::bit_cast<float>(largest_bits);

@@ -103,7 +103,7 @@ inline float fma(float a, float b, float c) {
 
 inline float half_to_float(uint16_t bits) {
   const uint32_t sign = uint32_t(bits & 0x8000) << 16, magnitude = uint32_t(bits & 0x7fff) << 13;
-  // As a float its exponent is 112 too small; the product also normalises subnormals.
+  // As a float its exponent is 112 too small; the product also normalizes subnormals.
   const uint32_t finite = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f);
   const uint32_t special = magnitude | 0x7f800000;
   return std::bit_cast<float>(sign | (magnitude >= 0x0f800000 ? special : finite));

@@ -176,7 +176,7 @@ def _varlen(
     cu_k: Tensor | None,
     options: dict[str, Any],
 ) -> Tensor:
-    """Return the attention of packed sequences, which follow one another in a batch of 1.
+    """Return the attention of varlen sequences, which follow one another in a batch of 1.
 
     ``query``, ``key`` and ``value`` are [1, heads, total, head_dim]; the result is
     [1, total, heads, v_dim].

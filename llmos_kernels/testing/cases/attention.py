@@ -32,7 +32,7 @@ def _make(
             every third key instead.
         kv_heads: The heads of key and value; ``heads`` by default.
         v_dim: The head dim of value; ``head_dim`` by default.
-        varlen: Whether to return packed sequences, [length, heads, head_dim].
+        varlen: Whether to return varlen sequences, [length, heads, head_dim].
         options: dtype, device and requires_grad.
 
     Every query sees at least one key.
