@@ -40,7 +40,9 @@ def make_gradients(outputs: Sequence[Tensor], seed: int = 1) -> tuple[Tensor, ..
     """
     random = generator(seed)
     return tuple(
-        torch.randn(o.shape, generator=random, dtype=torch.float64).to(o.device, o.dtype)
+        torch.randn(o.shape, generator=random, dtype=torch.float64, device="cpu").to(
+            o.device, o.dtype
+        )
         for o in outputs
     )
 

@@ -67,8 +67,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
 
-    def forward(self, x):
+    def __call__(self, x):
         RMSNorm.runs += 1
+        return super().__call__(x)
+
+    def forward(self, x):
         return self.weight * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
 
 

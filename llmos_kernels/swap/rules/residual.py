@@ -12,6 +12,7 @@ import llmos_kernels.nn as fused
 from llmos_kernels.nn.fusible import is_fusible
 from llmos_kernels.nn.norm import add_and_norm, are_plain
 from llmos_kernels.swap.calls import ModuleCall
+from llmos_kernels.swap.forwards import side_effect
 from llmos_kernels.swap.generated_class import GeneratedClass, generate_class
 from llmos_kernels.swap.rules.rule import Candidate, Match, Rule, example_rows, tensor_options
 
@@ -63,6 +64,8 @@ class ResidualRule(Rule):
 
     def why_not(self, module: Any) -> str:
         parts = residual_parts(module)
+        if effect := side_effect(module):
+            return f"its forward {effect}"
         if parts is None or not computes_residual(module):
             return "its forward is not LayerNorm(residual + Dropout(dense(input)))"
         _, dropout, norm = parts

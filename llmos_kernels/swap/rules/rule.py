@@ -198,7 +198,7 @@ def why_untouchable(module: nn.Module, around: Sequence[nn.Module]) -> str:
 
 def tensor_options(module: nn.Module) -> dict[str, Any]:
     """Return device and dtype of the first parameter, as keyword arguments of ``torch.randn``."""
-    parameter = next(module.parameters(), torch.empty(0))
+    parameter = next(module.parameters(), torch.empty(0, dtype=torch.float32, device="cpu"))
     return {"device": parameter.device, "dtype": parameter.dtype}
 
 

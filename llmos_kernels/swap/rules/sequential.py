@@ -6,6 +6,7 @@ with what, and a ``TorchFunctionMode`` sees whether anything else happens to the
 
 import functools
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from llmos_kernels.ops import _activations
 from llmos_kernels.ops.feed_forward import feed_forward
 from llmos_kernels.ops.linear import linear
 from llmos_kernels.swap.calls import ModuleCall
+from llmos_kernels.swap.forwards import is_harmless_read, side_effect
 from llmos_kernels.swap.generated_class import GeneratedClass, generate_class
 from llmos_kernels.swap.replica import replica
 from llmos_kernels.swap.rules._kinks import largest_error_without_kinks
@@ -82,13 +84,26 @@ class SequentialStep(NamedTuple):
 
 
 class FusedSequential(GeneratedClass):
-    """The steps of the class that it replaces, for one tensor; other arguments go to that class."""
+    """The steps of the class that it replaces, for one tensor of the dtype of the first layer.
+
+    Other arguments go to the forward of that class, and so do all where children were added or
+    removed since.
+    """
 
     _steps: tuple[SequentialStep, ...]
+    #: The names of all children.
+    _names: tuple[str, ...]
+    #: The name of the layer whose dtype the input must have.
+    _linear: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = (*args, *kwargs.values())
-        if len(given) != 1 or not isinstance(given[0], Tensor):
+        if (
+            len(given) != 1
+            or not isinstance(given[0], Tensor)
+            or tuple(self._modules) != self._names
+            or given[0].dtype != _dtype_of(self._modules[self._linear])
+        ):
             return self._replaced.forward(self, *args, **kwargs)
         (x,) = given
         for step in self._steps:
@@ -96,11 +111,38 @@ class FusedSequential(GeneratedClass):
         return x
 
 
+class FusedTorchSequential(FusedSequential):
+    """A ``torch.nn.Sequential``, of which a slice has the original class."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self._replaced(OrderedDict(list(self._modules.items())[index]))
+        return self._replaced.__getitem__(self, index)
+
+
 @functools.cache
-def fused_sequential(replaced: type, steps: tuple[SequentialStep, ...]) -> type:
-    """Return the drop-in subclass of ``replaced`` whose forward is ``steps``."""
-    made_by = (fused_sequential, (replaced, steps))
-    return generate_class(FusedSequential, replaced, made_by, _steps=steps)
+def fused_sequential(
+    replaced: type, steps: tuple[SequentialStep, ...], names: tuple[str, ...]
+) -> type:
+    """Return the drop-in subclass of ``replaced`` whose forward is ``steps``.
+
+    ``names`` are those of all children.
+    """
+    made_by = (fused_sequential, (replaced, steps, names))
+    getitem = getattr(replaced, "__getitem__", None)
+    is_torchs = getitem is nn.Sequential.__getitem__
+    forward = FusedTorchSequential if is_torchs else FusedSequential
+    linear = next(step.children[0] for step in steps if step.activation)
+    members = {"_steps": steps, "_names": names, "_linear": linear}
+    return generate_class(forward, replaced, made_by, **members)
+
+
+def _dtype_of(layer: Any) -> torch.dtype | None:
+    """Return the dtype of the input of a linear layer; None for another module."""
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        weight = layer._buffers.get("_dtype")  # Of an ``Int8Linear``.
+    return None if weight is None else weight.dtype
 
 
 class SequentialRule(Rule):
@@ -109,7 +151,9 @@ class SequentialRule(Rule):
     def match(self, module: nn.Module) -> Match | None:
         cls: Any = type(module)
         steps, width = find_steps(module)
-        return Match(fused_sequential(cls, steps), width) if steps else None
+        if not steps:
+            return None
+        return Match(fused_sequential(cls, steps, tuple(module._modules)), width)
 
     def example_calls(
         self, candidate: Candidate, size: tuple[int, int] | None = None
@@ -135,7 +179,7 @@ def find_steps(module: nn.Module) -> tuple[tuple[SequentialStep, ...], int]:
     if module._parameters or module._buffers or len(children) == len(linear):
         return (), 0
     names = {n: activation_of(m) for n, m in children.items() if n not in linear}
-    if not any(names.values()):
+    if not any(names.values()) or side_effect(module):
         return (), 0
     order, width = _order_of_calls(module)
     steps = _steps(order, children, linear, names)
@@ -149,7 +193,7 @@ def activation_of(module: nn.Module) -> str | None:
     known = (nn.Dropout, nn.ModuleList, nn.ModuleDict)
     if isinstance(module, known) or not _takes_one_argument(module):
         return None
-    z = torch.linspace(-12, 12, 1001, dtype=torch.float64).view(7, 143)
+    z = torch.linspace(-12, 12, 1001, dtype=torch.float64, device="cpu").view(7, 143)
     try:
         with torch.no_grad():
             y = replica(module)(z.clone())
@@ -224,7 +268,7 @@ def _order_of_calls(module: nn.Module) -> tuple[list[str], int]:
 
 
 class _CallsOutside(TorchFunctionMode):
-    """Records whether torch is called, but for attributes of tensors, while no child runs."""
+    """Records whether torch is called, but for harmless reads, while no child runs."""
 
     depth = 0  # Of calls of children.
     any_call = False
@@ -232,7 +276,7 @@ class _CallsOutside(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if not self.depth and getattr(func, "__name__", "") != "__get__":
+        if not self.depth and not is_harmless_read(func, args):
             self.any_call = True
         return func(*args, **(kwargs or {}))
 
