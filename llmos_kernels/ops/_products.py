@@ -360,9 +360,24 @@ def sum_of_rows(dz: Tensor) -> Tensor:
 
 
 def linear_gradients(
-    dz: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return dinput, dweight and dbias, by differentiable torch ops."""
-    of_input, of_weight = _product(dz, weight), _product(dz.mT, input)
-    of_bias = None if bias is None else dz.sum(0, dtype=of_weight.dtype).to(bias.dtype)
-    return of_input.to(input.dtype), of_weight.to(weight.dtype), of_bias
+    dz: Tensor, input: Tensor | None, weight: Tensor | None, of_bias: bool, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return dinput, dweight and dbias in ``dtype``, by differentiable torch ops.
+
+    dinput is None without ``weight``, dweight without ``input``.
+    """
+    dinput = None if weight is None else _product(dz, weight).to(dtype)
+    dweight = None if input is None else _product(dz.mT, input).to(dtype)
+    acc = torch.promote_types(dtype, torch.float32)
+    return dinput, dweight, dz.sum(0, dtype=acc).to(dtype) if of_bias else None
+
+
+def linear_graph(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return zeros with the graph of ``rows weight^T + bias``.
+
+    Added to the saved values of a layer they make it differentiable once more, and do not depend on
+    what has become of the weight and bias since.
+    """
+    z = transform(rows, weight, None, NONE, 0.0, None)[1]
+    z = z if bias is None else z + bias
+    return (z - z.detach()).where(z.isfinite(), 0)

@@ -24,7 +24,7 @@ from llmos_kernels.ops import _products
 from llmos_kernels.ops._activations import NONE, code_of, keeps_input
 from llmos_kernels.ops._autocast import autocast
 from llmos_kernels.ops._dropout import check_dropout, draw_seed
-from llmos_kernels.ops.linear import as_rows, check_linear
+from llmos_kernels.ops.linear import as_rows, check_linear, frozen_linear, linear
 
 __all__ = ["feed_forward", "feed_forward_reference"]
 
@@ -44,22 +44,29 @@ class _FeedForward(torch.autograd.Function):
     ) -> Tensor:
         save_z = keeps_input(activation)
         h, z = _products.forward(input, weight1, bias1, activation, dropout_p, seed, save_z)
-        ctx.save_for_backward(input, weight1, bias1, weight2, bias2, z if save_z else h, seed)
+        ctx.save_for_backward(input, weight1, weight2, z if save_z else h, seed)
+        ctx.bias1 = bias1  # Only second derivatives need it, and of it only the graph.
         ctx.activation, ctx.dropout_p = activation, dropout_p
         return _products.forward(h, weight2, bias2, NONE, 0.0, None, False)[0]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight1, bias1, weight2, bias2, saved, seed = ctx.saved_tensors
+        input, weight1, weight2, saved, seed = ctx.saved_tensors
         epilogue = ctx.activation, ctx.dropout_p, seed
-        if torch.is_grad_enabled():
-            z = _products.transform(input, weight1, bias1, NONE, 0.0, None)[1]
-            h = _products.activate_rows(z, *epilogue)
-            dh, *second = _products.linear_gradients(dout, h, weight2, bias2)
-            dz = dh * _products.slopes(z, *epilogue)
-            first = _products.linear_gradients(dz, input, weight1, bias1)
-            return *first, *second, None, None, None
         of_input, of_weight1, of_bias1, of_weight2, of_bias2, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            graph = _products.linear_graph(input, weight1, ctx.bias1)
+            if keeps_input(ctx.activation):
+                slopes = _products.slopes(saved + graph, *epilogue)
+                h = _products.activate_rows(saved + graph, *epilogue)
+            else:
+                slopes = _products.slopes(saved, *epilogue)
+                h = (saved + slopes * graph).to(saved.dtype)
+            dtype = dout.dtype
+            dh, *second = _products.linear_gradients(dout, h, weight2, of_bias2, dtype)
+            dz: Tensor = dh * slopes  # type: ignore[operator]
+            first = _products.linear_gradients(dz, input, weight1, of_bias1, dtype)
+            return *first, *second, None, None, None
         h = saved
         if of_weight2 and keeps_input(ctx.activation):
             h = _products.activation_forward(saved, *epilogue)
@@ -135,7 +142,11 @@ def feed_forward(
         h = _products.transform(rows, weight1, bias1, code, p, seed)[0]
         out = _products.transform(h, weight2, bias2, NONE, 0.0, None)[0]
     elif needs_grad(input, weight1, bias1, weight2, bias2):
-        out = _FeedForward.apply(rows, weight1, bias1, weight2, bias2, code, p, seed)
+        if weight1.requires_grad:
+            out = _FeedForward.apply(rows, weight1, bias1, weight2, bias2, code, p, seed)
+        else:
+            h = frozen_linear(rows, weight1, bias1, code, p, seed)
+            out = linear(h, weight2, bias2)
     else:
         h = _products.forward(rows, weight1, bias1, code, p, seed, False)[0]
         out = _products.forward(h, weight2, bias2, NONE, 0.0, None, False)[0]

@@ -39,7 +39,7 @@ from llmos_kernels.ops.int8 import (
     quantize_reference,
     vnni_shape,
 )
-from llmos_kernels.ops.linear import as_rows, linear
+from llmos_kernels.ops.linear import Activation, as_rows, linear
 
 __all__ = ["int8_linear", "int8_linear_reference", "int8_linear_rows"]
 
@@ -233,6 +233,8 @@ def _linear(
 
 
 class _Int8Linear(torch.autograd.Function):
+    """The layer without its activation. Its gradients need the int8 weight alone."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -241,40 +243,20 @@ class _Int8Linear(torch.autograd.Function):
         weight_scale: Tensor,
         vnni_weight: Tensor | None,
         bias: Tensor | None,
-        activation: int,
         threshold: float,
         mode: str,
     ) -> Tensor:
-        args = rows, weight_int8, weight_scale, vnni_weight, bias
-        y = z = _linear(*args, NONE, threshold, mode)
-        if activation != NONE:
-            y = _products.activation_forward(z, activation, 0.0, None)
-        save_z = _activations.keeps_input(activation)
-        saved = z if save_z else y if activation == RELU else None
-        # Only second derivatives need the input.
-        for_second_derivatives = (rows, bias) if save_z else (None, None)
-        ctx.save_for_backward(*for_second_derivatives, weight_int8, weight_scale, saved)
-        ctx.activation, ctx.quantization = activation, (NONE, threshold, mode)
-        return y
+        ctx.save_for_backward(weight_int8, weight_scale)
+        return _linear(rows, weight_int8, weight_scale, vnni_weight, bias, NONE, threshold, mode)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        rows, bias, weight_int8, weight_scale, saved = ctx.saved_tensors
-        if saved is None:
-            dz = dout
-        elif torch.is_grad_enabled():
-            if rows is not None:
-                saved = _differentiable_reference(
-                    rows, weight_int8, weight_scale, bias, *ctx.quantization
-                )
-            dz = (dout * _products.slopes(saved, ctx.activation, 0.0, None)).to(dout.dtype)
-        else:
-            dz = _products.activation_backward(dout, saved, ctx.activation, 0.0, None)
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        weight_int8, weight_scale = ctx.saved_tensors
         dinput = None
         if ctx.needs_input_grad[0]:
             dinput = dz @ dense(weight_int8, weight_scale, dz.dtype)
         dbias = _products.sum_of_rows(dz) if ctx.needs_input_grad[4] else None
-        return dinput, None, None, None, dbias, None, None, None
+        return dinput, None, None, None, dbias, None, None
 
 
 def int8_linear(
@@ -334,7 +316,8 @@ def int8_linear(
     if use_reference(backend, input.dtype):
         out = _differentiable_reference(rows, weight_int8, weight_scale, bias, *quantization)
     elif needs_grad(input, bias):
-        out = _Int8Linear.apply(rows, weight_int8, weight_scale, vnni_weight, bias, *quantization)
+        out = _Int8Linear.apply(rows, weight_int8, weight_scale, vnni_weight, bias, threshold, mode)
+        out = out if code == NONE else Activation.apply(out, code, 0.0, None)
     else:
         out = _linear(rows, weight_int8, weight_scale, vnni_weight, bias, *quantization)
     return out.view(*input.shape[:-1], weight_int8.shape[0])

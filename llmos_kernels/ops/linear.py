@@ -47,27 +47,74 @@ class _Linear(torch.autograd.Function):
             input, weight, bias, activation, 0.0, None, save_z, layer, provider
         )
         saved = z if save_z else out if activation == RELU else None
-        ctx.save_for_backward(input, weight, bias, saved)
+        of_input, of_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(input if of_weight else None, weight if of_input else None, saved)
+        # Only second derivatives need the parameters, and of them only the graph.
+        ctx.parameters = (weight, bias) if save_z else ()
         ctx.activation, ctx.layer = activation, layer
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, saved = ctx.saved_tensors
+        input, weight, saved = ctx.saved_tensors
         activation, layer = ctx.activation, ctx.layer
+        of_input, of_weight, of_bias, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            z = _products.transform(input, weight, bias, NONE, 0.0, None)[1]
-            dz = dout * _products.slopes(z, activation, 0.0, None)
-            return (*_products.linear_gradients(dz, input, weight, bias), None, None, None)
+            dz = dout
+            if saved is not None:
+                if ctx.parameters:
+                    saved = saved + _products.linear_graph(input, *ctx.parameters)
+                dz = dout * _products.slopes(saved, activation, 0.0, None)
+            gradients = _products.linear_gradients(dz, input, weight, of_bias, dout.dtype)
+            return *gradients, None, None, None
         dz = dout
         if saved is not None:
             dz = _products.activation_backward(dout, saved, activation, 0.0, None)
-        of_input, of_weight, of_bias, *_ = ctx.needs_input_grad
         dinput = None
         if of_input:
             dinput = _products.dinput(dz, weight, None, NONE, 0.0, None, layer)[0]
         dweight, dbias = _products.parameter_gradients(dz, input, of_weight, of_bias, layer)
         return dinput, dweight, dbias, None, None, None
+
+
+class Activation(torch.autograd.Function):
+    """dropout(activation(z)): as a step of its own it saves z, or for relu its result, alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, activation: int, dropout_p: float, seed: Tensor | None
+    ) -> Tensor:
+        out = _products.activation_forward(z, activation, dropout_p, seed)
+        ctx.save_for_backward(z if keeps_input(activation) else out, seed)
+        ctx.activation, ctx.dropout_p = activation, dropout_p
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        saved, seed = ctx.saved_tensors
+        epilogue = ctx.activation, ctx.dropout_p, seed
+        if torch.is_grad_enabled():
+            dz = dout * _products.slopes(saved, *epilogue)
+            return dz.to(dout.dtype), None, None, None
+        return _products.activation_backward(dout, saved, *epilogue), None, None, None
+
+
+def frozen_linear(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: int,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Return dropout(activation(rows weight^T + bias)) for a weight that gets no gradient.
+
+    The two steps save what torch's do: the pre-activation, and not the input.
+    """
+    z = _Linear.apply(rows, weight, bias, NONE, False, None)
+    if activation == NONE and seed is None:
+        return z
+    return Activation.apply(z, activation, dropout_p, seed)
 
 
 def check_linear(
@@ -120,7 +167,10 @@ def _compute(
     if use_reference(backend, input.dtype):
         out = _products.transform(rows, weight, bias, activation, 0.0, None)[0]
     elif needs_grad(input, weight, bias):
-        out = _Linear.apply(rows, weight, bias, activation, layer, provider)
+        if keeps_input(activation) and not weight.requires_grad:
+            out = frozen_linear(rows, weight, bias, activation)
+        else:
+            out = _Linear.apply(rows, weight, bias, activation, layer, provider)
     else:
         out = _products.forward(rows, weight, bias, activation, 0.0, None, False, layer, provider)[
             0
