@@ -99,9 +99,14 @@ def main() -> int:
     else:
         args = parser.parse_args()
     try:
-        return args.run(args)
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
     except ValueError as e:
         parser.error(str(e))
+    except BrokenPipeError:  # The reader has seen enough: env | head.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 if __name__ == "__main__":

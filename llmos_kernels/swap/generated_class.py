@@ -22,9 +22,23 @@ class GeneratedClass(torch.nn.Module):
     #: The function that generated the class, and its arguments.
     _made_by: tuple[Callable[..., type], tuple[Any, ...]]
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Do not pass a generated class on to the ``__init_subclass__`` of the original one.
+
+        That may want arguments, or enter the class in a registry of the user's.
+        """
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
         # pickle and deepcopy cannot find the class by its name, so they generate it again.
-        return _new_instance, self._made_by, self.__dict__.copy()
+        if _has_reduce(self._replaced):
+            made = self._replaced.__reduce_ex__(self, protocol)
+            if not isinstance(made, tuple) or made[0] is not type(self):
+                return made
+            return _called_instance, (*self._made_by, *made[1]), *made[2:]
+        state = object.__getattribute__(self, "__dict__").copy()
+        if _defines(self._replaced, "__getstate__"):
+            state = self._replaced.__getstate__(self)
+        return _new_instance, self._made_by, state
 
 
 def generate_class(
@@ -47,6 +61,22 @@ def generate_class(
     """
     attributes = {"_replaced": replaced, "_made_by": made_by, **members}
     return type(f"Fused{replaced.__name__}", (forward, replaced), attributes)
+
+
+def _defines(cls: type, name: str) -> bool:
+    """Return True if ``cls`` or a base of it that is neither torch's nor Python's has ``name``."""
+    own = (c for c in cls.__mro__ if c not in (torch.nn.Module, object))
+    return any(name in vars(c) for c in own)
+
+
+def _has_reduce(cls: type) -> bool:
+    return _defines(cls, "__reduce__") or _defines(cls, "__reduce_ex__")
+
+
+def _called_instance(
+    make: Callable[..., type], arguments: tuple[Any, ...], *given: Any
+) -> torch.nn.Module:
+    return make(*arguments)(*given)
 
 
 def _new_instance(make: Callable[..., type], arguments: tuple[Any, ...]) -> torch.nn.Module:

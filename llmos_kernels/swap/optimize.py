@@ -15,7 +15,7 @@ from torch import nn
 from llmos_kernels._core.numerics import shifted
 from llmos_kernels.swap import rules, timing
 from llmos_kernels.swap.calls import ModelRun, ModuleCall, captured_calls
-from llmos_kernels.swap.rules.rule import Candidate, ModelCandidate, ancestors
+from llmos_kernels.swap.rules.rule import Candidate, ModelCandidate, ancestors, first_line
 from llmos_kernels.swap.summary import Entry, Report
 
 #: The attribute of a swapped module that holds its original class.
@@ -128,7 +128,7 @@ def _time_model(
         report.model, without = timing.of_model(model, run, list(switches.values()), search)
     except Exception as e:
         # ``inputs`` ran without error before. A later failure is reported, not raised.
-        report.why_no_model = f"{type(e).__name__}: {_first_line(e)}"
+        report.why_no_model = f"{type(e).__name__}: {first_line(e)}"
         return
     for i, switch in switches.items():
         if switch.group in without:
@@ -222,7 +222,7 @@ class _Judges:
         try:
             error, timings = prove()
         except Exception as e:  # Whatever a user's module raises is a reason to keep it.
-            why = f"could not be verified: {type(e).__name__}: {_first_line(e)}"
+            why = f"could not be verified: {type(e).__name__}: {first_line(e)}"
             return Entry(name, shown, False, why)
         if not error <= 1:
             return Entry(name, shown, False, "it misses the error budget", error)
@@ -230,10 +230,6 @@ class _Judges:
         if slow is None or self.always:
             return Entry(name, shown, True, "", error, tuple(timings))
         return Entry(name, shown, False, f"slower here, {slow}", error, tuple(timings), slower=True)
-
-
-def _first_line(e: Exception) -> str:
-    return next(iter(str(e).splitlines()), "")
 
 
 def restore(model: nn.Module) -> None:

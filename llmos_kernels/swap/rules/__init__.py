@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 from llmos_kernels._core.registry import KERNEL_DTYPES
 from llmos_kernels.swap.generated_class import GeneratedClass
@@ -17,7 +18,13 @@ from llmos_kernels.swap.rules.linear import LinearRule
 from llmos_kernels.swap.rules.norm import NormRule
 from llmos_kernels.swap.rules.residual import ResidualRule
 from llmos_kernels.swap.rules.rms_norm import ModelRMSNormRule
-from llmos_kernels.swap.rules.rule import Candidate, ModelRule, Rule, why_untouchable
+from llmos_kernels.swap.rules.rule import (
+    Candidate,
+    ModelRule,
+    Rule,
+    first_line,
+    why_untouchable,
+)
 from llmos_kernels.swap.rules.sequential import SequentialRule
 from llmos_kernels.swap.rules.transformer_layer import TransformerLayerRule
 
@@ -59,11 +66,18 @@ def classify(
     """
     if _is_fused(module):
         return None
+    lazy = any(map(is_lazy, module.parameters()))
+    if lazy and not isinstance(module, LazyModuleMixin):
+        return None  # Its parts are looked at one by one.
     for rule in RULES:
-        match = rule.match(module)
-        if match is not None:
-            why = why_not(module, rule, around)
-            return Candidate(name, module, rule, match.drop_in, why, match.input_width)
+        try:
+            match = rule.match(module)
+            if match is not None:
+                why = why_not(module, rule, around)
+                return Candidate(name, module, rule, match.drop_in, why, match.input_width)
+        except Exception as e:  # Whatever a user's class does is a reason to keep it.
+            why = f"could not be examined: {type(e).__name__}: {first_line(e)}"
+            return Candidate(name, module, rule, type(module), why)
     return None
 
 

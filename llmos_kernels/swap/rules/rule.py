@@ -196,6 +196,11 @@ def why_untouchable(module: nn.Module, around: Sequence[nn.Module]) -> str:
     return ""
 
 
+def first_line(e: Exception) -> str:
+    """Return the first line of the message of ``e``."""
+    return next(iter(str(e).splitlines()), "")
+
+
 def tensor_options(module: nn.Module) -> dict[str, Any]:
     """Return device and dtype of the first parameter, as keyword arguments of ``torch.randn``."""
     parameter = next(module.parameters(), torch.empty(0, dtype=torch.float32, device="cpu"))
