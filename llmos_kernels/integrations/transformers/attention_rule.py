@@ -36,6 +36,13 @@ _TOKENS = 12
 _SIZES = ((1, 8), (2, 128))
 
 
+class AttentionNames(list):
+    """The names of the attentions of before, which a swapped model carries.
+
+    Unpickling a model imports this module for it, so that "llmos" is registered in every process.
+    """
+
+
 class TransformersAttentionRule(ModelRule):
     """Chooses the attention "llmos" in models that take theirs from ``AttentionInterface``."""
 
@@ -70,7 +77,7 @@ class TransformersAttentionRule(ModelRule):
         ours = _names(model)
         _put(model, before)
         names = zip(before, earlier or before, strict=True)
-        mark = [old if name == NAME else name for name, old in names]
+        mark = AttentionNames(old if name == NAME else name for name, old in names)
 
         def put(names: list[str], mark: list[str] | None) -> None:
             for config, name in zip(configs, names, strict=True):
