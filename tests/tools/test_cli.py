@@ -23,6 +23,16 @@ def test_env():
     assert done.stdout.splitlines()[-1].startswith("verdict: every op has a kernel")
 
 
+def test_a_reader_that_has_seen_enough():
+    """``env | head -1`` ends without a traceback."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "llmos_kernels", "env"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 141 and not done.stderr
+
+
 def test_verify():
     done = call("verify")
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "PASS", done.stdout
