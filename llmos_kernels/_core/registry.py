@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from llmos_kernels._core.flops import count_flops
+
 #: The dtypes that every kernel accepts. float64 goes to the reference; others raise TypeError.
 KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
@@ -79,7 +81,12 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def define(
-    schema: str, *, reference: Callable, fake: Callable, triton: str | None = None
+    schema: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    triton: str | None = None,
+    flops: Callable[..., int] | None = None,
 ) -> torch._ops.OpOverload:
     """Register ``llmos::<name>`` and return its overload, ready to call.
 
@@ -88,8 +95,10 @@ def define(
         reference: Computes the results where no kernel is registered. Takes the schema's arguments.
         fake: Returns empty results of the right shape and dtype, for tracing.
         triton: ``"module:launcher"`` under ``llmos_kernels._triton``, the implementation for CUDA.
+        flops: Returns the FLOPs of the op's matrix products, for torch's counter. Takes the
+            schema's arguments.
     """
-    overload = define_composite(schema, run=reference, fake=fake)
+    overload = define_composite(schema, run=reference, fake=fake, flops=flops)
     name = schema.partition("(")[0]
     op = DEFINED[f"llmos::{name}"] = Op(reference, triton)
     if triton:
@@ -97,13 +106,18 @@ def define(
     return overload
 
 
-def define_composite(schema: str, *, run: Callable, fake: Callable) -> torch._ops.OpOverload:
+def define_composite(
+    schema: str, *, run: Callable, fake: Callable, flops: Callable[..., int] | None = None
+) -> torch._ops.OpOverload:
     """Register ``llmos::<name>``, which runs other ops and has no kernel; return its overload."""
     name = schema.partition("(")[0]
     _LIB.define(schema)
     _LIB.impl(name, torch.no_grad()(run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"llmos::{name}", fake, lib=_LIB)
-    return getattr(torch.ops.llmos, name).default
+    overload = getattr(torch.ops.llmos, name).default
+    if flops:
+        count_flops(overload, flops)
+    return overload
 
 
 class CannotCompile(RuntimeError):

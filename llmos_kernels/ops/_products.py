@@ -19,6 +19,8 @@ symbolic size. On CUDA a traced product with nothing fused is recorded as torch'
 cuBLAS's whatever its size (``tuned/gpu/products.json``), and compilers can fuse what is around it.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -161,6 +163,15 @@ def _dweight_fake(
     return dweight, dz.new_empty(dz.shape[1] if bias else 0)
 
 
+def flops_of_rows(rows: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    """Return the FLOPs of a product of ``rows`` with a weight, or with its transpose."""
+    return 2 * rows.shape[0] * weight.numel()
+
+
+def _flops_of_dweight(dz: Tensor, input: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * dz.shape[0] * dz.shape[1] * input.shape[1]
+
+
 _EPILOGUE = "int activation, float dropout_p, Tensor? seed"
 _FORWARD = f"Tensor input, Tensor weight, Tensor? bias, {_EPILOGUE}, bool save_z"
 _DINPUT = f"Tensor dz, Tensor weight, Tensor? saved, {_EPILOGUE}"
@@ -171,18 +182,21 @@ linear_forward = define(
     reference=_forward_reference,
     fake=_forward_fake,
     triton="gemm.linear:forward",
+    flops=flops_of_rows,
 )
 linear_dinput = define(
     f"linear_dinput({_DINPUT}) -> (Tensor dinput, Tensor dbias)",
     reference=_dinput_reference,
     fake=_dinput_fake,
     triton="gemm.linear_backward:dinput",
+    flops=flops_of_rows,
 )
 linear_dweight = define(
     f"linear_dweight({_DWEIGHT}) -> (Tensor dweight, Tensor dbias)",
     reference=_dweight_reference,
     fake=_dweight_fake,
     triton="gemm.linear_backward:dweight",
+    flops=_flops_of_dweight,
 )
 activation_forward = define(
     f"activation_forward(Tensor saved, {_EPILOGUE}) -> Tensor",
@@ -341,16 +355,19 @@ linear_forward_by_policy = define_composite(
     f"linear_forward_by_policy({_FORWARD}, bool layer) -> (Tensor out, Tensor z)",
     run=_run_forward,
     fake=_forward_fake,
+    flops=flops_of_rows,
 )
 linear_dinput_by_policy = define_composite(
     f"linear_dinput_by_policy({_DINPUT}, bool layer) -> (Tensor dinput, Tensor dbias)",
     run=_run_dinput,
     fake=_dinput_fake,
+    flops=flops_of_rows,
 )
 linear_dweight_by_policy = define_composite(
     f"linear_dweight_by_policy({_DWEIGHT}, bool layer) -> (Tensor dweight, Tensor dbias)",
     run=_run_dweight,
     fake=_dweight_fake,
+    flops=_flops_of_dweight,
 )
 
 

@@ -76,6 +76,28 @@ def _backward_fake(
     return dquery, dkey, dvalue, query.new_empty(attn_mask.shape, dtype=attn_mask.dtype)
 
 
+def _pairs(query: Tensor, key: Tensor, *rest: Tensor | None) -> int:
+    """Return how many pairs of a query and a key there are, of all heads; masks do not count."""
+    batch, heads, q_len, _ = query.shape
+    cu_q, cu_k = rest[2:] if len(rest) == 4 else (None, None)
+    if cu_q is None or cu_k is None:
+        return batch * heads * q_len * key.shape[2]
+    return heads * int((cu_q.diff().long() * cu_k.diff().long()).sum())
+
+
+def _forward_flops(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> int:
+    return 2 * _pairs(query, key, *rest[:4]) * (query.shape[3] + value.shape[3])
+
+
+def _weights_flops(query: Tensor, key: Tensor, *_: Any) -> int:
+    return 2 * _pairs(query, key) * query.shape[3]
+
+
+def _backward_flops(dout: Tensor, *args: Any) -> int:
+    """Return the FLOPs of dvalue, the gradient of the weights, dquery and dkey."""
+    return 2 * _forward_flops(*args)
+
+
 _TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_padding_mask,"
     " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
@@ -88,6 +110,7 @@ _forward = define(
     reference=forward_reference,
     fake=_forward_fake,
     triton="attention.forward:forward",
+    flops=_forward_flops,
 )
 
 _weights = define(
@@ -96,6 +119,7 @@ _weights = define(
     reference=weights_reference,
     fake=_weights_fake,
     triton="attention.weights:weights",
+    flops=_weights_flops,
 )
 
 _backward = define(
@@ -104,6 +128,7 @@ _backward = define(
     reference=backward_reference,
     fake=_backward_fake,
     triton="attention.backward:backward",
+    flops=_backward_flops,
 )
 
 

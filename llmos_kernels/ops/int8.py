@@ -87,6 +87,7 @@ _matmul = define(
         a.shape[0], b.shape[0], dtype=dtype
     ),
     triton="int8.linear:matmul",
+    flops=_products.flops_of_rows,
 )
 
 

@@ -142,6 +142,7 @@ _dynamic = define(
     reference=_linear_reference,
     fake=_out,
     triton="int8.linear:linear",
+    flops=_products.flops_of_rows,
 )
 
 _linear_rows = define(
@@ -150,6 +151,7 @@ _linear_rows = define(
     reference=_linear_rows_reference,
     fake=_linear_rows_fake,
     triton="int8.linear:linear_rows",
+    flops=_products.flops_of_rows,
 )
 
 _weight_only = define(
@@ -157,6 +159,7 @@ _weight_only = define(
     reference=_weight_only_reference,
     fake=_out,
     triton="int8.linear:weight_only",
+    flops=_products.flops_of_rows,
 )
 
 
@@ -213,6 +216,7 @@ _weight_only_of_any_rows = define_composite(
     f"int8_weight_only_of_any_rows({_WEIGHT}, Tensor? bias, int activation) -> Tensor",
     run=_weight_only_by_rows,
     fake=_out,
+    flops=_products.flops_of_rows,
 )
 
 
