@@ -3,10 +3,15 @@
 Source: Vaswani et al. 2017, arXiv:1706.03762.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmos_kernels.nn.nested import nested_like, nested_rows
+from llmos_kernels.ops._attention_arguments import MAX_DIM
+from llmos_kernels.ops._products import is_traced
 from llmos_kernels.ops.attention import scaled_dot_product_attention
 from llmos_kernels.ops.linear import project
 
@@ -15,8 +20,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention`` through ``llmos_kernels.scaled_dot_product_attention``.
 
     The state dict is that of torch. Every mask, dropout and the attention weights are computed by
-    the fused kernels; nested tensors go to torch. A query whose keys are all masked gets an
-    attention of 0, also where torch returns NaN because weights are needed.
+    the fused kernels; nested tensors go to torch but for self-attention without masks. A query
+    whose keys are all masked gets an attention of 0, also where torch returns NaN because weights
+    are needed.
 
     Args:
         embed_dim, num_heads, ...: the arguments of ``torch.nn.MultiheadAttention``, unchanged.
@@ -55,6 +61,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         if query.is_nested or key.is_nested or value.is_nested:
+            alike = query is key and key is value and not need_weights
+            if alike and attn_mask is None and key_padding_mask is None:
+                out = _attend_to_itself(self, query)
+                if out is not None:
+                    return out, None
             return super().forward(
                 query,
                 key,
@@ -138,6 +149,43 @@ def project_out(attention: torch.nn.MultiheadAttention, x: Tensor) -> Tensor:
     return layer.forward(x) if int8 else project(x, layer.weight, layer.bias)
 
 
+def is_simple(attention: Any) -> bool:
+    """Return whether ``attend_nested`` computes the self-attention of ``attention``."""
+    return (
+        bool(attention._qkv_same_embed_dim)
+        and attention.bias_k is None
+        and not attention.add_zero_attn
+        and attention.head_dim <= MAX_DIM
+    )
+
+
+def attend_nested(attention: torch.nn.MultiheadAttention, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Return the self-attention of sequences of different lengths, each to itself.
+
+    Args:
+        attention: a module for which ``is_simple`` holds.
+        x: [total, embed_dim], the rows of all sequences.
+        cu_seqlens: int32 [sequences + 1], where each sequence begins, and ``total``.
+
+    Returns:
+        [total, embed_dim].
+    """
+    q, k, v = project_in(attention, x).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
+    p = attention.dropout if attention.training else 0.0
+    out: Any = scaled_dot_product_attention(
+        q, k, v, dropout_p=p, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens
+    )
+    return project_out(attention, out.flatten(1))
+
+
+def _attend_to_itself(attention: torch.nn.MultiheadAttention, nested: Tensor) -> Tensor | None:
+    """Return the self-attention of a nested tensor; None where torch's has to compute it."""
+    if nested.layout != torch.strided or not nested.is_contiguous() or not is_simple(attention):
+        return None
+    rows, cu_seqlens = nested_rows(nested)
+    return nested_like(nested, attend_nested(attention, rows, cu_seqlens))
+
+
 def _by_head(x: Tensor, heads: int, batch_first: bool) -> Tensor:
     """Return a projection, 2-D or 3-D, as a view [batch, heads, length, head_dim]."""
     if x.dim() == 2:
@@ -193,10 +241,10 @@ def _masks(
 def _is_zero_elsewhere(padding: Tensor, hidden: Tensor) -> bool:
     """Return whether ``padding`` is 0 where it is not ``hidden``.
 
-    Always False on CUDA and while tracing, where looking would synchronise or fail.
+    Always False on CUDA, on meta and while tracing, where looking would synchronise or fail.
     """
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if padding.is_cuda or padding.requires_grad or traced:
+    traced = is_traced(padding) or torch._C._are_functorch_transforms_active()
+    if padding.is_cuda or padding.is_meta or padding.requires_grad or traced:
         return False
     return not padding.masked_fill(hidden, 0).any()
 

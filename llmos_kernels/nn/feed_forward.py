@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from llmos_kernels.nn.fusible import is_fusible
 from llmos_kernels.nn.int8 import Int8Linear, activated
-from llmos_kernels.ops._activations import code_of
+from llmos_kernels.ops._activations import activate, code_of
 from llmos_kernels.ops._dropout import check_dropout
 from llmos_kernels.ops.feed_forward import feed_forward
+from llmos_kernels.ops.linear import PLAIN_TENSORS
 
 #: The names that ``feed_forward`` has for functions and for classes of modules.
 _FUNCTIONS: dict[Callable, str] = {
@@ -72,6 +73,8 @@ class FeedForward(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         first, second = self.linear1, self.linear2
         hidden = activated(first, input, self.activation)
+        if hidden is None and (input.is_nested or type(input) not in PLAIN_TENSORS):
+            hidden = activate(first(input), code_of(self.activation))
         if hidden is not None:
             return second(F.dropout(hidden, self.dropout, self.training))
         return feed_forward(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llmos_kernels.nn.attention import MultiheadAttention, project_in
 from llmos_kernels.nn.fusible import is_fusible
+from llmos_kernels.nn.nested import map_rows
 from llmos_kernels.ops.int8 import MAX_INNER, int8_quantize
 from llmos_kernels.ops.int8_linear import (
     MODES,
@@ -112,6 +113,8 @@ class Int8Linear(nn.Linear):
 
     def activated(self, input: Tensor, activation: str | None) -> Tensor:
         """Return ``activation`` of the layer's result, computed in the epilogue of its GEMM."""
+        if input.is_nested:
+            return map_rows(input, lambda rows: self.activated(rows, activation))
         weight = self.weight_int8
         return int8_linear(
             input,

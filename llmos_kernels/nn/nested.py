@@ -1,19 +1,13 @@
-"""Self-attention of nested tensors: batches of sequences of different lengths, without padding.
+"""Nested tensors: batches of sequences of different lengths, without padding.
 
 The sequences are the rows of one tensor [total, width]; ``cu_seqlens`` holds where each of them
 begins.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
-
-from llmos_kernels.nn.attention import MultiheadAttention, project_in, project_out
-from llmos_kernels.nn.fusible import is_fusible
-from llmos_kernels.nn.int8 import Int8MultiheadAttention
-from llmos_kernels.ops._attention_arguments import MAX_DIM
-from llmos_kernels.ops.attention import scaled_dot_product_attention
+from torch import Tensor
 
 
 def nested_rows(nested: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,32 +28,15 @@ def nested_like(nested: Tensor, rows: Tensor) -> Tensor:
     )
 
 
-def can_attend_nested(attention: nn.Module) -> bool:
-    """Return whether ``attend_nested`` computes what ``attention`` does."""
-    return (
-        type(attention) in (nn.MultiheadAttention, MultiheadAttention, Int8MultiheadAttention)
-        and bool(attention._qkv_same_embed_dim)
-        and attention.bias_k is None
-        and not attention.add_zero_attn
-        and attention.head_dim <= MAX_DIM
-        and is_fusible(attention)
-    )
+def map_rows(nested: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return a nested tensor of ``fn`` of the rows of ``nested``, [total, width]; of both layouts.
 
-
-def attend_nested(attention: nn.MultiheadAttention, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Return the self-attention of sequences of different lengths, each to itself.
-
-    Args:
-        attention: a module for which ``can_attend_nested`` holds.
-        x: [total, embed_dim], the rows of all sequences.
-        cu_seqlens: int32 [sequences + 1], where each sequence begins, and ``total``.
-
-    Returns:
-        [total, embed_dim].
+    ``fn`` may change the width.
     """
-    q, k, v = project_in(attention, x).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
-    p = attention.dropout if attention.training else 0.0
-    out: Any = scaled_dot_product_attention(
-        q, k, v, dropout_p=p, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens
-    )
-    return project_out(attention, out.flatten(1))
+    if nested.layout == torch.jagged:
+        made = fn(nested.values())
+        return torch.nested.nested_tensor_from_jagged(made, nested.offsets())  # type: ignore[attr-defined]
+    parts = [t.reshape(-1, nested.size(-1)) for t in nested.unbind()]
+    rows = fn(torch.cat(parts))
+    lengths = [len(part) for part in parts]
+    return torch.nested.as_nested_tensor(list(rows.split(lengths)))

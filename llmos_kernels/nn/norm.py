@@ -9,13 +9,15 @@ from torch import Tensor
 from llmos_kernels.nn.fusible import is_fusible, is_plain_dropout
 from llmos_kernels.ops._dropout import check_dropout
 from llmos_kernels.ops.layer_norm import add_layer_norm, layer_norm
+from llmos_kernels.ops.linear import PLAIN_TENSORS
 from llmos_kernels.ops.rms_norm import rms_norm
 
 
 class LayerNorm(torch.nn.LayerNorm):
     """``torch.nn.LayerNorm`` through ``llmos_kernels.layer_norm``.
 
-    The state dict is that of ``torch.nn.LayerNorm``. Nested tensors go to torch.
+    The state dict is that of ``torch.nn.LayerNorm``. Nested tensors and
+    tensors of subclasses, such as DTensor, go to torch.
 
     Args:
         normalized_shape, eps, elementwise_affine, bias, device, dtype: as in torch.
@@ -38,7 +40,7 @@ class LayerNorm(torch.nn.LayerNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.is_nested:
+        if input.is_nested or type(input) not in PLAIN_TENSORS:
             return super().forward(input)
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
@@ -46,7 +48,8 @@ class LayerNorm(torch.nn.LayerNorm):
 class RMSNorm(torch.nn.RMSNorm):
     """``torch.nn.RMSNorm`` through ``llmos_kernels.rms_norm``.
 
-    The state dict is that of ``torch.nn.RMSNorm``. Nested tensors go to torch.
+    The state dict is that of ``torch.nn.RMSNorm``. Nested tensors and
+    tensors of subclasses, such as DTensor, go to torch.
 
     Args:
         normalized_shape, eps, elementwise_affine, device, dtype: as in torch.
@@ -68,7 +71,7 @@ class RMSNorm(torch.nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_nested:
+        if x.is_nested or type(x) not in PLAIN_TENSORS:
             return super().forward(x)
         return rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
@@ -143,8 +146,14 @@ def add_and_norm(input: Tensor, residual: Tensor, dropout: Any, norm: Any) -> tu
         dropout: a module that drops.
         norm: a module that normalizes.
     """
-    same_shape = isinstance(residual, Tensor) and input.shape == residual.shape
-    if not (are_plain(dropout, norm) and same_shape):
+    fits = (
+        are_plain(dropout, norm)
+        and type(input) in PLAIN_TENSORS
+        and type(residual) in PLAIN_TENSORS
+        and not (input.is_nested or residual.is_nested)
+        and input.shape == residual.shape
+    )
+    if not fits:
         h = dropout(input) + residual
         return norm(h), h
     return add_layer_norm(

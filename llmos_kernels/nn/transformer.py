@@ -8,17 +8,26 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llmos_kernels.nn.attention import MultiheadAttention
+from llmos_kernels.nn.attention import MultiheadAttention, attend_nested, is_simple
 from llmos_kernels.nn.feed_forward import activation_name
-from llmos_kernels.nn.fusible import is_plain_dropout
-from llmos_kernels.nn.int8 import activated
+from llmos_kernels.nn.fusible import is_fusible, is_plain_dropout
+from llmos_kernels.nn.int8 import Int8MultiheadAttention, activated
 from llmos_kernels.nn.linear import linear_parameters
-from llmos_kernels.nn.nested import attend_nested, can_attend_nested, nested_like, nested_rows
+from llmos_kernels.nn.nested import nested_like, nested_rows
 from llmos_kernels.nn.norm import LayerNorm, add_and_norm
 from llmos_kernels.ops.feed_forward import feed_forward
 
 #: The drop-ins of the parts of a layer.
 _FUSED = {nn.MultiheadAttention: MultiheadAttention, nn.LayerNorm: LayerNorm}
+
+
+#: The attentions that ``attend_nested`` may compute.
+_ATTENTIONS = (nn.MultiheadAttention, MultiheadAttention, Int8MultiheadAttention)
+
+
+def _can_attend_nested(attention: nn.MultiheadAttention) -> bool:
+    """Return whether ``attend_nested`` may take the place of calling ``attention``."""
+    return type(attention) in _ATTENTIONS and is_simple(attention) and is_fusible(attention)
 
 
 class _Layer(nn.Module):
@@ -84,7 +93,7 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
     ) -> Tensor:
         if src.is_nested:
             masked = src_mask is not None or src_key_padding_mask is not None
-            if masked or not src.is_contiguous() or not can_attend_nested(self.self_attn):
+            if masked or not src.is_contiguous() or not _can_attend_nested(self.self_attn):
                 return nn.TransformerEncoderLayer.forward(
                     self, src, src_mask, src_key_padding_mask, is_causal
                 )

@@ -222,10 +222,15 @@ def linear(
 def project(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return a plain linear layer: by our kernels or torch's, as the policy says for its size.
 
-    Takes what ``torch.nn.functional.linear`` takes. Quantized and sharded weights, and calls under
-    CPU autocast, are torch's.
+    Takes what ``torch.nn.functional.linear`` takes. Nested tensors, quantized and sharded ones, and
+    calls under CPU autocast, are torch's.
     """
-    if type(weight) not in PLAIN_TENSORS or (input.is_cpu and torch.is_autocast_enabled("cpu")):
+    if (
+        type(weight) not in PLAIN_TENSORS
+        or type(input) not in PLAIN_TENSORS
+        or input.is_nested
+        or (input.is_cpu and torch.is_autocast_enabled("cpu"))
+    ):
         return F.linear(input, weight, bias)
     if _products.is_traced(input):
         if not input.is_cpu:  # A compiler can fuse and tune torch's.

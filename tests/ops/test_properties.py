@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from llmos_kernels._core import numerics
-from llmos_kernels.testing import CASES, DTYPES, assert_within_budget, compare, map_tensors
+from llmos_kernels.testing import (
+    CASES,
+    DTYPES,
+    InaccurateError,
+    assert_within_budget,
+    compare,
+    map_tensors,
+)
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -30,8 +37,7 @@ def arguments(draw):
     case, dtype = draw(st.sampled_from(CHOSEN)), draw(st.sampled_from(DTYPES))
     lead = draw(st.lists(st.integers(1, 5), max_size=2))
     shape = (*lead, draw(st.integers(3, 40)), draw(st.integers(8, 300)))
-    torch.manual_seed(draw(st.integers(0, 2**16)))
-    args = case.make(shape, dtype=dtype, requires_grad=True)
+    seed = draw(st.integers(0, 2**16))
     scale, offset = draw(st.sampled_from([1, 1e-3, 100])), draw(st.sampled_from([0, 0, 1, 30]))
     step, skip = draw(st.integers(1, 3)), draw(st.integers(0, 2))
     value = draw(st.sampled_from([None, *SPECIAL.values()]))
@@ -48,14 +54,24 @@ def arguments(draw):
         wide[..., skip::step] = t
         return wide[..., skip::step]
 
-    return case, map_tensors(change, args)
+    def build(i):
+        """Return arguments with other random numbers for each i."""
+        torch.manual_seed(seed + (i << 17))
+        return map_tensors(change, case.make(shape, dtype=dtype, requires_grad=True))
+
+    return case, build
 
 
 @settings
 @hypothesis.given(arguments())
 def test_error_budget(drawn):
-    case, args = drawn
-    assert_within_budget(compare(case, args), case.name)
+    case, build = drawn
+    try:
+        assert_within_budget(compare(case, build(0)), case.name)
+    except InaccurateError as missed:  # By chance, or with all numbers that are alike.
+        if missed.is_hopeless:
+            raise
+        assert_within_budget(compare(case, *map(build, range(17))), case.name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llmos_kernels._core import numerics
+from llmos_kernels.ops.linear import PLAIN_TENSORS
 from llmos_kernels.ops.rms_norm import rms_norm, rms_norm_reference
 from llmos_kernels.swap.calls import ModuleCall
 from llmos_kernels.swap.forwards import Reads, has_branches, side_effect
@@ -31,7 +32,8 @@ class FusedRMSNorm(GeneratedClass):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given, weight = (*args, *kwargs.values()), self.weight
-        if len(given) == 1 and isinstance(given[0], Tensor) and given[0].dtype == weight.dtype:
+        plain = all(type(t) in PLAIN_TENSORS for t in (*given, weight))
+        if plain and len(given) == 1 and not given[0].is_nested and given[0].dtype == weight.dtype:
             (x,) = given
             if x.dtype == torch.float32 or not torch.is_autocast_enabled(x.device.type):
                 return rms_norm(x, weight.shape, weight, getattr(self, self._epsilon_name))

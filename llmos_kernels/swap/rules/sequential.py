@@ -19,7 +19,7 @@ from llmos_kernels.nn.fusible import is_fusible, is_plain_dropout
 from llmos_kernels.nn.int8 import activated
 from llmos_kernels.ops import _activations
 from llmos_kernels.ops.feed_forward import feed_forward
-from llmos_kernels.ops.linear import linear
+from llmos_kernels.ops.linear import PLAIN_TENSORS, linear
 from llmos_kernels.swap.calls import ModuleCall
 from llmos_kernels.swap.forwards import is_harmless_read, side_effect
 from llmos_kernels.swap.generated_class import GeneratedClass, generate_class
@@ -100,7 +100,8 @@ class FusedSequential(GeneratedClass):
         given = (*args, *kwargs.values())
         if (
             len(given) != 1
-            or not isinstance(given[0], Tensor)
+            or type(given[0]) not in PLAIN_TENSORS
+            or given[0].is_nested
             or tuple(self._modules) != self._names
             or given[0].dtype != _dtype_of(self._modules[self._linear])
         ):
