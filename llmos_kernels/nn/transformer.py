@@ -6,6 +6,7 @@ Source: Vaswani et al. 2017, arXiv:1706.03762.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llmos_kernels.nn.attention import MultiheadAttention, attend_nested, is_simple
@@ -93,7 +94,8 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
     ) -> Tensor:
         if src.is_nested:
             masked = src_mask is not None or src_key_padding_mask is not None
-            if masked or not src.is_contiguous() or not _can_attend_nested(self.self_attn):
+            has_rows = src.layout == torch.strided and src.is_contiguous()
+            if masked or not has_rows or not _can_attend_nested(self.self_attn):
                 return nn.TransformerEncoderLayer.forward(
                     self, src, src_mask, src_key_padding_mask, is_causal
                 )
