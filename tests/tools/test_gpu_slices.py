@@ -291,7 +291,7 @@ def test_resume_on_another_gpu(out, tmp_path, monkeypatch, capsys):
     gpu_merge.write(tmp_path / "earlier" / "tuned.json", {"format": 1})
     monkeypatch.setattr(gpu, "gpu_name", lambda: "nvidia-l40s")
     gpu.resume(tmp_path / "earlier")
-    assert "of nvidia-a100-80gb-pcie, this is nvidia-l40s" in capsys.readouterr().out
+    assert "from nvidia-a100-80gb-pcie, this GPU is nvidia-l40s" in capsys.readouterr().out
     assert not out.exists()
     monkeypatch.setattr(gpu, "gpu_name", lambda: "nvidia-a100-80gb-pcie")
     gpu.resume(tmp_path / "earlier")
