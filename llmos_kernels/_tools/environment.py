@@ -140,10 +140,10 @@ def _sizes(rule: ProductRule) -> str:
         return f"2^{n.bit_length() - 1}" if n else "0"
 
     shown = [
-        *limits(*rule.rows, str, "rows"),
-        *limits(*rule.macs, power, "MACs"),
-        *limits(*rule.depth, str, "in_features"),
-        *limits(*rule.width, str, "out_features"),
+        *limits(rule.rows_from, rule.rows_below, str, "rows"),
+        *limits(rule.macs_from, rule.macs_below, power, "MACs"),
+        *limits(rule.depth_from, rule.depth_below, str, "in_features"),
+        *limits(rule.width_from, rule.width_below, str, "out_features"),
     ]
     return ", ".join(shown) or "any size"
 

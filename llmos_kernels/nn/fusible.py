@@ -10,18 +10,26 @@ from torch.nn.modules import module as torch_module
 
 from llmos_kernels.ops.linear import PLAIN_TENSORS
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-#: The hooks of all modules, see ``torch.nn.modules.module.register_module_forward_hook``.
-_GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in _HOOKS)
+_PLAIN_PARAMETERS = PLAIN_TENSORS | {type(None)}
 
 
 def is_fusible(module: torch.nn.Module) -> bool:
     """Return whether computing what the class of ``module`` computes replaces calling it."""
-    if any(_GLOBAL_HOOKS) or any(getattr(module, hooks) for hooks in _HOOKS):
+    # Every fused call asks this for each of its parts, so it is written out.
+    state = module.__dict__
+    if (
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+        or state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    ):
         return False
-    if "forward" in module.__dict__:
-        return False
-    return all(p is None or type(p) in PLAIN_TENSORS for p in module._parameters.values())
+    return _PLAIN_PARAMETERS.issuperset(map(type, state["_parameters"].values()))
 
 
 def is_plain_dropout(dropout: object) -> bool:

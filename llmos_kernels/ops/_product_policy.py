@@ -15,6 +15,7 @@ gradients; inside, the other directions decide, and the entry's provider is not 
 """
 
 import functools
+import itertools
 import json
 import re
 import sys
@@ -63,19 +64,14 @@ class ProductRule(NamedTuple):
     """The provider of products whose sizes lie in these ranges, the upper ends excluded."""
 
     provider: str
-    rows: tuple[int, int]
-    macs: tuple[int, int]
-    depth: tuple[int, int]
-    width: tuple[int, int]
-
-    def covers(self, rows: int, depth: int, width: int) -> bool:
-        """Return whether a product of [rows, depth] by [depth, width] lies in all ranges."""
-        return (
-            self.rows[0] <= rows < self.rows[1]
-            and self.macs[0] <= rows * depth * width < self.macs[1]
-            and self.depth[0] <= depth < self.depth[1]
-            and self.width[0] <= width < self.width[1]
-        )
+    rows_from: int
+    rows_below: int
+    macs_from: int
+    macs_below: int
+    depth_from: int
+    depth_below: int
+    width_from: int
+    width_below: int
 
 
 @functools.cache
@@ -175,8 +171,18 @@ def _matches(entry: dict, facts: dict) -> bool:
 
 def _rule(entry: dict) -> ProductRule:
     ranges = ((entry[name] or [0, None]) for name in _SIZES)
-    limits = ((low, NO_LIMIT if high is None else high) for low, high in ranges)
-    return ProductRule(entry["provider"], *limits)
+    limits = [(low, NO_LIMIT if high is None else high) for low, high in ranges]
+    return ProductRule(entry["provider"], *itertools.chain.from_iterable(limits))
+
+
+def _first(
+    rules: tuple[ProductRule, ...], rows: int, macs: int, depth: int, width: int
+) -> str | None:
+    """Return the provider of the first rule whose ranges hold these sizes, or None."""
+    for provider, r, r_end, m, m_end, d, d_end, w, w_end in rules:
+        if r <= rows < r_end and m <= macs < m_end and d <= depth < d_end and w <= width < w_end:
+            return provider
+    return None
 
 
 #: The results of ``_table``. The key is (dtype, device); for CPU dtypes that torch can give to
@@ -230,9 +236,7 @@ def choose(
             the answer be TORCH: torch's own layer and its gradients.
     """
     table = _tables.get((dtype, device)) or _table(dtype, device)
-    if layer and not any(rule.covers(rows, depth, width) for rule in table[LAYER]):
+    macs = rows * depth * width
+    if layer and _first(table[LAYER], rows, macs, depth, width) is None:
         return TORCH
-    for rule in table[direction]:
-        if rule.covers(rows, depth, width):
-            return rule.provider
-    return OURS
+    return _first(table[direction], rows, macs, depth, width) or OURS

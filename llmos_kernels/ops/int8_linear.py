@@ -172,10 +172,7 @@ def _differentiable_reference(
     threshold: float,
     mode: str,
 ) -> Tensor:
-    """Return the layer by differentiable torch ops: ``backend="reference"`` and second derivatives.
-
-    The gradient of the rounding is taken as 1.
-    """
+    """Return the layer by differentiable torch ops; the gradient of the rounding is taken as 1."""
     acc = torch.promote_types(rows.dtype, torch.float32)
     x = rows.to(acc)
     if mode == "dynamic":
