@@ -149,41 +149,24 @@ def project_out(attention: torch.nn.MultiheadAttention, x: Tensor) -> Tensor:
     return layer.forward(x) if int8 else project(x, layer.weight, layer.bias)
 
 
-def is_simple(attention: Any) -> bool:
-    """Return whether ``attend_nested`` computes the self-attention of ``attention``."""
-    return (
-        bool(attention._qkv_same_embed_dim)
-        and attention.bias_k is None
-        and not attention.add_zero_attn
-        and attention.head_dim <= MAX_DIM
-    )
-
-
-def attend_nested(attention: torch.nn.MultiheadAttention, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Return the self-attention of sequences of different lengths, each to itself.
-
-    Args:
-        attention: a module for which ``is_simple`` holds.
-        x: [total, embed_dim], the rows of all sequences.
-        cu_seqlens: int32 [sequences + 1], where each sequence begins, and ``total``.
-
-    Returns:
-        [total, embed_dim].
-    """
+def _attend_to_itself(attention: Any, nested: Tensor) -> Tensor | None:
+    """Return the self-attention of a nested tensor; None where torch's has to compute it."""
+    if (
+        nested.layout != torch.strided
+        or not nested.is_contiguous()
+        or not attention._qkv_same_embed_dim
+        or attention.bias_k is not None
+        or attention.add_zero_attn
+        or attention.head_dim > MAX_DIM
+    ):
+        return None
+    x, cu_seqlens = nested_rows(nested)
     q, k, v = project_in(attention, x).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
     p = attention.dropout if attention.training else 0.0
     out: Any = scaled_dot_product_attention(
         q, k, v, dropout_p=p, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens
     )
-    return project_out(attention, out.flatten(1))
-
-
-def _attend_to_itself(attention: torch.nn.MultiheadAttention, nested: Tensor) -> Tensor | None:
-    """Return the self-attention of a nested tensor; None where torch's has to compute it."""
-    if nested.layout != torch.strided or not nested.is_contiguous() or not is_simple(attention):
-        return None
-    rows, cu_seqlens = nested_rows(nested)
-    return nested_like(nested, attend_nested(attention, rows, cu_seqlens))
+    return nested_like(nested, project_out(attention, out.flatten(1)))
 
 
 def _by_head(x: Tensor, heads: int, batch_first: bool) -> Tensor:

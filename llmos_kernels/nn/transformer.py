@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmos_kernels.nn.attention import MultiheadAttention, attend_nested, is_simple
+from llmos_kernels.nn.attention import MultiheadAttention
 from llmos_kernels.nn.feed_forward import activation_name
-from llmos_kernels.nn.fusible import is_fusible, is_plain_dropout
-from llmos_kernels.nn.int8 import Int8MultiheadAttention, activated
+from llmos_kernels.nn.fusible import is_plain_dropout
+from llmos_kernels.nn.int8 import activated
 from llmos_kernels.nn.linear import linear_parameters
 from llmos_kernels.nn.nested import nested_like, nested_rows
 from llmos_kernels.nn.norm import LayerNorm, add_and_norm
@@ -20,15 +20,6 @@ from llmos_kernels.ops.feed_forward import feed_forward
 
 #: The drop-ins of the parts of a layer.
 _FUSED = {nn.MultiheadAttention: MultiheadAttention, nn.LayerNorm: LayerNorm}
-
-
-#: The attentions that ``attend_nested`` may compute.
-_ATTENTIONS = (nn.MultiheadAttention, MultiheadAttention, Int8MultiheadAttention)
-
-
-def _can_attend_nested(attention: nn.MultiheadAttention) -> bool:
-    """Return whether ``attend_nested`` may take the place of calling ``attention``."""
-    return type(attention) in _ATTENTIONS and is_simple(attention) and is_fusible(attention)
 
 
 class _Layer(nn.Module):
@@ -94,14 +85,17 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
     ) -> Tensor:
         if src.is_nested:
             masked = src_mask is not None or src_key_padding_mask is not None
-            has_rows = src.layout == torch.strided and src.is_contiguous()
-            if masked or not has_rows or not _can_attend_nested(self.self_attn):
+            if masked or src.layout != torch.strided or not src.is_contiguous():
                 return nn.TransformerEncoderLayer.forward(
                     self, src, src_mask, src_key_padding_mask, is_causal
                 )
-            rows, cu_seqlens = nested_rows(src)
-            rows = self._compute(rows, lambda x: attend_nested(self.self_attn, x, cu_seqlens))
-            return nested_like(src, rows)
+
+            def attend_nested(x: Tensor) -> Tensor:
+                y = nested_like(src, x)
+                out = self.self_attn(y, y, y, need_weights=False, is_causal=is_causal)[0]
+                return nested_rows(out.contiguous())[0]
+
+            return nested_like(src, self._compute(nested_rows(src)[0], attend_nested))
 
         def attend(x: Tensor) -> Tensor:
             return self.self_attn(
