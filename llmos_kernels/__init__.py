@@ -12,7 +12,8 @@ from llmos_kernels.ops.attention import scaled_dot_product_attention
 from llmos_kernels.ops.embedding import embedding_layer_norm
 from llmos_kernels.ops.feed_forward import feed_forward
 from llmos_kernels.ops.int8 import int8_matmul, int8_quantize
-from llmos_kernels.ops.int8_linear import int8_linear, int8_linear_rows
+from llmos_kernels.ops.int8_linear import int8_linear
+from llmos_kernels.ops.int8_linear_rows import int8_linear_rows
 from llmos_kernels.ops.int8_norm import int8_add_layer_norm, int8_layer_norm
 from llmos_kernels.ops.int8_vnni_weight import int8_vnni_weight
 from llmos_kernels.ops.layer_norm import add_layer_norm, layer_norm

@@ -29,7 +29,7 @@ from llmos_kernels._core.registry import (
     use_reference,
 )
 from llmos_kernels.ops import _activations, _products
-from llmos_kernels.ops._activations import NONE, RELU, RELU2
+from llmos_kernels.ops._activations import NONE
 from llmos_kernels.ops._autocast import autocast
 from llmos_kernels.ops.int8 import (
     check_beside,
@@ -41,13 +41,11 @@ from llmos_kernels.ops.int8 import (
 )
 from llmos_kernels.ops.linear import Activation, as_rows, linear
 
-__all__ = ["int8_linear", "int8_linear_reference", "int8_linear_rows"]
+__all__ = ["int8_linear", "int8_linear_reference"]
 
 MODES = ("dynamic", "weight_only")
 #: The most rows of input that the kernel for ``weight_only`` takes.
 WEIGHT_ONLY_ROWS = 16
-#: Activations without negative results.
-_NONNEGATIVE = RELU, RELU2
 
 
 def check_threshold(outlier_threshold: float) -> float:
@@ -63,7 +61,7 @@ def _outliers(rows: Tensor, threshold: float) -> Tensor | None:
     return (rows.float().abs() >= threshold).any(0) if threshold else None
 
 
-def _linear_reference(
+def dynamic_reference(
     input: Tensor,
     weight_int8: Tensor,
     weight_scale: Tensor,
@@ -72,6 +70,7 @@ def _linear_reference(
     activation: int,
     threshold: float,
 ) -> Tensor:
+    """Return the layer of mode "dynamic": the op where no kernel is registered."""
     rows: Tensor = input
     outlier_sums: Tensor | float = 0
     columns = _outliers(input, threshold)
@@ -92,31 +91,6 @@ def _linear_reference(
     )
 
 
-def _linear_rows_reference(
-    input: Tensor,
-    weight_int8: Tensor,
-    weight_scale: Tensor,
-    vnni_weight: Tensor | None,
-    bias: Tensor | None,
-    activation: int,
-) -> tuple[Tensor, Tensor]:
-    y = _linear_reference(input, weight_int8, weight_scale, vnni_weight, bias, activation, 0.0)
-    return quantize_reference(y, activation in _NONNEGATIVE)
-
-
-def _linear_rows_fake(
-    input: Tensor,
-    weight_int8: Tensor,
-    weight_scale: Tensor,
-    vnni_weight: Tensor | None,
-    bias: Tensor | None,
-    activation: int,
-) -> tuple[Tensor, Tensor]:
-    dtype = torch.uint8 if activation in _NONNEGATIVE else torch.int8
-    rows = input.new_empty(input.shape[0], weight_int8.shape[0], dtype=dtype)
-    return rows, input.new_empty(input.shape[0], dtype=torch.float32)
-
-
 def _weight_only_reference(
     input: Tensor,
     weight_int8: Tensor,
@@ -134,28 +108,19 @@ def _out(input: Tensor, weight_int8: Tensor, *_: Any) -> Tensor:
     return input.new_empty(input.shape[0], weight_int8.shape[0])
 
 
-_WEIGHT = "Tensor input, Tensor weight_int8, Tensor weight_scale"
+WEIGHT = "Tensor input, Tensor weight_int8, Tensor weight_scale"
 
 _dynamic = define(
-    f"int8_linear({_WEIGHT}, Tensor? vnni_weight, Tensor? bias, int activation,"
+    f"int8_linear({WEIGHT}, Tensor? vnni_weight, Tensor? bias, int activation,"
     " float outlier_threshold) -> Tensor",
-    reference=_linear_reference,
+    reference=dynamic_reference,
     fake=_out,
     triton="int8.linear:linear",
     flops=_products.flops_of_rows,
 )
 
-_linear_rows = define(
-    f"int8_linear_rows({_WEIGHT}, Tensor? vnni_weight, Tensor? bias, int activation)"
-    " -> (Tensor rows, Tensor scale)",
-    reference=_linear_rows_reference,
-    fake=_linear_rows_fake,
-    triton="int8.linear:linear_rows",
-    flops=_products.flops_of_rows,
-)
-
 _weight_only = define(
-    f"int8_weight_only({_WEIGHT}, Tensor? bias, int activation) -> Tensor",
+    f"int8_weight_only({WEIGHT}, Tensor? bias, int activation) -> Tensor",
     reference=_weight_only_reference,
     fake=_out,
     triton="int8.linear:weight_only",
@@ -210,7 +175,7 @@ def _weight_only_by_rows(
 #: A traced graph records this op in place of the branch above: the branch compares the number of
 #: rows, which may be symbolic while tracing, so it is taken when the op runs.
 _weight_only_of_any_rows = define_composite(
-    f"int8_weight_only_of_any_rows({_WEIGHT}, Tensor? bias, int activation) -> Tensor",
+    f"int8_weight_only_of_any_rows({WEIGHT}, Tensor? bias, int activation) -> Tensor",
     run=_weight_only_by_rows,
     fake=_out,
     flops=_products.flops_of_rows,
@@ -311,7 +276,7 @@ def int8_linear(
     if threshold and mode != "dynamic":
         raise ValueError(f"outlier_threshold is for mode 'dynamic', got {threshold} with {mode!r}")
     input, bias = autocast(input, bias)
-    _check(input, weight_int8, weight_scale, bias, vnni_weight)
+    check_int8_linear(input, weight_int8, weight_scale, bias, vnni_weight)
     rows = as_rows(input)
     quantization = code, threshold, mode
     if use_reference(backend, input.dtype):
@@ -324,7 +289,7 @@ def int8_linear(
     return out.view(*input.shape[:-1], weight_int8.shape[0])
 
 
-def _check(
+def check_int8_linear(
     input: Tensor,
     weight_int8: Tensor,
     weight_scale: Tensor,
@@ -348,54 +313,6 @@ def _check(
         bias=(bias, (outputs,), input.dtype),
         vnni_weight=(vnni_weight, vnni_shape(weight_int8), torch.int8),
     )
-
-
-def int8_linear_rows(
-    input: Tensor,
-    weight_int8: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    *,
-    vnni_weight: Tensor | None = None,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return ``int8_linear(...)`` with its rows quantized, and their scales, for ``int8_matmul``.
-
-    On CPUs only a few rows of the floating point result exist at a time, in the cache.
-
-    Args:
-        input: [..., in], float32, bfloat16 or float16, any strides.
-        weight_int8: [out, in], int8, as ``int8_quantize`` makes it.
-        weight_scale: [out], float32, as ``int8_quantize`` makes it.
-        bias: [out], of the dtype of ``input``, or None.
-        activation: None, "relu", "relu2", "gelu", "gelu_tanh" or "silu".
-        vnni_weight: ``int8_vnni_weight(weight_int8)``, or None.
-        backend: "reference" for the plain torch definition, else None.
-
-    Returns:
-        The rows [..., out], int8, and the scales [...], float32. After relu and relu2, which leave
-        nothing negative, the rows are uint8 with 255 steps in place of 127. Not differentiable.
-
-    Raises:
-        ValueError: As for ``int8_linear``.
-        TypeError: As for ``int8_linear``; float64 raises.
-
-    Example:
-        >>> weight, scale = int8_quantize(torch.randn(512, 768))
-        >>> rows, row_scale = int8_linear_rows(torch.randn(4, 768), weight, scale)
-        >>> rows.shape, row_scale.shape
-        (torch.Size([4, 512]), torch.Size([4]))
-    """
-    code = _activations.code_of(activation)
-    input, bias = autocast(input, bias)
-    _check(input, weight_int8, weight_scale, bias, vnni_weight)
-    if input.dtype not in KERNEL_DTYPES:
-        raise TypeError(f"input must be float32, bfloat16 or float16, got {input.dtype}")
-    made = _linear_rows_reference if use_reference(backend, input.dtype) else _linear_rows
-    bias = None if bias is None else bias.detach()
-    rows, scale = made(as_rows(input.detach()), weight_int8, weight_scale, vnni_weight, bias, code)
-    return rows.view(*input.shape[:-1], weight_int8.shape[0]), scale.view(input.shape[:-1])
 
 
 def int8_linear_reference(*args: Any, **options: Any) -> Tensor:

@@ -5,8 +5,9 @@ it not slower; ``restore`` undoes it. ``quantize`` gives linear layers int8 weig
 """
 
 from llmos_kernels.swap.checkpoint import load_quantized, save_quantized
+from llmos_kernels.swap.int8_summary import Int8Entry, Int8Report
 from llmos_kernels.swap.optimize import optimize, restore
-from llmos_kernels.swap.quantize import Int8Entry, Int8Report, quantize
+from llmos_kernels.swap.quantize import quantize
 from llmos_kernels.swap.summary import Entry, Report
 
 __all__ = [

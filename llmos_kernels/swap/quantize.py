@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,85 +24,15 @@ from llmos_kernels.ops.int8_linear import MODES, check_threshold, int8_linear
 from llmos_kernels.ops.int8_vnni_weight import int8_vnni_weight
 from llmos_kernels.ops.linear import project
 from llmos_kernels.swap.calls import ModelRun, ModuleCall
+from llmos_kernels.swap.int8_summary import Int8Entry, Int8Report
 from llmos_kernels.swap.optimize import MARK, capture, check_model
 from llmos_kernels.swap.rules.linear import FusedConv1D, is_conv1d
 from llmos_kernels.swap.rules.rule import ancestors, why_untouchable
-from llmos_kernels.swap.summary import table
 
 #: The number of rows on which an error is measured, in float64.
 _MAX_ERROR_ROWS = 1024
 #: Numbers of rows at which a layer must be faster, by mode, if the user gives none.
 ROWS = {"dynamic": (1, 128), "weight_only": (1,)}
-
-
-@dataclass(frozen=True)
-class Int8Entry:
-    """One layer that ``quantize`` looked at.
-
-    Args:
-        module: its name in the model; empty for the model itself.
-        cls: its class before.
-        quantized: whether it is int8 now.
-        reason: why it was kept.
-        error: the norm of the error of its results over the norm of the results.
-        speedups: the time of the original over that of int8, for each number of rows.
-        before: the size of its weights in bytes.
-        after: the size of the int8 weights and scales in bytes.
-    """
-
-    module: str
-    cls: str
-    quantized: bool
-    reason: str = ""
-    error: float | None = None
-    speedups: dict[int, float] = field(default_factory=dict)
-    before: int = 0
-    after: int = 0
-
-
-@dataclass
-class Int8Report:
-    """Every linear layer that ``quantize`` looked at. ``print(report)`` shows it as a table.
-
-    Args:
-        entries: the layers.
-        before: the size of all parameters and buffers of the model before, in bytes.
-        after: their size after it.
-    """
-
-    entries: list[Int8Entry]
-    before: int
-    after: int
-
-    @property
-    def quantized(self) -> list[Int8Entry]:
-        """The layers that are int8 now."""
-        return [e for e in self.entries if e.quantized]
-
-    @property
-    def kept(self) -> list[Int8Entry]:
-        """The layers that stayed as they were; ``reason`` says why."""
-        return [e for e in self.entries if not e.quantized]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain data, for JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        rows = [("module", "class", "result", "error", "speedup by rows", "size")]
-        rows += [
-            (
-                e.module or "(the model)",
-                e.cls,
-                "int8" if e.quantized else f"kept: {e.reason}",
-                "" if e.error is None else f"{e.error:.2%}",
-                ", ".join(f"{rows}: {s:.2f}x" for rows, s in e.speedups.items()),
-                f"{_mib(e.before)} -> {_mib(e.after)}" if e.quantized else "",
-            )
-            for e in self.entries
-        ]
-        size = f"{_mib(self.before)} -> {_mib(self.after)}"
-        return f"{table(rows)}\n{len(self.quantized)} int8, {len(self.kept)} kept, {size}"
 
 
 def quantize(
@@ -402,7 +332,3 @@ def leave_fast_path(model: nn.Module) -> None:
 def _size(model: nn.Module) -> int:
     tensors = [*model.parameters(), *model.buffers()]
     return sum({id(t): t.nbytes for t in tensors}.values())
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"
