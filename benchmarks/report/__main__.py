@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
-sys.path[0] = str(BENCHMARKS)  # Python puts this folder there, not the one above it.
+if __name__ == "__main__":
+    sys.path[0] = str(BENCHMARKS)  # Python puts this folder there, not the one above it.
 
 from report import model  # noqa: E402
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from report.axes import BLUE, LIGHT, RED, styled, times
 from report.model import Machine, ReportRow, Results, mapping, text
-from report.plots import BLUE, LIGHT, RED, styled, times
 
 #: The number of bars, over all machines.
 BARS = 10

@@ -7,6 +7,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from report.axes import times
 from report.model import (
     OURS,
     Interval,
@@ -20,7 +21,7 @@ from report.model import (
     positive,
     text,
 )
-from report.plots import figures, times
+from report.plots import figures
 
 TEMPLATE = Path(__file__).with_name("page.html")
 BEHIND = "▼ {} behind"

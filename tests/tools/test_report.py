@@ -1,107 +1,32 @@
 """The report of benchmarks: what it reads, what a browser shows of it. All times are made up."""
 
-import copy
 import html
 import json
-import os
 import re
-import shutil
-import subprocess
 import sys
 
 import pytest
 
 pytest.importorskip("matplotlib")
 from report import __main__ as command
-from report import headline, model
-from report import page as pages
-from report import plots as figures
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-HOSTILE = '<script>document.title="owned"</script> $x_{$ "\' ]]> --> \ud800 \x00 漢'
-
-
-def benchmark(name, provider, micros, op=None, dtype="float32", direction="forward", **info):
-    """An entry with all keys that ours have, if an op is given."""
-    stats = {"median": micros / 1e6}
-    full = {
-        "op": op,
-        "size": [8, 64],
-        "dtype": dtype,
-        "direction": direction,
-        "error_over_budget": 0.4,
-        "bytes": 1_000_000,
-        "median_ci": [micros * 0.98 / 1e6, micros * 1.02 / 1e6],
-        "share": 0.5,
-        "peak_bytes": 1 << 20,
-    }
-    return {
-        "group": name,
-        "name": f"test[{provider}]",
-        "fullname": f"bench.py::test[{provider}]",
-        "params": {"provider": provider},
-        "stats": stats,
-        "extra_info": (full if op else {}) | info,
-    }
-
-
-NORM, GELU, INT8 = (
-    "layer_norm [8, 64] float32 forward",
-    "gelu [9] bfloat16 backward",
-    "int8 linear [1] bfloat16 forward + backward",
+from report import headline, model, rates
+from report_files import (
+    BENCHMARKS,
+    GELU,
+    HOSTILE,
+    INT8,
+    LLMOS,
+    NORM,
+    benchmark,
+    hostile,
+    made,
+    reporter,
 )
-GOAL = {"eager": 2.0, "liger": 1.0}
-BENCHMARKS = [
-    benchmark(NORM, "kernel", 10, "layer_norm", goal=GOAL, vs_eager_ci=[2.4, 2.6]),
-    benchmark(NORM, "eager", 25, "layer_norm"),
-    benchmark(NORM, "compile", 8, "layer_norm"),
-    benchmark(GELU, "kernel", 20, "gelu", "bfloat16", "backward", goal={"eager": 1.5}, FLOP=4e8),
-    benchmark(GELU, "eager", 5, "gelu", "bfloat16", "backward", runs="a_kernel"),
-    benchmark(INT8, "kernel", 30, relative_error=0.011),
-    benchmark(INT8, "dynamic", 29.999),
-]
-LLMOS = {
-    "machine": "test-machine",
-    "torch": "2.13.0",
-    "threads": 2,
-    "settings": {"OMP_NUM_THREADS": "2"},
-    "limits": {"copy": 45.1, "float32": 480.0, "bfloat16": 900.0},
-    "state": {"load": 0.1},
-    "versions": {"torch": "2.13.0"},
-}
-
-
-def made(benchmarks=BENCHMARKS, machine="test-machine", wrong=(), absent=None):
-    content = {
-        "machine_info": {"node": "node", "llmos": LLMOS | {"machine": machine}},
-        "commit_info": {"id": "0123456789abcdef", "dirty": True},
-        "benchmarks": list(benchmarks),
-        "datetime": "2026-01-02T03:04:05",
-        "version": "5",
-        "llmos": {"wrong": list(wrong), "absent": absent or {}},
-    }
-    return copy.deepcopy(content)
 
 
 @pytest.fixture
 def report(tmp_path):
-    """Writes files and the page of them, and plots to a folder; returns the page's text."""
-
-    def run(*contents, plots=None):
-        paths = []
-        for i, content in enumerate(contents):
-            paths.append(tmp_path / f"{i}.json")
-            paths[-1].write_text(content if isinstance(content, str) else json.dumps(content))
-        page = tmp_path / "out" / "page.html"
-        page.parent.mkdir(exist_ok=True)
-        results = model.read(paths)
-        page.write_text(pages.render(results), encoding="utf-8", newline="\n")
-        if plots is not None:
-            plots.mkdir(exist_ok=True)
-            figures.save(results, plots)
-        return page.read_text(encoding="utf-8")
-
-    return run
+    return reporter(tmp_path)
 
 
 def cells(page, heading):
@@ -203,18 +128,6 @@ def test_any_value_is_survived(report, tmp_path, value):
     assert not {"nan", "inf", "None"}.intersection(sorted_by)
 
 
-def hostile():
-    entries = [
-        benchmark(HOSTILE, provider, 1 + i, HOSTILE, HOSTILE, HOSTILE, runs=HOSTILE, FLOP=10**i)
-        for i, provider in enumerate(("kernel", "eager", HOSTILE, "_hidden"))
-    ]
-    entries[0]["extra_info"]["goal"] = {HOSTILE: 2}
-    wrong = {"group": HOSTILE + "2", "provider": HOSTILE, "why": HOSTILE}
-    content = made(entries, HOSTILE, [wrong], {HOSTILE: HOSTILE})
-    content["machine_info"]["llmos"]["limits"][HOSTILE] = 3.0
-    return content | {"datetime": HOSTILE, "commit_info": {"id": HOSTILE}}
-
-
 def test_names_are_escaped(report, tmp_path):
     page = report(hostile(), plots=tmp_path)
     assert page.count("<script") == 1
@@ -267,7 +180,7 @@ def test_missing_file(tmp_path):
 
 
 def test_matplotlib_is_asked_for(monkeypatch, tmp_path, capsys):
-    for name in ("headline", "page", "plots"):
+    for name in ("axes", "headline", "page", "plots", "rates"):
         monkeypatch.delitem(sys.modules, f"report.{name}", raising=False)
         monkeypatch.delattr(f"report.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -335,10 +248,10 @@ def test_int8_has_a_roof_of_its_own(report, monkeypatch):
     """Its rows are not drawn as float32, whose roof they pass, whatever dtype goes in and comes
     out."""
     drawn = []
-    monkeypatch.setattr(figures, "MARKERS", {"float32": "o", "int8": "D"})
-    plot = figures.Axes.plot
+    monkeypatch.setattr(rates, "MARKERS", {"float32": "o", "int8": "D"})
+    plot = rates.Axes.plot
     monkeypatch.setattr(
-        figures.Axes, "plot", lambda ax, *a, **k: drawn.append(a) or plot(ax, *a, **k)
+        rates.Axes, "plot", lambda ax, *a, **k: drawn.append(a) or plot(ax, *a, **k)
     )
     rows = [
         benchmark("int8_linear", "kernel", 10, "int8_linear", FLOP=4e9, products="int8"),
@@ -348,84 +261,3 @@ def test_int8_has_a_roof_of_its_own(report, monkeypatch):
     page = report(made(rows))
     markers = [a[2] for a in drawn if len(a) == 3 and a[2] in ("o", "D")]
     assert markers == ["D", "D", "o"] and ">int8<" in page
-
-
-@pytest.fixture(scope="module")
-def browser():
-    found = os.environ.get("CHROME") or next(filter(None, map(shutil.which, BROWSERS)), None)
-    if not found:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)}, and CHROME is not set")
-
-    def run(page, *options):
-        command = [found, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-        command += [f"--user-data-dir={page.parent / 'profile'}", "--enable-logging=stderr"]
-        done = subprocess.run(
-            [*command, *options, page.as_uri()], capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr
-        assert "CONSOLE" not in done.stderr, done.stderr
-        return done.stdout
-
-    return run
-
-
-@pytest.mark.parametrize("width", [1280, 480])
-def test_a_browser_shows_it(report, browser, tmp_path, width):
-    from matplotlib.image import imread
-
-    report(made())
-    shot = tmp_path / "shot.png"
-    page = tmp_path / "out" / "page.html"
-    browser(page, f"--screenshot={shot}", f"--window-size={width},1600")
-    image = imread(shot)[..., :3]
-    assert image.shape[1] == width
-    assert image.std() > 0.05
-    red, green, blue = image[..., 0], image[..., 1], image[..., 2]
-    assert ((red > 0.6) & (green < 0.2) & (blue < 0.3)).sum() > 100
-
-
-SCRIPT = """{
-const said = [];
-const table = [...document.querySelectorAll("section.op table")][0];
-const column = name => [...table.tHead.rows[0].cells].find(c => c.textContent.startsWith(name));
-const shown = () => [...table.tBodies[0].rows].filter(r => !r.hidden);
-const order = () => shown().map(r => r.cells[1].textContent).join();
-for (const name of ["median", "median", "time over", "time over", "provider"]) {
-  const header = column(name);
-  header.querySelector("button").click();
-  said.push(order() + " " + header.getAttribute("aria-sort"));
-}
-said.push(document.querySelectorAll("[aria-sort]").length);
-const box = document.getElementById("filter");
-box.value = "COMPILE layer_norm";
-box.dispatchEvent(new Event("input"));
-said.push(order(), [...document.querySelectorAll("section.op")].filter(s => !s.hidden).length);
-const wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
-said.push(wide ? "overflows" : "fits", document.title);
-document.title = said.join("; ");
-}"""
-
-
-def test_a_browser_sorts_and_filters(report, browser, tmp_path):
-    text = report(made())
-    page = tmp_path / "clicked.html"
-    page.write_text(text.replace("</body>", f"<script>{SCRIPT}</script></body>"), encoding="utf-8")
-    dom = browser(page, "--dump-dom", "--window-size=480,800")
-    assert html.unescape(re.search("<title>(.*?)</title>", dom)[1]).split("; ") == [
-        "compile,kernel,eager ascending",
-        "eager,kernel,compile descending",
-        "compile,eager,kernel ascending",
-        "eager,compile,kernel descending",
-        "compile,eager,kernel ascending",
-        "1",
-        "compile",
-        "1",
-        "fits",
-        "Benchmarks: test-machine",
-    ]
-
-
-def test_a_browser_runs_no_name(report, browser, tmp_path):
-    report(hostile())
-    dom = browser(tmp_path / "out" / "page.html", "--dump-dom")
-    assert "<title>Benchmarks: &lt;script&gt;" in dom
