@@ -80,13 +80,15 @@ json.dump(rows, open(sys.argv[1], "w"), indent=1)
 print(len(rows), "kernels,", sum(r["spills"] > 0 for r in rows), "spill")
 """
 
-#: Tests that are not run here: the extension is built already, and wheels are not for this machine.
+#: Tests that run in a slice of their own.
+_STRESS = ("test_stress.py", "test_large.py")
+#: Tests that are not run with the others: the extension is built, wheels are for other machines.
 _NOT_HERE = (
     "test_cpu_levels.py",
     "test_sanitize.py",
     "test_wheels.py",
     "test_build.py",
-    "test_stress.py",
+    *_STRESS,
     "test_gpu_slices.py",
     "test_gpu_carry.py",
 )
@@ -137,7 +139,7 @@ def slices(out: Path, rehearse: bool, carried: bool = False) -> dict[str, list[S
                 out,
                 "stress",
                 240,
-                [_test("test_stress.py"), *_chosen(rehearse, "threads or memory")],
+                [*map(_test, _STRESS), *_chosen(rehearse, "threads or memory")],
             ),
         ],
         "tune-float16": _tune(out, rehearse, "float16"),
