@@ -55,15 +55,19 @@ class Cpu(NamedTuple):
     family: int | None
     isa: str  # The instruction set that our kernels use; "none" without the extension.
     amx: bool  # Whether the CPU has AMX, which oneDNN uses whatever our kernels do.
-    threads: int
     onednn: frozenset[torch.dtype]  # The dtypes whose products torch gives to oneDNN.
     mkl: bool
 
 
 class ProductRule(NamedTuple):
-    """The provider of products whose sizes lie in these ranges, the upper ends excluded."""
+    """The provider of products whose sizes lie in these ranges, the upper ends excluded.
+
+    ``threads`` are the numbers of threads for which the rule holds, or None for all: a caller can
+    change torch's at any time, so it is compared when a product asks.
+    """
 
     provider: str
+    threads: tuple[int, ...] | None
     rows_from: int
     rows_below: int
     macs_from: int
@@ -94,7 +98,6 @@ def cpu() -> Cpu:
         int(family[1]) if family else None,
         extension.cpu_level() if extension else "none",
         torch.cpu._is_amx_tile_supported(),
-        torch.get_num_threads(),
         frozenset(onednn),
         torch.backends.mkl.is_available(),
     )
@@ -156,7 +159,7 @@ def _facts(device: torch.device, dtype: torch.dtype, onednn_enabled: bool) -> di
     if device.type == "cpu":
         facts = cpu()._asdict()
         library = torch_library(dtype, onednn_enabled)
-        return {k: facts[k] for k in Cpu._fields[:5]} | {"torch_library": library}
+        return {k: facts[k] for k in Cpu._fields[:4]} | {"torch_library": library}
     major, minor = torch.cuda.get_device_capability(device)
     return {"gpu": torch.cuda.get_device_name(device), "arch": f"sm_{major}{minor}"}
 
@@ -172,15 +175,19 @@ def _matches(entry: dict, facts: dict) -> bool:
 def _rule(entry: dict) -> ProductRule:
     ranges = ((entry[name] or [0, None]) for name in _SIZES)
     limits = [(low, NO_LIMIT if high is None else high) for low, high in ranges]
-    return ProductRule(entry["provider"], *itertools.chain.from_iterable(limits))
+    threads = entry.get("threads")
+    if threads is not None:
+        threads = tuple(threads) if isinstance(threads, list) else (threads,)
+    return ProductRule(entry["provider"], threads, *itertools.chain.from_iterable(limits))
 
 
 def _first(
     rules: tuple[ProductRule, ...], rows: int, macs: int, depth: int, width: int
 ) -> str | None:
-    """Return the provider of the first rule whose ranges hold these sizes, or None."""
-    for provider, r, r_end, m, m_end, d, d_end, w, w_end in rules:
-        if r <= rows < r_end and m <= macs < m_end and d <= depth < d_end and w <= width < w_end:
+    """Return the provider of the first rule for these sizes and torch's threads, or None."""
+    for provider, threads, r, r_end, m, m_end, d, d_end, w, w_end in rules:
+        fits = r <= rows < r_end and m <= macs < m_end and d <= depth < d_end and w <= width < w_end
+        if fits and (threads is None or torch.get_num_threads() in threads):
             return provider
     return None
 

@@ -61,7 +61,6 @@ def pretend(monkeypatch, isa, amx=False, intel=False, onednn=HAS_ONEDNN):
         None,
         isa,
         amx,
-        torch.get_num_threads(),
         frozenset([torch.bfloat16] if onednn else []),
         torch.backends.mkl.is_available(),
     )
@@ -263,6 +262,24 @@ def test_every_size_counts(monkeypatch):
     assert choose(1, 64, 31) == choose(9, 127, 1) == "onednn"
     assert choose(4, 128, 31) == choose(2, 64, 32) == "mkl"
     assert choose(5, 128, 31) == choose(2, 2, 2) == choose(1, 63, 1) == "ours"
+
+
+def test_threads_count_when_a_product_asks(monkeypatch):
+    """A caller may change torch's threads after the table was read."""
+    (entry, *_) = _product_policy.read(_product_policy.FOLDER / "cpu" / "products.json", "cpu")
+    anywhere = dict.fromkeys(("rows", "macs", "vendor", "family", "isa", "amx", "torch_library"))
+    entry |= anywhere | {"direction": "forward", "dtype": "float32"}
+    entries = [
+        entry | {"provider": "onednn", "threads": [3, 5]},
+        entry | {"provider": "mkl", "threads": 4},
+    ]
+    monkeypatch.setattr(_product_policy, "_entries", lambda kind: entries)
+    monkeypatch.setattr(_product_policy, "_tables", {})
+    found = []
+    for threads in (2, 3, 4, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(_product_policy.choose("forward", torch.float32, CPU, 8, 8, 8))
+    assert found == ["ours", "onednn", "mkl", "onednn"]
 
 
 def test_malformed_table(tmp_path):
