@@ -340,14 +340,14 @@ def _add(machine: Machine, found: dict, path: Path) -> None:
 
 def _add_failures(machine: Machine, found: dict) -> None:
     """Add what has no time. A wrong result is no result: an older time is removed."""
-    own = mapping(found.get("llmos"))
-    for wrong in map(mapping, listing(own.get("wrong"))):
+    notes = mapping(found.get("llmos"))
+    for wrong in map(mapping, listing(notes.get("wrong"))):
         name, provider = text(wrong.get("group")), text(wrong.get("provider"))
         machine.wrong[name, provider] = text(wrong.get("why"))
         row = machine.rows.get(name)
         if row and row.entries.pop(provider, None) and not row.entries:
             del machine.rows[name]
-    for provider, why in mapping(own.get("absent")).items():
+    for provider, why in mapping(notes.get("absent")).items():
         machine.absent[text(provider)] = text(why)
 
 

@@ -24,12 +24,26 @@ shift = 0
 
 
 def shifted(seed: int) -> int:
-    """Return ``seed`` raised by the shift of this run, which is 0 by default."""
+    """Return ``seed`` raised by 1000 times the shift of this run, which is 0 by default.
+
+    Args:
+        seed: a fixed seed of a test or a proof.
+
+    Returns:
+        The seed for this run.
+    """
     return seed + 1000 * shift
 
 
 def generator(seed: int) -> torch.Generator:
-    """Return a new CPU generator, seeded with ``shifted(seed)``."""
+    """Return a new CPU generator, seeded with ``shifted(seed)``.
+
+    Args:
+        seed: a fixed seed of a test or a proof.
+
+    Returns:
+        The generator.
+    """
     return torch.Generator().manual_seed(shifted(seed))
 
 
@@ -37,6 +51,13 @@ def make_gradients(outputs: Sequence[Tensor], seed: int = 1) -> tuple[Tensor, ..
     """Return a random incoming gradient for each output.
 
     The numbers are drawn in float64, so they are the same for every dtype up to rounding.
+
+    Args:
+        outputs: the outputs of an op.
+        seed: of the random numbers; ``shifted``.
+
+    Returns:
+        For each output a tensor of its shape, dtype and device.
     """
     random = generator(seed)
     return tuple(
@@ -53,6 +74,14 @@ def error_over_budget(actual: Tensor, exact: Tensor, eager: Tensor) -> float:
     The budget is twice the error that torch (``eager``) makes in the same dtype, plus one unit in
     the last place of the largest value of ``exact``. ``actual`` must be NaN or infinite exactly
     where ``eager`` is.
+
+    Args:
+        actual: our result.
+        exact: the float64 reference.
+        eager: torch's result, in the dtype of ``actual``.
+
+    Returns:
+        The ratio; infinity where dtype, shape, NaNs or infinities differ.
     """
     return _over_budget([_errors_in_ulp(actual, exact, eager)])
 
@@ -93,7 +122,11 @@ def _over_budget(errors: Sequence[Errors]) -> float:
 def judged_together(draws: Iterable[Compared]) -> dict[str, float]:
     """Return the error over budget of each named (actual, exact, eager), averaged over the draws.
 
-    A name that is missing from any draw gets infinity.
+    Args:
+        draws: for each draw and each name, our result, the float64 reference and torch's result.
+
+    Returns:
+        The ratio of each name; infinity for a name that is missing from any draw.
     """
     return over_budgets(errors_in_ulp(draw) for draw in draws)
 

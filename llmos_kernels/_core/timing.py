@@ -23,11 +23,14 @@ def samples(
     method ``timed(calls)``, which measures it instead.
 
     Args:
-        fns: The functions to compare.
-        rounds: How many samples to take of each function.
-        seconds: How long one sample of one function lasts, about.
-        max_seconds: The time for all rounds; there are fewer rounds if they would exceed it.
-        min_rounds: The least number of rounds, whatever ``max_seconds`` says.
+        fns: the functions to compare.
+        rounds: how many samples to take of each function.
+        seconds: how long one sample of one function lasts, about.
+        max_seconds: the time for all rounds; there are fewer rounds if they would exceed it.
+        min_rounds: the least number of rounds, whatever ``max_seconds`` says.
+
+    Returns:
+        For each function its samples, in seconds.
     """
     wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
 
@@ -60,7 +63,16 @@ def samples(
 def interleaved(
     fns: Sequence[Callable[[], object]], rounds: int = 30, seconds: float = 4e-3
 ) -> list[float]:
-    """Return the median seconds per call of each function, measured by ``samples``."""
+    """Return the median seconds per call of each function, measured by ``samples``.
+
+    Args:
+        fns: the functions to compare.
+        rounds: how many samples to take of each function.
+        seconds: how long one sample of one function lasts, about.
+
+    Returns:
+        For each function the median of its samples, in seconds.
+    """
     return [statistics.median(t) for t in samples(fns, rounds, seconds)]
 
 
@@ -69,6 +81,12 @@ def interval(found: Sequence[float]) -> list[float]:
 
     The bounds are order statistics, which assume nothing about the distribution of times. Of fewer
     than six samples they are the smallest and the largest, with less confidence.
+
+    Args:
+        found: samples of one function.
+
+    Returns:
+        The two bounds, in the unit of the samples.
     """
     ordered, n = sorted(found), len(found)
     reach = NormalDist().inv_cdf(0.975) * n**0.5 / 2

@@ -34,7 +34,7 @@ __all__ = ["embedding_layer_norm", "embedding_layer_norm_reference"]
 MAX_TABLES = 3
 
 
-def embedding_sum(
+def _embedding_sum(
     indices: Sequence[Tensor | None],
     tables: Sequence[Tensor | None],
     padding_idx: Sequence[int | None] = (None,) * MAX_TABLES,
@@ -73,7 +73,7 @@ def _forward_reference(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    h = embedding_sum((index0, index1, index2), (table0, table1, table2))
+    h = _embedding_sum((index0, index1, index2), (table0, table1, table2))
     y, stats = normalize(h, weight, bias, h.shape[-1], eps, center=True)
     return _drop(y, dropout_p, seed).contiguous(), stats
 
@@ -112,7 +112,7 @@ def _backward_reference(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    h = embedding_sum((index0, index1, index2), (table0, table1, table2))
+    h = _embedding_sum((index0, index1, index2), (table0, table1, table2))
     dh, _, dweight, dbias = norm_backward_reference(
         _drop(dy, dropout_p, seed),
         None,
@@ -198,7 +198,7 @@ class _EmbeddingNorm(torch.autograd.Function):
         indices, tables = sources[:MAX_TABLES], sources[MAX_TABLES:]
         wanted = ctx.needs_input_grad[4:6]
         if torch.is_grad_enabled():
-            h = embedding_sum(indices, tables, ctx.padding_idx)
+            h = _embedding_sum(indices, tables, ctx.padding_idx)
             dy = _drop(dy, ctx.dropout_p, seed)
             dh, _, *affine = gradients_of(ctx, dy, None, h, weight, bias, stats, None)
         else:
@@ -338,10 +338,10 @@ def embedding_layer_norm(
     padding = _check_padding(padding_idx, tables)
     p = dropout_p if training else 0.0
     if use_reference(backend, tables[0].dtype):
-        return _normalize_and_drop(embedding_sum(indices, tables, padding), weight, bias, eps, p)
+        return _normalize_and_drop(_embedding_sum(indices, tables, padding), weight, bias, eps, p)
     if autocasts(tables[0]) and tables[0].dtype != torch.float32:
         # The sum keeps the tables' dtype, its normalization is float32, as in torch.
-        h = embedding_sum(indices, tables, padding)
+        h = _embedding_sum(indices, tables, padding)
         return _normalize_and_drop(h.float(), weight, bias, eps, p)
     shape = _shape(indices)
     first, *others = (i.long() for i in indices)

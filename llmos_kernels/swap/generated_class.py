@@ -65,8 +65,8 @@ def generate_class(
 
 def _defines(cls: type, name: str) -> bool:
     """Return True if ``cls`` or a base of it that is neither torch's nor Python's has ``name``."""
-    own = (c for c in cls.__mro__ if c not in (torch.nn.Module, object))
-    return any(name in vars(c) for c in own)
+    users = (c for c in cls.__mro__ if c not in (torch.nn.Module, object))
+    return any(name in vars(c) for c in users)
 
 
 def _has_reduce(cls: type) -> bool:

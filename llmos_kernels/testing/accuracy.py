@@ -43,14 +43,28 @@ class InaccurateError(AssertionError):
 
 
 def assert_within_budget(draws: Sequence[Compared], what: str) -> None:
-    """Raise InaccurateError if an error over budget, over all draws together, is above 1."""
+    """Raise InaccurateError if an error over budget, over all draws together, is above 1.
+
+    Args:
+        draws: for each draw and each name, our result, the float64 reference and torch's result.
+        what: what is judged, for the message.
+
+    Raises:
+        InaccurateError: the message has each error over budget that is above 1.
+    """
     assert_errors_within_budget([numerics.errors_in_ulp(draw) for draw in draws], what)
 
 
 def assert_errors_within_budget(draws: list[dict[str, Errors]], what: str) -> None:
-    """Do what ``assert_within_budget`` does with errors of any kind: of each, ours and torch's.
+    """Do what ``assert_within_budget`` does with errors that the caller has measured.
 
-    Their unit is what the budget allows beside twice torch's error.
+    Args:
+        draws: for each draw and each name, our error and torch's, in units of what the budget
+            allows beside twice torch's error.
+        what: what is judged, for the message.
+
+    Raises:
+        InaccurateError: the message has each error over budget that is above 1.
     """
     if _collected is not None:
         _collect(_collected, draws, what)
@@ -70,15 +84,30 @@ def _collect(into: dict[str, Errors], draws: list[dict[str, Errors]], what: str)
 
 
 def assert_accurate(actual: Tensor, exact: Tensor, eager: Tensor, what: str) -> None:
-    """Raise InaccurateError if the error of ``actual`` over its budget is above 1."""
+    """Raise InaccurateError if the error of ``actual`` over its budget is above 1.
+
+    Args:
+        actual: our result.
+        exact: the float64 reference.
+        eager: torch's result, in the dtype of ``actual``.
+        what: what is judged, for the message.
+
+    Raises:
+        InaccurateError: the error exceeds twice torch's plus one ulp of the largest value.
+    """
     assert_within_budget([{"error": (actual, exact, eager)}], what)
 
 
 def judge_again(test: Callable[[], object], missed: InaccurateError) -> None:
     """Run ``test``, which has raised ``missed``, with more random numbers and judge all together.
 
+    Args:
+        test: takes its random numbers from seeds that ``shifted`` was asked for.
+        missed: what it raised.
+
     Raises:
-        InaccurateError: The errors of a comparison exceed its budgets in sum, or are hopeless.
+        InaccurateError: the errors of a comparison exceed its budgets in sum, or ``missed`` is
+            so large that chance does not explain it.
     """
     if missed.is_hopeless:
         raise missed

@@ -14,12 +14,27 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def tensors(args: Sequence) -> Iterator[Tensor]:
-    """Yield the tensors among ``args``."""
+    """Yield the tensors among ``args``.
+
+    Args:
+        args: the arguments of an op; tensors inside of a list are not seen.
+
+    Returns:
+        The tensors, in order.
+    """
     return (a for a in args if isinstance(a, Tensor))
 
 
 def map_tensors(fn: Callable, args: Sequence) -> tuple:
-    """Return ``args`` with ``fn`` applied to each floating-point tensor, as new autograd leaves."""
+    """Return ``args`` with ``fn`` applied to each floating-point tensor, as new autograd leaves.
+
+    Args:
+        fn: takes a tensor and returns one.
+        args: the arguments of an op.
+
+    Returns:
+        The arguments; tensors require a gradient where they did before, others are as they were.
+    """
 
     def leaf(t: Tensor) -> Tensor:
         return fn(t.detach()).requires_grad_(t.requires_grad)
@@ -29,12 +44,28 @@ def map_tensors(fn: Callable, args: Sequence) -> tuple:
 
 
 def cast(args: Sequence, dtype: torch.dtype) -> tuple:
-    """Return copies of the arguments with the floating-point tensors in another dtype."""
+    """Return copies of the arguments with the floating-point tensors in another dtype.
+
+    Args:
+        args: the arguments of an op.
+        dtype: the dtype of the copies.
+
+    Returns:
+        The arguments, as from ``map_tensors``.
+    """
     return map_tensors(lambda t: t.to(dtype, copy=True), args)
 
 
 def run(fn: Callable, args: Sequence) -> tuple[Tensor, ...]:
-    """Return the outputs of ``fn(*args)`` as a tuple. Every call draws the same dropout mask."""
+    """Return the outputs of ``fn(*args)`` as a tuple. Every call draws the same dropout mask.
+
+    Args:
+        fn: returns a tensor or a tuple of tensors.
+        args: its arguments.
+
+    Returns:
+        The outputs; of one tensor a tuple of one.
+    """
     torch.manual_seed(0)
     out = fn(*args)
     return out if isinstance(out, tuple) else (out,)
@@ -45,7 +76,13 @@ def run_with_gradients(
 ) -> dict[str, Tensor]:
     """Return the outputs of ``fn`` and the gradient of every argument that requires one, by name.
 
-    ``gradients`` are the gradients of the outputs; random ones by default.
+    Args:
+        fn: returns a tensor or a tuple of tensors.
+        args: its arguments.
+        gradients: the gradients of the outputs; random ones by default.
+
+    Returns:
+        "output 0", ... and "gradient 0", ..., in the order of ``args``.
     """
     outputs = run(fn, args)
     leaves = [a for a in tensors(args) if a.requires_grad]
@@ -62,7 +99,14 @@ def compare(
 ) -> list[Compared]:
     """Return each output and gradient of each draw, with what it is judged by.
 
-    ``gradients`` are the gradients of the outputs; random ones by default.
+    Args:
+        case: the op, its reference and torch's way.
+        draws: arguments for ``case.op``, one sequence a draw.
+        gradients: the gradients of the outputs; random ones by default.
+
+    Returns:
+        For each draw, by the names of ``run_with_gradients``: our result, the reference's in
+        float64, and torch's in the dtype of the arguments.
     """
     wide = None if gradients is None else [g.double() for g in gradients]
     results = []
@@ -82,6 +126,15 @@ def draw(case: Case, shape: tuple, count: int | None = None, **options: Any) -> 
 
     The budget is the error of torch's own result, which varies at random where there are few
     numbers. By default there are therefore eight draws of a small shape, and one of a large shape.
+
+    Args:
+        case: the op.
+        shape: one of ``case.shapes``.
+        count: the number of draws, or None for the default.
+        options: dtype, device and requires_grad, for ``case.make``.
+
+    Returns:
+        The arguments of each draw.
     """
     first = case.make(shape, **options)
     if count is None:
@@ -92,14 +145,28 @@ def draw(case: Case, shape: tuple, count: int | None = None, **options: Any) -> 
 
 
 def worst_error(case: Case, shape: tuple, dtype: torch.dtype, device: str) -> float:
-    """Return the largest error over budget of ``case`` on random arguments."""
+    """Return the largest error over budget of ``case`` on random arguments.
+
+    Args:
+        case: the op.
+        shape: one of ``case.shapes``.
+        dtype: float32, bfloat16 or float16.
+        device: "cpu" or "cuda".
+
+    Returns:
+        At most 1 where all outputs and gradients are within their budgets.
+    """
     torch.manual_seed(0)
     draws = draw(case, shape, dtype=dtype, device=device, requires_grad=True)
     return max(judged_together(compare(case, *draws)).values())
 
 
 class OpRecorder(TorchDispatchMode):
-    """Record the calls of ``llmos`` ops, as (op, arguments)."""
+    """Record the calls of ``llmos`` ops while it is entered.
+
+    Attributes:
+        calls: (op, arguments) of each call, the arguments detached.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +185,15 @@ class OpRecorder(TorchDispatchMode):
 
 
 def raw_calls(case: Case, args: Sequence) -> list[tuple[torch._ops.OpOverload, tuple]]:
-    """Return the ``llmos`` ops that ``case`` runs forward and backward, with their arguments."""
+    """Return the ``llmos`` ops that ``case`` runs forward and backward, with their arguments.
+
+    Args:
+        case: the op.
+        args: arguments for ``case.op``.
+
+    Returns:
+        (op, arguments) of each call.
+    """
     with OpRecorder() as record:
         run_with_gradients(case.op, args)
     return record.calls
