@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmos_kernels.nn.attention import MultiheadAttention, project_in
+from llmos_kernels.nn.dense_weight import DenseWeight
 from llmos_kernels.nn.fusible import is_fusible
 from llmos_kernels.nn.nested import map_rows
 from llmos_kernels.ops.int8 import MAX_INNER, int8_quantize
@@ -27,8 +28,9 @@ class Int8Linear(nn.Linear):
 
     The buffers are ``weight_int8`` [out, in] and ``weight_scale`` [out], which is float32 whatever
     the module is cast to; ``bias`` is a parameter as in torch. ``weight`` is computed from the
-    buffers each time it is read, in the dtype that the module was made in or cast to. Input and
-    bias get gradients.
+    buffers each time it is read, in the dtype that the module was made in or cast to. Assigning to
+    it, or to its ``data``, quantizes the new values; a write in place raises. Input and bias get
+    gradients.
 
     On CPUs that need the weight in VNNI layout a copy in that layout is stored as well. It is made
     again when ``weight_int8`` is replaced or written to; a write through ``.data`` is not noticed.
@@ -100,13 +102,38 @@ class Int8Linear(nn.Linear):
         return made.train(linear.training)
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         """The float weight [out, in], ``weight_int8 * weight_scale``."""
-        return dense(self.weight_int8, self.weight_scale, self._dtype.dtype)
+        if torch.compiler.is_compiling():
+            return dense(self.weight_int8, self.weight_scale, self._dtype.dtype)
+        with torch.inference_mode(False):  # Inference tensors do not count the writes to them.
+            values = dense(self.weight_int8, self.weight_scale, self._dtype.dtype)
+            return DenseWeight.of(self, values)
 
-    @weight.setter
-    def weight(self, value: object) -> None:
-        raise AttributeError("the weight of Int8Linear is weight_int8 and weight_scale")
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and "weight_int8" in self._buffers:
+            self.write_weight(value)
+        else:
+            super().__setattr__(name, value)
+
+    def write_weight(self, value: Tensor) -> None:
+        """Quantize ``value`` and compute with it from now on.
+
+        Args:
+            value: a float weight [out, in].
+
+        Raises:
+            TypeError: it is no tensor.
+            ValueError: it has another shape, or is not finite. The layer is unchanged.
+        """
+        if not isinstance(value, Tensor):
+            raise TypeError(f"a weight must be a tensor, got {type(value).__name__}")
+        if value.shape != self.weight_int8.shape:
+            raise ValueError(f"a weight of {[*self.weight_int8.shape]}, got {[*value.shape]}")
+        with torch.no_grad():
+            rows, scale = quantized_rows(value.detach())
+            self.weight_int8.copy_(rows)
+            self.weight_scale.copy_(scale)
 
     def forward(self, input: Tensor) -> Tensor:
         return self.activated(input, None)
@@ -262,7 +289,7 @@ class Int8MultiheadAttention(MultiheadAttention):
 
     @property
     def in_proj_weight(self) -> Tensor:  # type: ignore[override]
-        """The float weight [3 * embed_dim, embed_dim]."""
+        """The float weight [3 * embed_dim, embed_dim], written as that of ``Int8Linear`` is."""
         return self.in_proj.weight  # type: ignore[union-attr, return-value]
 
     @property

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from llmos_kernels.nn.int8 import Int8Linear
 from llmos_kernels.ops.int8_linear import MODES, check_threshold
 from llmos_kernels.swap.checkpoint import describe, prepare
 from llmos_kernels.swap.quantize import quantize
@@ -69,6 +70,10 @@ class LlmosInt8Quantizer(HfQuantizer):
             if not self.quantization_config.modules:
                 raise ValueError("the quantization_config of the file names no int8 modules")
             prepare(model, self.quantization_config.modules)
+            for module in model.modules():
+                if isinstance(module, Int8Linear):
+                    # transformers would draw a random float weight for it.
+                    module._is_hf_initialized = True
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
