@@ -4,6 +4,8 @@ A model's own class (a residual block, an RMS norm) keeps its name, attributes a
 ``forward`` is another one.  ``isinstance`` with the original class holds.
 """
 
+import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +51,8 @@ def generate_class(
 ) -> type:
     """Return a subclass of ``replaced`` with the ``forward`` of another class.
 
+    What asks for the signature of its ``forward``, such as ``torch.export``, sees the original's.
+
     Args:
         forward: the subclass of ``GeneratedClass`` that defines the fused forward.
         replaced: the original class.
@@ -59,7 +63,12 @@ def generate_class(
     Returns:
         The class ``Fused<name of replaced>``.
     """
-    attributes = {"_replaced": replaced, "_made_by": made_by, **members}
+    fused: Any = forward.forward
+    own_forward = types.FunctionType(
+        fused.__code__, fused.__globals__, fused.__name__, fused.__defaults__, fused.__closure__
+    )
+    own_forward.__signature__ = inspect.signature(replaced.forward)  # type: ignore[attr-defined]
+    attributes = {"_replaced": replaced, "_made_by": made_by, "forward": own_forward, **members}
     return type(f"Fused{replaced.__name__}", (forward, replaced), attributes)
 
 
