@@ -100,6 +100,14 @@ def pack_modules() -> str:
     wanted = os.environ.get("LLMOS_BUILD_PACK", "")
     if wanted in ("", "0") or SANITIZE:
         return ""
+    files = (ROOT / "llmos_kernels" / "_triton").glob("*/*.py")
+    known = {f"{f.parent.name}.{f.stem}" for f in files if "\ndef variants(" in f.read_text()}
+    modules = wanted.replace(",", " ").split()
+    if wanted != "1" and (unknown := [name for name in modules if name not in known]):
+        raise SystemExit(
+            f"LLMOS_BUILD_PACK must be 0, 1 or modules of {', '.join(sorted(known))};"
+            f" got {' '.join(unknown)!r}"
+        )
     if not importlib.util.find_spec("triton"):
         raise SystemExit(f"llmos_kernels: LLMOS_BUILD_PACK={wanted} needs triton")
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
@@ -107,7 +115,7 @@ def pack_modules() -> str:
             f"llmos_kernels: LLMOS_BUILD_PACK={wanted} needs TORCH_CUDA_ARCH_LIST, the GPUs to"
             " compile for, such as '8.0;9.0'"
         )
-    return "ALL" if wanted == "1" else ";".join(wanted.replace(",", " ").split())
+    return "ALL" if wanted == "1" else ";".join(modules)
 
 
 class CMakeBuild(build_ext):

@@ -11,6 +11,8 @@ import zipfile
 import pytest
 from one_tree import ROOT, turn
 
+from llmos_kernels._tools.build_pack import MODULES
+
 WITHOUT = """
 import importlib.util, os, shutil, sys
 missing = sys.argv.pop(1)
@@ -167,9 +169,13 @@ def test_the_pack_is_built_where_it_is_asked_for():
         ("", "''"),
         ("0", "''"),
         ("1", "'ALL'"),
-        ("linear,int8", "'linear;int8'"),
+        ("gemm.linear,int8.linear", "'gemm.linear;int8.linear'"),
     ):
         assert packed(LLMOS_BUILD_PACK=wanted).stdout.split()[-1] == found
+    assert packed(LLMOS_BUILD_PACK=" ".join(MODULES)).returncode == 0
+    for wrong in ("nonsense", "gemm.linear nonsense", "gemm.gemm"):
+        done = packed(LLMOS_BUILD_PACK=wrong)
+        assert done.returncode and f"got '{wrong.split()[-1]}'" in done.stderr
     done = packed(LLMOS_BUILD_PACK="1", TORCH_CUDA_ARCH_LIST="")
     assert done.returncode and "needs TORCH_CUDA_ARCH_LIST" in done.stderr
 
