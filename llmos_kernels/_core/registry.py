@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from llmos_kernels._core.errors import DtypeError
 from llmos_kernels._core.flops import count_flops
 
-#: The dtypes that every kernel accepts. float64 goes to the reference; others raise TypeError.
+#: The dtypes that every kernel accepts. float64 goes to the reference; others raise DtypeError.
 KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 _LIB = torch.library.Library("llmos", "DEF")
@@ -67,7 +68,7 @@ def use_reference(backend: str | None, dtype: torch.dtype) -> bool:
         return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     check_backend(backend)
     if dtype not in KERNEL_DTYPES and dtype != torch.float64:
-        raise TypeError(f"expected float32, bfloat16, float16 or float64 tensors, got {dtype}")
+        raise DtypeError(f"expected float32, bfloat16, float16 or float64 tensors, got {dtype}")
     return True
 
 

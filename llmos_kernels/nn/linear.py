@@ -21,8 +21,8 @@ class Linear(torch.nn.Linear):
         dtype of the weight. Under autocast ``input`` is cast, and the result has autocast's dtype.
 
     Raises:
-        RuntimeError: shapes or dtypes disagree, and torch computes the call.
-        ValueError, TypeError: shapes, or dtypes, disagree, and our GEMM computes it.
+        RuntimeError: shapes or dtypes disagree. Where our GEMM computes the call, the error is a
+            ValueError or a TypeError as well.
 
     Example:
         >>> Linear(512, 2048)(torch.randn(8, 128, 512)).shape

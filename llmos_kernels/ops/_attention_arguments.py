@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llmos_kernels._core.errors import ArgumentError, DtypeError
 from llmos_kernels._core.registry import KERNEL_DTYPES
 from llmos_kernels.ops._autocast import autocast, autocast_dtype
 from llmos_kernels.ops._dropout import check_dropout
@@ -80,12 +81,12 @@ def check_attention(
     bottom_right: bool,
     return_weights: str | None,
 ) -> Arguments:
-    """Return the arguments as kernels take them, or raise ValueError or TypeError."""
+    """Return the arguments as kernels take them, or raise ArgumentError or DtypeError."""
     check_dropout(dropout_p)
     _check_dtypes(query, key, value, attn_mask)
     query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     if query.ndim not in (3, 4) or not query.ndim == key.ndim == value.ndim:
-        raise ValueError(
+        raise ArgumentError(
             "query, key and value must all have 4 dimensions, [batch, heads, length, head_dim], or"
             f" all 3, got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
         )
@@ -128,21 +129,21 @@ def check_attention(
 def _check_dtypes(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
     """Raise where dtypes or devices disagree."""
     if query.dtype not in KERNEL_DTYPES and query.dtype != torch.float64:
-        raise TypeError(
+        raise DtypeError(
             f"expected float32, bfloat16, float16 or float64 tensors, got {query.dtype}"
         )
     for name, t in (("key", key), ("value", value)):
         if t.dtype != query.dtype and not autocast_dtype(query):
-            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {t.dtype}")
+            raise DtypeError(f"{name} must have the dtype of query, {query.dtype}, got {t.dtype}")
         if t.device != query.device:
-            raise ValueError(f"{name} is on {t.device}, query on {query.device}")
+            raise ArgumentError(f"{name} is on {t.device}, query on {query.device}")
     if attn_mask is None:
         return
     dtype = attn_mask.dtype
     if dtype not in (torch.bool, query.dtype) and dtype not in KERNEL_DTYPES:
-        raise TypeError(f"attn_mask must be bool, {query.dtype} or float32, got {dtype}")
+        raise DtypeError(f"attn_mask must be bool, {query.dtype} or float32, got {dtype}")
     if attn_mask.device != query.device:
-        raise ValueError(f"attn_mask is on {attn_mask.device}, query on {query.device}")
+        raise ArgumentError(f"attn_mask is on {attn_mask.device}, query on {query.device}")
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
@@ -151,14 +152,16 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
     v_dim = value.shape[3]
     shown = lambda: f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     if key.shape[0] != batch or key.shape[3] != dim or value.shape[:3] != key.shape[:3]:
-        raise ValueError(f"the shapes disagree as [batch, heads, length, head_dim]: {shown()}")
+        raise ArgumentError(f"the shapes disagree as [batch, heads, length, head_dim]: {shown()}")
     if not (1 <= dim <= MAX_DIM and 1 <= v_dim <= MAX_DIM):
-        raise ValueError(f"head dims must be from 1 to {MAX_DIM}, got {dim} and {v_dim}: {shown()}")
+        raise ArgumentError(
+            f"head dims must be from 1 to {MAX_DIM}, got {dim} and {v_dim}: {shown()}"
+        )
     kv_heads = key.shape[1]
     if kv_heads != heads and not enable_gqa:
-        raise ValueError(f"query has {heads} heads, key {kv_heads}: that takes enable_gqa=True")
+        raise ArgumentError(f"query has {heads} heads, key {kv_heads}: that takes enable_gqa=True")
     if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"{heads} query heads cannot share {kv_heads} key heads")
+        raise ArgumentError(f"{heads} query heads cannot share {kv_heads} key heads")
 
 
 def _check_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -168,7 +171,9 @@ def _check_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
         attn_mask = attn_mask.unsqueeze(0)
     fits = all(m in (1, n) for m, n in zip(attn_mask.shape, full, strict=False))
     if attn_mask.ndim > 4 or not fits:
-        raise ValueError(f"attn_mask must broadcast to {list(full)}, got {list(attn_mask.shape)}")
+        raise ArgumentError(
+            f"attn_mask must broadcast to {list(full)}, got {list(attn_mask.shape)}"
+        )
     return attn_mask
 
 
@@ -176,14 +181,14 @@ def _check_padding(key_padding_mask: Tensor, query: Tensor, key: Tensor) -> None
     """Raise unless the mask is bool [batch, k_len], beside the query."""
     shape = (query.shape[0], key.shape[2])
     if key_padding_mask.dtype != torch.bool:
-        raise TypeError(f"key_padding_mask must be bool, got {key_padding_mask.dtype}")
+        raise DtypeError(f"key_padding_mask must be bool, got {key_padding_mask.dtype}")
     if key_padding_mask.shape != shape:
-        raise ValueError(
+        raise ArgumentError(
             f"key_padding_mask must be [batch, k_len] = {list(shape)},"
             f" got {list(key_padding_mask.shape)}"
         )
     if key_padding_mask.device != query.device:
-        raise ValueError(
+        raise ArgumentError(
             f"key_padding_mask is on {key_padding_mask.device}, query on {query.device}"
         )
 
@@ -200,7 +205,7 @@ def _check_varlen(
     if cu_q is None or cu_k is None:
         raise ValueError("varlen sequences take both cu_seqlens_q and cu_seqlens_k")
     if query.ndim != 3:
-        raise ValueError(
+        raise ArgumentError(
             f"with cu_seqlens, query is [total_q, heads, head_dim], got {list(query.shape)}"
         )
     for name, given in (
@@ -214,11 +219,11 @@ def _check_varlen(
             )
     for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
         if cu.dtype != torch.int32:
-            raise TypeError(f"{name} must be int32, got {cu.dtype}")
+            raise DtypeError(f"{name} must be int32, got {cu.dtype}")
         if cu.ndim != 1 or cu.shape != cu_q.shape or cu.shape[0] < 2:
-            raise ValueError(
+            raise ArgumentError(
                 "cu_seqlens_q and cu_seqlens_k must be [sequences + 1],"
                 f" got {list(cu_q.shape)} and {list(cu_k.shape)}"
             )
         if cu.device != query.device:
-            raise ValueError(f"{name} is on {cu.device}, query on {query.device}")
+            raise ArgumentError(f"{name} is on {cu.device}, query on {query.device}")

@@ -12,6 +12,8 @@ computes it again, and a replayed CUDA graph draws a new seed. Salmon et al., SC
 import torch
 from torch import Tensor
 
+from llmos_kernels._core.errors import ArgumentError
+
 __all__: list[str] = []
 
 _LOW = 0xFFFFFFFF  # The lower 32 bits of an int64.
@@ -25,9 +27,9 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def check_dropout(p: float) -> None:
-    """Raise ValueError unless ``p`` is in [0, 1)."""
+    """Raise ArgumentError unless ``p`` is in [0, 1)."""
     if not 0 <= p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {p}")
+        raise ArgumentError(f"dropout_p must be in [0, 1), got {p}")
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

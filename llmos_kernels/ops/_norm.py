@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmos_kernels._core.errors import ArgumentError, DtypeError
 from llmos_kernels._core.registry import define, needs_grad
 from llmos_kernels.ops._dropout import draw_seed, dropout_reference
 
@@ -329,10 +330,10 @@ def add_norm(
 def check_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
 ) -> int:
-    """Return the number of elements of a row, or raise ValueError or TypeError."""
+    """Return the number of elements of a row, or raise ArgumentError or DtypeError."""
     shape = tuple(normalized_shape)
     if not shape or input.shape[-len(shape) :] != shape:
-        raise ValueError(
+        raise ArgumentError(
             f"normalized_shape {list(shape)} must be the last dimensions of input,"
             f" got input {list(input.shape)}"
         )
@@ -343,30 +344,30 @@ def check_norm(
         ):
             _check_parameter("weight" if parameter is weight else "bias", parameter, shape, input)
     if weight is not None and bias is not None and weight.dtype is not bias.dtype:
-        raise TypeError(f"bias must have weight's dtype {weight.dtype}, got {bias.dtype}")
+        raise DtypeError(f"bias must have weight's dtype {weight.dtype}, got {bias.dtype}")
     return shape[0] if len(shape) == 1 else width_of(shape)
 
 
 def _check_parameter(name: str, parameter: Tensor, shape: tuple[int, ...], input: Tensor) -> None:
     """Raise where ``parameter`` has the wrong shape, device or dtype for ``input``."""
     if parameter.shape != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(parameter.shape)}")
+        raise ArgumentError(f"{name} must have shape {list(shape)}, got {list(parameter.shape)}")
     if parameter.device != input.device:
-        raise ValueError(f"{name} is on {parameter.device}, input on {input.device}")
+        raise ArgumentError(f"{name} is on {parameter.device}, input on {input.device}")
     dtype = parameter.dtype
     if dtype != input.dtype and (dtype != torch.float32 or input.dtype == torch.float64):
-        raise TypeError(f"{name} must be {input.dtype} or float32, got {dtype}")
+        raise DtypeError(f"{name} must be {input.dtype} or float32, got {dtype}")
 
 
 def check_residual(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both in their common dtype, or raise ValueError where shape or device differ."""
+    """Return both in their common dtype, or raise ArgumentError where shape or device differ."""
     if residual.shape != input.shape:
-        raise ValueError(
+        raise ArgumentError(
             f"residual must have the shape of input, {list(input.shape)},"
             f" got {list(residual.shape)}"
         )
     if residual.device != input.device:
-        raise ValueError(f"residual is on {residual.device}, input on {input.device}")
+        raise ArgumentError(f"residual is on {residual.device}, input on {input.device}")
     if residual.dtype != input.dtype:
         common = torch.promote_types(input.dtype, residual.dtype)
         input, residual = input.to(common), residual.to(common)

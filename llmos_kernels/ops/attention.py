@@ -260,7 +260,7 @@ def scaled_dot_product_attention(
 
     Raises:
         ValueError: Shapes, devices or options disagree, or a name is unknown.
-        TypeError: A dtype is not as above.
+        TypeError: A dtype is not as above. Both are RuntimeErrors too where torch raises those.
 
     Example:
         >>> query, key, value = (torch.randn(2, 8, 128, 64) for _ in range(3))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmos_kernels._core.errors import ArgumentError
 from llmos_kernels._core.registry import needs_grad, use_reference
 from llmos_kernels.ops import _products
 from llmos_kernels.ops._activations import NONE, code_of, keeps_input
@@ -133,7 +134,7 @@ def feed_forward(
     check_linear(input, weight1, bias1, ("weight1", "bias1"))
     hidden = weight1.shape[0]
     if weight2.ndim != 2 or weight2.shape[1] != hidden:
-        raise ValueError(f"weight2 must be [out, {hidden}], got {list(weight2.shape)}")
+        raise ArgumentError(f"weight2 must be [out, {hidden}], got {list(weight2.shape)}")
     check_linear(weight1.mT, weight2, bias2, ("weight2", "bias2"))
     p = dropout_p if training else 0.0
     seed = draw_seed(input.device) if p else None

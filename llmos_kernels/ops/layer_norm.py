@@ -88,7 +88,7 @@ def layer_norm(
 
     Raises:
         ValueError: Shapes or devices disagree.
-        TypeError: A dtype is not as above.
+        TypeError: A dtype is not as above. Both are RuntimeErrors too where torch raises those.
 
     Example:
         >>> layer_norm(torch.randn(8, 128, 768), (768,)).shape

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from llmos_kernels._core.errors import ArgumentError, DtypeError
 from llmos_kernels._core.registry import KERNEL_DTYPES, needs_grad, use_reference
 from llmos_kernels.ops import _activations, _products
 from llmos_kernels.ops._activations import NONE, RELU, keeps_input
@@ -120,29 +121,29 @@ def frozen_linear(
 def check_linear(
     input: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str] = ("weight", "bias")
 ) -> None:
-    """Raise ValueError or TypeError where the arguments of a linear layer disagree.
+    """Raise ArgumentError or DtypeError where the arguments of a linear layer disagree.
 
     ``names`` are those of ``weight`` and ``bias`` in the message.
     """
     name, bias_name = names
     if input.dtype not in KERNEL_DTYPES and input.dtype != torch.float64:
-        raise TypeError(
+        raise DtypeError(
             f"expected float32, bfloat16, float16 or float64 tensors, got {input.dtype}"
         )
     if weight.ndim != 2 or input.ndim == 0 or input.shape[-1] != weight.shape[1]:
-        raise ValueError(
+        raise ArgumentError(
             f"{name} must be [out, in] with in the last dimension of input, got {name}"
             f" {list(weight.shape)}, input {list(input.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{bias_name} must be {list(weight.shape[:1])}, got {list(bias.shape)}")
+        raise ArgumentError(f"{bias_name} must be {list(weight.shape[:1])}, got {list(bias.shape)}")
     for n, t in ((name, weight), (bias_name, bias)):
         if t is None:
             continue
         if t.device != input.device:
-            raise ValueError(f"{n} is on {t.device}, input on {input.device}")
+            raise ArgumentError(f"{n} is on {t.device}, input on {input.device}")
         if t.dtype != input.dtype:
-            raise TypeError(f"{n} must have the dtype of input, {input.dtype}, got {t.dtype}")
+            raise DtypeError(f"{n} must have the dtype of input, {input.dtype}, got {t.dtype}")
 
 
 def as_rows(input: Tensor) -> Tensor:
@@ -205,7 +206,8 @@ def linear(
 
     Raises:
         ValueError: Shapes or devices disagree, or the activation or backend has no such name.
-        TypeError: A dtype is not supported, or the dtypes differ.
+        TypeError: A dtype is not supported, or the dtypes differ. Both are RuntimeErrors too where
+            torch raises those.
 
     Example:
         >>> y = linear(torch.randn(8, 128, 768), torch.randn(3072, 768), activation="gelu")

@@ -93,7 +93,7 @@ def rms_norm(
 
     Raises:
         ValueError: Shapes or devices disagree.
-        TypeError: A dtype is not as above.
+        TypeError: A dtype is not as above. Both are RuntimeErrors too where torch raises those.
 
     Example:
         >>> rms_norm(torch.randn(8, 128, 768), (768,)).shape
