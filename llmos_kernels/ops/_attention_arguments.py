@@ -45,12 +45,15 @@ class Arguments(NamedTuple):
     tensors: AttentionTensors
     options: AttentionOptions
     return_weights: str | None  # None, "mean" or "per_head".
-    form: str  # "heads", "no heads" or "varlen": the form of the caller's query.
+    form: str  # "heads", "no heads", "varlen" or "leading": the form of the caller's query.
+    leading: torch.Size  # The leading dimensions of the caller's result, if "leading".
 
     def shaped(self, out: Tensor, weights: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Return ``out`` [batch, q_len, heads, v_dim] in the caller's form, with weights if any."""
         if self.form == "varlen":
             return out.squeeze(0)
+        if self.form == "leading":
+            return out.transpose(1, 2).reshape(*self.leading, *out.shape[1::2])
         out = out.squeeze(2) if self.form == "no heads" else out.transpose(1, 2)
         if self.return_weights is None:
             return out
@@ -85,23 +88,27 @@ def check_attention(
     check_dropout(dropout_p)
     _check_dtypes(query, key, value, attn_mask)
     query, key, value, attn_mask = autocast(query, key, value, attn_mask)
-    if query.ndim not in (3, 4) or not query.ndim == key.ndim == value.ndim:
-        raise ArgumentError(
-            "query, key and value must all have 4 dimensions, [batch, heads, length, head_dim], or"
-            f" all 3, got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
-        )
-    form = "heads" if query.ndim == 4 else "no heads"
+    form, leading = "heads", torch.Size()
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
         form = "varlen"
         _check_varlen(
             query, cu_seqlens_q, cu_seqlens_k, attn_mask, key_padding_mask, return_weights
         )
         query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
-    elif form == "no heads":
-        query, key, value = (t.unsqueeze(1) for t in (query, key, value))
-        if attn_mask is not None and attn_mask.ndim == 3:
-            attn_mask = attn_mask.unsqueeze(1)
-    _check_shapes(query, key, value, enable_gqa)
+        _check_shapes(query, key, value, enable_gqa)
+    elif (
+        not query.ndim == key.ndim == value.ndim == 4
+        or _disagreement(query, key, value, enable_gqa) is not None
+    ):
+        query, key, value, attn_mask, form, leading = _by_head(
+            query, key, value, attn_mask, enable_gqa
+        )
+        _check_shapes(query, key, value, enable_gqa)
+    if form == "leading" and (key_padding_mask is not None or return_weights is not None):
+        raise ValueError(
+            "key_padding_mask and return_weights take tensors of 3 or 4 dimensions with the batch"
+            f" first, the query has the leading dimensions {list(leading)}"
+        )
     if attn_mask is not None:
         attn_mask = _check_mask(attn_mask, query, key)
     if key_padding_mask is not None:
@@ -123,6 +130,7 @@ def check_attention(
         AttentionOptions(scale, causal, dropout_p),
         return_weights,
         form,
+        leading,
     )
 
 
@@ -146,22 +154,94 @@ def _check_dtypes(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor |
         raise ArgumentError(f"attn_mask is on {attn_mask.device}, query on {query.device}")
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    """Raise where tensors [batch, heads, length, head_dim] disagree."""
+def _shown(query: Tensor, key: Tensor, value: Tensor) -> str:
+    return f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+
+
+def _disagreement(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> str | None:
+    """Return what is wrong with tensors [batch, heads, length, head_dim], or None."""
     batch, heads, _, dim = query.shape
     v_dim = value.shape[3]
-    shown = lambda: f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     if key.shape[0] != batch or key.shape[3] != dim or value.shape[:3] != key.shape[:3]:
-        raise ArgumentError(f"the shapes disagree as [batch, heads, length, head_dim]: {shown()}")
+        shown = _shown(query, key, value)
+        return f"the shapes disagree as [batch, heads, length, head_dim]: {shown}"
     if not (1 <= dim <= MAX_DIM and 1 <= v_dim <= MAX_DIM):
-        raise ArgumentError(
-            f"head dims must be from 1 to {MAX_DIM}, got {dim} and {v_dim}: {shown()}"
-        )
+        shown = _shown(query, key, value)
+        return f"head dims must be from 1 to {MAX_DIM}, got {dim} and {v_dim}: {shown}"
     kv_heads = key.shape[1]
     if kv_heads != heads and not enable_gqa:
-        raise ArgumentError(f"query has {heads} heads, key {kv_heads}: that takes enable_gqa=True")
+        return f"query has {heads} heads, key {kv_heads}: that takes enable_gqa=True"
     if kv_heads == 0 or heads % kv_heads:
-        raise ArgumentError(f"{heads} query heads cannot share {kv_heads} key heads")
+        return f"{heads} query heads cannot share {kv_heads} key heads"
+    return None
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    """Raise where tensors [batch, heads, length, head_dim] disagree."""
+    wrong = _disagreement(query, key, value, enable_gqa)
+    if wrong is not None:
+        raise ArgumentError(wrong)
+
+
+def _by_head(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, str, torch.Size]:
+    """Return tensors [..., length, dim] as [batch, heads, length, dim], the form, and leading.
+
+    Leading dimensions broadcast. That of heads does not with ``enable_gqa``; more than two are one
+    batch; a single one is the batch, or the heads where query and key differ in it.
+    """
+    if min(query.ndim, key.ndim, value.ndim) < 2:
+        raise ArgumentError(
+            f"two dimensions at least, [..., length, head_dim], got {_shown(query, key, value)}"
+        )
+    rank = max(query.ndim, key.ndim, value.ndim)
+    if not rank == query.ndim == key.ndim == value.ndim:
+        query, key, value = (t[(None,) * (rank - t.ndim)] for t in (query, key, value))
+    kept = 3 if enable_gqa and rank > 2 else 2
+    given = [t.shape[:-kept] for t in (query, key, value)]
+    if not given[0] == given[1] == given[2]:
+        try:
+            shape = torch.broadcast_shapes(*given)
+        except RuntimeError:
+            shown = _shown(query, key, value)
+            raise ArgumentError(
+                f"the leading dimensions do not broadcast: {shown}. Query heads that share a key"
+                " head take enable_gqa=True"
+            ) from None
+        query, key, value = (t.expand(*shape, *t.shape[-kept:]) for t in (query, key, value))
+    leading = query.shape[:-2]
+    if rank == 4:
+        return query, key, value, attn_mask, "heads", leading
+    form = "leading"
+    if rank == 2:
+        query, key, value = (t[None, None] for t in (query, key, value))
+    elif rank > 4:
+        query, key, value = (t.flatten(0, rank - 4) for t in (query, key, value))
+        attn_mask = _one_batch(attn_mask, leading[:-1])
+    elif query.shape[0] != key.shape[0]:
+        query, key, value = (t.unsqueeze(0) for t in (query, key, value))
+    else:
+        form = "no heads"
+        query, key, value = (t.unsqueeze(1) for t in (query, key, value))
+        if attn_mask is not None and attn_mask.ndim == 3:
+            attn_mask = attn_mask.unsqueeze(1)
+    return query, key, value, attn_mask, form, leading
+
+
+def _one_batch(attn_mask: Tensor | None, batch: tuple[int, ...]) -> Tensor | None:
+    """Return a mask with its batch dimensions, which broadcast to ``batch``, as one."""
+    if attn_mask is None or attn_mask.ndim < 4:
+        return attn_mask
+    own = attn_mask.shape[:-3]
+    pairs = zip(reversed(own), reversed(batch), strict=False)
+    if len(own) > len(batch) or not all(m == 1 or m == n for m, n in pairs):
+        raise ArgumentError(
+            f"attn_mask {list(attn_mask.shape)} does not broadcast to the batch {list(batch)}"
+        )
+    if all(m == 1 for m in own):
+        return attn_mask.flatten(0, -4)
+    return attn_mask.expand(*batch, *attn_mask.shape[-3:]).flatten(0, -4)
 
 
 def _check_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -169,7 +249,8 @@ def _check_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     full = (*query.shape[:3], key.shape[2])
     while attn_mask.ndim < 4:
         attn_mask = attn_mask.unsqueeze(0)
-    fits = all(m in (1, n) for m, n in zip(attn_mask.shape, full, strict=False))
+    # Dynamo does not find a number among symbols by ``in``.
+    fits = all(m == 1 or m == n for m, n in zip(attn_mask.shape, full, strict=False))
     if attn_mask.ndim > 4 or not fits:
         raise ArgumentError(
             f"attn_mask must broadcast to {list(full)}, got {list(attn_mask.shape)}"

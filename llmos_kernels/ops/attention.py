@@ -233,9 +233,10 @@ def scaled_dot_product_attention(
     Unlike torch's, all masks may be combined, and a query that sees no key gets 0.
 
     Args:
-        query: [batch, heads, q_len, head_dim]; or [batch, q_len, head_dim], without heads, as then
-            key and value; or [total_q, heads, head_dim] with ``cu_seqlens_q``. float32, bfloat16 or
-            float16 (float64: the reference computes it), any strides, head_dim from 1 to 256.
+        query: [batch, heads, q_len, head_dim]; or [..., q_len, head_dim] with other leading
+            dimensions, or none; or [total_q, heads, head_dim] with ``cu_seqlens_q``. float32,
+            bfloat16 or float16 (float64: the reference computes it), any strides, head_dim from 1
+            to 256. The leading dimensions of query, key and value broadcast.
         key: [batch, heads, k_len, head_dim], of the dtype of ``query``.
         value: [batch, heads, k_len, v_dim], of the dtype of ``query``, v_dim from 1 to 256.
         attn_mask: Broadcasts to [batch, heads, q_len, k_len]. bool, True where a key is seen; or
@@ -245,7 +246,8 @@ def scaled_dot_product_attention(
         is_causal: Whether query i sees keys up to i alone.
         scale: The factor of the logits; None is 1 / sqrt(head_dim).
         enable_gqa: Whether groups of query heads may share a key and value head.
-        key_padding_mask: [batch, k_len], bool, True where a key is IGNORED.
+        key_padding_mask: [batch, k_len], bool, True where a key is IGNORED. It and
+            ``return_weights`` take tensors of four dimensions, or of three without heads.
         cu_seqlens_q: [sequences + 1], int32, from 0 to total_q: where the varlen sequences begin.
         cu_seqlens_k: The same for ``key`` and ``value`` [total_k, heads, head_dim].
         bottom_right: Whether ``is_causal`` lets query i see keys up to i + k_len - q_len.

@@ -211,6 +211,7 @@ def test_bad_calls(device):
     i32 = {"dtype": torch.int32, "device": device}
     cu = torch.tensor([0, 9], **i32)
     flat = [t[0].transpose(0, 1) for t in (q, k, v)]
+    bias, padding = torch.ones(9, 20, device=device), torch.ones(2, 20, device=device).bool()
     wrong = [
         (ValueError, r"\[2, 4, 9, 25\]", (torch.cat([q, q[..., :1]], -1), k, v), {}),
         (ValueError, "enable_gqa", (q, k[:, :2], v[:, :2]), {}),
@@ -232,7 +233,11 @@ def test_bad_calls(device):
             (*flat, torch.ones(9, 20)),
             {"cu_seqlens_q": cu, "cu_seqlens_k": cu},
         ),
-        (ValueError, "dimensions", (q[0, 0], k[0, 0], v[0, 0]), {}),
+        (ValueError, "two dimensions", (q[0, 0, 0], k[0, 0], v[0, 0]), {}),
+        (ValueError, "do not broadcast", (q[:, 0], k[:1, 0].expand(3, -1, -1), v[:1, 0]), {}),
+        (ValueError, "to the batch", (*(t[None] for t in (q, k, v)), bias.expand(3, 4, 9, 20)), {}),
+        (ValueError, "3 or 4", (q[0, 0], k[0, 0], v[0, 0]), {"return_weights": "mean"}),
+        (ValueError, r"\[1, 2, 4\]", [t[None] for t in (q, k, v)], {"key_padding_mask": padding}),
     ]
     for error, message, args, options in wrong:
         args = [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
@@ -261,3 +266,49 @@ def test_forms(device):
         expected = F.scaled_dot_product_attention(q, k, v, scale=scale)
         torch.testing.assert_close(attention(q, k, v, scale=scale), expected)
     torch.testing.assert_close(attention(k, k, k), explicit(k, k, k))
+
+
+#: The shapes of query, key, value and mask, and whether heads are grouped.
+LEADING = [
+    ((9, 24), (20, 24), (20, 7), (9, 20), False),
+    ((3, 9, 24), (2, 3, 20, 24), (2, 1, 20, 24), (1, 20), False),
+    ((2, 4, 9, 24), (1, 4, 20, 24), (4, 20, 24), (4, 1, 20), False),
+    ((2, 1, 9, 24), (2, 4, 20, 24), (20, 24), (2, 1, 9, 20), False),
+    ((1, 9, 24), (3, 20, 24), (3, 20, 24), (3, 9, 20), False),
+    ((2, 3, 4, 9, 24), (2, 3, 4, 20, 24), (2, 3, 4, 20, 24), (2, 1, 4, 9, 20), False),
+    ((2, 3, 4, 9, 24), (3, 1, 20, 24), (2, 1, 4, 20, 24), (3, 1, 9, 20), False),
+    ((2, 1, 1, 4, 9, 24), (3, 2, 4, 20, 24), (4, 20, 24), (1, 1, 4, 9, 20), False),
+    ((4, 9, 24), (2, 20, 24), (2, 20, 24), (4, 9, 20), True),
+    ((2, 4, 9, 24), (1, 2, 20, 24), (2, 20, 24), (4, 9, 20), True),
+    ((2, 3, 4, 9, 24), (3, 2, 20, 24), (2, 1, 2, 20, 24), (3, 1, 9, 20), True),
+]
+
+
+@each_dtype
+@pytest.mark.parametrize("shapes", LEADING, ids=lambda s: f"{s[0]}{' gqa' * s[4]}")
+def test_leading_dimensions(shapes, dtype, device):
+    """Any leading dimensions work and broadcast as in torch, with gradients of their own shapes."""
+    *shapes, gqa = shapes
+    args = [torch.randn(s, device=device).to(dtype) for s in shapes]
+    for given in (args[:3], args, [*args[:3], args[3] > -1]):
+        calls = ((attention, None), (math, torch.float64), (math, None))
+        compare([outputs_and_gradients(f, given, t, enable_gqa=gqa) for f, t in calls])
+
+
+def test_leading_dimensions_of_size_0():
+    """A batch of nothing broadcasts too."""
+    args = [torch.randn(s).requires_grad_() for s in ((0, 3, 4, 9, 24), (3, 4, 20, 24))]
+    out = attention(args[0], args[1], args[1])
+    out.sum().backward()
+    assert out.shape == args[0].shape and not args[1].grad.any()
+
+
+@pytest.mark.parametrize("shapes", LEADING[::3], ids=lambda s: str(s[0]))
+def test_leading_dimensions_compiled(shapes):
+    """They are traced whole, and broadcast in the compiled graph; sizes are symbols there."""
+    torch.compiler.reset()
+    *shapes, gqa = shapes
+    args = [torch.randn(s) for s in shapes]
+    call = torch.compile(attention, backend="aot_eager", fullgraph=True, dynamic=True)
+    out, expected = (f(*args, enable_gqa=gqa) for f in (call, attention))
+    torch.testing.assert_close(out, expected)

@@ -106,6 +106,18 @@ ACCEPTED = [
     ("attention", "head dim 300", WIDE, "runs", "raises", DIMS),
     ("attention", "all dropped", attention(None, 1.0), "runs", "raises", DROPS_ALL),
     ("attention", "length of value", attention(v=(2, 4, 7, 8)), "runs", "raises", LEAVES_OUT),
+    ("attention", "no heads", attention(q=(2, 0, 3, 8), k=(2, 0, 6, 8), v=(2, 0, 6, 8)))
+    + ("runs", "raises", "nothing would be computed"),
+    ("grouped attention", "other heads of value", attention(k=(2, 2, 6, 8), v=(2, 1, 6, 8)))
+    + ("runs", "raises", "kernels read a value beside each key"),
+    ("grouped attention", "no heads", attention(q=(3, 8), k=(6, 8), v=(6, 8)))
+    + ("raises", "runs", "there is one head, and one group"),
+    (
+        "attention",
+        "4-D mask of 3-D tensors",
+        attention(t(2, 1, 3, 6), q=(2, 3, 8), k=(2, 6, 8), v=(2, 6, 8)),
+    )
+    + ("raises", "runs", "the mask may have a dimension of heads, of size 1"),
     ("attention", "1-D mask", attention(t(6)), "raises", "runs", SMALL_MASK),
     ("attention", "0-D mask", attention(t()), "raises", "runs", SMALL_MASK),
     ("attention", "bfloat16 mask", attention(t(3, 6, dtype=BF16)), "raises", "runs", EXACT),
