@@ -154,6 +154,7 @@ def _attend_to_itself(attention: Any, nested: Tensor) -> Tensor | None:
     if (
         nested.layout != torch.strided
         or not nested.is_contiguous()
+        or nested.dim() != 3  # One without sequences has no width.
         or not attention._qkv_same_embed_dim
         or attention.bias_k is not None
         or attention.add_zero_attn

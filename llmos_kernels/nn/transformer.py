@@ -85,7 +85,8 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
     ) -> Tensor:
         if src.is_nested:
             masked = src_mask is not None or src_key_padding_mask is not None
-            if masked or src.layout != torch.strided or not src.is_contiguous():
+            rows = src.layout == torch.strided and src.is_contiguous() and src.dim() == 3
+            if masked or not rows:
                 return nn.TransformerEncoderLayer.forward(
                     self, src, src_mask, src_key_padding_mask, is_causal
                 )

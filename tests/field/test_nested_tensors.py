@@ -84,3 +84,23 @@ def test_a_padded_encoder_with_a_hook(part, quantize):
             torch.testing.assert_close(
                 found[~padding], stock(x, src_key_padding_mask=padding)[~padding]
             )
+
+
+@pytest.mark.parametrize("parts", [[], [(0,)], [(0,), (3,)]], ids=str)
+def test_sequences_of_nothing(parts):
+    """A nested tensor without sequences is refused as by torch; one with empty ones is computed."""
+    torch.manual_seed(0)
+    stock = nn.TransformerEncoderLayer(D, 2, 32, batch_first=True).eval()
+    model = copy.deepcopy(stock)
+    lk.optimize(model, always=True, verify=False)
+    given = torch.nested.nested_tensor([torch.randn(*shape, D) for shape in parts])
+    with torch.no_grad():
+        if not parts:
+            for module in (stock, model):
+                with pytest.raises(AssertionError, match="NestedTensor"):
+                    module(given)
+                with pytest.raises(AssertionError, match="NestedTensor"):
+                    module.self_attn(given, given, given, need_weights=False)
+            return
+        for made, part in zip(model(given).unbind(), given.unbind(), strict=True):
+            torch.testing.assert_close(made, stock(part))
