@@ -301,3 +301,27 @@ def test_swap_is_proved_in_every_dtype(plain, dtype):
     assert {type(m) for m in layer} == {LAYERS[plain]}
     lk.restore(layer)
     assert {type(m) for m in layer} == {plain}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)], ids=str)
+@each_layer
+def test_batches_of_nothing(plain, shape, padded):
+    """A batch without sequences, or of sequences without tokens, gives one like it.
+
+    torch's layer refuses a padding mask then, for a reshape with -1. Ours need not.
+    """
+    x = torch.randn(*shape, WIDTH, requires_grad=True)
+    given = (x,) if plain is nn.TransformerEncoderLayer else (x, x)
+    name = "src_key_padding_mask" if plain is nn.TransformerEncoderLayer else "tgt_key_padding_mask"
+    masks = {name: torch.zeros(shape, dtype=torch.bool)} if padded else {}
+    if padded:
+        with pytest.raises(RuntimeError, match="reshape"):
+            build(plain)(*given, **masks)
+    else:
+        assert build(plain)(*given).shape == x.shape
+    layer = build(plain, True)
+    out = layer(*given, **masks)
+    out.sum().backward()
+    assert out.shape == x.grad.shape == x.shape
+    assert all(p.grad is None or not p.grad.any() for p in layer.parameters())
