@@ -87,9 +87,7 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
             masked = src_mask is not None or src_key_padding_mask is not None
             rows = src.layout == torch.strided and src.is_contiguous() and src.dim() == 3
             if masked or not rows:
-                return nn.TransformerEncoderLayer.forward(
-                    self, src, src_mask, src_key_padding_mask, is_causal
-                )
+                return super().forward(src, src_mask, src_key_padding_mask, is_causal)
 
             def attend_nested(x: Tensor) -> Tensor:
                 y = nested_like(src, x)
