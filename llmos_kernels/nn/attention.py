@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmos_kernels._core.registry import needs_grad
 from llmos_kernels.nn.nested import nested_like, nested_rows
 from llmos_kernels.ops._attention_arguments import MAX_DIM
 from llmos_kernels.ops._products import is_traced
@@ -119,8 +120,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """
         e, bias = self.embed_dim, self.in_proj_bias
         if self._qkv_same_embed_dim and query is key and key is value:
-            return project_in(self, query).split(e, -1)
-        weight = self.in_proj_weight
+            return project_in(self, _unshared(self, query)).split(e, -1)
+        if key is value:
+            key = value = _unshared(self, key)
+        else:
+            key, value = _unshared(self, key), _unshared(self, value)
+        query, weight = _unshared(self, query), self.in_proj_weight
         if weight is None:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         elif key is value:
@@ -132,6 +137,24 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             weights = weight.chunk(3)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
         return tuple(map(project, (query, key, value), weights, biases))
+
+
+def _unshared(attention: Any, x: Tensor) -> Tensor:
+    """Return an input of a projection, or a copy of it where torch's projection saves a copy.
+
+    torch transposes ``batch_first`` inputs, so that its product copies them. What was passed may
+    then be changed in place before the backward, as in ``x += attention(x, x, x)[0]``.
+    """
+    names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    if (
+        not attention.batch_first
+        or x.dim() != 3
+        or 1 in x.shape[:2]
+        or not needs_grad(*(getattr(attention, name) for name in names))
+        or is_traced(x)
+    ):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def project_in(attention: torch.nn.MultiheadAttention, x: Tensor) -> Tensor:
