@@ -24,7 +24,8 @@ def replica(
         module: what is copied; its own methods are not called.
         cls: the class of the copy. Default: that of ``module``.
         dtype: the dtype of floating point parameters and buffers. Default: their own.
-        device: the device of the copy. Default: that of each tensor.
+        device: the device of the copy. Default: that of each tensor. A tensor on the meta device,
+            which has no data, becomes an uninitialised one.
         made: copies that exist already, by their original. A module that occurs twice is copied
             once.
         classes: the classes of copies of modules inside, by their original.
@@ -39,7 +40,10 @@ def replica(
         if t is None:
             return None
         new_dtype = dtype if dtype and t.is_floating_point() else t.dtype
-        data = t.detach().to(device or t.device, new_dtype, copy=True)
+        if t.is_meta and device is not None:
+            data = torch.empty_like(t, device=device, dtype=new_dtype)
+        else:
+            data = t.detach().to(device or t.device, new_dtype, copy=True)
         return nn.Parameter(data, t.is_floating_point()) if isinstance(t, nn.Parameter) else data
 
     clone = made[module] = new_class.__new__(new_class)
