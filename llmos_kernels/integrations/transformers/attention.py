@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from llmos_kernels._core.registry import needs_grad
 from llmos_kernels.ops.attention import scaled_dot_product_attention
 
 try:
@@ -134,6 +135,9 @@ def attention(
         **options,
     )
     out, weights = result if isinstance(result, tuple) else (result, None)
+    if weights is not None and needs_grad(weights):
+        # As in eager attention the output is computed from the weights: they can retain a gradient.
+        out = weights @ value.repeat_interleave(weights.shape[1] // value.shape[1], 1)
     return out.transpose(1, 2), weights
 
 

@@ -114,6 +114,9 @@ def _why_not(model: Any, around: list[nn.Module]) -> str:
     for name in _names(model):
         if name not in _DEFAULT_NAMES:
             return f"its attention is {name!r}, chosen by name"
+    for config in _configs(model):
+        if getattr(config, "output_attentions", False):
+            return "its config has output_attentions, which transformers allows with eager only"
     for p in model.parameters():
         if p.is_floating_point() and p.dtype not in KERNEL_DTYPES:
             return f"no kernel for {p.dtype}"
