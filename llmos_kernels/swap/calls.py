@@ -205,20 +205,26 @@ def _copy(value: Any) -> Any:
         return value
 
 
+def set_training(model: nn.Module, training: bool) -> None:
+    """Put ``model`` in train or eval mode.
+
+    Neither its method ``train`` nor its ``__setattr__`` is called: a model may have given them
+    other effects.
+    """
+    for module in model.modules():
+        vars(module)["training"] = training
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` in eval mode inside a ``with`` block.
-
-    Its method ``eval`` is not called, because a model may have given it other effects.
-    """
+    """Put ``model`` in eval mode inside a ``with`` block, as ``set_training`` does."""
     modes = {m: m.training for m in model.modules()}
     try:
-        for module in modes:
-            module.training = False
+        set_training(model, False)
         yield
     finally:
         for module, mode in modes.items():
-            module.training = mode
+            vars(module)["training"] = mode
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

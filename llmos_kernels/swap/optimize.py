@@ -191,11 +191,11 @@ class _Judges:
 
         def on() -> None:
             module.__dict__[MARK] = original
-            module.__class__ = drop_in
+            rules.set_class(module, drop_in)
 
         def off() -> None:
             module.__dict__.pop(MARK, None)
-            module.__class__ = original
+            rules.set_class(module, original)
 
         return timing.Switch(self.groups[module], on, off)
 
@@ -256,7 +256,7 @@ def restore(model: nn.Module) -> None:
                 " undo that first (a parametrization, or sharding)"
             )
     for _, module in swapped:
-        module.__class__ = module.__dict__.pop(MARK)
+        rules.set_class(module, module.__dict__.pop(MARK))
     for rule in rules.model_rules(model):
         rule.restore(model)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmos_kernels._core.numerics import HOPELESS, judged_together, make_gradients
-from llmos_kernels.swap.calls import ModuleCall, perturbed
+from llmos_kernels.swap.calls import ModuleCall, perturbed, set_training
 from llmos_kernels.swap.replica import replica
 
 #: What is compared, by name: the results of the drop-in, of the float64 replica, and of the
@@ -145,7 +145,7 @@ def outputs_and_gradients(
             return t
         return t.detach().to(dtype or t.dtype, copy=True).requires_grad_()
 
-    module.train(training)
+    set_training(module, training)
     with torch.enable_grad():
         leaves = call.map(leaf)
         y = leaves.on(module)

@@ -46,7 +46,7 @@ def replica(
             data = t.detach().to(device or t.device, new_dtype, copy=True)
         return nn.Parameter(data, t.is_floating_point()) if isinstance(t, nn.Parameter) else data
 
-    clone = made[module] = new_class.__new__(new_class)
+    clone = made[module] = object.__new__(new_class)
     clone.__dict__.update(module.__dict__)
     for name in module.__dict__:
         if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):

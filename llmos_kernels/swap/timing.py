@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llmos_kernels._core.timing import interval, samples
-from llmos_kernels.swap.calls import PLAIN, ModelRun, ModuleCall, evaluating
+from llmos_kernels.swap.calls import PLAIN, ModelRun, ModuleCall, evaluating, set_training
 from llmos_kernels.swap.replica import replica
 
 #: Batch size and sequence length of the calls on which a module is timed whose inputs are not
@@ -139,7 +139,9 @@ def of_module(
         with torch.inference_mode(), evaluating(old), evaluating(new):
             found.append(compare(partial(call.on, old), partial(call.on, new), call.rows))
         if module.training:
-            before, after = (_step(copied.train(), module, call) for copied in (old, new))
+            set_training(old, True)
+            set_training(new, True)
+            before, after = (_step(copied, module, call) for copied in (old, new))
             if before and after:
                 found.append(compare(before, after, call.rows, backward=True))
     return found

@@ -49,6 +49,31 @@ class Registered(Feeds):
         Registered.known.append(name)
 
 
+class OfOneClass(Feeds):
+    """Minds what is set, how it is made and how its mode is changed."""
+
+    def __new__(cls, name):
+        return super().__new__(cls)
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def __setattr__(self, name, value):
+        if name in ("__class__", "training") and "name" in vars(self):
+            raise TypeError(f"{name} is set once")
+        super().__setattr__(name, value)
+
+    def train(self, mode=True):
+        raise RuntimeError("it was trained already")
+
+
+class WithoutClass(Feeds):
+    """Says that it is of another class, which nothing can change."""
+
+    __class__ = property(lambda self: Feeds)
+
+
 class Final(type):
     """A metaclass whose classes have no subclasses."""
 
@@ -72,6 +97,24 @@ def test_classes_that_mind_their_subclasses():
     assert lk.optimize(model, always=True).swapped
     assert not Registered.known and type(model).__name__ == "FusedRegistered"
     torch.testing.assert_close(model(x), expected(x))
+
+
+def test_classes_that_mind_what_is_set():
+    model, x = OfOneClass("a"), torch.randn(3, D)
+    expected = model(x)
+    assert lk.optimize(model, always=True).swapped
+    assert type(model).__name__ == "FusedOfOneClass" and model.training
+    torch.testing.assert_close(model(x), expected)
+    lk.restore(model)
+    assert type(model) is OfOneClass
+
+
+def test_a_class_that_cannot_be_changed_is_kept():
+    model = nn.Sequential(WithoutClass(), nn.LayerNorm(D))
+    report = lk.optimize(model, always=True)
+    assert type(model[0]) is WithoutClass and type(model[1]) is lk.nn.LayerNorm
+    (reason,) = [e.reason for e in report.entries if e.module == "0"]
+    assert reason.startswith("its class cannot be changed")
 
 
 @pytest.mark.parametrize("cls", [FinalFeeds, NoSignature])

@@ -6,6 +6,7 @@ turn, once for each module of a model; the first that matches decides.
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -34,6 +35,7 @@ __all__ = [
     "is_swap",
     "model_rules",
     "register_library",
+    "set_class",
     "why_not",
 ]
 
@@ -73,7 +75,7 @@ def classify(
         try:
             match = rule.match(module)
             if match is not None:
-                why = why_not(module, rule, around)
+                why = why_not(module, rule, around) or _why_no_instance(module, match.drop_in)
                 return Candidate(name, module, rule, match.drop_in, why, match.input_width)
         except Exception as e:  # Whatever a user's class does is a reason to keep it.
             why = f"could not be examined: {type(e).__name__}: {first_line(e)}"
@@ -99,6 +101,21 @@ def why_not(module: nn.Module, rule: Rule, around: Sequence[nn.Module] = ()) -> 
         if p.dtype not in KERNEL_DTYPES:
             return f"no kernel for {p.dtype}"
     return rule.why_not(module)
+
+
+def set_class(module: nn.Module, cls: type) -> None:
+    """Give ``module`` the class ``cls``. A ``__setattr__`` of its own is not asked."""
+    object.__setattr__(module, "__class__", cls)
+
+
+def _why_no_instance(module: nn.Module, drop_in: type) -> str:
+    """Return why ``module`` cannot become an instance of ``drop_in``, or an empty string."""
+    cls: Any = type(module)
+    try:
+        set_class(object.__new__(cls), drop_in)
+    except (AttributeError, TypeError) as e:
+        return f"its class cannot be changed: {first_line(e)}"
+    return ""
 
 
 def is_swap(module: nn.Module, original: type) -> bool:
