@@ -125,6 +125,15 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def untimed(monkeypatch, one_thread):
+    """Let ``optimize`` prove swaps, and time nothing: for tests with ``always=True``."""
+    from llmos_kernels.swap import timing
+
+    monkeypatch.setattr(timing, "of_module", lambda *_, **__: [])
+    monkeypatch.setattr(timing, "of_model", lambda *_, **__: ([], {}))
+
+
 def _round_to_nearest(interpreter):
     """Make casts from float32 to bfloat16 round, as GPUs do; Triton 3.6 to 3.9 truncate."""
     import numpy as np

@@ -3,11 +3,14 @@
 After transformers #1451 and torch hooks that read ``module.hidden``.
 """
 
+import pytest
 import torch
 from torch import nn
 from torch.profiler import record_function
 
 import llmos_kernels as lk
+
+pytestmark = pytest.mark.usefixtures("untimed")
 
 D = 16
 COUNTS = {"calls": 0}
@@ -66,6 +69,106 @@ class Profiles(FeedForward):
             return self.body(x)
 
 
+class Meter:
+    def __init__(self):
+        self.count = 0
+
+    def tick(self):
+        self.count += 1
+
+
+class CountsInAnObject(FeedForward):
+    def __init__(self):
+        super().__init__()
+        self.meter = Meter()
+
+    def forward(self, x):
+        self.meter.tick()
+        return self.body(x)
+
+
+class CountsInADict(FeedForward):
+    def __init__(self):
+        super().__init__()
+        self.meters = {"one": Meter()}
+
+    def forward(self, x):
+        self.meters["one"].tick()
+        return self.body(x)
+
+
+class AddsToASet(FeedForward):
+    def __init__(self):
+        super().__init__()
+        self.lengths = set()
+
+    def forward(self, x):
+        self.lengths.add(len(x))
+        return self.body(x)
+
+
+class CallsBack(FeedForward):
+    def __init__(self):
+        super().__init__()
+        self.callback = lambda: SEEN.append(1)
+
+    def forward(self, x):
+        self.callback()
+        return self.body(x)
+
+
+class CallsBackByName(CallsBack):
+    def forward(self, x):
+        getattr(self, "callback")()  # noqa: B009
+        return self.body(x)
+
+
+class SetsByMethod(FeedForward):
+    def forward(self, x):
+        self.__setattr__("hidden", x)
+        return self.body(x)
+
+
+class OfItsBase(Counts):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class InAStaticMethod(FeedForward):
+    @staticmethod
+    def note():
+        print("forward")
+
+    @classmethod
+    def remember(cls):
+        SEEN.append(1)
+
+    def forward(self, x):
+        self.note()
+        return self.body(x)
+
+
+class InAClassMethod(InAStaticMethod):
+    def forward(self, x):
+        self.remember()
+        return self.body(x)
+
+
+class Activation(nn.GELU):
+    def note(self):
+        print("forward")
+
+
+class InAMethodOfAChild(FeedForward):
+    def __init__(self):
+        super().__init__()
+        self.act = Activation()
+
+    def forward(self, x):
+        self.act.note()
+        return self.body(x)
+
+
 class InAMethod(FeedForward):
     def forward(self, x):
         return self.noted(x)
@@ -104,6 +207,8 @@ class Plain(FeedForward):
 def test_side_effects_are_not_lost(capsys):
     kinds = (SetsAttribute, Counts, Appends, CountsElsewhere, Remembers, Prints, Profiles)
     x = torch.randn(3, D)
+    kinds += (CountsInAnObject, CountsInADict, AddsToASet, CallsBack, CallsBackByName)
+    kinds += (SetsByMethod, OfItsBase, InAStaticMethod, InAClassMethod, InAMethodOfAChild)
     for cls in (*kinds, InAMethod, Norm):
         module = cls().eval()
         lk.optimize(module, always=True)
@@ -122,3 +227,49 @@ def test_side_effects_are_not_lost(capsys):
     module = Plain().eval()
     lk.optimize(module, always=True)
     assert type(module) is not Plain
+
+
+class CountingGELU(nn.Module):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return nn.functional.gelu(x)
+
+
+class CalledGELU(nn.Module):
+    calls = 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return super().__call__(x)
+
+    def forward(self, x):
+        return nn.functional.gelu(x)
+
+
+def test_activations_with_side_effects_are_called():
+    for make in (CountingGELU, CalledGELU):
+        act, plain = make(), Plain()
+        plain.act = act
+        for model in (nn.Sequential(nn.Linear(D, 32), act, nn.Linear(32, D)), plain):
+            act.calls = 0
+            lk.optimize(model, always=True)
+            assert act.calls == 0
+            model(torch.randn(3, D))
+            assert act.calls == 1
+
+
+class OwnGELU(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.function = nn.functional.gelu
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def test_a_function_of_torch_on_an_instance_has_no_effect():
+    model = nn.Sequential(nn.Linear(D, 32), OwnGELU(), nn.Linear(32, D))
+    lk.optimize(model, always=True)
+    assert type(model).__name__ == "FusedSequential"

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import llmos_kernels.nn as fused
 from llmos_kernels.nn.fusible import is_fusible
 from llmos_kernels.nn.norm import add_and_norm, are_plain
-from llmos_kernels.swap.calls import ModuleCall
-from llmos_kernels.swap.forwards import side_effect
+from llmos_kernels.swap.calls import ModuleCall, set_training
+from llmos_kernels.swap.forwards import Constants, constants, have_changed, side_effect
 from llmos_kernels.swap.generated_class import GeneratedClass, generate_class
 from llmos_kernels.swap.rules.rule import Candidate, Match, Rule, example_rows, tensor_options
 
@@ -20,18 +20,21 @@ from llmos_kernels.swap.rules.rule import Candidate, Match, Rule, example_rows, 
 class FusedResidual(GeneratedClass):
     """A block of two tensors, ``LayerNorm(residual + Dropout(dense(input)))``.
 
-    Its parts are found by type: one LayerNorm, one Dropout, one other module. Where the parts or
-    the arguments are no longer what the fused computation takes, the original forward runs.
+    Its parts are found by type: one LayerNorm, one Dropout, one other module. Where the parts, the
+    arguments or what it branches by are no longer as they were, the original forward runs.
     """
 
     #: The names of the two arguments of the original forward: input and residual.
     _argument_names: tuple[str, ...]
+    #: What the original forward branches by.
+    _constants: Constants
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         parts, names = residual_parts(self), self._argument_names
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         complete = len(args) + len(kwargs) == len(given) == 2 and all(n in given for n in names)
-        if not complete or parts is None or not are_plain(*parts[1:]):
+        changed = have_changed(self, self._constants)
+        if changed or not complete or parts is None or not are_plain(*parts[1:]):
             return self._replaced.forward(self, *args, **kwargs)
         dense, dropout, norm = parts
         input, residual = (given[name] for name in names)
@@ -39,11 +42,15 @@ class FusedResidual(GeneratedClass):
 
 
 @functools.cache
-def fused_residual(replaced: type) -> type:
-    """Return the drop-in subclass of the class ``replaced``."""
+def fused_residual(replaced: type, constants: Constants = ()) -> type:
+    """Return the drop-in subclass of the class ``replaced``.
+
+    ``constants`` are what its own forward branches by.
+    """
     names = tuple(_parameters(replaced))
-    made_by = (fused_residual, (replaced,))
-    return generate_class(FusedResidual, replaced, made_by, _argument_names=names)
+    made_by = (fused_residual, (replaced, constants))
+    members = {"_argument_names": names, "_constants": constants}
+    return generate_class(FusedResidual, replaced, made_by, **members)
 
 
 class ResidualRule(Rule):
@@ -60,7 +67,7 @@ class ResidualRule(Rule):
         if type(dropout) is not nn.Dropout or type(norm) not in (nn.LayerNorm, fused.LayerNorm):
             return None
         cls: Any = type(module)
-        return Match(fused_residual(cls)) if _takes_two_tensors(cls) else None
+        return Match(fused_residual(cls, constants(module))) if _takes_two_tensors(cls) else None
 
     def why_not(self, module: Any) -> str:
         parts = residual_parts(module)
@@ -113,11 +120,23 @@ def computes_residual(block: nn.Module) -> bool:
 
     Comparing outputs cannot show it: where dropout is off, its place has no effect.
     """
-    parts = residual_parts(block)
+    modes = {m: m.training for m in block.modules()}
     try:
-        nodes = list(_ChildrenAreLeaves().trace(block).nodes)
+        for training in (False, True):
+            set_training(block, training)
+            if not _is_formula(block, list(_ChildrenAreLeaves().trace(block).nodes)):
+                return False
     except Exception:  # torch.fx cannot trace it: its forward may branch on its input.
         return False
+    finally:
+        for module, training in modes.items():
+            vars(module)["training"] = training
+    return True
+
+
+def _is_formula(block: nn.Module, nodes: list[torch.fx.Node]) -> bool:
+    """Return whether ``nodes``, of a trace of ``block``, are the formula of ``FusedResidual``."""
+    parts = residual_parts(block)
     if parts is None or len(nodes) != 7:
         return False
     input, residual, dense, dropout, add, norm, output = nodes

@@ -9,8 +9,15 @@ from torch import Tensor, nn
 from llmos_kernels._core import numerics
 from llmos_kernels.ops.linear import PLAIN_TENSORS
 from llmos_kernels.ops.rms_norm import rms_norm, rms_norm_reference
-from llmos_kernels.swap.calls import ModuleCall
-from llmos_kernels.swap.forwards import Reads, has_branches, side_effect
+from llmos_kernels.swap.calls import ModuleCall, set_training
+from llmos_kernels.swap.forwards import (
+    Constants,
+    Reads,
+    constants,
+    has_branches,
+    have_changed,
+    side_effect,
+)
 from llmos_kernels.swap.generated_class import GeneratedClass, generate_class
 from llmos_kernels.swap.proof import Replicas
 from llmos_kernels.swap.replica import replica
@@ -29,10 +36,13 @@ class FusedRMSNorm(GeneratedClass):
 
     weight: Tensor
     _epsilon_name: str
+    #: What the original forward branches by.
+    _constants: Constants
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given, weight = (*args, *kwargs.values()), self.weight
         plain = all(type(t) in PLAIN_TENSORS for t in (*given, weight))
+        plain = plain and not have_changed(self, self._constants)
         if plain and len(given) == 1 and not given[0].is_nested and given[0].dtype == weight.dtype:
             (x,) = given
             if x.dtype == torch.float32 or not torch.is_autocast_enabled(x.device.type):
@@ -41,10 +51,14 @@ class FusedRMSNorm(GeneratedClass):
 
 
 @functools.cache
-def fused_rms_norm(replaced: type, epsilon_name: str) -> type:
-    """Return the drop-in for ``replaced``, whose instances hold epsilon in ``epsilon_name``."""
-    made_by = (fused_rms_norm, (replaced, epsilon_name))
-    return generate_class(FusedRMSNorm, replaced, made_by, _epsilon_name=epsilon_name)
+def fused_rms_norm(replaced: type, epsilon_name: str, constants: Constants = ()) -> type:
+    """Return the drop-in for ``replaced``, whose instances hold epsilon in ``epsilon_name``.
+
+    ``constants`` are what its own forward branches by.
+    """
+    made_by = (fused_rms_norm, (replaced, epsilon_name, constants))
+    members = {"_epsilon_name": epsilon_name, "_constants": constants}
+    return generate_class(FusedRMSNorm, replaced, made_by, **members)
 
 
 class ModelRMSNormRule(Rule):
@@ -53,7 +67,10 @@ class ModelRMSNormRule(Rule):
     def match(self, module: nn.Module) -> Match | None:
         cls: Any = type(module)
         name = epsilon_name(module)
-        return Match(fused_rms_norm(cls, name)) if name else None
+        if not name:
+            return None
+        by = tuple((n, value) for n, value in constants(module) if n != name)
+        return Match(fused_rms_norm(cls, name, by))
 
     def example_calls(
         self, candidate: Candidate, size: tuple[int, int] | None = None
@@ -107,8 +124,9 @@ def _is_rms_norm(module: nn.Module, epsilon: str, scale: float) -> bool:
         x[..., 0] += scale  # The mean is not 0, so that a norm that subtracts it differs.
         for training in (False, True):
             try:
+                set_training(copy, training)
                 with Reads() as reads:
-                    y = copy.train(training)(x)
+                    y = copy(x)
             except Exception:  # A module of another kind may raise anything.
                 return False
             if reads.any_read and has_branches(module):  # It may decide by the shape.

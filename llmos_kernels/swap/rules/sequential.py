@@ -20,8 +20,16 @@ from llmos_kernels.nn.int8 import activated
 from llmos_kernels.ops import _activations
 from llmos_kernels.ops.feed_forward import feed_forward
 from llmos_kernels.ops.linear import PLAIN_TENSORS, linear
-from llmos_kernels.swap.calls import ModuleCall
-from llmos_kernels.swap.forwards import is_harmless_read, side_effect
+from llmos_kernels.swap.calls import ModuleCall, set_training
+from llmos_kernels.swap.forwards import (
+    Constants,
+    Reads,
+    constants,
+    has_branches,
+    have_changed,
+    is_harmless_read,
+    side_effect,
+)
 from llmos_kernels.swap.generated_class import GeneratedClass, generate_class
 from llmos_kernels.swap.replica import replica
 from llmos_kernels.swap.rules._kinks import largest_error_without_kinks
@@ -87,7 +95,7 @@ class FusedSequential(GeneratedClass):
     """The steps of the class that it replaces, for one tensor of the dtype of the first layer.
 
     Other arguments go to the forward of that class, and so do all where children were added or
-    removed since.
+    removed since, or attributes changed by which it branches.
     """
 
     _steps: tuple[SequentialStep, ...]
@@ -95,6 +103,8 @@ class FusedSequential(GeneratedClass):
     _names: tuple[str, ...]
     #: The name of the layer whose dtype the input must have.
     _linear: str
+    #: What the forward of that class branches by.
+    _constants: Constants
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = (*args, *kwargs.values())
@@ -103,6 +113,8 @@ class FusedSequential(GeneratedClass):
             or type(given[0]) not in PLAIN_TENSORS
             or given[0].is_nested
             or tuple(self._modules) != self._names
+            or None in self._modules.values()
+            or have_changed(self, self._constants)
             or given[0].dtype != _dtype_of(self._modules[self._linear])
         ):
             return self._replaced.forward(self, *args, **kwargs)
@@ -123,18 +135,21 @@ class FusedTorchSequential(FusedSequential):
 
 @functools.cache
 def fused_sequential(
-    replaced: type, steps: tuple[SequentialStep, ...], names: tuple[str, ...]
+    replaced: type,
+    steps: tuple[SequentialStep, ...],
+    names: tuple[str, ...],
+    constants: Constants = (),
 ) -> type:
     """Return the drop-in subclass of ``replaced`` whose forward is ``steps``.
 
-    ``names`` are those of all children.
+    ``names`` are those of all children, ``constants`` what its own forward branches by.
     """
-    made_by = (fused_sequential, (replaced, steps, names))
+    made_by = (fused_sequential, (replaced, steps, names, constants))
     getitem = getattr(replaced, "__getitem__", None)
     is_torchs = getitem is nn.Sequential.__getitem__
     forward = FusedTorchSequential if is_torchs else FusedSequential
     linear = next(step.children[0] for step in steps if step.activation)
-    members = {"_steps": steps, "_names": names, "_linear": linear}
+    members = {"_steps": steps, "_names": names, "_linear": linear, "_constants": constants}
     return generate_class(forward, replaced, made_by, **members)
 
 
@@ -154,7 +169,8 @@ class SequentialRule(Rule):
         steps, width = find_steps(module)
         if not steps:
             return None
-        return Match(fused_sequential(cls, steps, tuple(module._modules)), width)
+        names = tuple(module._modules)
+        return Match(fused_sequential(cls, steps, names, constants(module)), width)
 
     def example_calls(
         self, candidate: Candidate, size: tuple[int, int] | None = None
@@ -194,18 +210,39 @@ def activation_of(module: nn.Module) -> str | None:
     known = (nn.Dropout, nn.ModuleList, nn.ModuleDict)
     if isinstance(module, known) or not _takes_one_argument(module):
         return None
+    cls: Any = type(module)
+    is_torchs = cls.__module__.startswith("torch.")
+    if not is_torchs and (_does_more(module) or constants(module)):
+        return None
     z = torch.linspace(-12, 12, 1001, dtype=torch.float64, device="cpu").view(7, 143)
-    try:
-        with torch.no_grad():
-            y = replica(module)(z.clone())
-    except Exception:  # A module of another kind may raise anything.
-        return None
-    if not isinstance(y, Tensor) or y.shape != z.shape or y.dtype != z.dtype:
-        return None
+    copy, names = replica(module), []
+    for training in (False, True):
+        set_training(copy, training)
+        try:
+            with torch.no_grad(), Reads() as reads:
+                y = copy(z.clone())
+        except Exception:  # A module of another kind may raise anything.
+            return None
+        if not isinstance(y, Tensor) or y.shape != z.shape or y.dtype != z.dtype:
+            return None
+        if not is_torchs and reads.any_read and has_branches(module):  # It may decide by the shape.
+            return None
+        names.append(_name_of_values(z, y))
+    return names[0] if names[0] == names[1] else None
+
+
+def _name_of_values(z: Tensor, y: Tensor) -> str | None:
+    """Return the name of the activation for which ``y`` is that of ``z``, or None."""
     for code, name in enumerate(_activations.NAMES):
         if code != _activations.NONE and (y - _activations.activate(z, code)).abs().max() < 1e-9:
             return name
     return None
+
+
+def _does_more(activation: nn.Module) -> bool:
+    """Return whether calling ``activation``, or modules in it, does more than compute."""
+    calls = (type(m).__call__ is nn.Module.__call__ for m in activation.modules())
+    return not all(calls) or bool(side_effect(activation))
 
 
 def _steps(
@@ -288,7 +325,8 @@ def _watch(module: nn.Module, training: bool, shape: tuple[int, ...]) -> list[st
     The list is empty where a child is called twice, or with anything but the tensor that the child
     before returned, or where something else computes.
     """
-    copy = replica(module, device="meta").train(training)
+    copy = replica(module, device="meta")
+    set_training(copy, training)
     first = next(copy.parameters())
     tensor = torch.empty(shape, dtype=first.dtype, device="meta")
     order: list[str] = []
