@@ -5,8 +5,8 @@ A model's own class (a residual block, an RMS norm) keeps its name, attributes a
 """
 
 import inspect
-import types
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ class GeneratedClass(torch.nn.Module):
     it calls ``self._replaced.forward``.
     """
 
+    #: The name of the first argument of the original forward, by which it may be given.
+    _first_argument: str | None
     #: The original class, which is also the second base of the generated one.
     _replaced: Any
     #: The function that generated the class, and its arguments.
@@ -45,7 +47,7 @@ class GeneratedClass(torch.nn.Module):
 
 def generate_class(
     forward: type[GeneratedClass],
-    replaced: type,
+    replaced: Any,
     made_by: tuple[Callable[..., type], tuple[Any, ...]],
     **members: Any,
 ) -> type:
@@ -64,10 +66,14 @@ def generate_class(
         The class ``Fused<name of replaced>``.
     """
     fused: Any = forward.forward
-    own_forward = types.FunctionType(
+    own_forward = FunctionType(
         fused.__code__, fused.__globals__, fused.__name__, fused.__defaults__, fused.__closure__
     )
-    own_forward.__signature__ = inspect.signature(replaced.forward)  # type: ignore[attr-defined]
+    signature = inspect.signature(replaced.forward)
+    own_forward.__signature__ = signature  # type: ignore[attr-defined]
+    _, *parameters = signature.parameters.values()
+    is_named = parameters and parameters[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    members["_first_argument"] = parameters[0].name if is_named else None
     attributes = {"_replaced": replaced, "_made_by": made_by, "forward": own_forward, **members}
     return type(f"Fused{replaced.__name__}", (forward, replaced), attributes)
 

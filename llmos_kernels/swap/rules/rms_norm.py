@@ -42,6 +42,7 @@ class FusedRMSNorm(GeneratedClass):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given, weight = (*args, *kwargs.values()), self.weight
         plain = all(type(t) in PLAIN_TENSORS for t in (*given, weight))
+        plain = plain and not (kwargs and self._first_argument not in kwargs)
         plain = plain and not have_changed(self, self._constants)
         if plain and len(given) == 1 and not given[0].is_nested and given[0].dtype == weight.dtype:
             (x,) = given

@@ -110,6 +110,7 @@ class FusedSequential(GeneratedClass):
         given = (*args, *kwargs.values())
         if (
             len(given) != 1
+            or (kwargs and self._first_argument not in kwargs)
             or type(given[0]) not in PLAIN_TENSORS
             or given[0].is_nested
             or tuple(self._modules) != self._names
