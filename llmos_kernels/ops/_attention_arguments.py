@@ -233,13 +233,13 @@ def _one_batch(attn_mask: Tensor | None, batch: tuple[int, ...]) -> Tensor | Non
     """Return a mask with its batch dimensions, which broadcast to ``batch``, as one."""
     if attn_mask is None or attn_mask.ndim < 4:
         return attn_mask
-    own = attn_mask.shape[:-3]
-    pairs = zip(reversed(own), reversed(batch), strict=False)
-    if len(own) > len(batch) or not all(m == 1 or m == n for m, n in pairs):
+    sizes = attn_mask.shape[:-3]
+    pairs = zip(reversed(sizes), reversed(batch), strict=False)
+    if len(sizes) > len(batch) or not all(m == 1 or m == n for m, n in pairs):
         raise ArgumentError(
             f"attn_mask {list(attn_mask.shape)} does not broadcast to the batch {list(batch)}"
         )
-    if all(m == 1 for m in own):
+    if all(m == 1 for m in sizes):
         return attn_mask.flatten(0, -4)
     return attn_mask.expand(*batch, *attn_mask.shape[-3:]).flatten(0, -4)
 

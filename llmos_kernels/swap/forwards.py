@@ -181,8 +181,8 @@ def _names(function: FunctionType) -> list[str]:
 
 def _definitions(cls: type, name: str) -> list[Any]:
     """Return what ``cls`` and its bases define under ``name``, but for torch's classes."""
-    own = (c for c in cls.__mro__ if c is not object and not _is_torchs(c))
-    return [vars(c)[name] for c in own if name in vars(c)]
+    users = (c for c in cls.__mro__ if c is not object and not _is_torchs(c))
+    return [vars(c)[name] for c in users if name in vars(c)]
 
 
 def _function_of(found: Any) -> Any:

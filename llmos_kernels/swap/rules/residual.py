@@ -33,7 +33,7 @@ class FusedResidual(GeneratedClass):
         parts, names = residual_parts(self), self._argument_names
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         complete = len(args) + len(kwargs) == len(given) == 2 and all(n in given for n in names)
-        changed = have_changed(self, self._constants)
+        changed = self._constants and have_changed(self, self._constants)
         if changed or not complete or parts is None or not are_plain(*parts[1:]):
             return self._replaced.forward(self, *args, **kwargs)
         dense, dropout, norm = parts

@@ -43,7 +43,7 @@ class FusedRMSNorm(GeneratedClass):
         given, weight = (*args, *kwargs.values()), self.weight
         plain = all(type(t) in PLAIN_TENSORS for t in (*given, weight))
         plain = plain and not (kwargs and self._first_argument not in kwargs)
-        plain = plain and not have_changed(self, self._constants)
+        plain = plain and not (self._constants and have_changed(self, self._constants))
         if plain and len(given) == 1 and not given[0].is_nested and given[0].dtype == weight.dtype:
             (x,) = given
             if x.dtype == torch.float32 or not torch.is_autocast_enabled(x.device.type):

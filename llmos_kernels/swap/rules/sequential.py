@@ -115,7 +115,7 @@ class FusedSequential(GeneratedClass):
             or given[0].is_nested
             or tuple(self._modules) != self._names
             or None in self._modules.values()
-            or have_changed(self, self._constants)
+            or (self._constants and have_changed(self, self._constants))
             or given[0].dtype != _dtype_of(self._modules[self._linear])
         ):
             return self._replaced.forward(self, *args, **kwargs)
