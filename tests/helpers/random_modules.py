@@ -56,6 +56,9 @@ EFFECTS = {
 BRANCHES = {
     "shape": "x.shape[0] > 64",
     "len": "len(x) > 64",
+    "size()": "x.size(0) > 64",
+    "numel()": "x.numel() > 1000",
+    "ndim": "x.ndim == 2",
     "dtype": "x.dtype == torch.float64",
     "requires_grad": "x.requires_grad",
     "training": "self.training",
@@ -246,21 +249,26 @@ def activations(draw):
 
 @st.composite
 def parts(draw):
+    """Draw a part. One with a feature of its own has few others, which would hide it."""
     own = draw(st.booleans())
-    kind = draw(st.sampled_from(list(BODIES) if own else list(STOCK)))
+    kind = draw(st.sampled_from(["feeds", *BODIES] if own else list(STOCK)))
     options = {}
-    for what, values in (("hook", HOOKS), ("weights", WEIGHTS)):
-        if draw(st.integers(0, 4)) == 4:
-            options[what] = draw(st.sampled_from(values))
+    features = {"effect": EFFECTS, "branch": BRANCHES, "member": MEMBERS}
+    what = draw(st.sampled_from(["", *features, "branch"])) if own else ""
+    if what:
+        options[what] = draw(st.sampled_from(list(features[what])))
+        activation = Activation("GELU")
+    else:
+        activation = draw(activations())
+        for name, values in (("hook", HOOKS), ("weights", WEIGHTS)):
+            if draw(st.integers(0, 3)) == 3:
+                options[name] = draw(st.sampled_from(values))
     if own:
-        for what, values in (("effect", EFFECTS), ("branch", BRANCHES), ("member", MEMBERS)):
-            if draw(st.integers(0, 2)) == 2:
-                options[what] = draw(st.sampled_from(list(values)))
-        if kind != "residual" and draw(st.integers(0, 2)) == 2:
+        options["inherited"] = draw(st.booleans())
+        if kind != "residual" and not what and draw(st.booleans()):
             options["signature"] = draw(st.sampled_from(list(SIGNATURES)))
             options["result"] = draw(st.sampled_from(list(RESULTS)))
-        options["inherited"] = draw(st.booleans())
-    return Part(kind, draw(activations()), on_child=draw(st.booleans()), **options)
+    return Part(kind, activation, on_child=draw(st.booleans()), **options)
 
 
 plans = st.builds(
