@@ -47,6 +47,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "a model's RMS norm": llama_norm,
     "Linear": lambda: nn.Linear(D, INNER),
     "Conv1D": lambda: Conv1D(INNER, D),
+    "linear and activation": lambda: nn.Sequential(nn.Linear(D, INNER), nn.GELU()),
     "residual block": lambda: Block(D),
     "feed-forward block": lambda: nn.Sequential(
         nn.Linear(D, INNER), nn.ReLU(), nn.Dropout(0.1), nn.Linear(INNER, D)
