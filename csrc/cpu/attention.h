@@ -46,8 +46,11 @@ struct AttentionCommonArgs {
   const Sequence* sequences;
   int64_t heads, kv_heads, q_total, k_longest, dim, v_dim;
   float scale;
+  float softcap;       // Of the scores; 0: none.
+  const float* sinks;  // [query head], a logit without a value. Null: none.
   Dropout dropout;
   // The two halves of stats, [batch][head][query]: the maximum logit, and 1 / sum(exp(logit - m)).
+  // Both count the sink.
   float *m, *inverse;
 
   int64_t group() const { return heads / kv_heads; }
@@ -84,6 +87,7 @@ struct AttentionBackwardArgs {
   AttentionCommonArgs<T> common;
   Heads<const T> dout, out;
   Heads<T> dquery, dkey, dvalue;
+  float* sink_gradients;  // [batch][head][query], the part of each row. Null without sinks.
 };
 
 // The gradient of attn_mask, in the mask's own shape [batch, heads, q_len, k_len] with 1 for a
@@ -98,11 +102,12 @@ struct AttentionMaskBackwardArgs {
   int64_t query_batch;
 };
 
-// Combine the partial results of one row, `splits` of them, `stride` floats apart, into out
-// [v_dim], m and inverse.
+// Combine the partial results of one row, `splits` of them, `stride` floats apart, with the sink of
+// its head (-infinity: none) into out [v_dim], m and inverse.
 template <class T>
 using CombineSplitsFn = void (*)(const AttentionCommonArgs<T>&, const float* partial,
-                                 int64_t splits, int64_t stride, T* out, float* m, float* inverse);
+                                 int64_t splits, int64_t stride, float sink, T* out, float* m,
+                                 float* inverse);
 template <class T>
 inline IsaTable<CombineSplitsFn<T>> combine_splits;
 

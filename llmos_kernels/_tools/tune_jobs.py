@@ -90,18 +90,18 @@ def _attention(empty: Empty, dtype: torch.dtype) -> Iterator[TuningJob]:
         of = lambda n: empty(batch, n, heads, d).transpose(1, 2)
         q, k, v = of(queries), of(keys), of(keys)
         mask = torch.arange(keys, device=q.device).expand(batch, -1) >= keys * 3 // 4
-        return q, k, v, None, mask if padded else None, None, None
+        return q, k, v, None, mask if padded else None, None, None, None
 
     def options(d: int, dropout_p: float = 0.0) -> tuple:
         seed = torch.tensor([1, 2], device=empty(1).device)
-        return d**-0.5, NOT_CAUSAL, dropout_p, seed
+        return d**-0.5, NOT_CAUSAL, dropout_p, 0.0, seed
 
     def forward(d: int, load: str) -> tuple:
         return *tensors(d, load != ""), *options(d, 0.1 * (load == " dropout"))
 
     def backward(d: int, load: str) -> tuple:
         args = forward(d, load)
-        return args[0], *args[:7], *attention.forward(*args), *args[7:], False
+        return args[0], *args[:8], *attention.forward(*args), *args[8:], False
 
     def decode(d: int) -> tuple:
         return *tensors(d, False, 8, 32, 1, 4096), *options(d)

@@ -29,6 +29,7 @@ class AttentionTensors(NamedTuple):
     key_padding_mask: Tensor | None  # [batch, k_len], bool, True where a key is ignored.
     cu_seqlens_q: Tensor | None  # [sequences + 1], int32.
     cu_seqlens_k: Tensor | None
+    sinks: Tensor | None = None  # [heads], a logit of every row that has no value.
 
 
 class AttentionOptions(NamedTuple):
@@ -37,6 +38,7 @@ class AttentionOptions(NamedTuple):
     scale: float  # 0 or more.
     causal: int  # NOT_CAUSAL, TOP_LEFT or BOTTOM_RIGHT.
     dropout_p: float
+    softcap: float = 0.0  # 0 for none.
 
 
 class Arguments(NamedTuple):
@@ -83,10 +85,12 @@ def check_attention(
     cu_seqlens_k: Tensor | None,
     bottom_right: bool,
     return_weights: str | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Arguments:
     """Return the arguments as kernels take them, or raise ArgumentError or DtypeError."""
     check_dropout(dropout_p)
-    _check_dtypes(query, key, value, attn_mask)
+    _check_dtypes(query, key, value, attn_mask, sinks)
     query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     form, leading = "heads", torch.Size()
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
@@ -111,6 +115,10 @@ def check_attention(
         )
     if attn_mask is not None:
         attn_mask = _check_mask(attn_mask, query, key)
+    if sinks is not None and sinks.shape != query.shape[1:2]:
+        raise ArgumentError(f"sinks must be [heads] = [{query.shape[1]}], got {list(sinks.shape)}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be a positive finite number or None, got {softcap}")
     if key_padding_mask is not None:
         _check_padding(key_padding_mask, query, key)
     if bottom_right and not is_causal:
@@ -125,16 +133,18 @@ def check_attention(
     causal = (BOTTOM_RIGHT if bottom_right else TOP_LEFT) if is_causal else NOT_CAUSAL
     return Arguments(
         AttentionTensors(
-            query, key, value, attn_mask, key_padding_mask, cu_seqlens_q, cu_seqlens_k
+            query, key, value, attn_mask, key_padding_mask, cu_seqlens_q, cu_seqlens_k, sinks
         ),
-        AttentionOptions(scale, causal, dropout_p),
+        AttentionOptions(scale, causal, dropout_p, softcap or 0.0),
         return_weights,
         form,
         leading,
     )
 
 
-def _check_dtypes(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
+def _check_dtypes(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, sinks: Tensor | None
+) -> None:
     """Raise where dtypes or devices disagree."""
     if query.dtype not in KERNEL_DTYPES and query.dtype != torch.float64:
         raise DtypeError(
@@ -145,13 +155,17 @@ def _check_dtypes(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor |
             raise DtypeError(f"{name} must have the dtype of query, {query.dtype}, got {t.dtype}")
         if t.device != query.device:
             raise ArgumentError(f"{name} is on {t.device}, query on {query.device}")
-    if attn_mask is None:
-        return
-    dtype = attn_mask.dtype
-    if dtype not in (torch.bool, query.dtype) and dtype not in KERNEL_DTYPES:
-        raise DtypeError(f"attn_mask must be bool, {query.dtype} or float32, got {dtype}")
-    if attn_mask.device != query.device:
-        raise ArgumentError(f"attn_mask is on {attn_mask.device}, query on {query.device}")
+    floating = (query.dtype, *KERNEL_DTYPES)
+    for name, given, dtypes, shown in (
+        ("attn_mask", attn_mask, (torch.bool, *floating), "bool, "),
+        ("sinks", sinks, floating, ""),
+    ):
+        if given is None:
+            continue
+        if given.dtype not in dtypes:
+            raise DtypeError(f"{name} must be {shown}{query.dtype} or float32, got {given.dtype}")
+        if given.device != query.device:
+            raise ArgumentError(f"{name} is on {given.device}, query on {query.device}")
 
 
 def _shown(query: Tensor, key: Tensor, value: Tensor) -> str:

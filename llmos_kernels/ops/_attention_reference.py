@@ -29,22 +29,31 @@ def attend(
     query, key, value = _widened(
         tensors.query, tensors.key, tensors.value, tensors.key_padding_mask
     )
-    weights, stats = _softmax(_logits(query, key, tensors, options))
+    logits = _masked(_scores(query, key, options), tensors, options)
+    weights, _, stats = _softmax(logits, tensors.sinks)
     if seed is not None:
         factors = dropout_factors(weights, seed, options.dropout_p, tensors.cu_seqlens_k)
         weights = weights * factors
     return (weights @ value).transpose(1, 2), stats, weights
 
 
-def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weights, 0 in rows where every logit is -inf, and stats (m, 1 / l)."""
-    m = logits.detach().amax(-1) if logits.shape[-1] else logits.detach().sum(-1)
+def _softmax(logits: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor | int, Tensor]:
+    """Return the weights, 0 in rows where every logit is -inf, those of sinks, and (m, 1 / l).
+
+    The weight of a sink is 0 without ``sinks``, else [batch, heads, q_len].
+    """
+    detached = logits.detach()
+    m = detached.amax(-1) if logits.shape[-1] else detached.sum(-1).fill_(float("-inf"))
+    sink = None if sinks is None else sinks.to(logits.dtype)[:, None]
+    if sink is not None:
+        m = torch.maximum(m, sink.detach())
     m = m.masked_fill(m == float("-inf"), 0)
     p = torch.exp(logits - m[..., None])
-    total = p.sum(-1)
+    p_sink = 0 if sink is None else torch.exp(sink - m)
+    total = p.sum(-1) + p_sink
     nothing = total == 0
     inverse = total.masked_fill(nothing, 1).reciprocal().masked_fill(nothing, 0)
-    return p * inverse[..., None], torch.stack((m, inverse.detach()))
+    return p * inverse[..., None], p_sink * inverse, torch.stack((m, inverse.detach()))
 
 
 def _widened(
@@ -61,12 +70,15 @@ def _widened(
     return query.to(acc), key.to(acc), value.to(acc)
 
 
-def _logits(
-    query: Tensor, key: Tensor, tensors: AttentionTensors, options: AttentionOptions
-) -> Tensor:
-    """Return the masked logits of ``query`` and ``key``, which are ``_widened``."""
-    attn_mask, key_padding_mask, cu_q, cu_k = tensors[3:]
-    logits = query @ key.mT * options.scale
+def _scores(query: Tensor, key: Tensor, options: AttentionOptions) -> Tensor:
+    """Return the scaled and capped scores of ``query`` and ``key``, which are ``_widened``."""
+    scores, softcap = query @ key.mT * options.scale, options.softcap
+    return torch.tanh(scores / softcap) * softcap if softcap else scores
+
+
+def _masked(logits: Tensor, tensors: AttentionTensors, options: AttentionOptions) -> Tensor:
+    """Return ``logits``, which are the ``_scores``, with all masks applied."""
+    _, _, _, attn_mask, key_padding_mask, cu_q, cu_k, _ = tensors
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             logits = logits.masked_fill(~attn_mask, float("-inf"))
@@ -74,9 +86,10 @@ def _logits(
             logits = logits + attn_mask.to(logits.dtype)
     if key_padding_mask is not None:
         logits = logits.masked_fill(key_padding_mask[:, None, None], float("-inf"))
-    rows = torch.arange(query.shape[2], device=query.device)[:, None]
-    cols = torch.arange(key.shape[2], device=query.device)[None]
-    offset: int | Tensor = key.shape[2] - query.shape[2]
+    q_len, k_len = logits.shape[2:]
+    rows = torch.arange(q_len, device=logits.device)[:, None]
+    cols = torch.arange(k_len, device=logits.device)[None]
+    offset: int | Tensor = k_len - q_len
     if cu_q is not None and cu_k is not None:
         of_row, of_col = _sequence(cu_q, rows), _sequence(cu_k, cols)
         logits = logits.masked_fill(of_row != of_col, float("-inf"))
@@ -111,13 +124,15 @@ def forward_reference(
     key_padding_mask: Tensor | None,
     cu_q: Tensor | None,
     cu_k: Tensor | None,
+    sinks: Tensor | None,
     scale: float,
     causal: int,
     dropout_p: float,
+    softcap: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    tensors = AttentionTensors(query, key, value, attn_mask, key_padding_mask, cu_q, cu_k)
-    out, stats, _ = attend(tensors, AttentionOptions(scale, causal, dropout_p), seed)
+    tensors = AttentionTensors(query, key, value, attn_mask, key_padding_mask, cu_q, cu_k, sinks)
+    out, stats, _ = attend(tensors, AttentionOptions(scale, causal, dropout_p, softcap), seed)
     return out.to(query.dtype).contiguous(), stats
 
 
@@ -130,12 +145,14 @@ def weights_reference(
     scale: float,
     causal: int,
     dropout_p: float,
+    softcap: float,
     seed: Tensor | None,
     mean: bool,
 ) -> Tensor:
     tensors = AttentionTensors(query, key, key, attn_mask, key_padding_mask, None, None)
+    options = AttentionOptions(scale, causal, dropout_p, softcap)
     wide_query, wide_key, _ = _widened(query, key, key, key_padding_mask)
-    logits = _logits(wide_query, wide_key, tensors, AttentionOptions(scale, causal, dropout_p))
+    logits = _masked(_scores(wide_query, wide_key, options), tensors, options)
     weights = torch.exp(logits - stats[0, ..., None]) * stats[1, ..., None]
     if seed is not None:
         weights = weights * dropout_factors(weights, seed, dropout_p, None)
@@ -149,19 +166,24 @@ def attention_gradients(
     options: AttentionOptions,
     seed: Tensor | None,
     stats: Tensor | None = None,
-) -> list[Tensor]:
-    """Return the gradients of query, key, value and a float attn_mask, by differentiable torch ops.
+) -> list[Tensor | None]:
+    """Return the gradients of query, key, value, a float attn_mask and sinks, differentiable.
 
-    ``dout`` is [batch, heads, q_len, v_dim], ``dweights`` [batch, heads, q_len, k_len]; one of them
-    may be None. The weights are recomputed from ``stats`` where it is given.
+    Those of a mask and of sinks are None where there are none. ``dout`` is
+    [batch, heads, q_len, v_dim], ``dweights`` [batch, heads, q_len, k_len]; one of them may be
+    None. The weights are recomputed from ``stats`` where it is given.
     """
-    q, k, v, attn_mask, key_padding_mask, _, cu_k = tensors
+    q, k, v, attn_mask, key_padding_mask, _, cu_k, sinks = tensors
     query, key, value = _widened(q, k, v, key_padding_mask)
-    logits = _logits(query, key, tensors, options)
+    scores = _scores(query, key, options)
+    logits = _masked(scores, tensors, options)
+    p_sink: Tensor | int = 0
     if stats is None:
-        p = _softmax(logits)[0]
+        p, p_sink, _ = _softmax(logits, sinks)
     else:
         p = torch.exp(logits - stats[0, ..., None]) * stats[1, ..., None]
+        if sinks is not None:
+            p_sink = torch.exp(sinks.to(p.dtype)[:, None] - stats[0]) * stats[1]
     factors: Tensor | int = 1
     if seed is not None:
         factors = dropout_factors(p, seed, options.dropout_p, cu_k)
@@ -172,18 +194,22 @@ def attention_gradients(
         dp = dp + dout @ value.mT
         dvalue = (p * factors).mT @ dout
     dp = dp * factors
-    # A row of p sums to 1 but for the rounding of stats, or to 0 where no key is visible.
-    ds = p * (dp - (p * dp).sum(-1, keepdim=True) / p.sum(-1, keepdim=True).clamp_min(0.5))
+    # A row of p and its sink sum to 1 but for the rounding of stats, or to 0 where nothing is seen.
+    delta = (p * dp).sum(-1) / (p.sum(-1) + p_sink).clamp_min(0.5)
+    ds = p * (dp - delta[..., None])
+    dmask = None
+    if attn_mask is not None and attn_mask.is_floating_point():
+        dmask = ds.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
+    if options.softcap:
+        ds = ds * (1 - (scores / options.softcap).square())
 
     def of_heads(gradient: Tensor, t: Tensor) -> Tensor:
         return gradient.unflatten(1, (t.shape[1], -1)).sum(2).to(t.dtype)
 
     scale = options.scale
-    gradients = [of_heads(ds @ key * scale, q), of_heads(ds.mT @ query * scale, k)]
-    gradients.append(of_heads(dvalue, v))
-    if attn_mask is not None and attn_mask.is_floating_point():
-        gradients.append(ds.sum_to_size(attn_mask.shape).to(attn_mask.dtype))
-    return gradients
+    dquery, dkey = of_heads(ds @ key * scale, q), of_heads(ds.mT @ query * scale, k)
+    dsinks = None if sinks is None else -(p_sink * delta).sum((0, 2)).to(sinks.dtype)
+    return [dquery, dkey, of_heads(dvalue, v), dmask, dsinks]
 
 
 def backward_reference(
@@ -195,17 +221,20 @@ def backward_reference(
     key_padding_mask: Tensor | None,
     cu_q: Tensor | None,
     cu_k: Tensor | None,
+    sinks: Tensor | None,
     out: Tensor,
     stats: Tensor,
     scale: float,
     causal: int,
     dropout_p: float,
+    softcap: float,
     seed: Tensor | None,
     mask_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tensors = AttentionTensors(query, key, value, attn_mask, key_padding_mask, cu_q, cu_k)
-    options = AttentionOptions(scale, causal, dropout_p)
-    gradients = attention_gradients(dout, None, tensors, options, seed, stats)
-    dquery, dkey, dvalue = (d.transpose(1, 2).contiguous() for d in gradients[:3])
-    dmask = gradients[3].contiguous() if mask_grad else query.new_empty(0)
-    return dquery, dkey, dvalue, dmask
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tensors = AttentionTensors(query, key, value, attn_mask, key_padding_mask, cu_q, cu_k, sinks)
+    options = AttentionOptions(scale, causal, dropout_p, softcap)
+    *of_heads, dmask, dsinks = attention_gradients(dout, None, tensors, options, seed, stats)
+    dquery, dkey, dvalue = (d.transpose(1, 2).contiguous() for d in of_heads if d is not None)
+    dmask = dmask.contiguous() if mask_grad and dmask is not None else query.new_empty(0)
+    dsinks = query.new_empty(0) if dsinks is None else dsinks
+    return dquery, dkey, dvalue, dmask, dsinks

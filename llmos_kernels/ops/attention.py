@@ -1,19 +1,25 @@
 """Scaled dot-product attention with masks, bias gradients, dropout and weights in fused kernels.
 
-    logits  = query key^T * scale + attn_mask,   -inf where a key is not visible to a query
+    scores  = query key^T * scale,   with softcap   softcap * tanh(scores / softcap)
+    logits  = scores + attn_mask,   -inf where a key is not visible to a query
     weights = exp(logits - m) / l,   m = max(logits),   l = sum(exp(logits - m))
     out     = dropout(weights) value
 
 A key is visible to a query unless a bool ``attn_mask`` is False there, ``key_padding_mask`` is
 True, ``is_causal`` puts it later, or it belongs to another packed sequence. A row without a visible
 key has weights, output and gradients 0. ``m`` and ``l`` are float32 whatever the dtype.
-Vaswani et al. 2017, arXiv:1706.03762; tiled as in Dao 2023, arXiv:2307.08691.
+With ``sinks`` a row has one more logit, that of its head, which counts in ``m`` and ``l`` and has
+no value: the weights then sum to less than 1.
+Vaswani et al. 2017, arXiv:1706.03762; tiled as in Dao 2023, arXiv:2307.08691; capped as in Gemma 2,
+arXiv:2408.00118; sinks as in gpt-oss, arXiv:2508.10925.
 
 The gradients, with p = weights, f = the dropout factors (0 or 1 / (1 - dropout_p)):
 
     dvalue = (f p)^T dout,   dp = f (dout value^T),   ds = p (dp - sum(p * dp))
     dquery = ds key * scale,   dkey = ds^T query * scale,   dattn_mask = ds summed to its shape
+    dsinks = -p_sink sum(p * dp) summed over rows,   p_sink = exp(sink - m) / l
 
+With ``softcap`` the ds of dquery and dkey is multiplied by 1 - (scores / softcap)^2.
 Kernels recompute p from the saved statistics ``stats``, m and 1 / l. For rows with many keys they
 take sum(dout * out), which is equal, for sum(p * dp).
 
@@ -21,7 +27,6 @@ The mask of dropout is that of ``ops/_dropout.py``: row (b * heads + h) * q_len 
 j counts from the start of its own sequence.
 """
 
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -64,16 +69,22 @@ def _backward_fake(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    sinks: Tensor | None,
     *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dquery, dkey, dvalue = (
         query.new_empty((t.shape[0], t.shape[2], t.shape[1], t.shape[3]))
         for t in (query, key, value)
     )
     mask_grad = rest[-1]
-    if not mask_grad or attn_mask is None:
-        return dquery, dkey, dvalue, query.new_empty(0)
-    return dquery, dkey, dvalue, query.new_empty(attn_mask.shape, dtype=attn_mask.dtype)
+    dmask = query.new_empty(0)
+    if mask_grad and attn_mask is not None:
+        dmask = query.new_empty(attn_mask.shape, dtype=attn_mask.dtype)
+    dsinks = query.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return dquery, dkey, dvalue, dmask, dsinks
 
 
 def _pairs(query: Tensor, key: Tensor, *rest: Tensor | None) -> int:
@@ -100,10 +111,10 @@ def _backward_flops(dout: Tensor, *args: Any) -> int:
 
 _TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_padding_mask,"
-    " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+    " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? sinks"
 )
 
-_OPTIONS = "float scale, int causal, float dropout_p, Tensor? seed"
+_OPTIONS = "float scale, int causal, float dropout_p, float softcap, Tensor? seed"
 
 _forward = define(
     f"attention_forward({_TENSORS}, {_OPTIONS}) -> (Tensor out, Tensor stats)",
@@ -124,7 +135,8 @@ _weights = define(
 
 _backward = define(
     f"attention_backward(Tensor dout, {_TENSORS}, Tensor out, Tensor stats, {_OPTIONS},"
-    " bool mask_grad) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dattn_mask)",
+    " bool mask_grad)"
+    " -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dattn_mask, Tensor dsinks)",
     reference=backward_reference,
     fake=_backward_fake,
     triton="attention.backward:backward",
@@ -143,14 +155,18 @@ class _Attention(torch.autograd.Function):
         key_padding_mask: Tensor | None,
         cu_q: Tensor | None,
         cu_k: Tensor | None,
+        sinks: Tensor | None,
         scale: float,
         causal: int,
         dropout_p: float,
+        softcap: float,
         seed: Tensor | None,
         return_weights: str | None,
     ) -> tuple[Tensor | None, ...]:
-        tensors = AttentionTensors(query, key, value, attn_mask, key_padding_mask, cu_q, cu_k)
-        options = AttentionOptions(scale, causal, dropout_p)
+        tensors = AttentionTensors(
+            query, key, value, attn_mask, key_padding_mask, cu_q, cu_k, sinks
+        )
+        options = AttentionOptions(scale, causal, dropout_p, softcap)
         out, stats, weights = _fused(tensors, options, seed, return_weights)
         ctx.save_for_backward(*tensors, out, stats, seed)
         ctx.set_materialize_grads(False)
@@ -163,24 +179,24 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         *saved, out, stats, seed = ctx.saved_tensors
         tensors = AttentionTensors(*saved)
-        wanted = ctx.needs_input_grad[:4]
-        none_of_the_rest = (None,) * 8
+        wanted = ctx.needs_input_grad
         if dout is None and dweights is None:
-            return (None,) * 4 + none_of_the_rest
+            return (None,) * len(wanted)
         if dout is None or dweights is not None or torch.is_grad_enabled():
             # There is no kernel for the gradient of the weights, nor for second derivatives.
             if ctx.return_weights == "mean" and dweights is not None:
                 heads = tensors.query.shape[1]
                 dweights = (dweights / heads).unsqueeze(1).expand(-1, heads, -1, -1)
             dout = None if dout is None else dout.transpose(1, 2)
-            gradients = attention_gradients(dout, dweights, tensors, ctx.options, seed)
-            of_inputs = [g if w else None for g, w in zip_longest(gradients, wanted)]
-            return *of_inputs, *none_of_the_rest
-        dquery, dkey, dvalue, dmask = _backward(
-            dout.transpose(1, 2), *tensors, out, stats, *ctx.options, seed, wanted[3]
-        )
-        of_heads = [d.transpose(1, 2) for d in (dquery, dkey, dvalue)]
-        return *of_heads, dmask if wanted[3] else None, *none_of_the_rest
+            *gradients, dsinks = attention_gradients(dout, dweights, tensors, ctx.options, seed)
+        else:
+            *of_heads, dmask, dsinks = _backward(
+                dout.transpose(1, 2), *tensors, out, stats, *ctx.options, seed, wanted[3]
+            )
+            gradients = [*(d.transpose(1, 2) for d in of_heads), dmask]
+        # After the tensors come four options, the seed and return_weights.
+        found = *gradients, None, None, None, dsinks, *(None,) * 6
+        return tuple(g if w else None for g, w in zip(found, wanted, strict=True))
 
 
 def _fused(
@@ -226,6 +242,8 @@ def scaled_dot_product_attention(
     cu_seqlens_k: Tensor | None = None,
     bottom_right: bool = False,
     return_weights: str | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return attention as ``torch.nn.functional.scaled_dot_product_attention`` does, masks fused.
@@ -252,6 +270,12 @@ def scaled_dot_product_attention(
         cu_seqlens_k: The same for ``key`` and ``value`` [total_k, heads, head_dim].
         bottom_right: Whether ``is_causal`` lets query i see keys up to i + k_len - q_len.
         return_weights: None, "per_head" or "mean".
+        softcap: Bounds the scaled scores by softcap * tanh(scores / softcap), before any mask, as
+            in Gemma 2; None for no bound.
+        sinks: [heads], a logit of every query of a head that competes with the keys and has no
+            value, as in gpt-oss. float32 or the dtype of ``query``; gets a gradient. It is not
+            dropped, no mask hides it, and it is not among the weights, which then sum to less
+            than 1.
         backend: "reference" for the plain torch definition, else None.
 
     Returns:
@@ -287,11 +311,13 @@ def scaled_dot_product_attention(
         cu_seqlens_k,
         bottom_right,
         return_weights,
+        softcap,
+        sinks,
     )
     seed = draw_seed(query.device) if dropout_p else None
     if use_reference(backend, call.tensors.query.dtype):
         return call.shaped(*_by_reference(call.tensors, call.options, seed, return_weights))
-    if needs_grad(*call.tensors[:4]):
+    if needs_grad(*call.tensors[:4], call.tensors.sinks):
         if torch.compiler.is_compiling():  # torch.compile refuses the same tensor twice.
             call = call.with_views()
         return call.shaped(*_Attention.apply(*call.tensors, *call.options, seed, return_weights))

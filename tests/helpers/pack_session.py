@@ -96,17 +96,18 @@ def model_calls(d, heads, activation, dtype, batch, length):
     padding = empty(batch, length, dtype=torch.bool)
     row_stats = empty(2, batch, heads, length, dtype=torch.float32)
     for mask, causal, p in ((None, 0, 0.0), (padding, 0, 0.0), (None, 1, 0.0), (padding, 0, 0.1)):
-        options = head_dim**-0.5, causal, p, seed
-        yield "attention_forward", (q, q, q, None, mask, None, None, *options)
+        options = head_dim**-0.5, causal, p, 0.0, seed
+        yield "attention_forward", (q, q, q, None, mask, None, None, None, *options)
         yield (
             "attention_backward",
-            (q, q, q, q, None, mask, None, None, q.transpose(1, 2), row_stats, *options, False),
+            (q, q, q, q, None, mask, *(None,) * 3, q.transpose(1, 2), row_stats, *options, False),
         )
-    yield "attention_weights", (q, q, None, padding, row_stats, head_dim**-0.5, 0, 0.0, seed, True)
+    options = head_dim**-0.5, 0, 0.0, 0.0, seed
+    yield "attention_weights", (q, q, None, padding, row_stats, *options, True)
     single_query, cache = q[:, :, :1], empty(batch, heads, 2 * length + 512, head_dim)
     yield (
         "attention_forward",
-        (single_query, cache, cache, None, None, None, None, head_dim**-0.5, 0, 0.0, seed),
+        (single_query, cache, cache, *(None,) * 5, *options),
     )
     weight, scale = empty(4 * d, d, dtype=torch.int8), empty(4 * d, dtype=torch.float32)
     last = empty(4 * d), activation

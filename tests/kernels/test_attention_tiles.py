@@ -63,12 +63,12 @@ def test_bool_masks_of_keys(kind, padded):
     alone = not padded and kind != "heads"
     arguments = mask_arguments(mask, padding)
     assert (arguments["mask"] is None) == alone and arguments["mask_row"] is None
-    options = d**-0.5, 0, 0.2, torch.tensor([1, 2], device=device)
-    given = q, k, v, mask, padding, None, None, *options
+    options = d**-0.5, 0, 0.2, 0.0, torch.tensor([1, 2], device=device)
+    given = q, k, v, mask, padding, None, None, None, *options
     assert_attention_accurate("llmos::attention_forward", given)
     out, stats = DEFINED["llmos::attention_forward"].reference(*given)
     assert_attention_accurate(
-        "llmos::attention_backward", (dout, *given[:7], out, stats, *options, False)
+        "llmos::attention_backward", (dout, *given[:8], out, stats, *options, False)
     )
     assert_attention_accurate(
         "llmos::attention_weights", (q, k, mask, padding, stats, *options, False)

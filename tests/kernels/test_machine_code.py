@@ -33,8 +33,8 @@ def attend(d, mask=None, padding=None, cu_seqlens=None, p=0.0, causal=0, queries
                      for n in (queries, 512, 512, queries))
     if cu_seqlens is not None:
         q, k, v, dout = (t[:1] for t in (q, k, v, dout))
-    options = d**-0.5, causal, p, torch.empty(2, dtype=torch.int64)
-    tensors = q, k, v, mask, padding, cu_seqlens, cu_seqlens
+    options = d**-0.5, causal, p, 0.0, torch.empty(2, dtype=torch.int64)
+    tensors = q, k, v, mask, padding, cu_seqlens, cu_seqlens, None
     out, stats = op("attention_forward")(*tensors, *options)
     bias = mask is not None and mask.is_floating_point()
     op("attention_backward")(dout, *tensors, out, stats, *options, bias)

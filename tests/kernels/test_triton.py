@@ -29,15 +29,16 @@ from llmos_kernels._core.registry import DEFINED
 forward, weights, backward = (
     DEFINED[f"llmos::attention_{name}"].launch for name in ("forward", "weights", "backward")
 )
-def attend(d, dtype, mask=None, padding=None, cu_seqlens=None, causal=1, dropout_p=0.0, keys=512):
+def attend(d, dtype, mask=None, padding=None, cu_seqlens=None, causal=1, dropout_p=0.0, keys=512,
+           softcap=0.0, sinks=None):
     queries = 1 if keys > 512 else keys
     q, k, v, dout = (torch.empty(2, n, 4, d, dtype=dtype).transpose(1, 2)
                      for n in (queries, keys, keys, queries))
     if cu_seqlens is not None:
         q, k, v, dout = (t[:1] for t in (q, k, v, dout))
     seed = torch.empty(2, dtype=torch.int64)
-    tensors = q, k, v, mask, padding, cu_seqlens, cu_seqlens
-    options = d**-0.5, causal, dropout_p, seed
+    tensors = q, k, v, mask, padding, cu_seqlens, cu_seqlens, sinks
+    options = d**-0.5, causal, dropout_p, softcap, seed
     out, stats = forward(*tensors, *options)
     if cu_seqlens is None:
         weights(q, k, mask, padding, stats, *options, False)
@@ -55,6 +56,9 @@ with inspect.recorded_launches(sys.argv[1]) as launches:
         attend(d, torch.float32)
     attend(64, bf16, padding=padding, dropout_p=0.1)
     attend(64, bf16, cu_seqlens=torch.empty(5, dtype=torch.int32), dropout_p=0.1)
+    for d, dtype in ((64, bf16), (128, bf16), (256, bf16), (64, torch.float32)):
+        attend(d, dtype, softcap=50.0, sinks=torch.empty(4))
+    attend(128, bf16, keys=2048, causal=0, softcap=50.0, sinks=torch.empty(4, dtype=bf16))
 launches = list(dict.fromkeys(launches))
 """
 
@@ -306,7 +310,7 @@ def test_attention_offsets_past_two_to_the_31(far_dim):
     inputs = [torch.randn(3, 3, 3, 3, dtype=torch.bfloat16, device=device) for _ in range(5)]
 
     def results(dout, q, k, v, mask):
-        tensors, options = (q, k, v, mask, None, None, None), (0.5, 0, 0.0, None)
+        tensors, options = (q, k, v, mask, *(None,) * 4), (0.5, 0, 0.0, 0.0, None)
         out, stats = forward(*tensors, *options)
         return out, stats, *backward(dout, *tensors, out, stats, *options, True)
 

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <limits>
 #include <tuple>
 
 #include "attention_inputs.h"
@@ -58,10 +59,11 @@ Splits split(const AttentionInputs& in, int64_t block) {
 
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
                                    const Optional& mask, const Optional& padding,
-                                   const Optional& cu_q, const Optional& cu_k, double scale,
-                                   int64_t causal, double dropout_p, const Optional& seed) {
-  const AttentionInputs in(query, key, value, mask, padding, cu_q, cu_k, scale, causal, dropout_p,
-                           seed);
+                                   const Optional& cu_q, const Optional& cu_k,
+                                   const Optional& sinks, double scale, int64_t causal,
+                                   double dropout_p, double softcap, const Optional& seed) {
+  const AttentionInputs in(query, key, value, mask, padding, cu_q, cu_k, sinks, scale, causal,
+                           dropout_p, softcap, seed);
   Tensor out = output(query, {in.batch, in.q_total, in.heads, in.v_dim}, query.scalar_type());
   Tensor stats = output(query, {2, in.batch, in.heads, in.q_total}, ScalarType::Float);
   if (out.numel() == 0) return {out, stats};
@@ -81,9 +83,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
     for (const Splits::Row& row : work.rows) {
       const Sequence& s = in.sequences[row.sequence];
       const int64_t at = args.common.stats_at(s.batch, row.head, row.index);
+      const float sink =
+          in.sinks.empty() ? -std::numeric_limits<float>::infinity() : in.sinks[row.head];
       combine(args.common, work.partial.get() + row.at, row.splits,
-              group * s.q_len * floats_per_row, args.out.at(s.batch, row.head, row.index), m + at,
-              inverse + at);
+              group * s.q_len * floats_per_row, sink, args.out.at(s.batch, row.head, row.index),
+              m + at, inverse + at);
     }
   });
   return {out, stats};

@@ -21,8 +21,9 @@ std::vector<AttentionTask> blocks(int64_t batch, int64_t heads, int64_t rows, in
 
 Tensor weights(const Tensor& query, const Tensor& key, const Optional& mask,
                const Optional& padding, const Tensor& stats_, double scale, int64_t causal,
-               double dropout_p, const Optional& seed, bool mean) {
-  const AttentionInputs in(query, key, key, mask, padding, {}, {}, scale, causal, dropout_p, seed);
+               double dropout_p, double softcap, const Optional& seed, bool mean) {
+  const AttentionInputs in(query, key, key, mask, padding, {}, {}, {}, scale, causal, dropout_p,
+                           softcap, seed);
   const ScalarType dtype = query.scalar_type();
   Tensor out = mean ? output(query, {in.batch, in.q_total, in.k_total}, dtype)
                     : output(query, {in.batch, in.heads, in.q_total, in.k_total}, dtype);
@@ -55,21 +56,38 @@ void mask_gradient(const AttentionInputs& in, const AttentionBackwardArgs<T>& ba
   run_in_parallel(kernel, args, blocks(args.batch, args.heads, args.q_len, kernel.block), work);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout_, const Tensor& query,
-                                                    const Tensor& key, const Tensor& value,
-                                                    const Optional& mask, const Optional& padding,
-                                                    const Optional& cu_q, const Optional& cu_k,
-                                                    const Tensor& out_, const Tensor& stats_,
-                                                    double scale, int64_t causal, double dropout_p,
-                                                    const Optional& seed, bool mask_grad) {
-  const AttentionInputs in(query, key, value, mask, padding, cu_q, cu_k, scale, causal, dropout_p,
-                           seed);
+// Write the gradient of sinks: for each head the sum of `gradients` [batch][head][query].
+void sum_sink_gradients(const AttentionInputs& in, const float* gradients, const Tensor& dsinks) {
+  std::vector<float> sums(in.heads);
+  for (int64_t h = 0; h < in.heads; ++h) {
+    double sum = 0;
+    for (int64_t b = 0; b < in.batch; ++b)
+      for (int64_t i = 0; i < in.q_total; ++i)
+        sum += gradients[(b * in.heads + h) * in.q_total + i];
+    sums[h] = float(sum);
+  }
+  for_dtype(dsinks.scalar_type(), [&](auto w) {
+    using W = decltype(w);
+    sum_partials<W>.best()(sums.data(), 1, 0, mutable_data<W>(dsinks), 0, in.heads);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& dout_, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Optional& mask, const Optional& padding, const Optional& cu_q, const Optional& cu_k,
+    const Optional& sinks, const Tensor& out_, const Tensor& stats_, double scale, int64_t causal,
+    double dropout_p, double softcap, const Optional& seed, bool mask_grad) {
+  const AttentionInputs in(query, key, value, mask, padding, cu_q, cu_k, sinks, scale, causal,
+                           dropout_p, softcap, seed);
   const ScalarType dtype = query.scalar_type();
   Tensor dquery = output(query, {in.batch, in.q_total, in.heads, in.dim}, dtype);
   Tensor dkey = output(query, {in.batch, in.k_total, in.kv_heads, in.dim}, dtype);
   Tensor dvalue = output(query, {in.batch, in.k_total, in.kv_heads, in.v_dim}, dtype);
   const ScalarType mask_dtype = mask_grad ? mask->scalar_type() : dtype;
   Tensor dmask = mask_grad ? output(query, mask->sizes(), mask_dtype) : output(query, {0}, dtype);
+  Tensor dsinks =
+      sinks ? output(query, {in.heads}, sinks->scalar_type()) : output(query, {0}, dtype);
+  const Floats sink_gradients = sinks ? floats(in.batch * in.heads * in.q_total) : nullptr;
   const Tensor dout = AttentionInputs::with_contiguous_rows(dout_), out = llmos::contiguous(out_);
   const Tensor stats = llmos::contiguous(stats_);
   float* m = const_cast<float*>(data<float>(stats));
@@ -86,10 +104,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout_, const T
         .dquery = AttentionInputs::output_heads<T>(dquery),
         .dkey = AttentionInputs::output_heads<T>(dkey),
         .dvalue = AttentionInputs::output_heads<T>(dvalue),
+        .sink_gradients = sink_gradients.get(),
     };
     const double work = double(in.q_total) * in.k_longest * in.heads * in.batch;
     run_in_parallel(kernel, args, blocks(int64_t(in.sequences.size()), in.kv_heads, 1, 1),
                     work * (3 * in.dim + 2 * in.v_dim));
+    if (sinks) sum_sink_gradients(in, sink_gradients.get(), dsinks);
     if (!mask_grad || dmask.numel() == 0) return;
     if (mask_dtype == ScalarType::Float) return mask_gradient(in, args, dmask);
     const Tensor sums = output(query, dmask.sizes(), ScalarType::Float);
@@ -99,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout_, const T
       sum_partials<W>.best()(data<float>(sums), 1, 0, mutable_data<W>(dmask), 0, dmask.numel());
     });
   });
-  return {dquery, dkey, dvalue, dmask};
+  return {dquery, dkey, dvalue, dmask, dsinks};
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../attention.h"
+#include "../layer_norm.h"
 #include "common.h"
 
 namespace llmos {
@@ -16,13 +17,14 @@ struct AttentionInputs {
   Optional mask, padding;
   std::vector<Sequence> sequences;
   int64_t batch, heads, kv_heads, q_total, k_total, dim, v_dim, k_longest = 0, q_longest = 0;
-  double scale, dropout_p;
+  double scale, dropout_p, softcap;
   const Optional& seed;
+  std::vector<float> sinks;  // Empty: none.
 
   AttentionInputs(const Tensor& query_, const Tensor& key_, const Tensor& value_,
                   const Optional& mask_, const Optional& padding_, const Optional& cu_q,
-                  const Optional& cu_k, double scale_, int64_t causal, double dropout_p_,
-                  const Optional& seed_)
+                  const Optional& cu_k, const Optional& sinks_, double scale_, int64_t causal,
+                  double dropout_p_, double softcap_, const Optional& seed_)
       : query(with_contiguous_rows(query_)),
         key(with_contiguous_rows(key_)),
         value(with_contiguous_rows(value_)),
@@ -37,11 +39,22 @@ struct AttentionInputs {
         v_dim(value.size(3)),
         scale(scale_),
         dropout_p(dropout_p_),
+        softcap(softcap_),
         seed(seed_) {
     STD_TORCH_CHECK(dim >= 1 && dim <= 256 && v_dim >= 1 && v_dim <= 256,
                     "attention: head dims must be from 1 to 256, got ", dim, " and ", v_dim);
     STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "attention: ", heads,
                     " query heads cannot share ", kv_heads, " key heads");
+    if (sinks_) {
+      STD_TORCH_CHECK(sinks_->numel() == heads, "attention: expected ", heads, " sinks, got ",
+                      sinks_->numel());
+      sinks.resize(heads);
+      const Tensor dense = llmos::contiguous(*sinks_);
+      for_dtype(dense.scalar_type(), [&](auto w) {
+        using W = decltype(w);
+        to_float<W>.best()(data<W>(dense), sinks.data(), heads);
+      });
+    }
     cu_q ? split_varlen(*cu_q, *cu_k, causal) : split_batch(causal);
     for (const Sequence& s : sequences) {
       k_longest = std::max(k_longest, s.k_len);
@@ -86,6 +99,8 @@ struct AttentionInputs {
     a.dim = dim;
     a.v_dim = v_dim;
     a.scale = float(scale);
+    a.softcap = float(softcap);
+    a.sinks = sinks.empty() ? nullptr : sinks.data();
     a.dropout = dropout_of(dropout_p, seed);
     a.m = m;
     a.inverse = inverse;

@@ -5,10 +5,11 @@
 namespace llmos {
 namespace {
 
-// Values of each row of a block: the shift of the exponentials, 1 / l, and delta = dout . out. For
-// rows past the last, shift is infinite, so that their weights are 0.
+// Values of each row of a block: the shift of the exponentials, 1 / l, delta = dout . out, and the
+// weight of the sink. `excess` is what delta lacks, as far as tiles of keys have found it. For rows
+// past the last, shift is infinite, so that their weights are 0.
 struct RowStatistics {
-  float *shift, *inverse, *delta;
+  float *shift, *inverse, *delta, *sink, *excess;
 };
 
 // The packed operands of a block of query rows.
@@ -20,7 +21,8 @@ struct BlockOperands : RowStatistics {
   U* line;
 
   BlockOperands(const AttentionCommonArgs<T>& a, Scratch& scratch, bool inner)
-      : RowStatistics{scratch.take(kBlock), scratch.take(kBlock), scratch.take(kBlock)},
+      : RowStatistics{scratch.take(kBlock), scratch.take(kBlock), scratch.take(kBlock),
+                      scratch.take(kBlock), scratch.take(kBlock)},
         query(scratch.take<U>(kBlock * words<U>(a.dim))),
         dout(scratch.take<U>(kBlock * words<U>(a.v_dim))),
         query_inner(inner ? scratch.take<U>(kBlock * to_vectors(a.dim)) : nullptr),
@@ -32,7 +34,7 @@ struct BlockOperands : RowStatistics {
            Scratch::size<U>(kBlock * words<U>(a.v_dim)) +
            inner * (Scratch::size<U>(kBlock * to_vectors(a.dim)) +
                     Scratch::size<U>(kBlock * to_vectors(a.v_dim))) +
-           3 * Scratch::size(kBlock) + Scratch::size<U>(kLanes * kMaxDim);
+           5 * Scratch::size(kBlock) + Scratch::size<U>(kLanes * kMaxDim);
   }
 
   void pack(const AttentionBackwardArgs<T>& args, const SoftmaxExp<U>& softmax_exp,
@@ -55,6 +57,11 @@ struct BlockOperands : RowStatistics {
       const int64_t at = a.stats_at(block.batch, block.head[r], block.index[r]);
       shift[r] = exists ? softmax_exp.shift(F32{} + a.m[at])[0] : kInfinity;
       inverse[r] = exists ? a.inverse[at] : 0;
+      sink[r] = 0;
+      if (a.sinks && exists) {
+        const F32 logit = F32{} + a.sinks[block.head[r]];
+        sink[r] = softmax_exp.exp_sink(logit, F32{} + shift[r])[0] * inverse[r];
+      }
     }
     // delta is the diagonal of the same GEMM that computes dout . value. Where one key has all the
     // weight, out equals its value, and the gradient of its logit is then exactly 0.
@@ -67,7 +74,11 @@ struct BlockOperands : RowStatistics {
                  line + i * n);
       }
       head_dim_gemm(kLanes, 1, n, line, dout + first, kBlock, square, kLanes);
-      for (int64_t i = 0; i < kLanes; ++i) delta[first + i] = square[i * kLanes + i];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const int64_t r = first + i;
+        delta[r] = square[i * kLanes + i];
+        excess[r] = -sink[r] * delta[r];
+      }
     }
   }
 };
@@ -78,11 +89,26 @@ template <class U>
 struct TileOutputs {
   Element<U>*weights, *dlogits;
   float *dlogit_pairs, *dlogits_float;
+
+  // Write the gradients of key j of `count` for row vector v; `before` are those of key j - 1.
+  [[gnu::always_inline]] void put(int64_t j, int64_t count, int64_t v, F32 dlogit,
+                                  F32& before) const {
+    store(dlogits + j * kBlock + v * kLanes, dlogit);
+    if constexpr (kPerWord<U> == 2) {
+      float* pairs = dlogit_pairs + j / 2 * kBlock + v * kLanes;
+      if (j % 2)
+        store_bf16_pairs(pairs, before, dlogit);
+      else if (j + 1 == count)
+        store_bf16_pairs(pairs, dlogit, F32{});
+      before = dlogit;
+    }
+  }
 };
 
 // Turn scores and dweights = dout . value into the gradients of the logits, p * (dweights -
 // delta). kWhole: the tile has all keys that the block may see. Then delta is corrected to the mean
-// of dweights weighted by p, so that gradients whose sum is 0 in theory have that sum here, too.
+// of dweights weighted by p, so that gradients whose sum is 0 in theory have that sum here, too;
+// the sink counts as a key whose dweight is 0.
 template <bool kWhole, class U, int kVectors>
 [[gnu::noinline, gnu::flatten]] void logit_gradients(const QueryBlock& block, const KeyTile& keys,
                                                      const SoftmaxExp<U>& softmax_exp,
@@ -94,22 +120,16 @@ template <bool kWhole, class U, int kVectors>
   F32 total[kVectors], excess[kVectors], part[kVectors];
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
-    total[v] = excess[v] = part[v] = F32{};
+    part[v] = F32{};
     shift[v] = load<F32>(rows.shift + v * kLanes);
     inverse[v] = load<F32>(rows.inverse + v * kLanes);
     delta[v] = load<F32>(rows.delta + v * kLanes);
     before[v] = F32{};
+    total[v] = load<F32>(rows.sink + v * kLanes);
+    excess[v] = load<F32>(rows.excess + v * kLanes);
   }
   const auto put = [&](int64_t j, int v, F32 dlogit) {
-    store(to.dlogits + j * kBlock + v * kLanes, dlogit);
-    if constexpr (kPerWord<U> == 2) {
-      float* pairs = to.dlogit_pairs + j / 2 * kBlock + v * kLanes;
-      if (j % 2)
-        store_bf16_pairs(pairs, before[v], dlogit);
-      else if (j + 1 == keys.count)
-        store_bf16_pairs(pairs, dlogit, F32{});
-      before[v] = dlogit;
-    }
+    to.put(j, keys.count, v, dlogit, before[v]);
   };
   mask_scores<kVectors>(block, keys, softmax_exp, type, mask, scores, [&](int64_t j, int v, F32 x) {
     const int64_t at = j * kBlock + v * kLanes;
@@ -121,7 +141,7 @@ template <bool kWhole, class U, int kVectors>
       dp *= factors[v][j % 4];
     }
     if constexpr (kWhole) {
-      if (!to.dlogits_float) store(to.weights + at, weight);
+      if (to.weights) store(to.weights + at, weight);
       const F32 centered = dp - delta[v];
       part[v] = fma(p, centered, part[v]);
       total[v] += p;
@@ -134,14 +154,17 @@ template <bool kWhole, class U, int kVectors>
       store(dweights + at, centered);
     } else {
       const F32 dlogit = p * (dp - delta[v]);
+      if (to.weights) store(to.weights + at, weight);
       if (to.dlogits_float) return store(to.dlogits_float + at, dlogit);
-      store(to.weights + at, weight);
       put(j, v, dlogit);
     }
   });
   if constexpr (kWhole) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) excess[v] /= max(total[v], F32{} + 0.5f);
+    for (int v = 0; v < kVectors; ++v) {
+      excess[v] /= max(total[v], F32{} + 0.5f);
+      store(rows.excess + v * kLanes, excess[v]);
+    }
     for (int64_t j = 0; j < keys.count; ++j)
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
@@ -155,22 +178,47 @@ template <bool kWhole, class U, int kVectors>
   }
 }
 
+// Write the gradients of the scores from those of the logits, whose sums over the keys are added to
+// `sums` unless it is null. `slopes` are those of a softcap; null: none.
+template <class U>
+[[gnu::noinline]] void put_gradients(int64_t keys, int64_t vectors, const float* dlogits,
+                                     const float* slopes, float* sums, const TileOutputs<U>& to) {
+  for (int64_t v = 0; v < vectors; ++v) {
+    F32 before = {}, sum = {}, part = {};
+    for (int64_t j = 0; j < keys; ++j) {
+      const int64_t at = j * kBlock + v * kLanes;
+      const F32 dlogit = load<F32>(dlogits + at);
+      part += dlogit;
+      // A partial sum of 8 keys: fewer roundings of a large sum.
+      if (j % 8 == 7 || j + 1 == keys) {
+        sum += part;
+        part = F32{};
+      }
+      to.put(j, keys, v, slopes ? dlogit * load<F32>(slopes + at) : dlogit, before);
+    }
+    if (sums) store(sums + v * kLanes, load<F32>(sums + v * kLanes) + sum);
+  }
+}
+
 // What the tiles of one block of query rows need.
 template <class T>
 struct TileGradient {
   using U = WordOf<T>;
   const AttentionCommonArgs<T>& a;
   const SoftmaxExp<U> softmax_exp;
-  float *scores, *dweights, *mask;  // [key][row]
+  float *scores, *dweights, *mask, *slopes;  // [key][row]
 
   TileGradient(const AttentionCommonArgs<T>& a, Scratch& scratch)
       : a(a),
         softmax_exp(a),
         scores(scratch.take(kTile * kBlock)),
         dweights(scratch.take(kTile * kBlock)),
-        mask(scratch.take(kTile * kBlock)) {}
+        mask(scratch.take(kTile * kBlock)),
+        slopes(scratch.take(kTile * kBlock * (a.softcap != 0))) {}
 
-  static int64_t scratch() { return 3 * Scratch::size(kTile * kBlock); }
+  static int64_t scratch(const AttentionCommonArgs<T>& a) {
+    return (3 + (a.softcap != 0)) * Scratch::size(kTile * kBlock);
+  }
 
   // Compute scores = query . key and dweights = dout . value. Returns false if no key of the tile
   // is visible.
@@ -182,6 +230,7 @@ struct TileGradient {
     cache.get(sequence, kv_head, keys.begin);
     query_key_scores(a, a.sequences[sequence], kv_head, block, keys, rows.query, cache.key_rows,
                      scores);
+    if (a.softcap != 0) cap_scores(a, keys.count, block.vectors, scores, slopes);
     head_dim_gemm(keys.count, block.vectors, words<U>(a.v_dim), cache.value_rows, rows.dout, kBlock,
                   dweights, kBlock);
     return true;
@@ -190,11 +239,18 @@ struct TileGradient {
   // whole: the tile has all keys that the block may see.
   void gradients(const QueryBlock& block, const KeyTile& keys, bool whole,
                  const BlockOperands<T>& rows, const TileOutputs<U>& to) {
+    float* sums = a.sinks && !whole ? rows.excess : nullptr;
+    const bool apart = to.dlogits && (a.softcap != 0 || sums);
+    const TileOutputs<U> floats{to.weights, nullptr, nullptr, dweights};
     with_vectors(block.vectors, [&](auto vectors) {
       const auto run =
           whole ? &logit_gradients<true, U, vectors> : &logit_gradients<false, U, vectors>;
-      run(block, keys, softmax_exp, a.dropout, a.mask.type, mask, rows, scores, dweights, to);
+      run(block, keys, softmax_exp, a.dropout, a.mask.type, mask, rows, scores, dweights,
+          apart ? floats : to);
     });
+    if (apart)
+      put_gradients(keys.count, block.vectors, dweights, a.softcap != 0 ? slopes : nullptr, sums,
+                    to);
   }
 };
 
@@ -233,7 +289,7 @@ struct AttentionBackwardKernel {
 
   static int64_t scratch(const AttentionBackwardArgs<T>& args) {
     const AttentionCommonArgs<T>& a = args.common;
-    return Packed::scratch(a) + BlockOperands<T>::scratch(a, true) + TileGradient<T>::scratch() +
+    return Packed::scratch(a) + BlockOperands<T>::scratch(a, true) + TileGradient<T>::scratch(a) +
            3 * Scratch::size(kTile * kBlock) +
            Scratch::size((kBlock + a.k_longest) * to_vectors(a.dim)) + 32 +
            Scratch::size(a.k_longest * to_vectors(a.v_dim));
@@ -272,6 +328,10 @@ struct AttentionBackwardKernel {
       const int64_t first = s.first / kTile * kTile, last = std::min(s.last, block.max_limit);
       for (int64_t at = first; at < last; at += kTile)
         tile(block, task, KeyTile(a, s, at, last), last - first <= kTile);
+      if (args.sink_gradients)
+        for (int64_t r = 0; r < block.rows; ++r)
+          args.sink_gradients[a.stats_at(s.batch, block.head[r], block.index[r])] =
+              -rows.sink[r] * (rows.delta[r] + rows.excess[r]);
       for (int64_t r = 0; r < block.rows; ++r)
         finish(dquery + r * width, a.scale, a.dim,
                args.dquery.at(s.batch, block.head[r], block.index[r]));
@@ -304,7 +364,7 @@ struct AttentionMaskBackwardKernel {
 
   static int64_t scratch(const AttentionMaskBackwardArgs<T>& args) {
     const AttentionCommonArgs<T>& a = args.backward.common;
-    return Packed::scratch(a) + BlockOperands<T>::scratch(a, false) + TileGradient<T>::scratch();
+    return Packed::scratch(a) + BlockOperands<T>::scratch(a, false) + TileGradient<T>::scratch(a);
   }
 
   // Add a tile of gradients [key][row] to its place in dmask.

@@ -125,6 +125,7 @@ struct AttentionForwardKernel {
     cache.get(task.sequence, task.kv_head, keys.begin);
     const int64_t inner = words<U>(a.dim);
     head_dim_gemm(keys.count, block.vectors, inner, cache.key_rows, query, kBlock, scores, kBlock);
+    if (a.softcap != 0) cap_scores(a, keys.count, block.vectors, scores, nullptr);
     with_vectors(block.vectors, [&](auto vectors) {
       softmax_tile<U, vectors>(block, keys, softmax_exp, a.dropout, a.mask.type, mask, scores,
                                sums);
@@ -140,6 +141,7 @@ struct AttentionForwardKernel {
     const Sequence& s = a.sequences[task.sequence];
     const float* rows = reinterpret_cast<const float*>(query);
     decode_scores(a, s, task.kv_head, keys, block.rows, rows, scores);
+    if (a.softcap != 0) cap_scores(a, keys.count, 1, scores, nullptr);
     softmax_tile<float, 1>(block, keys, SoftmaxExp<float>(a), a.dropout, a.mask.type, mask, scores,
                            sums);
     decode_values(a, s, task.kv_head, keys, block.rows, scores, sums.alpha, sums.out);
@@ -180,11 +182,18 @@ struct AttentionForwardKernel {
   }
 
   void finish(const QueryBlock& block) {
-    alignas(64) float m[kBlock], inverse[kBlock];
-    for (int at = 0; at < kBlock; at += kLanes) {
-      const F32 l = load<F32>(sums.l + at);
-      store(m + at, logit(at));
-      store(inverse + at, l == 0 ? F32{} : 1 / l);
+    alignas(64) float m[kBlock], inverse[kBlock], factor[kBlock];
+    for (int at = 0; at < block.vectors * kLanes; at += kLanes) {
+      F32 l = load<F32>(sums.l + at), top = logit(at), alpha = F32{} + 1;
+      if (a.sinks) {
+        F32 sink;
+        for (int i = 0; i < kLanes; ++i) sink[i] = a.sinks[block.head[at + i]];
+        alpha = softmax_exp.add_sink(sink, top, l);
+      }
+      const F32 one_over_l = l == 0 ? F32{} : 1 / l;
+      store(m + at, top);
+      store(inverse + at, one_over_l);
+      store(factor + at, alpha * one_over_l);
     }
     for (int64_t r = 0; r < block.rows; ++r) {
       const int64_t stats = a.stats_at(block.batch, block.head[r], block.index[r]);
@@ -193,7 +202,7 @@ struct AttentionForwardKernel {
       T* out = args.out.at(block.batch, block.head[r], block.index[r]);
       const float* row = sums.out + r * width;
       sweep(a.v_dim, [&](auto part, int64_t i) {
-        store(out + i, load<typename decltype(part)::V>(row + i) * inverse[r]);
+        store(out + i, load<typename decltype(part)::V>(row + i) * factor[r]);
       });
     }
   }
@@ -211,14 +220,15 @@ struct AttentionForwardKernel {
 
 template <class T>
 void combine(const AttentionCommonArgs<T>& a, const float* partial, int64_t splits, int64_t stride,
-             T* out, float* m, float* inverse) {
+             float sink, T* out, float* m, float* inverse) {
   const SoftmaxExp<WordOf<T>> softmax_exp(a);
   const int64_t v_dim = a.v_dim;
-  float top = -kInfinity, l = 0;
+  float top = sink, l = 0;
   for (int64_t i = 0; i < splits; ++i)
     if (const float* p = partial + i * stride; p[v_dim + 1] != 0)
       top = top > p[v_dim] ? top : p[v_dim];
   float sums[kMaxDim] = {};
+  if (sink != -kInfinity) l = softmax_exp.exp_sink(F32{} + sink, softmax_exp.shift(F32{} + top))[0];
   for (int64_t i = 0; i < splits; ++i) {
     const float* p = partial + i * stride;
     if (p[v_dim + 1] == 0) continue;

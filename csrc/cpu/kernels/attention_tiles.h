@@ -3,7 +3,7 @@
 //
 // Scores and logits of a tile are stored as [key][row]: a vector holds one key for several rows, so
 // the maximum and the sum of a row need no reduction across lanes. A score is query . key, a logit
-// is scale * score + mask.
+// is scale * score + mask. With a softcap a score is the scaled and capped one, and its scale 1.
 #pragma once
 
 #include <limits>
@@ -254,14 +254,14 @@ inline bool pack_mask(const Mask& mask, const QueryBlock& block, const KeyTile& 
 template <class Word>
 struct SoftmaxExp {
   static constexpr bool kPrecise = kPerWord<Word> == 1;
-  bool takes_logits;  // x is a logit already, not a score.
   float scale, factor;
+  bool takes_logits;  // x is a logit already, not a score.
 
   template <class T>
   explicit SoftmaxExp(const AttentionCommonArgs<T>& a)
-      : takes_logits(a.mask.type > MaskType::Bool || a.scale == 0),
-        scale(a.scale),
-        factor(a.scale * kLog2E) {}
+      : scale(a.softcap == 0 ? a.scale : 1),
+        factor(scale * kLog2E),
+        takes_logits(a.mask.type > MaskType::Bool || scale == 0) {}
 
   F32 logit(F32 x) const { return takes_logits ? x : x * scale; }
   F32 shift(F32 logit) const { return takes_logits || kPrecise ? logit : logit * kLog2E; }
@@ -275,7 +275,39 @@ struct SoftmaxExp {
   F32 rescale(F32 from, F32 to) const {
     return exp_negative((from - to) * (takes_logits || kPrecise ? 1 : 1 / kLog2E));
   }
+  // Return the weight of a sink, which is a logit whatever x is.
+  F32 exp_sink(F32 sink, F32 shift) const {
+    if constexpr (kPrecise)
+      return exp_negative(sink - shift);
+    else
+      return exp2_negative(takes_logits ? (sink - shift) * kLog2E
+                                        : fma(sink, F32{} + kLog2E, -shift));
+  }
+  // Add a sink to the sum l of exponentials, whose maximum logit is m. Returns the factor for sums
+  // of values.
+  F32 add_sink(F32 sink, F32& m, F32& l) const {
+    const F32 top = max(l == 0 ? F32{} - kInfinity : m, sink);
+    const F32 finite = top == -kInfinity ? F32{} : top;
+    const F32 alpha = l == 0 ? F32{} : rescale(shift(m), shift(finite));
+    l = l * alpha + exp_sink(sink, shift(finite));
+    m = finite;
+    return alpha;
+  }
 };
+
+// Turn products query . key into capped scores, in place. Their derivatives by scale * query . key
+// go to `slopes` unless it is null.
+template <class T>
+[[gnu::noinline]] void cap_scores(const AttentionCommonArgs<T>& a, int64_t keys, int64_t vectors,
+                                  float* scores, float* slopes) {
+  const float factor = a.scale / a.softcap;
+  for (int64_t j = 0; j < keys; ++j)
+    for (int64_t at = j * kBlock; at < j * kBlock + vectors * kLanes; at += kLanes) {
+      const F32 t = tanh(load<F32>(scores + at) * factor);
+      store(scores + at, t * a.softcap);
+      if (slopes) store(slopes + at, 1 - t * t);
+    }
+}
 
 // Apply all masks to a tile of scores, in place. Calls body(j, v, x) for key j and row vector v; x
 // is the masked score, or the logit if softmax_exp.takes_logits.

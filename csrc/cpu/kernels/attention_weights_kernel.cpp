@@ -57,6 +57,7 @@ struct AttentionWeightsKernel {
       if (a.mask.type != MaskType::None && !pack_mask(a.mask, block, keys, mask)) continue;
       cache.get(sequence, head / a.group(), keys.begin);
       query_key_scores(a, s, head / a.group(), block, keys, query, cache.key_rows, scores);
+      if (a.softcap != 0) cap_scores(a, keys.count, block.vectors, scores, nullptr);
       with_vectors(block.vectors, [&](auto vectors) { add_tile<vectors>(block, keys); });
     }
   }

@@ -15,13 +15,14 @@ from llmos_kernels._triton.attention.scores import (
     load_bool_mask,
     load_rows,
     logits,
+    scores,
 )
 from llmos_kernels._triton.rows import dropout_factors
 
 
 @triton.jit
 def _step(m, total, acc, query, k, v, mask, attended, padding, padding_col, seed, dropout_row,
-          start, last, k_first, k_stop, k_row, v_row, mask_col, scale, threshold, factor,
+          start, last, k_first, k_stop, k_row, v_row, mask_col, scale, softcap, threshold, factor,
           KEY_RANGE: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr,
           DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
           BLOCK_DV: tl.constexpr):  # fmt: skip
@@ -33,23 +34,24 @@ def _step(m, total, acc, query, k, v, mask, attended, padding, padding_col, seed
     inside = keys_inside(padding, padding_col, col, k_first, k_stop, KEY_RANGE)
     key = load_rows(k, col, k_row, inside, D, BLOCK_D)
     x = logits(
-        query,
-        key,
+        scores(query, key, scale, softcap),
         mask + col.to(tl.int64)[None, :] * mask_col if BIAS else None,
         attended,
         inside[None, :] if KEY_RANGE else None,
         col[None, :],
         last if KEY_RANGE and CAUSAL else None,
         scale,
+        softcap,
         BIAS,
     )
+    SCALED: tl.constexpr = BIAS or softcap is not None
     largest = tl.max(x, 1)
-    if not BIAS:
+    if not SCALED:
         largest *= tl.maximum(scale, LEAST_SCALE)
     largest = tl.maximum(m, largest)
     finite = tl.where(largest == float("-inf"), 0.0, largest)
-    if BIAS or query.dtype == tl.float32:
-        p = exponential(x, finite[:, None], scale, BIAS)
+    if SCALED or query.dtype == tl.float32:
+        p = exponential(x, finite[:, None], scale, SCALED)
     else:
         # One fused multiply-add for each logit. total sums the same p, so that the rounding of m
         # cancels. The p of the backward pass differ from these by less than their rounding.
@@ -64,10 +66,20 @@ def _step(m, total, acc, query, k, v, mask, attended, padding, padding_col, seed
 
 
 @triton.jit
+def add_sink(m, total, sink):
+    """Return m and total with a sink, a logit without a value, and the factor of acc."""
+    largest = tl.maximum(tl.where(total == 0, float("-inf"), m), sink)
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
+    rescale = tl.where(total == 0, 0.0, tl.exp2((m - largest) * LOG2E))
+    return largest, total * rescale + tl.exp2((sink - largest) * LOG2E), rescale
+
+
+@triton.jit
 def attend(query, k, v, mask, padding, padding_col, seed, dropout_row, last, begin, end, low_limit,
-           high_limit, k_row, v_row, mask_col, scale, threshold, factor, CAUSAL: tl.constexpr,
-           BIAS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr,
-           BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
+           high_limit, k_row, v_row, mask_col, scale, softcap, threshold, factor,
+           CAUSAL: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+           BLOCK_DV: tl.constexpr):  # fmt: skip
     """Return m, total and acc of a block of queries over the keys [begin, end)."""
     k_first, k_stop, first, bounded, padded, stop = key_span(
         padding, padding_col, begin, end, low_limit, high_limit, CAUSAL, BLOCK_N
@@ -105,6 +117,7 @@ def attend(query, k, v, mask, padding, padding_col, seed, dropout_row, last, beg
                         v_row,
                         mask_col,
                         scale,
+                        softcap,
                         threshold,
                         factor,
                         key_range,
@@ -139,6 +152,7 @@ def attend(query, k, v, mask, padding, padding_col, seed, dropout_row, last, beg
                     v_row,
                     mask_col,
                     scale,
+                    softcap,
                     threshold,
                     factor,
                     key_range,

@@ -37,15 +37,17 @@ def backward(
     padding: Tensor | None,
     cu_q: Tensor | None,
     cu_k: Tensor | None,
+    sinks: Tensor | None,
     out: Tensor,
     stats: Tensor,
     scale: float,
     causal: int,
     dropout_p: float,
+    softcap: float,
     seed: Tensor | None,
     mask_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return dquery, dkey, dvalue and dattn_mask of ``llmos::attention_backward``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the results of ``llmos::attention_backward``."""
     batch, heads, q_len, d = q.shape
     kv_heads, k_len, v_dim = v.shape[1:]
     dq = q.new_empty((batch, q_len, heads, d))
@@ -72,6 +74,7 @@ def backward(
         GROUP=heads // kv_heads,
         ROWS=delta.numel(),
         scale=scale,
+        softcap=softcap or None,
         threshold=threshold,
         factor=factor,
         CAUSAL=causal,
@@ -83,13 +86,14 @@ def backward(
         **mask_arguments(attn_mask, padding),
     )
     varlen = varlen_arguments(cu_q, cu_k)
-    variant = tile_variant(attn_mask, padding, shared["seed"], cu_q)
+    variant = tile_variant(attn_mask, padding, shared["seed"], cu_q, softcap)
     if dq.numel():
         blocks = tile_arguments("dquery", q, v_dim, variant)
         count = thread_blocks_per_head(cu_q, q_len, blocks["BLOCK_M"])
         dquery_kernel[(count * batch * heads,)](
             **shared,
             **varlen,
+            sinks=None if sinks is None else sinks.contiguous(),
             out=out.contiguous(),
             dq=dq,
             HEADS=heads,
@@ -105,7 +109,11 @@ def backward(
         )
     if dmask.numel():
         launch_dmask(dmask, shared, batch, heads)
-    return dq, dk, dv, dmask
+    dsinks = q.new_empty(0)
+    if sinks is not None:
+        p = torch.exp(sinks.float()[:, None] - stats[0]) * stats[1]
+        dsinks = -(p * delta).sum((0, 2)).to(sinks.dtype)
+    return dq, dk, dv, dmask, dsinks
 
 
 def variants() -> Iterator[tuple[Callable, tuple]]:

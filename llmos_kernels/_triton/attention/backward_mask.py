@@ -33,8 +33,8 @@ from llmos_kernels._triton.runtime.launch import kernel
 def _dmask_kernel(q, k, v, dout, mask, padding, seed, stats, delta, dmask, q_batch, q_head, q_row,
                   k_batch, k_head, k_row, v_batch, v_head, v_row, dout_batch, dout_head, dout_row,
                   mask_batch, mask_head, mask_row, mask_col, padding_batch, padding_col, q_len,
-                  k_len, HEADS, GROUP, BATCHES, ROWS, MASK_BATCHES, MASK_HEADS, scale, threshold,
-                  factor, CAUSAL: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr,
+                  k_len, HEADS, GROUP, BATCHES, ROWS, MASK_BATCHES, MASK_HEADS, scale, softcap,
+                  threshold, factor, CAUSAL: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr,
                   DV: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLS: tl.constexpr,
                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                   BLOCK_DV: tl.constexpr):  # fmt: skip
@@ -85,7 +85,7 @@ def _dmask_kernel(q, k, v, dout, mask, padding, seed, stats, delta, dmask, q_bat
         m = tl.load(stats + at, exists, float("inf"))[:, None]
         inverse = tl.load(stats + ROWS.to(tl.int64) + at, exists, 0.0)[:, None]
         d = tl.load(delta + at, exists, 0.0)[:, None]
-        p, dp = tile_weights(
+        p, dp, _ = tile_weights(
             query,
             key,
             value,
@@ -101,6 +101,7 @@ def _dmask_kernel(q, k, v, dout, mask, padding, seed, stats, delta, dmask, q_bat
             at[:, None],
             start,
             scale,
+            softcap,
             threshold,
             factor,
             BIAS,

@@ -33,7 +33,7 @@ _MAX_PARTS = 32
 def _part_kernel(q, k, v, mask, padding, seed, partial, partial_stats, q_batch, q_head, q_row,
                  k_batch, k_head, k_row, v_batch, v_head, v_row, mask_batch, mask_head, mask_row,
                  mask_col, padding_batch, padding_col, q_len, k_len, KEY_HEADS, GROUP, PARTS, PART,
-                 ROWS, scale, threshold, factor,
+                 ROWS, scale, softcap, threshold, factor,
                  CAUSAL: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                  BLOCK_DV: tl.constexpr):  # fmt: skip
@@ -76,6 +76,7 @@ def _part_kernel(q, k, v, mask, padding, seed, partial, partial_stats, q_batch, 
         v_row,
         mask_col,
         scale,
+        softcap,
         threshold,
         factor,
         CAUSAL,
@@ -94,30 +95,35 @@ def _part_kernel(q, k, v, mask, padding, seed, partial, partial_stats, q_batch, 
 
 
 @kernel(do_not_specialize=["q_len", "PARTS", "HEADS", "ROWS"])
-def _merge_kernel(partial, partial_stats, out, stats, q_len, HEADS, PARTS, ROWS, DV: tl.constexpr,
-                  MAX_PARTS: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
-    """Merge the parts of one row of out, and store its statistics."""
+def _merge_kernel(partial, partial_stats, sinks, out, stats, q_len, HEADS, PARTS, ROWS,
+                  DV: tl.constexpr, MAX_PARTS: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
+    """Merge the parts of one row of out with its sink, and store its statistics."""
     at = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, MAX_PARTS)
     parts = part.to(tl.int64) * ROWS + at
     m = tl.load(partial_stats + parts, part < PARTS, float("-inf"))
     total = tl.load(partial_stats + PARTS.to(tl.int64) * ROWS + parts, part < PARTS, 0.0)
     largest = tl.max(m)
+    bh = at // q_len
+    if sinks is not None:
+        sink = tl.load(sinks + bh % HEADS).to(tl.float32)
+        largest = tl.maximum(largest, sink)
     largest = tl.where(largest == float("-inf"), 0.0, largest)
     rescale = tl.exp2((m - largest) * LOG2E)
     total = tl.sum(total * rescale)
+    if sinks is not None:
+        total += tl.exp2((sink - largest) * LOG2E)
     inverse = tl.where(total == 0, 0.0, 1 / tl.where(total == 0, 1.0, total))
     acc = load_rows(partial, parts, DV, part < PARTS, DV, BLOCK_DV)
     acc = tl.sum(acc * (rescale * inverse)[:, None], 0)
     tl.store(stats + at, largest)
     tl.store(stats + at + ROWS, inverse)
-    bh = at // q_len
     d = tl.arange(0, BLOCK_DV)
     out += ((bh // HEADS * q_len + at % q_len) * HEADS + bh % HEADS) * DV
     tl.store(out + d, acc.to(out.dtype.element_ty), d < DV)
 
 
-def forward_in_parts(out: Tensor, stats: Tensor, shared: dict) -> None:
+def forward_in_parts(out: Tensor, stats: Tensor, sinks: Tensor | None, shared: dict) -> None:
     """Compute out and the statistics with the keys split into parts."""
     q, v = shared["q"], shared["v"]
     batch, kv_heads, k_len, dv = v.shape
@@ -142,6 +148,7 @@ def forward_in_parts(out: Tensor, stats: Tensor, shared: dict) -> None:
     _merge_kernel[(rows,)](
         partial,
         partial_stats,
+        sinks,
         out,
         stats,
         q.shape[2],

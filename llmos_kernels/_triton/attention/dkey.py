@@ -14,9 +14,11 @@ from llmos_kernels._triton.attention.scores import (
     load_rows,
     logits,
     readable_keys,
+    scores,
     sequence_and_block,
     sequence_span,
     store_rows,
+    uncapped,
 )
 from llmos_kernels._triton.rows import dropout_factors
 from llmos_kernels._triton.runtime.launch import kernel
@@ -24,10 +26,10 @@ from llmos_kernels._triton.runtime.launch import kernel
 
 @triton.jit
 def _dkey_step(dk, dv, key, value, q, dout, stats, delta, mask, attended, inside, seed, at, start,
-               col, q_count, offset, ROWS, q_row, dout_row, first_col, scale, threshold, factor,
-               KEY_RANGE: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-               BLOCK_DV: tl.constexpr):  # fmt: skip
+               col, q_count, offset, ROWS, q_row, dout_row, first_col, scale, softcap, threshold,
+               factor, KEY_RANGE: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr,
+               DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+               BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
     """Return dk and dv after one more block of queries.
 
     Tiles are transposed here, [keys, queries]: the weights then are in the registers that the
@@ -38,18 +40,19 @@ def _dkey_step(dk, dv, key, value, q, dout, stats, delta, mask, attended, inside
     at += i
     query = load_rows(q, i, q_row, exists, D, BLOCK_D)
     m = tl.load(stats + at, exists, float("inf"))[None, :]
-    x = logits(
-        key,
-        query,
+    x = scores(key, query, scale, softcap)
+    logit = logits(
+        x,
         mask,
         attended,
         inside[:, None] if BIAS else None,
         col[:, None],
         (i + offset)[None, :] if KEY_RANGE else None,
         scale,
+        softcap,
         BIAS,
     )
-    p = exponential(x, m, scale, BIAS)
+    p = exponential(logit, m, scale, BIAS or softcap is not None)
     p *= tl.load(stats + ROWS.to(tl.int64) + at, exists, 0.0)[None, :]
     d_out = load_rows(dout, i, dout_row, exists, DV, BLOCK_DV)
     dp = tl.dot(value, tl.trans(d_out), input_precision="ieee")
@@ -62,7 +65,8 @@ def _dkey_step(dk, dv, key, value, q, dout, stats, delta, mask, attended, inside
         dp *= factors
     dv = tl.dot(dropped.to(d_out.dtype), d_out, dv, input_precision="ieee")
     ds = p * (dp - tl.load(delta + at, exists, 0.0)[None, :])
-    return tl.dot(ds.to(query.dtype), query, dk, input_precision="ieee"), dv
+    ds = uncapped(ds, x, softcap).to(query.dtype)
+    return tl.dot(ds, query, dk, input_precision="ieee"), dv
 
 
 @kernel(
@@ -72,7 +76,7 @@ def dkey_kernel(q, k, v, dout, mask, padding, cu_q, cu_k, seed, stats, delta, dk
                 q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
                 dout_batch, dout_head, dout_row, mask_batch, mask_head, mask_row, mask_col,
                 padding_batch, padding_col, q_len, k_len, KEY_HEADS, GROUP, BLOCKS, SEQUENCES,
-                ROWS, scale, threshold, factor,
+                ROWS, scale, softcap, threshold, factor,
                 CAUSAL: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                 BLOCK_DV: tl.constexpr):  # fmt: skip
@@ -145,6 +149,7 @@ def dkey_kernel(q, k, v, dout, mask, padding, cu_q, cu_k, seed, stats, delta, dk
                             dout_row,
                             first_col,
                             scale,
+                            softcap,
                             threshold,
                             factor,
                             1 - seen,
@@ -180,6 +185,7 @@ def dkey_kernel(q, k, v, dout, mask, padding, cu_q, cu_k, seed, stats, delta, dk
                         dout_row,
                         first_col,
                         scale,
+                        softcap,
                         threshold,
                         factor,
                         1 - seen,

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from llmos_kernels._triton.attention.scores import (
+    LOG2E,
     key_span,
     keys_inside,
     load_bool_mask,
@@ -15,6 +16,7 @@ from llmos_kernels._triton.attention.scores import (
     query_block,
     store_rows,
     tile_weights,
+    uncapped,
 )
 from llmos_kernels._triton.runtime.launch import kernel
 
@@ -22,16 +24,16 @@ from llmos_kernels._triton.runtime.launch import kernel
 @triton.jit
 def _weights_of_keys(query, dout, m, inverse, k, v, mask, attended, padding, padding_col, seed,
                      dropout_row, start, last, k_first, k_stop, k_row, v_row, mask_col, scale,
-                     threshold, factor, KEY_RANGE: tl.constexpr, CAUSAL: tl.constexpr,
+                     softcap, threshold, factor, KEY_RANGE: tl.constexpr, CAUSAL: tl.constexpr,
                      BIAS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr,
                      BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                      BLOCK_DV: tl.constexpr):  # fmt: skip
-    """Return the tiles p and dp of the keys from ``start`` on, and these keys."""
+    """Return the tiles p, dp and ``scores`` of the keys from ``start`` on, and these keys."""
     col = start + tl.arange(0, BLOCK_N)
     inside = keys_inside(padding, padding_col, col, k_first, k_stop, KEY_RANGE)
     key = load_rows(k, col, k_row, inside, D, BLOCK_D)
     value = load_rows(v, col, v_row, inside, DV, BLOCK_DV)
-    p, dp = tile_weights(
+    p, dp, x = tile_weights(
         query,
         key,
         value,
@@ -47,21 +49,22 @@ def _weights_of_keys(query, dout, m, inverse, k, v, mask, attended, padding, pad
         dropout_row,
         start,
         scale,
+        softcap,
         threshold,
         factor,
         BIAS,
         BLOCK_M,
         BLOCK_N,
     )
-    return p, dp, key
+    return p, dp, x, key
 
 
 @kernel(do_not_specialize=["q_len", "k_len", "BLOCKS", "SEQUENCES", "ROWS", "threshold", "HEADS"])
-def dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, delta, dq,
+def dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, sinks, seed, stats, delta, dq,
                   q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
                   dout_batch, dout_head, dout_row, mask_batch, mask_head, mask_row, mask_col,
                   padding_batch, padding_col, q_len, k_len, HEADS, GROUP, BLOCKS, SEQUENCES, ROWS,
-                  scale, threshold, factor,
+                  scale, softcap, threshold, factor,
                   CAUSAL: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                   PRECISE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                   BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
@@ -95,6 +98,10 @@ def dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, de
     diagonal = tl.arange(0, BLOCK_M)[:, None] == tl.arange(0, BLOCK_M)[None, :]
     total = tl.dot(d_out, tl.trans(o), input_precision="ieee")
     total = tl.sum(tl.where(diagonal, total, 0.0), 1)
+    if sinks is not None:
+        # The sink is a key with this weight whose dp is 0.
+        p_sink = tl.exp2((tl.load(sinks + h).to(tl.float32) - m) * LOG2E) * inverse
+        p_sink = tl.sum(p_sink, 1)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     k_first, k_stop, first, bounded, padded, stop = key_span(
         padding,
@@ -110,13 +117,13 @@ def dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, de
     if PRECISE:
         # ``out`` was rounded, so sum(dout * out) has an error that dp lacks; it matters most with
         # few keys. If all keys fit one tile, delta is therefore the mean of dp weighted by p. The
-        # sum of p is 1 up to rounding, or 0 if no key is visible.
+        # sum of p, with the sink, is 1 up to rounding, or 0 if no key is visible.
         for start in range(first, tl.where(stop - first <= BLOCK_N, stop, first), BLOCK_N):
             attended = None
             if mask is not None and not BIAS:
                 col = start + tl.arange(0, BLOCK_N)[None, :]
                 attended = load_bool_mask(mask + col.to(tl.int64) * mask_col, col < k_stop)
-            p, dp, _ = _weights_of_keys(
+            p, dp, _, _ = _weights_of_keys(
                 query,
                 d_out,
                 m,
@@ -137,6 +144,7 @@ def dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, de
                 v_row,
                 mask_col,
                 scale,
+                softcap,
                 threshold,
                 factor,
                 1 if padding is None else 2,
@@ -149,10 +157,17 @@ def dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, de
                 BLOCK_D,
                 BLOCK_DV,
             )
-            total += tl.sum(p * (dp - total[:, None]), 1) / tl.maximum(tl.sum(p, 1), 0.5)
+            error = tl.sum(p * (dp - total[:, None]), 1)
+            weight = tl.sum(p, 1)
+            if sinks is not None:
+                error -= p_sink * total
+                weight += p_sink
+            total += error / tl.maximum(weight, 0.5)
     else:
         tl.store(delta + at, total, exists)
     excess = tl.zeros((BLOCK_M,), tl.float32)
+    if sinks is not None:
+        excess -= p_sink * total
     for key_range in tl.static_range(2 if padding is None else 3):
         low = first if key_range == 0 else (bounded if key_range == 1 else padded)
         high = bounded if key_range == 0 else (padded if key_range == 1 else stop)
@@ -165,7 +180,7 @@ def dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, de
                 attended = load_bool_mask(mask + col.to(tl.int64) * mask_col, col < k_stop)
                 any_attended = tl.max(attended.to(tl.int32)) > 0
             if any_attended:
-                p, dp, key = _weights_of_keys(
+                p, dp, x, key = _weights_of_keys(
                     query,
                     d_out,
                     m,
@@ -186,6 +201,7 @@ def dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, de
                     v_row,
                     mask_col,
                     scale,
+                    softcap,
                     threshold,
                     factor,
                     key_range,
@@ -199,11 +215,12 @@ def dquery_kernel(q, k, v, dout, out, mask, padding, cu_q, cu_k, seed, stats, de
                     BLOCK_DV,
                 )
                 ds = p * (dp - total[:, None])
-                acc = tl.dot(ds.to(key.dtype), key, acc, input_precision="ieee")
                 if PRECISE:
                     excess += tl.sum(ds, 1)
+                ds = uncapped(ds, x, softcap).to(key.dtype)
+                acc = tl.dot(ds, key, acc, input_precision="ieee")
     if PRECISE:
-        # In exact arithmetic the sum of ds over the keys is 0. Its computed value is the rounding
-        # error of delta, and is added to what the other kernels read.
+        # In exact arithmetic the sum of ds over keys and sink is 0. Its computed value is the
+        # rounding error of delta, and is added to what the other kernels read.
         tl.store(delta + at, total + excess, exists)
     store_rows(dq + (b * q_len * HEADS + h) * D, row, HEADS * D, exists, acc * scale, D, BLOCK_D)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmos_kernels._triton.attention.attend import attend
+from llmos_kernels._triton.attention.attend import add_sink, attend
 from llmos_kernels._triton.attention.decode import (
     MAX_SPLIT_QUERIES,
     MIN_SPLIT_KEYS,
@@ -41,10 +41,10 @@ from llmos_kernels._triton.runtime.launch import kernel
 @kernel(
     do_not_specialize=["q_len", "k_len", "BLOCKS", "SEQUENCES", "BATCH_HEADS", "threshold", "HEADS"]
 )
-def _forward_kernel(q, k, v, mask, padding, cu_q, cu_k, seed, out, stats, q_batch, q_head, q_row,
-                    k_batch, k_head, k_row, v_batch, v_head, v_row, mask_batch, mask_head, mask_row,
-                    mask_col, padding_batch, padding_col, q_len, k_len, HEADS, GROUP, BLOCKS,
-                    SEQUENCES, BATCH_HEADS, scale, threshold, factor,
+def _forward_kernel(q, k, v, mask, padding, cu_q, cu_k, sinks, seed, out, stats, q_batch, q_head,
+                    q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, mask_batch, mask_head,
+                    mask_row, mask_col, padding_batch, padding_col, q_len, k_len, HEADS, GROUP,
+                    BLOCKS, SEQUENCES, BATCH_HEADS, scale, softcap, threshold, factor,
                     CAUSAL: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                     BLOCK_DV: tl.constexpr):  # fmt: skip
@@ -83,6 +83,7 @@ def _forward_kernel(q, k, v, mask, padding, cu_q, cu_k, seed, out, stats, q_batc
         v_row,
         mask_col,
         scale,
+        softcap,
         threshold,
         factor,
         CAUSAL,
@@ -94,6 +95,9 @@ def _forward_kernel(q, k, v, mask, padding, cu_q, cu_k, seed, out, stats, q_batc
         BLOCK_D,
         BLOCK_DV,
     )
+    if sinks is not None:
+        m, total, rescale = add_sink(m, total, tl.load(sinks + h).to(tl.float32))
+        acc *= rescale[:, None]
     inverse = tl.where(total == 0, 0.0, 1 / tl.where(total == 0, 1.0, total))
     tl.store(stats + at, m, i < q_count)
     tl.store(stats + BATCH_HEADS.to(tl.int64) * q_len + at, inverse, i < q_count)
@@ -109,9 +113,11 @@ def forward(
     padding: Tensor | None,
     cu_q: Tensor | None,
     cu_k: Tensor | None,
+    sinks: Tensor | None,
     scale: float,
     causal: int,
     dropout_p: float,
+    softcap: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return out and the statistics of ``llmos::attention_forward``."""
@@ -132,6 +138,7 @@ def forward(
         k_len=k_len,
         GROUP=heads // kv_heads,
         scale=scale,
+        softcap=softcap or None,
         threshold=threshold,
         factor=factor,
         CAUSAL=causal,
@@ -142,10 +149,11 @@ def forward(
         **stride_arguments(q=q, k=k, v=v),
         **mask_arguments(attn_mask, padding),
     )
+    sinks = None if sinks is None else sinks.contiguous()
     if cu_q is None and heads // kv_heads * q_len <= MAX_SPLIT_QUERIES and k_len > MIN_SPLIT_KEYS:
-        forward_in_parts(out, stats, shared)
+        forward_in_parts(out, stats, sinks, shared)
         return out, stats
-    variant = tile_variant(attn_mask, padding, shared["seed"], cu_q)
+    variant = tile_variant(attn_mask, padding, shared["seed"], cu_q, softcap)
     blocks = tile_arguments("forward", q, dv, variant)
     if (rows := max(triton.next_power_of_2(q_len), 16)) < blocks["BLOCK_M"]:
         blocks["BLOCK_M"] = rows
@@ -156,6 +164,7 @@ def forward(
     _forward_kernel[(count * batch * heads,)](
         **shared,
         **varlen_arguments(cu_q, cu_k),
+        sinks=sinks,
         out=out,
         stats=stats,
         HEADS=heads,

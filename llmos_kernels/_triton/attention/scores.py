@@ -202,15 +202,46 @@ def load_bool_mask(mask, inside):
 
 
 @triton.jit
-def logits(a, b, mask, attended, inside, col, last, scale, BIAS: tl.constexpr):
-    """Return a tile a b^T; it is -inf where not ``attended``, not ``inside`` or past ``last``.
+def tanh(x):
+    """Return tanh(x); its error is relative to it also next to 0."""
+    square = x * x
+    p = -5.70498872745e-3 * square + 2.06390887954e-2
+    p = p * square - 5.37397155531e-2
+    p = p * square + 1.33314422036e-1
+    p = p * square - 3.33332819422e-1
+    e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
+    t = (1 - e) / (1 + e)
+    return tl.where(tl.abs(x) < 0.625, x + x * square * p, tl.where(x < 0, -t, t))
 
-    With BIAS it is multiplied by ``scale`` and the float ``mask`` is added. Otherwise
-    ``exponential`` multiplies by ``scale``.
-    """
+
+@triton.jit
+def scores(a, b, scale, softcap):
+    """Return a tile a b^T, with ``softcap`` multiplied by ``scale`` and capped."""
     x = tl.dot(a, tl.trans(b), input_precision="ieee")
+    if softcap is not None:
+        x = softcap * tanh(x * (scale / softcap))
+    return x
+
+
+@triton.jit
+def uncapped(ds, x, softcap):
+    """Return the gradient of scaled scores from ``ds``, that of the ``scores`` x."""
+    if softcap is not None:
+        t = x / softcap
+        ds *= 1 - t * t
+    return ds
+
+
+@triton.jit
+def logits(x, mask, attended, inside, col, last, scale, softcap, BIAS: tl.constexpr):
+    """Return ``scores`` x, or -inf where not ``attended``, not ``inside`` or past ``last``.
+
+    With BIAS they are multiplied by ``scale`` and the float ``mask`` is added. Otherwise
+    ``exponential`` multiplies by ``scale``. With ``softcap`` they are scaled already.
+    """
     if BIAS:
-        x *= scale
+        if softcap is None:
+            x *= scale
         if inside is None:
             x += tl.load(mask).to(tl.float32)
         else:
@@ -225,32 +256,33 @@ def logits(a, b, mask, attended, inside, col, last, scale, BIAS: tl.constexpr):
 
 
 @triton.jit
-def exponential(x, m, scale, BIAS: tl.constexpr):
-    """Return exp(x * scale - m) of ``logits`` x, which are already scaled with BIAS.
+def exponential(x, m, scale, SCALED: tl.constexpr):
+    """Return exp(x * scale - m) of ``logits`` x, which are already scaled with SCALED.
 
     m is the maximum in natural units. The change to base 2 follows the subtraction: before it, it
     would turn a mask value of the lowest float into -inf. Where the logit is the maximum the result
     is 1 exactly, also if m comes from the reference.
     """
-    if not BIAS:
+    if not SCALED:
         x *= tl.maximum(scale, LEAST_SCALE)
     return tl.exp2((x - m) * LOG2E)
 
 
 @triton.jit
 def tile_weights(query, key, value, dout, m, inverse, mask, attended, inside, col, last, seed,
-                 dropout_row, start, scale, threshold, factor,
+                 dropout_row, start, scale, softcap, threshold, factor,
                  BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """Return a tile [queries, keys] of the attention weights p and of their gradient dp.
+    """Return a tile [queries, keys] of the attention weights p, their gradient dp, and ``scores``.
 
     ``dropout_row`` are the rows of the dropout mask.
     """
-    x = logits(query, key, mask, attended, inside, col, last, scale, BIAS)
-    p = exponential(x, m, scale, BIAS) * inverse
+    x = scores(query, key, scale, softcap)
+    logit = logits(x, mask, attended, inside, col, last, scale, softcap, BIAS)
+    p = exponential(logit, m, scale, BIAS or softcap is not None) * inverse
     dp = tl.dot(dout, tl.trans(value), input_precision="ieee")
     if seed is not None:
         dp *= dropout_factors(seed, dropout_row, start, threshold, factor, BLOCK_M, BLOCK_N)
-    return p, dp
+    return p, dp, x
 
 
 def with_unit_columns(t: Tensor) -> Tensor:
@@ -323,11 +355,17 @@ def thread_blocks_per_head(cu: Tensor | None, length: int, block: int) -> int:
 
 
 def tile_variant(
-    attn_mask: Tensor | None, padding: Tensor | None, seed: Tensor | None, cu: Tensor | None
+    attn_mask: Tensor | None,
+    padding: Tensor | None,
+    seed: Tensor | None,
+    cu: Tensor | None,
+    softcap: float,
 ) -> str:
     """Return the suffix of a kernel's name in the tables of tiles, by what else takes registers."""
     if seed is not None:
         return " dropout"
+    if softcap:
+        return " softcap"
     return "" if attn_mask is None and padding is None and cu is None else " masked"
 
 
@@ -343,6 +381,7 @@ _TILES: dict[str, tuple[tuple, ...]] = {
     "decode": ((16, 64, 4, 3), (16, 32, 4, 3), (16, 32, 4, 2)),
     "dquery": ((128, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
     "dquery masked": ((128, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1)),
+    "dquery softcap": ((64, 32, 4, 2), (64, 32, 4, 1), (32, 32, 8, 1)),
     "dkey": ((32, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2, 255)),
     "dkey masked": ((16, 128, 8, 2), (16, 64, 8, 2), (16, 16, 8, 1, 255)),
     "dmask": ((32, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
@@ -356,6 +395,7 @@ _WGMMA_TILES: dict[str, tuple[tuple, ...]] = _TILES | {
     "forward dropout": ((64, 32, 4, 3, 168), (128, 32, 8, 2, 255), (64, 16, 8, 2)),
     "dquery": ((128, 64, 8, 2), (128, 32, 8, 2, 255), (64, 32, 8, 2, 255)),
     "dquery masked": ((128, 32, 8, 2, 255), (128, 32, 8, 2, 255), (32, 32, 8, 1)),
+    "dquery softcap": ((128, 32, 8, 2, 255), (128, 32, 8, 2, 255), (32, 32, 8, 1)),
     "dkey": ((64, 128, 8, 2), (32, 128, 8, 2, 255), (32, 32, 8, 2, 255)),
     "dkey masked": ((32, 128, 8, 2, 255), (16, 128, 8, 2, 255), (16, 16, 8, 1, 255)),
     "dmask": ((128, 32, 8, 2, 255), (128, 32, 8, 2, 255), (16, 32, 4, 1)),
@@ -365,6 +405,7 @@ _WGMMA_TILES: dict[str, tuple[tuple, ...]] = _TILES | {
 _FLOAT32_TILES: dict[str, tuple[tuple, ...]] = {
     "forward": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
     "forward masked": ((16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    "forward softcap": ((32, 32, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     "any": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
 
@@ -373,7 +414,7 @@ def tile_arguments(kernel: str, q: Tensor, dv: int, variant: str = "") -> dict:
     """Return the tile, warps, stages and register limit of ``kernel``.
 
     They are as tuned, or from the tables above, by device, dtype, head dims and ``tile_variant``.
-    A kernel without an entry for dropout takes the one for masks.
+    A kernel without an entry for dropout or a softcap takes the one for masks.
     """
     widest = max(block_dim(max(q.shape[-1], dv)), 64)
     if found := settings.settings(f"attention {kernel}{variant}", q, (widest,)):

@@ -21,6 +21,7 @@ from llmos_kernels._triton.attention.scores import (
     logits,
     mask_arguments,
     readable_keys,
+    scores,
     stride_arguments,
     tile_arguments,
     with_unit_columns,
@@ -33,8 +34,8 @@ from llmos_kernels._triton.runtime.launch import kernel
 @kernel(do_not_specialize=["q_len", "k_len", "ROWS", "threshold", "HEADS", "OUT_HEADS"])
 def _weights_kernel(q, k, mask, padding, seed, stats, weights, q_batch, q_head, q_row, k_batch,
                     k_head, k_row, mask_batch, mask_head, mask_row, mask_col, padding_batch,
-                    padding_col, q_len, k_len, HEADS, GROUP, OUT_HEADS, ROWS, scale, threshold,
-                    factor, CAUSAL: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr,
+                    padding_col, q_len, k_len, HEADS, GROUP, OUT_HEADS, ROWS, scale, softcap,
+                    threshold, factor, CAUSAL: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                     BLOCK_D: tl.constexpr):  # fmt: skip
     """Store a tile of the weights of one head or, if OUT_HEADS is 1, of their mean over heads."""
@@ -69,18 +70,19 @@ def _weights_kernel(q, k, mask, padding, seed, stats, weights, q_batch, q_head, 
         if mask is not None and not BIAS:
             attended = load_bool_mask(mask_at, inside[None, :])
         x = logits(
-            query,
-            key,
+            scores(query, key, scale, softcap),
             mask_at,
             attended,
             inside[None, :],
             col[None, :],
             last[:, None] if CAUSAL else None,
             scale,
+            softcap,
             BIAS,
         )
         at = (b * HEADS + h) * q_len + i
-        p = exponential(x, tl.load(stats + at, exists, float("inf"))[:, None], scale, BIAS)
+        m = tl.load(stats + at, exists, float("inf"))[:, None]
+        p = exponential(x, m, scale, BIAS or softcap is not None)
         p *= tl.load(stats + ROWS.to(tl.int64) + at, exists, 0.0)[:, None]
         if seed is not None:
             p *= dropout_factors(seed, at[:, None], first_col, threshold, factor, BLOCK_M, BLOCK_N)
@@ -99,6 +101,7 @@ def weights(
     scale: float,
     causal: int,
     dropout_p: float,
+    softcap: float,
     seed: Tensor | None,
     mean: bool,
 ) -> Tensor:
@@ -126,6 +129,7 @@ def weights(
         OUT_HEADS=out_heads,
         ROWS=batch * heads * q_len,
         scale=scale,
+        softcap=softcap or None,
         threshold=threshold,
         factor=factor,
         CAUSAL=causal,

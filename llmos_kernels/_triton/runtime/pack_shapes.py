@@ -57,8 +57,8 @@ class Attention:
 
     @property
     def _options(self) -> tuple:
-        """Return scale, causal, dropout_p and seed."""
-        return self.q.shape[-1] ** -0.5, self.causal, self.dropout_p, seed()
+        """Return scale, causal, dropout_p, softcap and seed."""
+        return self.q.shape[-1] ** -0.5, self.causal, self.dropout_p, 0.0, seed()
 
     @property
     def _stats(self) -> Tensor:
@@ -67,11 +67,11 @@ class Attention:
 
     def forward(self) -> tuple:
         """Return the arguments of ``attention.forward.forward``."""
-        return self.q, self.k, self.k, self.mask, self.padding, None, None, *self._options
+        return self.q, self.k, self.k, self.mask, self.padding, None, None, None, *self._options
 
     def backward(self) -> tuple:
         """Return the arguments of ``attention.backward.backward``."""
-        tensors = self.q, self.k, self.k, self.mask, self.padding, None, None
+        tensors = self.q, self.k, self.k, self.mask, self.padding, None, None, None
         bias = self.mask is not None and self.mask.is_floating_point()
         return self.q, *tensors, self.q.transpose(1, 2), self._stats, *self._options, bias
 

@@ -21,9 +21,12 @@ def _make(
     kv_heads: int | None = None,
     v_dim: int | None = None,
     varlen: bool = False,
+    sinks: bool = False,
     **options: Any,
 ) -> tuple:
-    """Return query, key, value, attn_mask, key_padding_mask and, if ``varlen``, both cu_seqlens.
+    """Return query, key, value, attn_mask, key_padding_mask, both cu_seqlens and sinks.
+
+    Without ``varlen`` the cu_seqlens are None; what is None at the end is left out.
 
     Args:
         shape: (batch, heads, q_len, k_len, head_dim).
@@ -33,6 +36,7 @@ def _make(
         kv_heads: The heads of key and value; ``heads`` by default.
         v_dim: The head dim of value; ``head_dim`` by default.
         varlen: Whether to return varlen sequences, [length, heads, head_dim].
+        sinks: Whether to return sinks, [heads].
         options: dtype, device and requires_grad.
 
     Every query sees at least one key.
@@ -45,9 +49,10 @@ def _make(
         .requires_grad_(options.get("requires_grad", False))
         for length, n, d in ((q_len, heads, dim), (k_len, kv_heads, dim), (k_len, kv_heads, v_dim))
     )
+    extra = (torch.randn(heads, **options),) if sinks else ()
     if varlen:
         q, k, v = (t.detach()[0].transpose(0, 1).requires_grad_(t.requires_grad) for t in (q, k, v))
-        return q, k, v, None, None, *_cu_seqlens(q_len, k_len, q.device)
+        return q, k, v, None, None, *_cu_seqlens(q_len, k_len, q.device), *extra
     attn_mask = None
     if mask == "bool":
         attn_mask = torch.rand(batch, 1, q_len, k_len, device=q.device) < 0.7
@@ -66,7 +71,7 @@ def _make(
         key_padding_mask = column >= lengths[:, None]
         if padding == "holes":
             key_padding_mask[1::2] = column % 3 == 1
-    return q, k, v, attn_mask, key_padding_mask
+    return q, k, v, attn_mask, key_padding_mask, *((None, None, *extra) if sinks else ())
 
 
 def _cu_seqlens(q_len: int, k_len: int, device: torch.device) -> list[Tensor]:
@@ -85,6 +90,7 @@ def _call(
     padding: Tensor | None,
     cu_q: Tensor | None = None,
     cu_k: Tensor | None = None,
+    sinks: Tensor | None = None,
     **keywords: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Call ``fn`` with the arguments that ``_make`` returned, ``options`` and ``keywords``."""
@@ -92,6 +98,8 @@ def _call(
         keywords["key_padding_mask"] = padding
     if cu_q is not None:
         keywords |= {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+    if sinks is not None:
+        keywords["sinks"] = sinks
     return fn(q, k, v, attn_mask, **options, **keywords)
 
 
@@ -148,8 +156,9 @@ def _eager(
     padding: Tensor | None,
     cu_q: Tensor | None = None,
     cu_k: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return the result by SDPA, or by matrix products and softmax for weights or dropout."""
+    """Return the result by SDPA where it can give it, else by matrix products and softmax."""
     if cu_q is not None and cu_k is not None:
         pieces = []
         for i in range(len(cu_q) - 1):
@@ -159,18 +168,30 @@ def _eager(
                 for t, s in zip((q, k, v), sequence[:1] + sequence[1:] * 2, strict=True)
             )
             if one_q.shape[2]:
-                pieces.append(_sdpa(one_q, one_k, one_v, None, None, options)[0].transpose(0, 1))
+                out = _eager(options, one_q, one_k, one_v, None, None, sinks=sinks)
+                assert isinstance(out, Tensor)
+                pieces.append(out[0].transpose(0, 1))
         return torch.cat(pieces)
     dropout_p, kind = options.get("dropout_p", 0.0), options.get("return_weights")
-    if not dropout_p and not kind:
+    softcap = options.get("softcap")
+    if not dropout_p and not kind and softcap is None and sinks is None:
         return _sdpa(q, k, v, attn_mask, padding, options)
+    if options.get("enable_gqa"):
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     logits = q @ k.mT * q.shape[-1] ** -0.5
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
     visible = _visible(q.shape[2], k.shape[2], options, padding, q.device)
-    if attn_mask is not None:
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        logits = logits.masked_fill(~attn_mask, float("-inf"))
+    elif attn_mask is not None:
         logits = logits + attn_mask
     if visible is not None:
         logits = logits.masked_fill(~visible, float("-inf"))
-    weights = logits.softmax(-1)
+    if sinks is not None:
+        column = sinks.to(logits.dtype)[:, None, None].expand(*logits.shape[:-1], 1)
+        logits = torch.cat([logits, column], -1)
+    weights = logits.softmax(-1)[..., : k.shape[2]]
     if dropout_p:
         weights = weights * dropout_factors(weights, draw_seed(q.device), dropout_p, None)
     out = weights @ v
@@ -225,9 +246,11 @@ def _case(
     dropout_p = options.get("dropout_p", 0.0)
     varlen = bool(make and make.get("varlen"))
     batch = 1 if varlen else 2
-    # torch has causal kernels that skip hidden keys.
+    sinks = bool(make and make.get("sinks"))
+    # torch has causal kernels that skip hidden keys, and none for sinks.
     causal = options == {"is_causal": True} and not varlen
-    baseline = functools.partial(_baseline, options, dropout_p) if dropout_p or causal else None
+    faster = (dropout_p or causal) and not sinks
+    baseline = functools.partial(_baseline, options, dropout_p) if faster else None
     return Case(
         f"attention{name}",
         functools.partial(_call, attention.scaled_dot_product_attention, options),
@@ -311,4 +334,24 @@ ATTENTION = (
     ),
     _case("-weights", make={"padding": "holes", "mask": "1hqk"}, return_weights="mean"),
     _case("-weights-dropout", return_weights="per_head", dropout_p=0.3, is_causal=True),
+    _case("-softcap", make={"mask": "1hqk"}, softcap=1.5, is_causal=True),
+    _case("-sinks-dropout", make={"padding": "holes", "sinks": True}, dropout_p=0.2),
+    _case("-sinks-weights", make={"mask": "bool", "sinks": True}, return_weights="mean"),
+    _case(
+        "-softcap-sinks-gqa",
+        make={"kv_heads": 2, "sinks": True},
+        heads=6,
+        shapes=((1, 4, 1, 1030, 16), (1, 6, 33, 65, 40)),
+        enable_gqa=True,
+        is_causal=True,
+        bottom_right=True,
+        softcap=1.5,
+    ),
+    _case(
+        "-softcap-sinks-varlen",
+        make={"varlen": True, "sinks": True},
+        shapes=((1, 2, 70, 135, 24), (1, 2, 3, 9, 8)),
+        is_causal=True,
+        softcap=1.5,
+    ),
 )
