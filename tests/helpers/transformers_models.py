@@ -5,7 +5,9 @@ import itertools
 
 import torch
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers import models as m
+from transformers.masking_utils import sdpa_mask
 
 import llmos_kernels as lk
 from llmos_kernels import testing
@@ -47,6 +49,25 @@ def llama(**options):
     return m.llama.LlamaForCausalLM(config)
 
 
+def gemma2(**options):
+    sizes = {"num_key_value_heads": 2, "intermediate_size": 96, "head_dim": 16}
+    capped = {"attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 16, "sliding_window": 6}
+    config = m.gemma2.Gemma2Config(**SIZES, **sizes, **capped, tie_word_embeddings=False, **options)
+    return m.gemma2.Gemma2ForCausalLM(config)
+
+
+def gpt_oss(**options):
+    """Return a model with attention sinks, whose tokens go to every expert: none is near a tie."""
+    sizes = {"num_key_value_heads": 2, "intermediate_size": 96, "head_dim": 16}
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 2, "sliding_window": 6}
+    config = m.gpt_oss.GptOssConfig(**SIZES, **sizes, **experts, **options)
+    model = m.gpt_oss.GptOssForCausalLM(config)
+    model.set_experts_implementation("eager")  # The others do not run in float64.
+    for layer in model.model.layers:
+        nn.init.normal_(layer.self_attn.sinks)
+    return model
+
+
 def t5(**options):
     sizes = {"d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
     return m.t5.T5ForConditionalGeneration(m.t5.T5Config(**SEQ2SEQ, **sizes, **options))
@@ -73,6 +94,8 @@ DROPOUT = {
 }
 MODELS = list(DROPOUT)
 GENERATORS = [gpt2, opt, llama, t5, bart]
+#: Models that transformers runs with eager attention alone: with softcap, with sinks.
+EAGER = [gemma2, gpt_oss]
 
 
 def build(make, attention="llmos", **options):
@@ -148,6 +171,27 @@ def logits_and_gradients(model, given):
     # The gradient of a key bias is 0 but for rounding, so vectors are judged together.
     vectors = [g.flatten() for g in gradients if g.dim() <= 1]
     return {"logits": out.detach(), **matrices, "vectors": torch.cat([*vectors, out.new_zeros(1)])}
+
+
+def exact_attention(module, q, k, v, mask, scaling=None, softcap=None, s_aux=None, **_):
+    """Return attention with softcap and sinks by its formula; eager's softmax is float32."""
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    logits = q @ k.mT * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if mask is None and q.shape[2] > 1:
+        mask = torch.ones(logits.shape[2:], dtype=torch.bool).tril()
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    if s_aux is not None:
+        column = s_aux[:, None, None].expand(*logits.shape[:-1], 1)
+        logits = torch.cat([logits, column], -1)
+    weights = logits.softmax(-1).nan_to_num(0.0)[..., : k.shape[2]]
+    return (weights @ v).transpose(1, 2), None
+
+
+AttentionInterface.register("exact", exact_attention)
+AttentionMaskInterface.register("exact", sdpa_mask)
 
 
 def check(model, given, run=logits_and_gradients, exact_by="sdpa"):

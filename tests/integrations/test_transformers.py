@@ -10,12 +10,14 @@ from torch import nn
 
 import llmos_kernels as lk
 from llmos_kernels._core import numerics
+from llmos_kernels.testing import make_gradients
 
 transformers = pytest.importorskip("transformers")
 from transformers import models as m  # noqa: E402
 from transformers_models import (  # noqa: E402
     BATCH,
     DROPOUT,
+    EAGER,
     GENERATORS,
     LENGTH,
     MODELS,
@@ -25,7 +27,9 @@ from transformers_models import (  # noqa: E402
     bert,
     build,
     check,
+    gemma2,
     gpt2,
+    gpt_oss,
     llama,
     seen,
     t5,
@@ -54,7 +58,24 @@ def test_logits_and_gradients(make, padding):
         assert bias.abs().max() > 0.01
 
 
-@pytest.mark.parametrize("make", GENERATORS)
+@pytest.mark.parametrize("padding", ["left", "right", None])
+@pytest.mark.parametrize("make", EAGER)
+def test_softcap_and_sinks(make, padding):
+    """Their logits and gradients; in a sliding layer, too. Without either the logits differ."""
+    model = build(make).train()
+    given = batch(model, padding)
+    check(model, given, exact_by="exact")
+    with torch.no_grad():
+        before = model(**given).logits
+        for layer in model.model.layers:
+            if make is gemma2:
+                layer.self_attn.attn_logit_softcapping = None
+            else:
+                layer.self_attn.sinks.fill_(-1e4)
+        assert (model(**given).logits - before).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("make", [*GENERATORS, *EAGER])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generate(make, cache):
     model = build(make).eval()
@@ -179,7 +200,35 @@ def test_packed_sequences(causal):
         integration.attention(module, *(t.repeat(2, 1, 1, 1) for t in (q, k, v)), None, **given)
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux", "head_mask", "cache", "indices", "bogus"])
+def test_gradient_of_the_sinks():
+    model = build(gpt_oss).eval()
+    given = batch(model)
+
+    def run(model, given):
+        sinks = [layer.self_attn.sinks for layer in model.model.layers]
+        logits = seen(model(**given).logits, given)
+        found = torch.autograd.grad(logits, sinks, make_gradients([logits]))
+        assert all(g.abs().min() > 0 for g in found)
+        return {f"layer {i}": g for i, g in enumerate(found)}
+
+    check(model, given, run, exact_by="exact")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_softcap_and_sinks_of_packed_sequences(causal):
+    torch.manual_seed(0)
+    module, ends = nn.Module(), torch.tensor([0, 4, 5, 11])
+    q, k, v = torch.randn(1, 4, 11, 8), *torch.randn(2, 1, 2, 11, 8)
+    given = {"softcap": 0.7, "s_aux": torch.randn(4), "is_causal": causal}
+    out, _ = integration.attention(module, q, k, v, None, cu_seq_lens_q=ends, **given)
+    parts = [
+        integration.attention(module, *(t[:, :, a:b] for t in (q, k, v)), None, **given)[0]
+        for a, b in itertools.pairwise(ends.tolist())
+    ]
+    torch.testing.assert_close(out, torch.cat(parts, 1))
+
+
+@pytest.mark.parametrize("name", ["head_mask", "cache", "indices", "bogus"])
 def test_unsupported_arguments_raise(name):
     module, q = nn.Module(), torch.randn(1, 2, 3, 8)
     for given in (50.0, torch.ones(2)):
@@ -190,15 +239,13 @@ def test_unsupported_arguments_raise(name):
 
 
 def test_a_model_that_needs_one_of_them():
-    config = m.gemma2.Gemma2Config(
-        **SIZES, num_key_value_heads=2, intermediate_size=96, head_dim=16
-    )
-    model = build(lambda: m.gemma2.Gemma2ForCausalLM(config)).eval()
-    with pytest.raises(NotImplementedError, match="softcap"):
-        model(**batch(model))
+    model = build(llama).eval()
+    given = batch(model) | {"indices": torch.ones(2)}
+    with pytest.raises(NotImplementedError, match="indices"):
+        model(**given)
     model.set_attn_implementation("eager")
-    (entry, *_) = lk.optimize(model, always=True).entries
-    assert not entry.swapped and "softcap" in entry.reason
+    (entry, *_) = lk.optimize(model, inputs=given, always=True).entries
+    assert not entry.swapped and "indices" in entry.reason
     assert model.config._attn_implementation == "eager"
 
 

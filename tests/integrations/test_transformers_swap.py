@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 from transformers import AttentionInterface  # noqa: E402
 from transformers import models as m  # noqa: E402
 from transformers_models import (  # noqa: E402
+    EAGER,
     MODELS,
     TOKENS,
     batch,
@@ -55,6 +56,18 @@ def test_optimize_and_restore(make, given):
             names = {p.config._attn_implementation for p in again.modules() if hasattr(p, "config")}
             assert names == {"sdpa"}
             assert torch.equal(seen(again(**inputs).logits, inputs), before)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("make", EAGER)
+def test_softcap_and_sinks(make, given):
+    model = build(make, "eager").eval()
+    inputs = batch(model)
+    (entry, *_) = lk.optimize(model, inputs=inputs if given else None, always=True).entries
+    assert entry.swapped and 0 < entry.error <= 1 and entry.speedup > 0, entry
+    assert model.config._attn_implementation == "llmos"
+    lk.restore(model)
+    assert model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -60,6 +60,8 @@ def attention(
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     output_attentions: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Return attention and weights, as transformers' ``AttentionInterface`` asks for them.
@@ -83,6 +85,8 @@ def attention(
             of 1.
         cu_seq_lens_k: the same of the keys. Default: that of the queries.
         output_attentions: whether weights are returned.
+        softcap: bounds the scores before the mask, as in Gemma 2.
+        s_aux: [heads], attention sinks, as in gpt-oss; gets a gradient.
 
     Returns:
         The attention [batch, q_len, heads, v_dim]; and the weights [batch, heads, q_len, k_len], or
@@ -113,6 +117,8 @@ def attention(
         "is_causal": is_causal,
         "scale": scaling,
         "enable_gqa": True,
+        "softcap": softcap,
+        "sinks": s_aux,
     }
     if cu_seq_lens_q is not None and attention_mask is None:
         if query.shape[0] != 1 or position_bias is not None:
