@@ -17,6 +17,7 @@ __all__: list[str] = []
 NOT_CAUSAL, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
 #: The largest head dim that kernels take.
 MAX_DIM = 256
+_NO_DIMENSIONS = torch.Size()
 
 
 class AttentionTensors(NamedTuple):
@@ -92,7 +93,7 @@ def check_attention(
     check_dropout(dropout_p)
     _check_dtypes(query, key, value, attn_mask, sinks)
     query, key, value, attn_mask = autocast(query, key, value, attn_mask)
-    form, leading = "heads", torch.Size()
+    form, leading = "heads", _NO_DIMENSIONS
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
         form = "varlen"
         _check_varlen(
@@ -155,6 +156,8 @@ def _check_dtypes(
             raise DtypeError(f"{name} must have the dtype of query, {query.dtype}, got {t.dtype}")
         if t.device != query.device:
             raise ArgumentError(f"{name} is on {t.device}, query on {query.device}")
+    if attn_mask is None and sinks is None:
+        return
     floating = (query.dtype, *KERNEL_DTYPES)
     for name, given, dtypes, shown in (
         ("attn_mask", attn_mask, (torch.bool, *floating), "bool, "),
