@@ -15,15 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from llmos_kernels._core.numerics import HOPELESS, judged_together, make_gradients
+from llmos_kernels._core.numerics import HOPELESS, Compared, judged_together, make_gradients
 from llmos_kernels.swap.calls import ModuleCall, perturbed, set_training
 from llmos_kernels.swap.replica import replica
 
-#: What is compared, by name: the results of the drop-in, of the float64 replica, and of the
-#: original.
-Results = dict[str, tuple[Tensor, Tensor, Tensor]]
 #: Outputs and gradients; outputs alone; or outputs alone, but not where the original returns NaN.
-Compared = Literal["all", "outputs", "outputs without NaN"]
+Extent = Literal["all", "outputs", "outputs without NaN"]
 #: How many more calls are drawn where the first one misses its budget.
 DRAWS = 16
 
@@ -47,7 +44,7 @@ def judge(
     replicas: Replicas,
     call: ModuleCall,
     another: Callable[[ModuleCall], ModuleCall] = perturbed,
-    compared: Compared = "all",
+    extent: Extent = "all",
 ) -> float:
     """Return the largest error over its budget on ``call``, in eval and in train mode.
 
@@ -60,16 +57,16 @@ def judge(
         replicas: what runs.
         call: the inputs.
         another: returns a call like the one it gets.
-        compared: what is compared.
+        extent: what is compared.
 
     Returns:
         The error over its budget: 1 or less passes.
     """
-    draws = (_results(replicas, another(call), compared, draw=i + 2) for i in range(DRAWS))
-    return largest_of(_results(replicas, call, compared, draw=1), draws)
+    draws = (_results(replicas, another(call), extent, draw=i + 2) for i in range(DRAWS))
+    return largest_of(_results(replicas, call, extent, draw=1), draws)
 
 
-def largest_of(first: Results | None, draws: Iterable[Results | None]) -> float:
+def largest_of(first: Compared | None, draws: Iterable[Compared | None]) -> float:
     """Return the largest error over its budget, of ``first``, or of all draws if that one misses.
 
     Judged together, the errors of an output or gradient are summed over the draws, and so are their
@@ -84,12 +81,12 @@ def largest_of(first: Results | None, draws: Iterable[Results | None]) -> float:
     return max(judged_together(r or {} for r in itertools.chain([first], draws)).values())
 
 
-def _results(replicas: Replicas, call: ModuleCall, compared: Compared, draw: int) -> Results | None:
+def _results(replicas: Replicas, call: ModuleCall, extent: Extent, draw: int) -> Compared | None:
     """Return what is compared on one call; None where the replicas differ in the number of results.
 
     ``draw`` seeds the gradients of the outputs.
     """
-    found: Results = {}
+    found: Compared = {}
     # The gradient of an output, by its shape: the same for all replicas, in both modes.
     drawn: dict[torch.Size, Tensor] = {}
 
@@ -104,11 +101,11 @@ def _results(replicas: Replicas, call: ModuleCall, compared: Compared, draw: int
         )
         eager, eager_gradients = outputs_and_gradients(replicas.stock, call, training, gradient_of)
         actual, actual_gradients = outputs_and_gradients(replicas.ours, call, training, gradient_of)
-        if compared == "outputs without NaN":
+        if extent == "outputs without NaN":
             actual = [
                 a.where(a.isnan() | ~e.isnan(), e) for a, e in zip(actual, eager, strict=True)
             ]
-        elif compared == "all":
+        elif extent == "all":
             exact, eager = exact + exact_gradients, eager + eager_gradients
             actual = actual + actual_gradients
         if not len(actual) == len(eager) == len(exact):

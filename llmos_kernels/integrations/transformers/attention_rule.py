@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from llmos_kernels._core.numerics import Compared
 from llmos_kernels._core.registry import KERNEL_DTYPES
 from llmos_kernels.integrations.transformers.attention import NAME, attention
 from llmos_kernels.swap.calls import ModelRun, ModuleCall, tensors_in
-from llmos_kernels.swap.proof import DRAWS, Results, largest_of
+from llmos_kernels.swap.proof import DRAWS, largest_of
 from llmos_kernels.swap.replica import replica
 from llmos_kernels.swap.rules.rule import (
     ModelCandidate,
@@ -139,7 +140,7 @@ def largest_error(model: Any, calls: list[ModuleCall]) -> float:
     before = _names(model)
     exact, stock = _frozen(model, torch.float64), _frozen(model)
 
-    def results(call: ModuleCall) -> Results:
+    def results(call: ModuleCall) -> Compared:
         model.set_attn_implementation("eager")  # All copies share the config.
         expected, eager = _outputs(exact, call.map(_double)), _outputs(stock, call)
         model.set_attn_implementation(NAME)

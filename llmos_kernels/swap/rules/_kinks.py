@@ -27,7 +27,7 @@ def largest_error_without_kinks(candidate: Candidate, call: ModuleCall) -> float
     rows that have no such value.
     """
     replicas = candidate.rule.replicas(candidate)
-    worst = judge(replicas, call, compared="outputs")
+    worst = judge(replicas, call, extent="outputs")
     module = candidate.module
     parameter = next(module.parameters())
     if parameter.dtype not in (torch.float32, torch.float64):

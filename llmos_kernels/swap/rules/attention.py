@@ -62,7 +62,7 @@ class AttentionRule(Rule):
         if not _has_nan(replicas.exact, call):
             return judge(replicas, call)
         examples = [judge(replicas, example) for example in candidate.example_calls()]
-        return max(judge(replicas, call, compared="outputs without NaN"), *examples)
+        return max(judge(replicas, call, extent="outputs without NaN"), *examples)
 
 
 def _has_nan(exact: nn.Module, call: ModuleCall) -> bool:
