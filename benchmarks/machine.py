@@ -19,7 +19,7 @@ from llmos_kernels.testing import interleaved
 
 #: The cores that other processes may use, and seconds that are not counted: clocks tick every 10
 #: ms.
-MOST_OTHERS, SLACK = 0.15, 0.05
+MAX_FOREIGN_CORES, SLACK = 0.15, 0.05
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -62,7 +62,7 @@ class Watch:
     def disturbed(self, device: str) -> str | None:
         """Return why the measurement since the start was disturbed, or None."""
         share = self.others()
-        if share > MOST_OTHERS:
+        if share > MAX_FOREIGN_CORES:
             return f"other processes take {share:.2f} of {os.cpu_count()} cores"
         if device == "cuda":
             pids = {int(p) for p in _nvidia_smi("pid", "compute-apps") if p.strip().isdigit()}

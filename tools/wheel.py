@@ -16,7 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MOST = 60e6
+#: The largest size of a wheel, in bytes.
+MAX_BYTES = 60e6
 #: The settings of a build where the environment has none.
 DEFAULTS = {"TORCH_CUDA_ARCH_LIST": "8.0;8.6;8.9;9.0;10.0;12.0", "LLMOS_BUILD_PACK": "1"}
 #: Libraries that come with torch and with the driver.
@@ -75,8 +76,8 @@ def main() -> None:
         made = tagged(wheel, folder)
     size = made.stat().st_size
     print(f"{made.name}: {size / 1e6:.1f} MB")
-    if size > MOST:
-        raise SystemExit(f"a wheel may have {MOST / 1e6:.0f} MB")
+    if size > MAX_BYTES:
+        raise SystemExit(f"a wheel may have {MAX_BYTES / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

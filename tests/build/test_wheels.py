@@ -260,7 +260,7 @@ def test_reproducible(wheel, tmp_path):
     for folder in folders:
         options = {"TRITON_CACHE_DIR": str(folder / "cache"), "SOURCE_DATE_EPOCH": "1700000000"}
         wheels.append(build(sys.executable, folder / "dist", folder, **options))
-    one, other = (zipfile.ZipFile(w) for w in wheels)
-    assert one.namelist() == other.namelist()
-    assert not [n for n in one.namelist() if one.read(n) != other.read(n)]
+    first, second = (zipfile.ZipFile(w) for w in wheels)
+    assert first.namelist() == second.namelist()
+    assert not [n for n in first.namelist() if first.read(n) != second.read(n)]
     assert wheels[0].read_bytes() == wheels[1].read_bytes()

@@ -13,7 +13,7 @@ from llmos_kernels.testing import CASES, run, tensors
 #: The sizes that are dynamic: traced, and then far from it. (batch, queries, keys) of attention,
 #: (batch, length) of rows.
 TRACED = {"attention": (3, 9, 12), "rows": (3, 5)}
-FAR = {"attention": ((1, 1, 2), (40, 3, 7), (2, 130, 300)), "rows": ((1, 1), (2, 1), (40, 130))}
+DISTANT = {"attention": ((1, 1, 2), (40, 3, 7), (2, 130, 300)), "rows": ((1, 1), (2, 1), (40, 130))}
 
 
 def kind_of(case) -> str:
@@ -42,7 +42,8 @@ def dynamic_shapes(given, other) -> tuple:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_case(case, strict):
     traced, *others = (
-        case.make(shape_of(case, sizes)) for sizes in (TRACED[kind_of(case)], *FAR[kind_of(case)])
+        case.make(shape_of(case, sizes))
+        for sizes in (TRACED[kind_of(case)], *DISTANT[kind_of(case)])
     )
     places = [i for i, a in enumerate(traced) if isinstance(a, torch.Tensor)]
 

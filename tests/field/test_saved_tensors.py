@@ -18,12 +18,12 @@ ACTIVATIONS = {None: lambda z: z, "relu": F.relu, "gelu": F.gelu, "silu": F.silu
 
 def saved_bytes(run, x, parameters):
     """Return how many bytes autograd holds after ``run(x)``, without the parameters."""
-    own = {p.untyped_storage().data_ptr() for p in parameters}
+    of_parameters = {p.untyped_storage().data_ptr() for p in parameters}
     found = {}
 
     def pack(t):
         storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in of_parameters:
             found[storage.data_ptr()] = storage.nbytes()
         return t
 

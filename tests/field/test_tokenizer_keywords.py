@@ -15,10 +15,10 @@ def test_keywords_that_do_not_concern_the_attention():
     ids = torch.randint(99, (2, 7))
     with torch.no_grad():
         expected = model(ids)[0]
-        more = {
+        keywords = {
             "special_tokens_mask": torch.zeros_like(ids),
             "offset_mapping": torch.zeros(2, 7, 2, dtype=torch.long),
         }
-        assert torch.equal(model(ids, **more)[0], expected)
+        assert torch.equal(model(ids, **keywords)[0], expected)
         with pytest.raises(NotImplementedError, match="head_gates"):
             model(ids, head_gates=torch.ones(2))

@@ -250,11 +250,11 @@ def activations(draw):
 @st.composite
 def parts(draw):
     """Draw a part. One with a feature of its own has few others, which would hide it."""
-    own = draw(st.booleans())
-    kind = draw(st.sampled_from(["feeds", *BODIES] if own else list(STOCK)))
+    is_users = draw(st.booleans())
+    kind = draw(st.sampled_from(["feeds", *BODIES] if is_users else list(STOCK)))
     options = {}
     features = {"effect": EFFECTS, "branch": BRANCHES, "member": MEMBERS}
-    what = draw(st.sampled_from(["", *features, "branch"])) if own else ""
+    what = draw(st.sampled_from(["", *features, "branch"])) if is_users else ""
     if what:
         options[what] = draw(st.sampled_from(list(features[what])))
         activation = Activation("GELU")
@@ -263,7 +263,7 @@ def parts(draw):
         for name, values in (("hook", HOOKS), ("weights", WEIGHTS)):
             if draw(st.integers(0, 3)) == 3:
                 options[name] = draw(st.sampled_from(values))
-    if own:
+    if is_users:
         options["inherited"] = draw(st.booleans())
         if kind != "residual" and not what and draw(st.booleans()):
             options["signature"] = draw(st.sampled_from(list(SIGNATURES)))

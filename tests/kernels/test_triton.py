@@ -123,8 +123,8 @@ for launch in launches:
     spilled = 32 if of.get("D") == 128 and {"mask", "seed"} <= given else 0
     for r in compiled:
         assert r.spills <= spilled, f"{launch} for {r.arch}: {r.spills} bytes spilled"
-        most = (227 if r.arch in WGMMA_ARCHS else 99) * 1024
-        assert r.shared <= most, f"{launch} for {r.arch}: {r.shared} bytes of shared memory"
+        limit = (227 if r.arch in WGMMA_ARCHS else 99) * 1024
+        assert r.shared <= limit, f"{launch} for {r.arch}: {r.shared} bytes of shared memory"
         assert not r.overflows, f"{launch}: 32-bit offsets {r.overflows}"
         names = "_forward_kernel", "_dinput_kernel", "_dweight_kernel", "_product_kernel"
         product = launch.name.rpartition(":")[2] in names
@@ -299,8 +299,8 @@ def test_offsets_past_two_to_the_31(name):
                 assert torch.equal(out, right)
 
 
-@pytest.mark.parametrize("far_dim", [0, 1, 2, 3])
-def test_attention_offsets_past_two_to_the_31(far_dim):
+@pytest.mark.parametrize("distant_dim", [0, 1, 2, 3])
+def test_attention_offsets_past_two_to_the_31(distant_dim):
     """Batches, heads, rows or columns of any input of attention may be 2^30 elements apart."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     forward, backward = (
@@ -316,7 +316,7 @@ def test_attention_offsets_past_two_to_the_31(far_dim):
 
     expected = results(*inputs)
     strides = [3**3, 3**2, 3, 1]
-    strides[far_dim] = 2**30
+    strides[distant_dim] = 2**30
     distant_memory = torch.empty(2**31 + 3**4, dtype=torch.bfloat16, device=device)
     distant_memory = distant_memory.as_strided((3, 3, 3, 3), strides)
     for i, t in enumerate(inputs):
@@ -325,8 +325,8 @@ def test_attention_offsets_past_two_to_the_31(far_dim):
             assert torch.equal(actual, right)
 
 
-@pytest.mark.parametrize("far_dim", [0, 1])
-def test_linear_offsets_past_two_to_the_31(far_dim):
+@pytest.mark.parametrize("distant_dim", [0, 1])
+def test_linear_offsets_past_two_to_the_31(distant_dim):
     """Rows or columns of any matrix of a linear layer may be 2^30 elements apart."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     forward, dinput, dweight = (
@@ -334,7 +334,7 @@ def test_linear_offsets_past_two_to_the_31(far_dim):
     )
     torch.manual_seed(0)
     inputs = [torch.randn(3, 3, dtype=torch.bfloat16, device=device) for _ in range(4)]
-    if far_dim == 1:  # All are stored by columns, like the distant one.
+    if distant_dim == 1:  # All are stored by columns, like the distant one.
         inputs = [t.mT for t in inputs]
 
     def results(dout, x, weight, kept):
@@ -347,7 +347,9 @@ def test_linear_offsets_past_two_to_the_31(far_dim):
 
     expected = results(*inputs)
     distant_memory = torch.empty(2**31 + 9, dtype=torch.bfloat16, device=device)
-    distant_memory = distant_memory.as_strided((3, 3), (2**30, 1) if far_dim == 0 else (1, 2**30))
+    distant_memory = distant_memory.as_strided(
+        (3, 3), (2**30, 1) if distant_dim == 0 else (1, 2**30)
+    )
     for i, t in enumerate(inputs):
         distant = [*inputs[:i], distant_memory.copy_(t), *inputs[i + 1 :]]
         for actual, right in zip(results(*distant), expected, strict=True):

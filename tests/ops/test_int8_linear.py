@@ -43,7 +43,7 @@ def test_triton_linear(shape, dtype):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, weight, scale, bias = arguments(*shape, dtype, device)
     launch = DEFINED["llmos::int8_linear"].launch
-    few = DEFINED["llmos::int8_weight_only"].launch
+    weight_only = DEFINED["llmos::int8_weight_only"].launch
 
     def linear(x, weight, scale, bias, activation=None, outlier_threshold=0.0):
         code = _activations.code_of(activation)
@@ -54,7 +54,7 @@ def test_triton_linear(shape, dtype):
     x = with_outliers(x).mT.contiguous().mT
     judged(linear, x, weight, scale, bias, activation="gelu", outlier_threshold=6.0)
     if len(x) <= WEIGHT_ONLY_ROWS:
-        judged(lambda *a, mode: few(*a, 0), x, weight, scale, bias, mode="weight_only")
+        judged(lambda *a, mode: weight_only(*a, 0), x, weight, scale, bias, mode="weight_only")
 
 
 def test_vnni_weight():

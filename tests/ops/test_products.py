@@ -319,7 +319,7 @@ def test_project(level, monkeypatch):
     tiles = level == "amx"
     pretend(monkeypatch, level, tiles, tiles)
     small, large = torch.randn(6, 64), torch.randn(1024, 512)
-    for x, dtype, own in (
+    for x, dtype, by_ours in (
         (small, torch.float32, False),
         (large, torch.float32, not tiles),
         (large[:64], torch.float32, True),
@@ -331,7 +331,7 @@ def test_project(level, monkeypatch):
         w = torch.randn(512, x.shape[1], dtype=dtype)
         with torch.no_grad(), Ops() as ops:
             y = project(x, w, None)
-        assert ("linear_forward" in ops.seen) == own, (x.shape, dtype)
+        assert ("linear_forward" in ops.seen) == by_ours, (x.shape, dtype)
         torch.testing.assert_close(y, F.linear(x, w), rtol=0.1, atol=0.1)
 
 

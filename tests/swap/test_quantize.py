@@ -242,7 +242,7 @@ def test_what_is_kept(speedups):
             self.embedding = nn.Embedding(10, 8)
             self.tied = nn.Linear(8, 10, bias=False)
             self.tied.weight = self.embedding.weight
-            self.own, self.plain, self.lm_head = Own(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.derived, self.plain, self.lm_head = Own(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
             self.double = nn.Linear(8, 8).double()
             self.replaced = nn.Linear(8, 8)
             self.replaced.forward = lambda x: x
@@ -262,7 +262,7 @@ def test_what_is_kept(speedups):
     reasons = {e.module: e.reason for e in report.kept}
     assert reasons == {
         "tied": "its weight is that of embedding too",
-        "own": "Own is a subclass of Linear and may compute something else",
+        "derived": "Own is a subclass of Linear and may compute something else",
         "lm_head": "skip names it",
         "part.inner": "skip names it",
         "double": "no kernel for torch.float64",

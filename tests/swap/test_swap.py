@@ -271,14 +271,14 @@ class Attends(nn.Module):
 
     def __init__(self, **options):
         super().__init__()
-        self.own = nn.MultiheadAttention(32, 4, dropout=0.1, batch_first=True)
+        self.mha = nn.MultiheadAttention(32, 4, dropout=0.1, batch_first=True)
         self.cross = nn.MultiheadAttention(32, 4, kdim=16, vdim=16, **options)
         for p in self.parameters():
             nn.init.normal_(p, std=0.3)
 
     def forward(self, x, memory, padding=None, float_padding=None):
         causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
-        x = x + self.own(x, x, x, key_padding_mask=padding, attn_mask=causal, need_weights=False)[0]
+        x = x + self.mha(x, x, x, key_padding_mask=padding, attn_mask=causal, need_weights=False)[0]
         memory = memory.transpose(0, 1)
         y, weights = self.cross(
             x.transpose(0, 1), memory, memory, float_padding, average_attn_weights=False
@@ -302,21 +302,23 @@ def test_attention(attention_inputs, options, given):
     model = Attends(**options).eval()
     before = model(**attention_inputs)
     report = lk.optimize(model, inputs=attention_inputs if given else None, always=True)
-    assert {e.module for e in report.swapped} == {"own", "cross"} and not report.kept, report
+    assert {e.module for e in report.swapped} == {"mha", "cross"} and not report.kept, (
+        report
+    )
     assert all(0 < e.error <= 1 and e.speedup > 0 for e in report.swapped)
-    assert type(model.own) is type(model.cross) is lk.nn.MultiheadAttention
-    assert model.own.dropout == 0.1
+    assert type(model.mha) is type(model.cross) is lk.nn.MultiheadAttention
+    assert model.mha.dropout == 0.1
     torch.testing.assert_close(model(**attention_inputs), before)
     lk.restore(model)
-    assert type(model.own) is nn.MultiheadAttention
+    assert type(model.mha) is nn.MultiheadAttention
     assert all(torch.equal(a, b) for a, b in zip(model(**attention_inputs), before, strict=True))
 
 
 def test_a_proof_makes_the_models_own_call(attention_inputs):
     model = Attends()
     call = lambda: model(**attention_inputs)
-    found = calls.captured_calls(model, [model.own, model.cross], call)
-    (self_call,), (cross_call,) = found[model.own], found[model.cross]
+    found = calls.captured_calls(model, [model.mha, model.cross], call)
+    (self_call,), (cross_call,) = found[model.mha], found[model.cross]
     query, key, value = self_call.args
     assert query is key is value and query is not attention_inputs["x"]
     assert self_call.kwargs["need_weights"] is False

@@ -251,14 +251,14 @@ def work(tmp_path, monkeypatch):
 def test_archive_is_replaced_in_one_step(tmp_path, monkeypatch):
     folder, archive = tmp_path / "work", tmp_path / "out" / gpu_archive.NAME
     gpu_merge.write(folder / "a.json", {"a": 1})
-    gpu_archive.pack(folder, archive)
+    gpu_archive.archive_folder(folder, archive)
 
     def killed(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(zipfile.ZipFile, "write", killed)
     with pytest.raises(KeyboardInterrupt):
-        gpu_archive.pack(folder, archive)
+        gpu_archive.archive_folder(folder, archive)
     with zipfile.ZipFile(archive) as opened:
         assert json.loads(opened.read("a.json")) == {"a": 1}
 

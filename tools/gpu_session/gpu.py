@@ -148,7 +148,9 @@ def main(given: list[str] | None = None) -> int:
         return 2
     if args.merge:
         return 0
-    runner = Runner(WORK, args.seconds, save=lambda: gpu_archive.pack(WORK, OUT / gpu_archive.NAME))
+    runner = Runner(
+        WORK, args.seconds, save=lambda: gpu_archive.archive_folder(WORK, OUT / gpu_archive.NAME)
+    )
     if args.list:
         print(listing(runner, table))
         return 0

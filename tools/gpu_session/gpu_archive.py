@@ -27,7 +27,7 @@ def members(archive: zipfile.ZipFile) -> list[str]:
     return names
 
 
-def pack(folder: Path, archive: Path) -> None:
+def archive_folder(folder: Path, archive: Path) -> None:
     """Write the files in ``folder`` to an archive, in one step: an old one stays until the end."""
     archive.parent.mkdir(parents=True, exist_ok=True)
     draft = archive.with_suffix(".draft")

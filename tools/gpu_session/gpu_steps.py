@@ -103,7 +103,9 @@ _NEED_NO_GPU = (
 )
 #: Tests of every kernel on small shapes, forward and backward.
 _SMALL = "same_bits_on_every_repeat"
-_FEW = f"{_SMALL} and (layer_norm-plain or linear-gelu or attention-causal or embedding-two)"
+_RACECHECKED = (
+    f"{_SMALL} and (layer_norm-plain or linear-gelu or attention-causal or embedding-two)"
+)
 
 
 #: The steps that a new kind of machine should run first.
@@ -275,7 +277,12 @@ def _sanitizer(rehearse: bool) -> list[Step]:
     shown = "layer_norm-2d and same_bits" if rehearse else None
     tests = lambda chosen: _python(_test("test_kernels.py"), "-k", shown or chosen)
     steps = [Step("untooled", 60, tests(_SMALL))]
-    tools = {"memcheck": _SMALL, "racecheck": _FEW, "initcheck": _FEW, "synccheck": _SMALL}
+    tools = {
+        "memcheck": _SMALL,
+        "racecheck": _RACECHECKED,
+        "initcheck": _RACECHECKED,
+        "synccheck": _SMALL,
+    }
     for name, chosen in tools.items():
         command = [*([] if rehearse else _tool(name)), *tests(chosen)]
         # Without this torch's allocator hides where tensors end.

@@ -3,7 +3,7 @@
     python tools/other_suites/other_suites.py CHECKOUT [PYTEST ARGUMENT ...]
 
 CHECKOUT is a folder with tests for pytest or unittest, such as PyTorch's ``test``. Those that fail
-run again with torch's own functions, and are listed by what that says:
+run again with torch's only_ours functions, and are listed by what that says:
 
     failed with torch's too    the suite, or this machine
     accepted differences       in the table below, with the reason
@@ -63,13 +63,13 @@ def accepted(test: str) -> str | None:
 def judge(ours: dict, stock: dict) -> dict[str, list[str]]:
     """Return the lists of the report by name, from the outcomes with ours and with torch's."""
     theirs = set(stock["failed"])
-    own = [test for test in ours["failed"] if test not in theirs]
-    patterns = {accepted(test) for test in own}
+    only_ours = [test for test in ours["failed"] if test not in theirs]
+    patterns = {accepted(test) for test in only_ours}
     stale = {accepted(test) for test in ours["passed"]} - patterns - {None}
     return {
         "failed with torch's too": [test for test in ours["failed"] if test in theirs],
-        "accepted differences": [test for test in own if accepted(test)],
-        "new differences": [test for test in own if not accepted(test)],
+        "accepted differences": [test for test in only_ours if accepted(test)],
+        "new differences": [test for test in only_ours if not accepted(test)],
         "no longer different": sorted(pattern for pattern in stale if pattern),
     }
 

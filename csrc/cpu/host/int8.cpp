@@ -32,7 +32,7 @@ void pack_weight(const Matrix<int8_t>& weight, void* vnni_weight, int64_t inner,
                   range_tasks(micro_panels_of(outer), 1), double(inner) * outer);
 }
 
-Tensor pack(const Tensor& weight_) {
+Tensor vnni_weight_of(const Tensor& weight_) {
   STD_TORCH_CHECK(has_vnni(), "int8_vnni_weight: the ISA in use has no VNNI instructions");
   const Tensor weight = llmos::contiguous(weight_);
   const int64_t outer = weight.size(0), inner = weight.size(1);
@@ -322,7 +322,7 @@ STABLE_TORCH_LIBRARY_IMPL(llmos, CPU, m) {
   m.impl("int8_linear", TORCH_BOX(&int8_linear));
   m.impl("int8_linear_rows", TORCH_BOX(&int8_linear_rows));
   m.impl("int8_weight_only", TORCH_BOX(&int8_weight_only));
-  m.impl("int8_vnni_weight", TORCH_BOX(&pack));
+  m.impl("int8_vnni_weight", TORCH_BOX(&vnni_weight_of));
 }
 
 }  // namespace llmos
