@@ -137,7 +137,7 @@ def _sizes(rule: ProductRule) -> str:
         return [f"{shown(low)} {'or more' if high == NO_LIMIT else f'to {shown(high)}'} {unit}"]
 
     def power(n: int) -> str:
-        return f"2^{n.bit_length() - 1}" if n else "0"
+        return f"2^{n.bit_length() - 1}" if n.bit_count() == 1 else str(n)
 
     shown = [
         *limits(rule.rows_from, rule.rows_below, str, "rows"),
@@ -178,7 +178,7 @@ def describe() -> Iterator[str]:
     if extension:
         limited = " (LLMOS_CPU_LEVEL)" if os.environ.get("LLMOS_CPU_LEVEL") else ""
         levels = ", ".join(extension.cpu_levels())
-        yield f"cpu level     {extension.cpu_level()}{limited} of {levels}"
+        yield f"cpu ISA       {extension.cpu_level()}{limited} of {levels}"
         build = extension.build
         archs = build["cuda_archs"] or "none: no nvcc, or no GPU to build for"
         yield f"build         {build['compiler']}, torch {build['torch']}, CUDA archs {archs}"

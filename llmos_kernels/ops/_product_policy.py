@@ -1,17 +1,17 @@
 """Which library computes a matrix product: this one, or the one that torch calls.
 
 A product of [rows, depth] by [depth, width] takes rows * depth * width multiply-accumulates (MACs).
-The answers are measurements, kept as data: ``tuned/cpu/products.json`` and
-``tuned/gpu/products.json`` hold entries for a direction and a dtype, with the machines and sizes
-that they are for, the library that was fastest there, and where that was measured (null: not
-known). A field that is null matches every machine, or every size. ``rows``, ``macs``, ``depth`` and
-``width`` are ranges ``[from, below]``; the upper end may be null. The first entry that matches
-answers.
+The answers are data: ``tuned/cpu/products.json`` and ``tuned/gpu/products.json`` hold entries for a
+direction and a dtype, with the machines and sizes that they are for, the library that computes
+these, and where it was measured to be the fastest. Where that is null the entry is a conservative
+rule without a measurement: torch's own library. A field that is null matches every machine, or
+every size. ``rows``, ``macs``, ``depth`` and ``width`` are ranges ``[from, below]``; the upper end
+may be null. The first entry that matches answers.
 
 The directions are the forward product, the gradients of its input (``dinput``; with the derivative
 of an activation fused, ``dinput_activation``) and of its weight. An entry for ``layer`` is a range
 of sizes of a whole ``nn.Linear``: outside of all of them torch computes the layer and its
-gradients; inside, the other directions decide, and the entry's provider is not read.
+gradients; inside, the other directions decide, and the entry's provider is null.
 """
 
 import functools
@@ -132,7 +132,8 @@ def _check(entry: dict, kind: str) -> None:
     """Raise ValueError for an entry that ``choose`` could not use."""
     if {*entry} != _FIELDS[kind]:
         raise ValueError(f"fields {sorted(entry)}, expected {sorted(_FIELDS[kind])}")
-    if entry["direction"] not in DIRECTIONS or entry["provider"] not in PROVIDERS:
+    providers = (None,) if entry["direction"] == LAYER else PROVIDERS
+    if entry["direction"] not in DIRECTIONS or entry["provider"] not in providers:
         raise ValueError(f"{entry['direction']} by {entry['provider']}")
     if not isinstance(getattr(torch, str(entry["dtype"]), None), torch.dtype):
         raise ValueError(f"dtype {entry['dtype']}")
@@ -178,7 +179,13 @@ def _rule(entry: dict) -> ProductRule:
     threads = entry.get("threads")
     if threads is not None:
         threads = tuple(threads) if isinstance(threads, list) else (threads,)
-    return ProductRule(entry["provider"], threads, *itertools.chain.from_iterable(limits))
+    provider = entry["provider"] or OURS  # A layer inside of the range is ours.
+    return ProductRule(provider, threads, *itertools.chain.from_iterable(limits))
+
+
+def _holds_now(threads: tuple[int, ...] | None) -> bool:
+    """Return True if a rule for these numbers of threads, None for all, holds at this moment."""
+    return threads is None or torch.get_num_threads() in threads
 
 
 def _first(
@@ -187,7 +194,7 @@ def _first(
     """Return the provider of the first rule for these sizes and torch's threads, or None."""
     for provider, threads, r, r_end, m, m_end, d, d_end, w, w_end in rules:
         fits = r <= rows < r_end and m <= macs < m_end and d <= depth < d_end and w <= width < w_end
-        if fits and (threads is None or torch.get_num_threads() in threads):
+        if fits and _holds_now(threads):
             return provider
     return None
 
@@ -215,8 +222,9 @@ def _table(dtype: torch.dtype, device: torch.device) -> dict[str, tuple[ProductR
 
 
 def rules(direction: str, dtype: torch.dtype, device: torch.device) -> tuple[ProductRule, ...]:
-    """Return the rules that ``choose`` tries in order."""
-    return (_tables.get((dtype, device)) or _table(dtype, device))[direction]
+    """Return the rules that ``choose`` tries in order, for the number of threads of this moment."""
+    table = _tables.get((dtype, device)) or _table(dtype, device)
+    return tuple(r for r in table[direction] if _holds_now(r.threads))
 
 
 def choose(

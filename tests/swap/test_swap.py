@@ -302,9 +302,7 @@ def test_attention(attention_inputs, options, given):
     model = Attends(**options).eval()
     before = model(**attention_inputs)
     report = lk.optimize(model, inputs=attention_inputs if given else None, always=True)
-    assert {e.module for e in report.swapped} == {"mha", "cross"} and not report.kept, (
-        report
-    )
+    assert {e.module for e in report.swapped} == {"mha", "cross"} and not report.kept, report
     assert all(0 < e.error <= 1 and e.speedup > 0 for e in report.swapped)
     assert type(model.mha) is type(model.cross) is lk.nn.MultiheadAttention
     assert model.mha.dropout == 0.1
