@@ -199,12 +199,12 @@ def test_no_guard_on_rows(name):
     torch.testing.assert_close(program.module()(torch.ones(700, 32)), layer(torch.ones(700, 32)))
 
 
-def test_policy_is_asked_once_a_call(monkeypatch):
-    """And not while a graph is traced, but when that graph runs."""
+def test_policy_is_asked_once_a_product(monkeypatch):
+    """Not while a graph is traced, but when that graph runs."""
     asked = []
 
     def choose(*args):
-        asked.append(args)
+        asked.append(args[0])
         return _product_policy.choose(*args)
 
     for module in (_products, sys.modules["llmos_kernels.ops.linear"]):
@@ -212,7 +212,23 @@ def test_policy_is_asked_once_a_call(monkeypatch):
     x, w = torch.randn(128, 64), torch.randn(64, 64)
     for call in (lambda: lk.linear(x, w), lambda: project(x, w, None)):
         call()
-        assert len(asked) == 1
+        assert asked == ["forward"]
+        asked.clear()
+    x.requires_grad_()
+    w.requires_grad_()
+    for call, forward, backward in (
+        (lambda: lk.linear(x, w), ["forward"], ["dinput", "dweight"]),
+        (
+            lambda: lk.feed_forward(x, w, None, w, None),
+            ["forward", "forward"],
+            ["dinput", "dinput_activation", "dweight", "dweight"],
+        ),
+    ):
+        y = call()
+        assert asked == forward
+        asked.clear()
+        y.sum().backward()
+        assert sorted(asked) == backward
         asked.clear()
     with torch.no_grad():
         program = torch.export.export(lk.nn.Linear(64, 64), (x,), strict=False)
