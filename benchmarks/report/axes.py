@@ -1,4 +1,4 @@
-"""What all plots of the report share: style, colours, axes, and figures as SVG."""
+"""The style, colours and axes that all plots of the report share, and figures as SVG."""
 
 import functools
 import io

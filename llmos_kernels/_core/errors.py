@@ -1,4 +1,4 @@
-"""What ops raise where torch raises RuntimeError: callers may catch either class.
+"""Error classes of ops that are also the RuntimeError that torch raises in their place.
 
 A ValueError or TypeError says what is wrong; being a RuntimeError as well, it is caught by code
 that was written for torch's functions.

@@ -1,4 +1,4 @@
-"""Whether a fused computation may take the place of calling a module.
+"""Predicates that tell if a fused computation may take the place of calling a module.
 
 It may not where a call does more than the class and the tensors of the module say: where hooks
 run, where ``forward`` was replaced on the instance, as accelerate's offloading does, or where a
@@ -14,7 +14,7 @@ _PLAIN_PARAMETERS = PLAIN_TENSORS | {type(None)}
 
 
 def is_fusible(module: torch.nn.Module) -> bool:
-    """Return whether computing what the class of ``module`` computes replaces calling it."""
+    """Return True if a fused computation may replace calling ``module``."""
     # Every fused call asks this for each of its parts, so it is written out.
     state = module.__dict__
     if (
@@ -33,5 +33,5 @@ def is_fusible(module: torch.nn.Module) -> bool:
 
 
 def is_plain_dropout(dropout: object) -> bool:
-    """Return whether a fused dropout computes what the module ``dropout`` does."""
+    """Return True if a fused dropout computes what the module ``dropout`` does."""
     return type(dropout) is torch.nn.Dropout and dropout.p < 1 and is_fusible(dropout)

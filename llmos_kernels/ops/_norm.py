@@ -1,4 +1,4 @@
-"""What LayerNorm and RMSNorm share: reference, schema, autograd and checks of their ops.
+"""The reference, schema, autograd and checks that the ops LayerNorm and RMSNorm share.
 
 The formulas are in ``ops/layer_norm.py``; ``center=False`` is RMSNorm, with mean 0 and no bias.
 ``rows`` are an input [..., *normalized_shape] as [rows, d].

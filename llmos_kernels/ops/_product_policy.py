@@ -1,4 +1,4 @@
-"""Which library computes a matrix product: this one, or the one that torch calls.
+"""The product policy: it says which library computes a matrix product, this one or torch's.
 
 A product of [rows, depth] by [depth, width] takes rows * depth * width multiply-accumulates (MACs).
 The answers are data: ``tuned/cpu/products.json`` and ``tuned/gpu/products.json`` hold entries for a
@@ -49,7 +49,7 @@ _FIELDS = {
 
 
 class Cpu(NamedTuple):
-    """What the entries for CPUs are matched with."""
+    """The properties of a CPU and of its torch that the entries for CPUs are matched with."""
 
     vendor: str | None  # As CPUID spells it: GenuineIntel, AuthenticAMD.
     family: int | None

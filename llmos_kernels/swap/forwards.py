@@ -1,4 +1,4 @@
-"""What the code of a forward shows that running a copy cannot: side effects, and branches.
+"""Inspection of the code of a forward, for side effects and branches that a run does not show.
 
 A fused forward takes the place of one that was watched on a few inputs. It must not lose what that
 does besides: an attribute that is set, a list that grows, a printed line, a profiler's range. Nor

@@ -1,4 +1,4 @@
-"""What ``quantize`` reports: the layers, their errors, times and sizes."""
+"""The report of ``quantize``: the layers, their errors, times and sizes."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any

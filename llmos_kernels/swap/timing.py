@@ -55,7 +55,7 @@ class Timing:
 
     @property
     def is_slower(self) -> bool:
-        """Whether the replacement is slower by more than noise: the interval is below 1."""
+        """True if the replacement is slower by more than noise: the interval is below 1."""
         return self.interval[1] < 1
 
     def __str__(self) -> str:
@@ -284,7 +284,7 @@ def of_model(
 
 
 def _has_backward(run: ModelRun) -> bool:
-    """Return whether parameters get gradients. Frozen ones and those of inference mode get none."""
+    """Return True if parameters get gradients. Frozen ones and those of inference mode get none."""
     try:
         return run(backward=True)
     except RuntimeError:

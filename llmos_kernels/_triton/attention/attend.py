@@ -1,4 +1,4 @@
-"""What the Triton forward kernels of attention share: the loop over the keys of a block of queries.
+"""The loop over the keys of a block of queries, which all Triton forward kernels of attention use.
 
 It is an online softmax (Dao 2023); the formulas are in ``ops/attention.py``.
 """

@@ -1,4 +1,4 @@
-"""``Case``: what an op states once for tests, benchmarks, ``verify`` and ``inspect``."""
+"""``Case``, the description of an op that tests, benchmarks, ``verify`` and ``inspect`` use."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Case:
-    """How to call one op with one set of options, and on which shapes.
+    """The description of one op with one set of options: how to call it, and on which shapes.
 
     ``make(shape, **options)`` returns the positional arguments of ``op``, ``reference``, ``eager``
     and ``baseline``; ``options`` are dtype, device and requires_grad.
