@@ -102,7 +102,7 @@ def _masked(logits: Tensor, tensors: AttentionTensors, options: AttentionOptions
 
 
 def _sequence(cu_seqlens: Tensor, at: Tensor) -> Tensor:
-    """Return the index of the packed sequence that each position belongs to."""
+    """Return the index of the varlen sequence that each position belongs to."""
     return torch.searchsorted(cu_seqlens[1:-1].contiguous(), at.int().contiguous(), right=True)
 
 
@@ -131,6 +131,10 @@ def forward_reference(
     softcap: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """Return out [batch, q_len, heads, v_dim] in the dtype of ``query``, and stats.
+
+    This is the reference of the op ``attention_forward``, with the arguments of its schema.
+    """
     tensors = AttentionTensors(query, key, value, attn_mask, key_padding_mask, cu_q, cu_k, sinks)
     out, stats, _ = attend(tensors, AttentionOptions(scale, causal, dropout_p, softcap), seed)
     return out.to(query.dtype).contiguous(), stats
@@ -149,6 +153,10 @@ def weights_reference(
     seed: Tensor | None,
     mean: bool,
 ) -> Tensor:
+    """Return the weights after dropout [batch, heads, q_len, k_len], or their mean over heads.
+
+    This is the reference of the op ``attention_weights``, with the arguments of its schema.
+    """
     tensors = AttentionTensors(query, key, key, attn_mask, key_padding_mask, None, None)
     options = AttentionOptions(scale, causal, dropout_p, softcap)
     wide_query, wide_key, _ = _widened(query, key, key, key_padding_mask)
@@ -231,6 +239,11 @@ def backward_reference(
     seed: Tensor | None,
     mask_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return dquery, dkey and dvalue [batch, length, heads, dim], dattn_mask and dsinks.
+
+    dattn_mask is empty unless ``mask_grad`` is set and the mask is float, dsinks without sinks.
+    This is the reference of the op ``attention_backward``, with the arguments of its schema.
+    """
     tensors = AttentionTensors(query, key, value, attn_mask, key_padding_mask, cu_q, cu_k, sinks)
     options = AttentionOptions(scale, causal, dropout_p, softcap)
     *of_heads, dmask, dsinks = attention_gradients(dout, None, tensors, options, seed, stats)

@@ -328,8 +328,17 @@ def scaled_dot_product_attention(
 def scaled_dot_product_attention_reference(
     *args: Any, **options: Any
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return ``scaled_dot_product_attention`` by its definition, for any device and dtype.
+    """Return ``scaled_dot_product_attention`` by its definition.
 
-    Takes the same arguments but ``backend``; plain, differentiable torch ops.
+    It consists of plain, differentiable torch ops. It runs on any device, and in float64 its result
+    is exact.
+
+    Args:
+        *args: as ``scaled_dot_product_attention``, without ``backend``.
+        **options: as ``scaled_dot_product_attention``, without ``backend``.
+
+    Returns:
+        The attention, like ``query`` but with v_dim for head_dim; with ``return_weights`` also the
+        weights after dropout.
     """
     return scaled_dot_product_attention(*args, **options, backend="reference")

@@ -360,5 +360,15 @@ def embedding_layer_norm(
 
 
 def embedding_layer_norm_reference(*args: Any, **options: Any) -> Tensor:
-    """Return ``embedding_layer_norm`` by its definition: plain, differentiable torch ops."""
+    """Return ``embedding_layer_norm`` by its definition, in plain, differentiable torch ops.
+
+    It runs on any device, and in float64 its result is exact.
+
+    Args:
+        *args: as ``embedding_layer_norm``, without ``backend``.
+        **options: as ``embedding_layer_norm``, without ``backend``.
+
+    Returns:
+        [..., d], of the dtype of the tables.
+    """
     return embedding_layer_norm(*args, **options, backend="reference")

@@ -155,5 +155,15 @@ def feed_forward(
 
 
 def feed_forward_reference(*args: Any, **options: Any) -> Tensor:
-    """Return ``feed_forward`` by its definition: plain, differentiable torch ops, any device."""
+    """Return ``feed_forward`` by its definition, in plain, differentiable torch ops.
+
+    It runs on any device, and in float64 its result is exact.
+
+    Args:
+        *args: as ``feed_forward``, without ``backend``.
+        **options: as ``feed_forward``, without ``backend``.
+
+    Returns:
+        [..., d_model], of the dtype of ``input``.
+    """
     return feed_forward(*args, **options, backend="reference")

@@ -316,5 +316,15 @@ def check_int8_linear(
 
 
 def int8_linear_reference(*args: Any, **options: Any) -> Tensor:
-    """Return ``int8_linear`` by its definition: plain torch ops, any device."""
+    """Return ``int8_linear`` by its definition, in plain, differentiable torch ops.
+
+    It runs on any device. The gradient of the rounding is taken as 1.
+
+    Args:
+        *args: as ``int8_linear``, without ``backend``.
+        **options: as ``int8_linear``, without ``backend``.
+
+    Returns:
+        [..., out], of the dtype of ``input``.
+    """
     return int8_linear(*args, **options, backend="reference")

@@ -42,7 +42,20 @@ def layer_norm_reference(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Return ``layer_norm`` by its definition: plain, differentiable torch ops, any device."""
+    """Return ``layer_norm`` by its definition, in plain, differentiable torch ops.
+
+    It runs on any device, and in float64 its result is exact.
+
+    Args:
+        input: [..., *normalized_shape], of any floating-point dtype.
+        normalized_shape: the last dimensions of ``input``.
+        weight: as in ``layer_norm``.
+        bias: as in ``layer_norm``.
+        eps: as in ``layer_norm``.
+
+    Returns:
+        A tensor of the shape and dtype of ``input``.
+    """
     return normalize(input, weight, bias, width_of(normalized_shape), eps, center=True)[0]
 
 
@@ -56,7 +69,23 @@ def add_layer_norm_reference(
     dropout_p: float = 0.0,
     training: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``add_layer_norm`` by its definition: plain, differentiable torch ops, any device."""
+    """Return ``add_layer_norm`` by its definition, in plain, differentiable torch ops.
+
+    It runs on any device, and in float64 its result is exact.
+
+    Args:
+        input: [..., *normalized_shape], of any floating-point dtype.
+        residual: as in ``add_layer_norm``.
+        normalized_shape: the last dimensions of ``input``.
+        weight: as in ``add_layer_norm``.
+        bias: as in ``add_layer_norm``.
+        eps: as in ``add_layer_norm``.
+        dropout_p: as in ``add_layer_norm``.
+        training: as in ``add_layer_norm``.
+
+    Returns:
+        ``(y, h)``, both of the shape of ``input``.
+    """
     h = add_dropped(input, residual, normalized_shape, dropout_p, training)
     return normalize(h, weight, bias, width_of(normalized_shape), eps, center=True)[0], h
 

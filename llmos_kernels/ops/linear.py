@@ -247,5 +247,15 @@ def project(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear_reference(*args: Any, **options: Any) -> Tensor:
-    """Return ``linear`` by its definition, in differentiable torch ops: any device and dtype."""
+    """Return ``linear`` by its definition, in plain, differentiable torch ops.
+
+    It runs on any device, and in float64 its result is exact.
+
+    Args:
+        *args: as ``linear``, without ``backend``.
+        **options: as ``linear``, without ``backend``.
+
+    Returns:
+        [..., out], of the dtype of ``input``.
+    """
     return linear(*args, **options, backend="reference")

@@ -34,7 +34,19 @@ def rms_norm_reference(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    """Return ``rms_norm`` by its definition, in differentiable torch ops: any device and dtype."""
+    """Return ``rms_norm`` by its definition, in plain, differentiable torch ops.
+
+    It runs on any device, and in float64 its result is exact.
+
+    Args:
+        input: [..., *normalized_shape], of any floating-point dtype.
+        normalized_shape: the last dimensions of ``input``.
+        weight: as in ``rms_norm``.
+        eps: as in ``rms_norm``.
+
+    Returns:
+        A tensor of the shape and dtype of ``input``.
+    """
     d = check_norm(input, normalized_shape, weight, None)
     return normalize(input, weight, None, d, _eps(eps, input.dtype), center=False)[0]
 
@@ -48,7 +60,22 @@ def add_rms_norm_reference(
     dropout_p: float = 0.0,
     training: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``add_rms_norm`` by its definition: plain, differentiable torch ops, any device."""
+    """Return ``add_rms_norm`` by its definition, in plain, differentiable torch ops.
+
+    It runs on any device, and in float64 its result is exact.
+
+    Args:
+        input: [..., *normalized_shape], of any floating-point dtype.
+        residual: as in ``add_rms_norm``.
+        normalized_shape: the last dimensions of ``input``.
+        weight: as in ``add_rms_norm``.
+        eps: as in ``add_rms_norm``.
+        dropout_p: as in ``add_rms_norm``.
+        training: as in ``add_rms_norm``.
+
+    Returns:
+        ``(y, h)``, both of the shape of ``input``.
+    """
     d = check_norm(input, normalized_shape, weight, None)
     h = add_dropped(input, residual, normalized_shape, dropout_p, training)
     return normalize(h, weight, None, d, _eps(eps, h.dtype), center=False)[0], h
