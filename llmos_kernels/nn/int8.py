@@ -269,6 +269,10 @@ class Int8MultiheadAttention(MultiheadAttention):
     value one after the other, ``out_proj`` is another. ``in_proj_weight`` is computed each time it
     is read.
 
+    Args:
+        *args, **kwargs: those of ``MultiheadAttention``. Nobody passes them here: ``quantize``
+            changes the class of a module that exists.
+
     Returns:
         ``forward`` takes and returns what that of ``MultiheadAttention`` does, in the dtype of the
         float module: [batch, length, embed_dim] if ``batch_first``, and the weights or None.

@@ -19,6 +19,12 @@ class Int8Entry:
         speedups: the time of the original over that of int8, for each number of rows.
         before: the size of its weights in bytes.
         after: the size of the int8 weights and scales in bytes.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(512, 512))
+        >>> (entry,) = llmos_kernels.quantize(model, always=True).entries
+        >>> entry.module, entry.cls, entry.quantized, entry.before, entry.after
+        ('0', 'Linear', True, 1048576, 264192)
     """
 
     module: str
@@ -39,6 +45,12 @@ class Int8Report:
         entries: the layers.
         before: the size of all parameters and buffers of the model before, in bytes.
         after: their size after it.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.ReLU())
+        >>> report = llmos_kernels.quantize(model, skip=("0",))
+        >>> report.quantized, [entry.reason for entry in report.kept]
+        ([], ['skip names it'])
     """
 
     entries: list[Int8Entry]

@@ -30,6 +30,12 @@ class Entry:
         timings: times of the original and of the drop-in, for each number of rows.
         slower: whether the drop-in is right, and the module was kept only because it is slower
             here.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(64))
+        >>> (entry,) = llmos_kernels.optimize(model, verify=False).entries
+        >>> entry.module, entry.cls, entry.swapped, entry.reason
+        ('0', 'LayerNorm', True, 'not verified')
     """
 
     module: str
@@ -56,6 +62,12 @@ class Report:
         entries: the modules.
         model: times of the whole model before and after, where ``inputs`` were given.
         why_no_model: why the whole model could not be timed although they were given.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.Dropout())
+        >>> report = llmos_kernels.optimize(model, verify=False)
+        >>> [entry.module for entry in report.swapped], report.kept
+        (['0'], [])
     """
 
     entries: list[Entry] = field(default_factory=list)

@@ -51,6 +51,9 @@ def assert_within_budget(draws: Sequence[Compared], what: str) -> None:
 
     Raises:
         InaccurateError: the message has each error over budget that is above 1.
+
+    Example:
+        >>> assert_within_budget([{"y": (actual, exact, eager)}], "linear")
     """
     assert_errors_within_budget([numerics.errors_in_ulp(draw) for draw in draws], what)
 
@@ -94,6 +97,12 @@ def assert_accurate(actual: Tensor, exact: Tensor, eager: Tensor, what: str) -> 
 
     Raises:
         InaccurateError: the error exceeds twice torch's plus one ulp of the largest value.
+
+    Example:
+        >>> x, weight = torch.randn(8, 64), torch.randn(32, 64)
+        >>> exact = llmos_kernels.linear_reference(x.double(), weight.double())
+        >>> eager = torch.nn.functional.linear(x, weight)
+        >>> assert_accurate(llmos_kernels.linear(x, weight), exact, eager, "linear")
     """
     assert_within_budget([{"error": (actual, exact, eager)}], what)
 

@@ -57,14 +57,16 @@ _LIBRARIES: dict[tuple[str, str], Callable[[], ModelRule]] = {}
 def classify(
     module: nn.Module, name: str = "", around: Sequence[nn.Module] = ()
 ) -> Candidate | None:
-    """Return what the rules say about ``module``.
-
-    None where no rule knows it, and where it is fused already.
+    """Return what the first rule that knows ``module`` says about it.
 
     Args:
         module: the module.
         name: its name in its model.
         around: the modules that contain it, outermost first.
+
+    Returns:
+        The ``Candidate``, whose ``why_not`` is empty if the module can be swapped; None if no rule
+        knows the module, or if it is fused already.
     """
     if _is_fused(module):
         return None
@@ -84,7 +86,16 @@ def classify(
 
 
 def why_not(module: nn.Module, rule: Rule, around: Sequence[nn.Module] = ()) -> str:
-    """Return why a ``module`` that ``rule`` matches cannot be swapped, or an empty string."""
+    """Return why a ``module`` that ``rule`` matches cannot be swapped, or an empty string.
+
+    Args:
+        module: the module.
+        rule: the rule that matches it, which is asked last.
+        around: the modules that contain ``module``, outermost first.
+
+    Returns:
+        The reason as the report shows it, or an empty string.
+    """
     cls, known = type(module), tuple(_drop_ins())
     if isinstance(module, LazyModuleMixin):
         return "it has no shape before it has run: run the model once, then optimize"
@@ -104,7 +115,15 @@ def why_not(module: nn.Module, rule: Rule, around: Sequence[nn.Module] = ()) -> 
 
 
 def set_class(module: nn.Module, cls: type) -> None:
-    """Give ``module`` the class ``cls``. A ``__setattr__`` of its own is not asked."""
+    """Give ``module`` the class ``cls``, without calling a ``__setattr__`` that it may define.
+
+    Args:
+        module: the module, which is changed in place.
+        cls: a class whose instances have the same memory layout.
+
+    Raises:
+        TypeError: the layouts differ.
+    """
     object.__setattr__(module, "__class__", cls)
 
 
@@ -119,7 +138,15 @@ def _why_no_instance(module: nn.Module, drop_in: type) -> str:
 
 
 def is_swap(module: nn.Module, original: type) -> bool:
-    """Return whether the class of ``module`` is still the drop-in of ``original``."""
+    """Return True if the class of ``module`` is still the drop-in of ``original``.
+
+    Args:
+        module: a module that was swapped.
+        original: the class that it had before.
+
+    Returns:
+        False if another tool has changed the class since.
+    """
     replaced = type(module).__dict__.get("_replaced")
     return replaced is original or type(module) is _drop_ins().get(original)
 
@@ -141,7 +168,14 @@ def register_library(module: str, name: str, load: Callable[[], ModelRule]) -> N
 
 
 def model_rules(model: nn.Module) -> list[ModelRule]:
-    """Return the rules of the libraries that modules in ``model`` come from."""
+    """Return the rules of the libraries that modules in ``model`` come from.
+
+    Args:
+        model: the model that is optimized or restored.
+
+    Returns:
+        The rules that ``register_library`` has added for base classes of modules in ``model``.
+    """
     imported = {base: load for base, load in _LIBRARIES.items() if base[0] in sys.modules}
     if not imported:
         return []
