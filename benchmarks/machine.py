@@ -17,8 +17,8 @@ import llmos_kernels as lk
 from llmos_kernels._tools import environment
 from llmos_kernels.testing import interleaved
 
-#: The cores that other processes may use, and seconds that are not counted: clocks tick every 10
-#: ms.
+#: The number of cores that other processes may keep busy, and the core seconds of theirs that do
+#: not count, since the system counts them in ticks of 10 ms.
 MAX_FOREIGN_CORES, SLACK = 0.15, 0.05
 _TICKS = os.sysconf("SC_CLK_TCK")
 

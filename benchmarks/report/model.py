@@ -99,7 +99,7 @@ class ReportRow:
 
     @property
     def products(self) -> str:
-        """The dtype of the multiplications, whose roof a rate is held against.
+        """The dtype of the multiply-accumulates, whose roof a rate is held against.
 
         It is int8 for int8 weights, though inputs and results may be float.
         """

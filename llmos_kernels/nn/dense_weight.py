@@ -19,9 +19,9 @@ class DenseWeight(Tensor):
     """The float weight of an int8 layer, which exists only while somebody holds it.
 
     It is read like any tensor. Assigning to its ``data`` quantizes the new values into the layer. A
-    write in place, also to a view, raises: it would be lost, and if it were quantized each time, so
-    would be any step smaller than half of an int8's. A write through memory that has left torch
-    (``numpy()``, DLPack) is not seen.
+    write in place, also to a view, raises, since it would be lost. Quantizing after each such write
+    would not help: a change smaller than half an int8 step would be rounded away. A write
+    through memory that has left torch (``numpy()``, DLPack) is not seen.
     """
 
     _layer: QuantizedLayer

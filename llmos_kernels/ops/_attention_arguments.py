@@ -21,7 +21,7 @@ _NO_DIMENSIONS = torch.Size()
 
 
 class AttentionTensors(NamedTuple):
-    """The tensor arguments of kernels; varlen (packed) sequences are a batch of 1."""
+    """The tensor arguments of kernels; varlen sequences are a batch of 1."""
 
     query: Tensor  # [batch, heads, q_len, head_dim]
     key: Tensor  # [batch, kv_heads, k_len, head_dim]

@@ -390,10 +390,11 @@ def linear_gradients(
 
 
 def linear_graph(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return zeros with the graph of ``rows weight^T + bias``.
+    """Return zeros whose gradients are those of ``rows weight^T + bias``.
 
-    Added to the saved values of a layer they make it differentiable once more, and do not depend on
-    what has become of the weight and bias since.
+    A backward that is differentiated itself adds them to the pre-activation that the forward saved.
+    The sum has the saved values, even if weight or bias were changed in place since, and passes
+    gradients on to ``rows``, ``weight`` and ``bias``.
     """
     z = transform(rows, weight, None, NONE, 0.0, None)[1]
     z = z if bias is None else z + bias

@@ -6,8 +6,9 @@
     out     = dropout(weights) value
 
 A key is visible to a query unless a bool ``attn_mask`` is False there, ``key_padding_mask`` is
-True, ``is_causal`` puts it later, or it belongs to another packed sequence. A row without a visible
-key has weights, output and gradients 0. ``m`` and ``l`` are float32 whatever the dtype.
+True, ``is_causal`` puts it later, or it belongs to another of the varlen sequences (sequences of
+different lengths, one after the other). A row without a visible key has weights, output and
+gradients 0. ``m`` and ``l`` are float32 whatever the dtype.
 With ``sinks`` a row has one more logit, that of its head, which counts in ``m`` and ``l`` and has
 no value: the weights then sum to less than 1.
 Vaswani et al. 2017, arXiv:1706.03762; tiled as in Dao 2023, arXiv:2307.08691; capped as in Gemma 2,

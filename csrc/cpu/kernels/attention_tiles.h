@@ -3,7 +3,9 @@
 //
 // Scores and logits of a tile are stored as [key][row]: a vector holds one key for several rows, so
 // the maximum and the sum of a row need no reduction across lanes. A score is query . key, a logit
-// is scale * score + mask. With a softcap a score is the scaled and capped one, and its scale 1.
+// is scale * score + mask. With a softcap, cap_scores turns query . key into the score
+// softcap * tanh(a.scale * (query . key) / softcap): it is scaled already, so scale is 1 in the
+// logit.
 #pragma once
 
 #include <limits>

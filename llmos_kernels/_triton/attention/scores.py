@@ -4,8 +4,13 @@ A thread block computes a block of rows of one (batch, head). The grid has a sin
 other axes are limited to 65,535 thread blocks. Positions inside a sequence are int32, and
 everything that becomes an offset is int64.
 
-A tile is a block of the matrix of scores, [queries, keys]. Arguments named ``inside``, ``attended``
-and ``last`` limit the keys that a query sees; None stands for no limit.
+A tile is a block of the matrix of scores, [queries, keys]. Three arguments limit the keys that a
+query sees; None stands for no limit:
+
+    inside      for each key of the tile: it exists, and key padding does not hide it. Keys and
+                values are read only there
+    attended    for each query and key of the tile: the bool attn_mask is True
+    last        for each query: the position of the last key that the causal mask lets it see
 """
 
 from typing import Any

@@ -92,10 +92,11 @@ class SequentialStep(NamedTuple):
 
 
 class FusedSequential(GeneratedClass):
-    """The steps of the class that it replaces, for one tensor of the dtype of the first layer.
+    """A module that calls its children in turn, with linear layers and activations fused.
 
-    Other arguments go to the forward of that class, and so do all where children were added or
-    removed since, or attributes changed by which it branches.
+    A call with one plain tensor, of the dtype of the first fused linear layer, runs ``_steps``. Any
+    other call runs the forward of the class that was replaced. So does every call once a child has
+    been added or removed, or an attribute by which that forward branches has changed.
     """
 
     _steps: tuple[SequentialStep, ...]
