@@ -1,4 +1,4 @@
-"""Kind: torch.export with a dynamic batch or length specialises it, or guards it by a threshold."""
+"""torch.export neither specialises a dynamic batch or length, nor guards it by a threshold."""
 
 import inspect
 

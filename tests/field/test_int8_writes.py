@@ -1,4 +1,4 @@
-"""Kind: a write to a weight that is not there, as of an int8 layer, is lost without a word.
+"""A write to the float weight of an int8 layer, which is not stored, is not lost in silence.
 
 Assigning quantizes; a write in place raises; PEFT merges by assignment, ``safe_merge=True``.
 """

@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
 
 
 MODULES = {
-    "Linear": lambda: nn.Linear(D, 600),  # Ours computes it from 2^18 multiplications on.
+    "Linear": lambda: nn.Linear(D, 600),  # Ours computes it from 2^18 MACs on.
     "LayerNorm": lambda: nn.LayerNorm(D),
     "sequential": lambda: nn.Sequential(nn.Linear(D, 600), nn.ReLU(), nn.Linear(600, D)),
     "gelu": lambda: nn.Sequential(nn.Linear(D, 32), nn.GELU()),

@@ -183,7 +183,7 @@ def test_sliding_window():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_packed_sequences(causal):
+def test_varlen_sequences(causal):
     torch.manual_seed(0)
     module = nn.Module()
     q, k, v = torch.randn(1, 4, 11, 8), *torch.randn(2, 1, 2, 11, 8)
@@ -215,7 +215,7 @@ def test_gradient_of_the_sinks():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_softcap_and_sinks_of_packed_sequences(causal):
+def test_softcap_and_sinks_of_varlen_sequences(causal):
     torch.manual_seed(0)
     module, ends = nn.Module(), torch.tensor([0, 4, 5, 11])
     q, k, v = torch.randn(1, 4, 11, 8), *torch.randn(2, 1, 2, 11, 8)

@@ -172,14 +172,14 @@ def test_dropout_is_the_one_mask(device):
 
 
 def varlen(lengths, total_heads, dtype, device):
-    """Return random packed sequences [total, heads, 24] and their cu_seqlens."""
+    """Return random varlen sequences [total, heads, 24] and their cu_seqlens."""
     cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
     return torch.randn(sum(lengths), total_heads, 24, device=device).to(dtype), cu
 
 
 @each_dtype
 @pytest.mark.parametrize("bottom_right", [None, False, True], ids=["full", "causal", "bottom"])
-def test_packed_sequences(bottom_right, dtype, device):
+def test_varlen_sequences(bottom_right, dtype, device):
     """Each sequence gives the result that it gives alone, with the same bits on the CPU."""
     torch.manual_seed(0)
     q, cu_q = varlen([5, 0, 70, 1, 130], 4, dtype, device)
