@@ -23,7 +23,8 @@ class ModuleCall:
         kwargs: arguments by name.
 
     Example:
-        >>> ModuleCall((torch.randn(2, 8),)).on(torch.nn.LayerNorm(8))
+        >>> ModuleCall((torch.randn(2, 8),)).on(torch.nn.LayerNorm(8)).shape
+        torch.Size([2, 8])
     """
 
     args: tuple[Any, ...] = ()

@@ -38,7 +38,7 @@ def save_quantized(model: nn.Module, folder: str | Path) -> None:
         ValueError: the model has no int8 layers, or state that is no tensor.
 
     Example:
-        >>> quantize(model)
+        >>> report = quantize(model)
         >>> save_quantized(model, "folder")
     """
     save_file, _ = _safetensors()

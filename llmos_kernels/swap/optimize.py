@@ -244,7 +244,7 @@ def restore(model: nn.Module) -> None:
         unchanged.
 
     Example:
-        >>> optimize(model)
+        >>> report = optimize(model)
         >>> restore(model)
     """
     check_model(model)

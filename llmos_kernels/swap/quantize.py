@@ -76,7 +76,9 @@ def quantize(
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.ReLU())
-        >>> print(quantize(model, inputs=(torch.randn(8, 512),)))
+        >>> report = quantize(model, inputs=(torch.randn(8, 512),), always=True)
+        >>> type(model[0]).__name__
+        'Int8Linear'
 
     Source: LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339, for the outlier columns.
     """

@@ -53,6 +53,9 @@ def assert_within_budget(draws: Sequence[Compared], what: str) -> None:
         InaccurateError: the message has each error over budget that is above 1.
 
     Example:
+        >>> x, weight = torch.randn(8, 64), torch.randn(32, 64)
+        >>> actual, eager = llmos_kernels.linear(x, weight), x @ weight.T
+        >>> exact = x.double() @ weight.double().T
         >>> assert_within_budget([{"y": (actual, exact, eager)}], "linear")
     """
     assert_errors_within_budget([numerics.errors_in_ulp(draw) for draw in draws], what)
@@ -100,9 +103,8 @@ def assert_accurate(actual: Tensor, exact: Tensor, eager: Tensor, what: str) -> 
 
     Example:
         >>> x, weight = torch.randn(8, 64), torch.randn(32, 64)
-        >>> exact = llmos_kernels.linear_reference(x.double(), weight.double())
-        >>> eager = torch.nn.functional.linear(x, weight)
-        >>> assert_accurate(llmos_kernels.linear(x, weight), exact, eager, "linear")
+        >>> actual, eager = llmos_kernels.linear(x, weight), x @ weight.T
+        >>> assert_accurate(actual, x.double() @ weight.double().T, eager, "linear")
     """
     assert_within_budget([{"error": (actual, exact, eager)}], what)
 
