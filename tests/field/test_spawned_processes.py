@@ -23,6 +23,29 @@ with torch.no_grad():
 """
 
 
+PART_READER = """
+import pickle, sys, torch
+with open(sys.argv[1], "rb") as file:
+    part = pickle.load(file)
+if "Config" in type(part).__name__:
+    import transformers
+    part = transformers.BertModel(part).encoder
+with torch.no_grad():
+    part(torch.randn(2, 5, 32))
+"""
+
+
+@pytest.mark.parametrize("part", ["encoder", "encoder.layer.0", "config"])
+def test_a_part_in_a_fresh_process(tmp_path, part):
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}
+    model = models.bert.BertModel(models.bert.BertConfig(**sizes, num_attention_heads=2)).eval()
+    assert lk.optimize(model, verify=False).swapped
+    file = tmp_path / "part.pickle"
+    given = model.config if part == "config" else model.get_submodule(part)
+    file.write_bytes(pickle.dumps(given))
+    subprocess.run([sys.executable, "-c", PART_READER, file], check=True)
+
+
 @pytest.mark.parametrize("quantize", [False, True])
 def test_a_fresh_process(tmp_path, quantize):
     torch.manual_seed(0)

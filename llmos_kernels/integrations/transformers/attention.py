@@ -20,8 +20,16 @@ except ImportError:  # It is private to transformers, and may be gone.
 
 __all__ = ["NAME", "attention"]
 
+
+class AttentionName(str):
+    """A name of an attention in a config.
+
+    Unpickling a config imports this module for it, so that the name is registered in every process.
+    """
+
+
 #: The name under which transformers knows the attention function.
-NAME = "llmos"
+NAME = AttentionName("llmos")
 
 #: Arguments that models pass along although they change no attention.
 _HARMLESS = frozenset(

@@ -37,13 +37,6 @@ _TOKENS = 12
 _SIZES = ((1, 8), (2, 128))
 
 
-class AttentionNames(list):
-    """The names of the attentions of before, which a swapped model carries.
-
-    Unpickling a model imports this module for it, so that "llmos" is registered in every process.
-    """
-
-
 class TransformersAttentionRule(ModelRule):
     """Chooses the attention "llmos" in models that take theirs from ``AttentionInterface``."""
 
@@ -75,10 +68,10 @@ class TransformersAttentionRule(ModelRule):
         """Return functions that choose "llmos", and the names that were chosen before."""
         configs, before, earlier = _configs(model), _names(model), model.__dict__.get(_MARK)
         model.set_attn_implementation(NAME)
-        ours = _names(model)
+        ours = [NAME if name == NAME else name for name in _names(model)]
         _put(model, before)
         names = zip(before, earlier or before, strict=True)
-        mark = AttentionNames(old if name == NAME else name for name, old in names)
+        mark = [old if name == NAME else name for name, old in names]
 
         def put(names: list[str], mark: list[str] | None) -> None:
             for config, name in zip(configs, names, strict=True):
