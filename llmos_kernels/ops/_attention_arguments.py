@@ -165,8 +165,10 @@ def _check_dtypes(
     ):
         if given is None:
             continue
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name} must be a tensor or None, got {given!r}")
         if given.dtype not in dtypes:
-            raise DtypeError(f"{name} must be {shown}{query.dtype} or float32, got {given.dtype}")
+            raise DtypeError(f"{name} must be {shown}of a floating dtype, got {given.dtype}")
         if given.device != query.device:
             raise ArgumentError(f"{name} is on {given.device}, query on {query.device}")
 

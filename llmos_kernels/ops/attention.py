@@ -94,6 +94,8 @@ def _pairs(query: Tensor, key: Tensor, *rest: Tensor | None) -> int:
     cu_q, cu_k = rest[2:] if len(rest) == 4 else (None, None)
     if cu_q is None or cu_k is None:
         return batch * heads * q_len * key.shape[2]
+    if cu_q.is_meta:  # Lengths are unknown there: taken for equal.
+        return heads * q_len * key.shape[2] // (len(cu_q) - 1)
     return heads * int((cu_q.diff().long() * cu_k.diff().long()).sum())
 
 
@@ -274,7 +276,7 @@ def scaled_dot_product_attention(
         softcap: Bounds the scaled scores by softcap * tanh(scores / softcap), before any mask, as
             in Gemma 2; None for no bound.
         sinks: [heads], a logit of every query of a head that competes with the keys and has no
-            value, as in gpt-oss. float32 or the dtype of ``query``; gets a gradient. It is not
+            value, as in gpt-oss. Of any floating dtype; gets a gradient. It is not
             dropped, no mask hides it, and it is not among the weights, which then sum to less
             than 1.
         backend: "reference" for the plain torch definition, else None.
