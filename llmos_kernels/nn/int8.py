@@ -296,6 +296,12 @@ class Int8MultiheadAttention(MultiheadAttention):
         """The float weight [3 * embed_dim, embed_dim], written as that of ``Int8Linear`` is."""
         return self.in_proj.weight  # type: ignore[union-attr, return-value]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "in_proj_weight" and "in_proj" in self._modules:
+            self.in_proj.weight = value  # type: ignore[union-attr]
+        else:
+            super().__setattr__(name, value)
+
     @property
     def in_proj_bias(self) -> Tensor | None:  # type: ignore[override]
         """The bias [3 * embed_dim]."""

@@ -16,8 +16,8 @@ from llmos_kernels.ops.rms_norm import rms_norm
 class LayerNorm(torch.nn.LayerNorm):
     """``torch.nn.LayerNorm`` through ``llmos_kernels.layer_norm``.
 
-    The state dict is that of ``torch.nn.LayerNorm``. Nested tensors and
-    tensors of subclasses, such as DTensor, go to torch.
+    The state dict is that of ``torch.nn.LayerNorm``. Nested tensors, and inputs or weights of
+    subclasses of Tensor, such as DTensor, go to torch.
 
     Args:
         normalized_shape, eps, elementwise_affine, bias, device, dtype: as in torch.
@@ -40,16 +40,21 @@ class LayerNorm(torch.nn.LayerNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.is_nested or type(input) not in PLAIN_TENSORS:
+        weight = self.weight
+        if (
+            input.is_nested
+            or type(input) not in PLAIN_TENSORS
+            or (weight is not None and type(weight) not in PLAIN_TENSORS)
+        ):
             return super().forward(input)
-        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        return layer_norm(input, self.normalized_shape, weight, self.bias, self.eps)
 
 
 class RMSNorm(torch.nn.RMSNorm):
     """``torch.nn.RMSNorm`` through ``llmos_kernels.rms_norm``.
 
-    The state dict is that of ``torch.nn.RMSNorm``. Nested tensors and
-    tensors of subclasses, such as DTensor, go to torch.
+    The state dict is that of ``torch.nn.RMSNorm``. Nested tensors, and inputs or weights of
+    subclasses of Tensor, such as DTensor, go to torch.
 
     Args:
         normalized_shape, eps, elementwise_affine, device, dtype: as in torch.
@@ -71,9 +76,14 @@ class RMSNorm(torch.nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_nested or type(x) not in PLAIN_TENSORS:
+        weight = self.weight
+        if (
+            x.is_nested
+            or type(x) not in PLAIN_TENSORS
+            or (weight is not None and type(weight) not in PLAIN_TENSORS)
+        ):
             return super().forward(x)
-        return rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        return rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 class AddLayerNorm(torch.nn.LayerNorm):
