@@ -37,8 +37,17 @@ _KNOWN = frozenset({("transformers.pytorch_utils", "apply_chunking_to_forward")}
 _CHANGES = frozenset(
     (
         *("__delattr__", "__setattr__", "__setitem__", "add_module", "append", "appendleft"),
-        *("clear", "extend", "insert", "pop", "popitem", "register_buffer", "register_parameter"),
-        *("remove", "reverse", "setdefault", "sort", "update", "write"),
+        *("clear", "eval", "extend", "insert", "load_state_dict", "pop", "popitem"),
+        *("register_buffer", "register_parameter", "remove", "reverse", "setdefault", "sort"),
+        *("train", "update", "write", "zero_grad"),
+    )
+)
+#: Functions of torch that change a file, a generator or a setting.
+_IMPURE = frozenset(
+    (
+        *("bernoulli", "load", "manual_seed", "multinomial", "normal", "rand", "rand_like"),
+        *("randint", "randint_like", "randn", "randn_like", "randperm", "save", "seed"),
+        *("set_default_device", "set_default_dtype", "set_grad_enabled", "set_num_threads"),
     )
 )
 #: Functions of torch that return a state by which a forward may branch, unseen by a watcher.
@@ -48,6 +57,10 @@ _STATES = frozenset(
         *("is_deterministic", "is_grad_enabled", "is_inference_mode_enabled"),
     )
 )
+#: What code may ask of its input that a drop-in does not compare.
+_UNSEEN = frozenset(("Parameter", "device", "is_cpu", "is_cuda", "is_meta"))
+#: What code may ask of a parameter, to branch by it.
+_PARAMETER_STATES = ("dtype", "requires_grad")
 #: Where the names of attributes and methods without an effect come from, besides the module's own.
 _PURE = (torch, F, nn, nn.Module, Tensor, math, torch.dtype, list, dict, tuple, str)
 _LOADS_ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
@@ -91,21 +104,55 @@ def has_branches(module: nn.Module) -> bool:
 
 
 def constants(module: nn.Module) -> Constants:
-    """Return the plain attributes that the forward of ``module`` may branch by, with their values.
+    """Return what the forward of ``module`` may branch or choose by, with its values.
 
-    ``training`` is not among them. A drop-in that was made for these values holds for no others,
-    see ``have_changed``.
+    These are the plain attributes, of the module and of those inside, that its code names, and, if
+    it names them, dtype, device and requires_grad of the parameters. ``training`` is not among
+    them. A drop-in that was made for these values holds for no others, see ``have_changed``.
     """
-    if not has_branches(module):
+    functions = [f for f in _functions(module) if f]
+    instructions = (i for f in functions for i in dis.get_instructions(f))
+    chooses = any(i.opname == "BINARY_SUBSCR" or i.argrepr == "[]" for i in instructions)
+    if not (chooses or has_branches(module)):
         return ()
-    names = sorted({n for f in _functions(module) if f for n in _names(f)} - {"training"})
-    values = ((n, _attribute(module, n)) for n in names)
-    return tuple((n, v) for n, v in values if isinstance(v, PLAIN))
+    names = sorted({n for f in functions for n in _names(f)} - {"training"})
+    found = []
+    for place, part in module.named_modules():
+        prefix = f"{place}." if place else ""
+        values = ((n, _frozen(_attribute(part, n))) for n in names)
+        found += [(prefix + n, v) for n, v in values if v is not _MISSING]
+    for place, p in module.named_parameters():
+        states = ((f"{place}.{n}", getattr(p, n)) for n in _PARAMETER_STATES if n in names)
+        found += states
+    return tuple(found)
 
 
 def have_changed(module: nn.Module, then: Constants) -> bool:
     """Return True if an attribute of ``module`` has another value than it had ``then``."""
-    return any(getattr(module, name, _MISSING) != value for name, value in then)
+    for name, value in then:
+        found: Any = module
+        for part in name.split("."):
+            found = getattr(found, part, _MISSING)
+        if _frozen(found) != value:
+            return True
+    return False
+
+
+def _frozen(value: Any) -> Any:
+    """Return plain data in a form that can be hashed and does not change; _MISSING for others."""
+    if isinstance(value, (*PLAIN, torch.dtype, torch.device)):
+        return value
+    if type(value) in (list, tuple):
+        items = tuple(map(_frozen, value))
+    elif type(value) is dict:
+        items = tuple((_frozen(k), _frozen(v)) for k, v in value.items())
+    else:
+        return _MISSING
+    return _MISSING if _holds_missing(items) else items
+
+
+def _holds_missing(items: tuple) -> bool:
+    return any(i is _MISSING or (isinstance(i, tuple) and _MISSING in i) for i in items)
 
 
 class Reads(TorchFunctionMode):
@@ -209,18 +256,33 @@ def _effects(module: nn.Module) -> Iterator[str]:
         if found is None:
             yield "is no plain function"
             return
-        for name in _names(found):
+        names = _names(found)
+        for name in names:
             yield from _effects_of_attribute(module, name)
+        yield from _effects_of_strings(module, found)
+        asked = _UNSEEN & {*names} if has_branches(module) else ()
+        for name in asked:
+            yield f"branches, and asks for {name}"
         for instruction in dis.get_instructions(found.__code__):
             name, value = instruction.opname, instruction.argval
             if name in _EFFECTS:
                 yield f"{_EFFECTS[name]} ({value})" if isinstance(value, str) else _EFFECTS[name]
+            elif name.startswith("INPLACE_") or (
+                name == "BINARY_OP" and "=" in instruction.argrepr
+            ):
+                yield f"changes a value in place ({instruction.argrepr or name})"
             elif name in _LOADS_ATTRIBUTE:
-                if value in _CHANGES or not _is_known(module, value):
-                    yield f"calls {value}" if value in _CHANGES else f"uses {value}"
+                if _changes(value):
+                    yield f"calls {value}"
+                elif not _is_known(module, value):
+                    yield f"uses {value}"
             elif name == "LOAD_GLOBAL":
                 if not _is_harmless(found, value):
                     yield f"uses {value}"
+                elif has_branches(module) and isinstance(
+                    found.__globals__.get(value, _MISSING), (*PLAIN, list, dict)
+                ):
+                    yield f"branches, and uses the global variable {value}"
             elif name in ("LOAD_DEREF", "LOAD_CLASSDEREF") and value != "__class__":
                 yield f"uses {value} of another function"
             elif isinstance(value, CodeType):
@@ -239,11 +301,38 @@ def _effects_of_attribute(module: nn.Module, name: str) -> Iterator[str]:
             yield f"uses {name}, a {type(value).__name__}"
 
 
+def _changes(name: str) -> bool:
+    """Return True if a method or function ``name`` changes its object, or something global.
+
+    The methods of tensors that change them end in "_".
+    """
+    in_place = name.endswith("_") and not name.startswith("_") and hasattr(Tensor, name)
+    return in_place or name in _CHANGES or name in _IMPURE
+
+
+def _effects_of_strings(module: nn.Module, function: FunctionType) -> Iterator[str]:
+    """Yield what names in strings do: those for ``getattr``, and of keyword arguments."""
+    code = function.__code__
+    if any("out" in c for c in code.co_consts if isinstance(c, tuple)):
+        yield "writes to an argument (out=)"
+    if not {"getattr", "hasattr"} & {*code.co_names}:
+        return
+    strings = {c for c in code.co_consts if isinstance(c, str)} - {function.__doc__}
+    for name in filter(str.isidentifier, strings):
+        of_torch = hasattr(Tensor, name) or hasattr(nn.Module, name)
+        if _changes(name) or not (of_torch or _has(module, name)):
+            yield f"uses {name} by its name"
+
+
 def _is_known(module: nn.Module, name: str) -> bool:
     """Return True if ``name`` is an attribute of ``module``, of a module inside, or of torch."""
+    return any(hasattr(place, name) for place in _PURE) or _has(module, name)
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    """Return True if ``name`` is an attribute of ``module`` or of a module inside."""
     return (
-        any(hasattr(place, name) for place in _PURE)
-        or bool(_instance_values(module, name))
+        bool(_instance_values(module, name))
         or any(_definitions(cls, name) for cls in _classes(module))
         or any(
             name in members

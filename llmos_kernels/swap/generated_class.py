@@ -75,7 +75,11 @@ def generate_class(
     is_named = parameters and parameters[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
     members["_first_argument"] = parameters[0].name if is_named else None
     attributes = {"_replaced": replaced, "_made_by": made_by, "forward": own_forward, **members}
-    return type(f"Fused{replaced.__name__}", (forward, replaced), attributes)
+    # Not by calling the metaclass, whose ``__init__`` may enter the class in a user's registry.
+    metaclass: Any = type(replaced)
+    return metaclass.__new__(
+        metaclass, f"Fused{replaced.__name__}", (forward, replaced), attributes
+    )
 
 
 def _defines(cls: type, name: str) -> bool:

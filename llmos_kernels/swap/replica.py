@@ -1,12 +1,21 @@
 """Copies of modules that run in their place, in proofs and in timings."""
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmos_kernels.nn.int8 import Int8Linear
+
+
+def _copied(value: Any) -> Any:
+    """Return a copy of plain data, so that a copied forward changes nothing of the original's."""
+    if type(value) is Tensor:
+        return value.detach().clone()
+    if type(value) in (list, set, deque):
+        return type(value)(map(_copied, value))
+    return {k: _copied(v) for k, v in value.items()} if type(value) is dict else value
 
 
 def replica(
@@ -18,7 +27,7 @@ def replica(
     classes: dict[nn.Module, type] | None = None,
     dropout: bool = False,
 ) -> nn.Module:
-    """Return a copy of ``module`` without its hooks, whose parameters and buffers are copies.
+    """Return a copy of ``module`` without its hooks; parameters, buffers and plain data are copies.
 
     Args:
         module: what is copied; its own methods are not called.
@@ -47,7 +56,9 @@ def replica(
         return nn.Parameter(data, t.is_floating_point()) if isinstance(t, nn.Parameter) else data
 
     clone = made[module] = object.__new__(new_class)
-    clone.__dict__.update(module.__dict__)
+    contents = ("_parameters", "_buffers", "_modules")
+    attributes = {k: v for k, v in module.__dict__.items() if k not in contents}
+    clone.__dict__.update({k: _copied(v) for k, v in attributes.items()})
     for name in module.__dict__:
         if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
             clone.__dict__[name] = OrderedDict()

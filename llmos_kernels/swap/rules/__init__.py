@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
+from torch.jit import ScriptModule
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
@@ -70,6 +71,8 @@ def classify(
     """
     if _is_fused(module):
         return None
+    if isinstance(module, ScriptModule):
+        return Candidate(name, module, RULES[0], type(module), "torch.jit has compiled it")
     lazy = any(map(is_lazy, module.parameters()))
     if lazy and not isinstance(module, LazyModuleMixin):
         return None  # Its parts are looked at one by one.

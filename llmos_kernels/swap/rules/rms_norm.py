@@ -25,6 +25,11 @@ from llmos_kernels.swap.rules.rule import Candidate, Match, Rule, example_rows, 
 
 #: The names that models give to epsilon.
 _EPSILON_NAMES = ("eps", "variance_epsilon", "epsilon")
+#: The sizes of the numbers on which an RMS norm is recognised. At 1e-3 the result depends on
+#: epsilon; a bound may show far from 1 alone. Squares of 1e6 are still far from float32's limit.
+_SCALES = (1.0, 1e-3, 1e6)
+#: And the number of rows: a slice may show in many alone.
+_ROWS = 1025
 
 
 class FusedRMSNorm(GeneratedClass):
@@ -70,8 +75,7 @@ class ModelRMSNormRule(Rule):
         name = epsilon_name(module)
         if not name:
             return None
-        by = tuple((n, value) for n, value in constants(module) if n != name)
-        return Match(fused_rms_norm(cls, name, by))
+        return Match(fused_rms_norm(cls, name, constants(module)))
 
     def example_calls(
         self, candidate: Candidate, size: tuple[int, int] | None = None
@@ -93,7 +97,7 @@ class ModelRMSNormRule(Rule):
 def epsilon_name(module: nn.Module) -> str:
     """Return the attribute that holds the epsilon of an RMS norm; empty for other modules.
 
-    Copies of ``module`` run four times, on random numbers.
+    Copies of ``module`` run six times, on random numbers.
     """
     weight = module._parameters.get("weight")
     if weight is None or weight.ndim != 1 or len(module._parameters) != 1:
@@ -102,7 +106,7 @@ def epsilon_name(module: nn.Module) -> str:
     name = next((n for n in _EPSILON_NAMES if isinstance(attributes.get(n), float)), "")
     if not name or module._modules or module._buffers or side_effect(module):
         return ""
-    return name if all(_is_rms_norm(module, name, scale) for scale in (1.0, 1e-3)) else ""
+    return name if all(_is_rms_norm(module, name, scale) for scale in _SCALES) else ""
 
 
 def _is_rms_norm(module: nn.Module, epsilon: str, scale: float) -> bool:
@@ -111,7 +115,7 @@ def _is_rms_norm(module: nn.Module, epsilon: str, scale: float) -> bool:
     Args:
         module: the module.
         epsilon: the name of its epsilon, which is set to 1e-6 in the copy that runs.
-        scale: the size of the input. At 1e-3 the result depends on epsilon.
+        scale: the size of the input.
     """
     copy = replica(module, dtype=torch.float32, device="cpu")
     copy.__dict__[epsilon] = 1e-6
@@ -121,7 +125,7 @@ def _is_rms_norm(module: nn.Module, epsilon: str, scale: float) -> bool:
     with torch.no_grad():
         options: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
         weight.copy_(torch.randn(width, **options))
-        x = torch.randn(2, 3, width, **options) * scale
+        x = torch.randn(_ROWS, 3, width, **options) * scale
         x[..., 0] += scale  # The mean is not 0, so that a norm that subtracts it differs.
         for training in (False, True):
             try:

@@ -172,8 +172,11 @@ class ModelRule(ABC):
 
 def ancestors(model: nn.Module, name: str) -> list[nn.Module]:
     """Return the modules that contain the module ``name`` of ``model``, outermost first."""
-    parts = name.split(".") if name else []
-    return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+    found, module = [], model
+    for part in name.split(".") if name else []:
+        found.append(module)
+        module = getattr(module, part)
+    return found
 
 
 def why_untouchable(module: nn.Module, around: Sequence[nn.Module]) -> str:

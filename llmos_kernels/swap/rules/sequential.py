@@ -205,6 +205,16 @@ def find_steps(module: nn.Module) -> tuple[tuple[SequentialStep, ...], int]:
     return steps, width if steps else 0
 
 
+def _samples() -> Tensor:
+    """Return numbers of every size, [7, 147]: an activation may be bounded only far from 0."""
+    far = torch.logspace(1.1, 30, 14, dtype=torch.float64, device="cpu")
+    near = torch.linspace(-12, 12, 1001, dtype=torch.float64, device="cpu")
+    return torch.cat([near, far, -far]).view(7, 147)
+
+
+_SAMPLES = _samples()
+
+
 def activation_of(module: nn.Module) -> str | None:
     """Return the name of the activation that ``module`` computes, found by its values, or None."""
     if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
@@ -216,7 +226,7 @@ def activation_of(module: nn.Module) -> str | None:
     is_torchs = cls.__module__.startswith("torch.")
     if not is_torchs and (_does_more(module) or constants(module)):
         return None
-    z = torch.linspace(-12, 12, 1001, dtype=torch.float64, device="cpu").view(7, 143)
+    z = _SAMPLES
     copy, names = replica(module), []
     for training in (False, True):
         set_training(copy, training)
@@ -236,7 +246,10 @@ def activation_of(module: nn.Module) -> str | None:
 def _name_of_values(z: Tensor, y: Tensor) -> str | None:
     """Return the name of the activation for which ``y`` is that of ``z``, or None."""
     for code, name in enumerate(_activations.NAMES):
-        if code != _activations.NONE and (y - _activations.activate(z, code)).abs().max() < 1e-9:
+        if code == _activations.NONE:
+            continue
+        expected = _activations.activate(z, code)
+        if ((y - expected).abs() <= 1e-9 * expected.abs().clamp(min=1)).all():
             return name
     return None
 
