@@ -32,7 +32,10 @@ EFFECTS = {
     "counts": "self.calls += 1",
     "appends": "self.log.append(len(x))",
     "extends": "self.log += [len(x)]",
+    "extends under another name": "log = self.log; log += [len(x)]",
     "updates": "self.stats.update(n=len(x))",
+    "updates under another name": "stats = self.stats; stats |= {'n': len(x)}",
+    "appends by name": "getattr(self.log, 'append')(len(x))",
     "sets an item": "self.stats['n'] = len(x)",
     "adds to a set": "self.seen.add(len(x))",
     "adds to a deque": "self.world.recent.append(len(x))",
@@ -69,6 +72,7 @@ BRANCHES = {
     "an attribute": "self.flag",
     "an attribute by name": "getattr(self, 'flag')",
     "a number": "self.width > 100",
+    "an entry": "self.cfg['on']",
     "a global": "FLAGS['on']",
     "a global name": "ON",
     "a missing child": "self.act is None",
@@ -393,7 +397,7 @@ def initial():
     """Return the attributes that forwards change, as they are before the first call."""
     return {
         **{"calls": 0, "log": [], "stats": {}, "seen": set(), "hidden": None},
-        **{"flag": False, "width": D},
+        **{"flag": False, "width": D, "cfg": {"on": False}},
     }
 
 
@@ -614,6 +618,7 @@ def edit(model, world, how, at):
         for m in model.modules():
             if "flag" in vars(m):
                 vars(m).update(flag=True) if how == "flag" else vars(m).update(width=101)
+                m.cfg["on"] = True
     elif how == "global flags":
         world.names["FLAGS"]["on"] = world.names["ON"] = True
     elif how == "global hooks":
