@@ -103,6 +103,12 @@ def has_branches(module: nn.Module) -> bool:
     return any("JUMP" in i.opname or i.opname == "FOR_ITER" for i in instructions)
 
 
+def has_slices(module: nn.Module) -> bool:
+    """Return True if the forward of ``module``, or a method it calls, takes a slice."""
+    instructions = (i for f in _functions(module) if f for i in dis.get_instructions(f))
+    return any("SLICE" in i.opname or isinstance(i.argval, slice) for i in instructions)
+
+
 def constants(module: nn.Module) -> Constants:
     """Return what the forward of ``module`` may branch or choose by, with its values.
 

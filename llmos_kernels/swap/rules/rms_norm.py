@@ -15,6 +15,7 @@ from llmos_kernels.swap.forwards import (
     Reads,
     constants,
     has_branches,
+    has_slices,
     have_changed,
     side_effect,
 )
@@ -28,8 +29,6 @@ _EPSILON_NAMES = ("eps", "variance_epsilon", "epsilon")
 #: The sizes of the numbers on which an RMS norm is recognised. At 1e-3 the result depends on
 #: epsilon; a bound may show far from 1 alone. Squares of 1e6 are still far from float32's limit.
 _SCALES = (1.0, 1e-3, 1e6)
-#: And the number of rows: a slice may show in many alone.
-_ROWS = 1025
 
 
 class FusedRMSNorm(GeneratedClass):
@@ -104,7 +103,9 @@ def epsilon_name(module: nn.Module) -> str:
         return ""
     attributes = module.__dict__
     name = next((n for n in _EPSILON_NAMES if isinstance(attributes.get(n), float)), "")
-    if not name or module._modules or module._buffers or side_effect(module):
+    if not name or module._modules or module._buffers:
+        return ""
+    if side_effect(module) or has_slices(module):  # A slice may show in long inputs alone.
         return ""
     return name if all(_is_rms_norm(module, name, scale) for scale in _SCALES) else ""
 
@@ -125,7 +126,7 @@ def _is_rms_norm(module: nn.Module, epsilon: str, scale: float) -> bool:
     with torch.no_grad():
         options: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
         weight.copy_(torch.randn(width, **options))
-        x = torch.randn(_ROWS, 3, width, **options) * scale
+        x = torch.randn(2, 3, width, **options) * scale
         x[..., 0] += scale  # The mean is not 0, so that a norm that subtracts it differs.
         for training in (False, True):
             try:
