@@ -112,9 +112,10 @@ def has_slices(module: nn.Module) -> bool:
 def constants(module: nn.Module) -> Constants:
     """Return what the forward of ``module`` may branch or choose by, with its values.
 
-    These are the plain attributes, of the module and of those inside, that its code names, and, if
-    it names them, dtype, device and requires_grad of the parameters. ``training`` is not among
-    them. A drop-in that was made for these values holds for no others, see ``have_changed``.
+    These are the attributes that its code names, of the module and of those inside, that hold plain
+    data or lists and dicts of it, and, if the code names them, dtype and requires_grad of the
+    parameters. ``training`` is not among them. A drop-in that was made for these values holds for
+    no others, see ``have_changed``.
     """
     functions = [f for f in _functions(module) if f]
     instructions = (i for f in functions for i in dis.get_instructions(f))
@@ -157,6 +158,10 @@ def _frozen(value: Any) -> Any:
     return _MISSING if _holds_missing(items) else items
 
 
+def _is_data(value: Any) -> bool:
+    return isinstance(value, (*PLAIN, list, dict))
+
+
 def _holds_missing(items: tuple) -> bool:
     return any(i is _MISSING or (isinstance(i, tuple) and _MISSING in i) for i in items)
 
@@ -165,7 +170,7 @@ class Reads(TorchFunctionMode):
     """Records what code asks of tensors that are no parameters, other than to compute with them.
 
     Such a read, of a shape or a value, may decide what the code does. Reads of dtype and device are
-    left out: a drop-in can compare them at each call.
+    left out: ``constants`` has the dtype, and ``side_effect`` tells of branches on the device.
     """
 
     def __init__(self) -> None:
@@ -258,6 +263,7 @@ def _attribute(module: nn.Module, name: str) -> Any:
 
 
 def _effects(module: nn.Module) -> Iterator[str]:
+    branches = has_branches(module)
     for found in _functions(module):
         if found is None:
             yield "is no plain function"
@@ -266,8 +272,7 @@ def _effects(module: nn.Module) -> Iterator[str]:
         for name in names:
             yield from _effects_of_attribute(module, name)
         yield from _effects_of_strings(module, found)
-        asked = _UNSEEN & {*names} if has_branches(module) else ()
-        for name in asked:
+        for name in _UNSEEN & {*names} if branches else ():
             yield f"branches, and asks for {name}"
         for instruction in dis.get_instructions(found.__code__):
             name, value = instruction.opname, instruction.argval
@@ -285,9 +290,7 @@ def _effects(module: nn.Module) -> Iterator[str]:
             elif name == "LOAD_GLOBAL":
                 if not _is_harmless(found, value):
                     yield f"uses {value}"
-                elif has_branches(module) and isinstance(
-                    found.__globals__.get(value, _MISSING), (*PLAIN, list, dict)
-                ):
+                elif branches and _is_data(found.__globals__.get(value, _MISSING)):
                     yield f"branches, and uses the global variable {value}"
             elif name in ("LOAD_DEREF", "LOAD_CLASSDEREF") and value != "__class__":
                 yield f"uses {value} of another function"
