@@ -20,8 +20,10 @@ class DenseWeight(Tensor):
 
     It is read like any tensor. Assigning to its ``data`` quantizes the new values into the layer. A
     write in place, also to a view, raises, since it would be lost. Quantizing after each such write
-    would not help: a change smaller than half an int8 step would be rounded away. A write
-    through memory that has left torch (``numpy()``, DLPack) is not seen.
+    would not help: a change smaller than half an int8 step would be rounded away.
+
+    A write that torch does not report to Python is lost unseen: through ``numpy()``, DLPack or the
+    storage, by a fused optimizer, and in a compiled graph, which reads a plain tensor.
     """
 
     _layer: QuantizedLayer
