@@ -266,7 +266,7 @@ def test_resume_from(out, archive, monkeypatch, tmp_path):
     earlier = tmp_path / "earlier"
     gpu_merge.write(earlier / "summary.json", {"a": summary["a"]})
     kept = tmp_path / "kept" / gpu_archive.NAME
-    gpu_archive.pack(earlier, kept)
+    gpu_archive.archive_folder(earlier, kept)
     for given in (kept, kept.parent, earlier):
         (out / "summary.json").unlink()
         assert gpu.main(["--resume-from", str(given)]) == 0 and ran(out) == ["b"]
@@ -302,12 +302,12 @@ def test_archive_after_each_step(out, archive, monkeypatch):
     """It is all that lies in OUT, whatever there is to keep."""
     seen = []
 
-    def pack(folder, to, real=gpu_archive.pack):
+    def archive_folder(folder, to, real=gpu_archive.archive_folder):
         real(folder, to)
         rows = inside(to, "summary.json")
         seen.append("".join(f"{name}:{row['outcome'][0]}" for name, row in rows.items()))
 
-    monkeypatch.setattr(gpu_archive, "pack", pack)
+    monkeypatch.setattr(gpu_archive, "archive_folder", archive_folder)
     many = "; ".join(f"open({str(out / f'{i}.json')!r}, 'w').write('{i}')" for i in range(12))
     table(monkeypatch, one=[step("a", many), step("b", "raise SystemExit(1)")])
     assert gpu.main([]) == 1
@@ -319,7 +319,7 @@ def test_archive_after_each_step(out, archive, monkeypatch):
 def test_archive_while_a_step_runs(out, archive, monkeypatch):
     """The rows that a step has measured come back though the call is killed."""
     monkeypatch.setattr(gpu_runner, "EVERY", 0.05)
-    runner = Runner(out, 3.0, 1.0, lambda: gpu_archive.pack(out, archive))
+    runner = Runner(out, 3.0, 1.0, lambda: gpu_archive.archive_folder(out, archive))
     code = f"open({str(out / 'a.jsonl')!r}, 'w').write('1'); import time, zipfile; time.sleep(0.6)"
     code += f"; print(zipfile.ZipFile({str(archive)!r}).namelist())"
     assert runner.run(step("a", code)) == "passed"
@@ -369,7 +369,7 @@ def test_merge(monkeypatch, tmp_path, capsys):
         gpu_merge.write(folder / "models.json", bench(str(i), both=i, **{f"only{i}": i}))
         gpu_merge.write(folder / "tuned.json", {"format": i})
         (folder / "models.jsonl").write_text(f'"both"\n"{i}"\n')
-    gpu_archive.pack(calls[0], tmp_path / gpu_archive.NAME)
+    gpu_archive.archive_folder(calls[0], tmp_path / gpu_archive.NAME)
     assert gpu.main(["--merge", str(calls[1]), str(tmp_path / gpu_archive.NAME)]) == 0
     target = results / "nvidia-a100"
     assert str(target) in capsys.readouterr().out
