@@ -67,7 +67,8 @@ def _widened(
     if group > 1:
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     acc = torch.promote_types(query.dtype, torch.float32)
-    return query.to(acc), key.to(acc), value.to(acc)
+    # Torch's products then give the same bits for every layout.
+    return query.to(acc).contiguous(), key.to(acc).contiguous(), value.to(acc).contiguous()
 
 
 def _scores(query: Tensor, key: Tensor, options: AttentionOptions) -> Tensor:
@@ -195,10 +196,10 @@ def attention_gradients(
     factors: Tensor | int = 1
     if seed is not None:
         factors = dropout_factors(p, seed, options.dropout_p, cu_k)
-    dp = torch.zeros_like(p) if dweights is None else dweights.to(p.dtype)
+    dp = torch.zeros_like(p) if dweights is None else dweights.to(p.dtype).contiguous()
     dvalue = torch.zeros_like(value)
     if dout is not None:
-        dout = dout.to(p.dtype)
+        dout = dout.to(p.dtype).contiguous()
         dp = dp + dout @ value.mT
         dvalue = (p * factors).mT @ dout
     dp = dp * factors
