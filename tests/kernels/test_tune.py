@@ -14,7 +14,7 @@ pytest.importorskip("rich")
 from llmos_kernels._tools import build_pack, tune, tune_jobs
 from llmos_kernels._tools.tune_jobs import TuningJob
 from llmos_kernels._triton import rows
-from llmos_kernels._triton.attention import scores
+from llmos_kernels._triton.attention import tiles
 from llmos_kernels._triton.gemm import gemm, persistent
 from llmos_kernels._triton.norm import layer_norm
 from llmos_kernels._triton.runtime import settings
@@ -152,7 +152,7 @@ def test_launchers_ask(folder):
     with build_pack.planned_for("sm_90"):
         assert rows.row_block("layer_norm", empty(1), 700) == (1, 1024, 2)
         assert rows.row_block("layer_norm backward", empty(1), 700) != (1, 1024, 2)
-        assert scores.tile_arguments("forward", empty(1, 1, 1, 40), 64) == tile
+        assert tiles.tile_arguments("forward", empty(1, 1, 1, 40), 64) == tile
         small, weight = empty(256, 512), empty(512, 512)
         assert persistent.plan("linear", small, weight, True) is None
         grid, blocks = gemm.plan("linear", small, 256, 512, 512, False)

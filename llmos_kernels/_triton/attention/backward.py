@@ -15,14 +15,16 @@ from llmos_kernels._triton.attention.backward_mask import launch_dmask
 from llmos_kernels._triton.attention.dkey import dkey_kernel
 from llmos_kernels._triton.attention.dquery import dquery_kernel
 from llmos_kernels._triton.attention.scores import (
-    block_dim,
     mask_arguments,
     stride_arguments,
+    varlen_arguments,
+    with_unit_columns,
+)
+from llmos_kernels._triton.attention.tiles import (
+    block_dim,
     thread_blocks_per_head,
     tile_arguments,
     tile_variant,
-    varlen_arguments,
-    with_unit_columns,
 )
 from llmos_kernels._triton.rows import dropout_arguments
 from llmos_kernels._triton.runtime import pack_shapes

@@ -12,9 +12,9 @@ from llmos_kernels._triton.attention.scores import (
     TOP_LEFT,
     load_rows,
     readable_keys,
-    tile_arguments,
     tile_weights,
 )
+from llmos_kernels._triton.attention.tiles import tile_arguments
 from llmos_kernels._triton.runtime.launch import kernel
 
 

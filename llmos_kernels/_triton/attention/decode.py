@@ -13,11 +13,10 @@ from llmos_kernels._triton.attention.attend import attend
 from llmos_kernels._triton.attention.scores import (
     LOG2E,
     TOP_LEFT,
-    block_dim,
     load_rows,
     store_rows,
-    tile_arguments,
 )
+from llmos_kernels._triton.attention.tiles import block_dim, tile_arguments
 from llmos_kernels._triton.runtime.launch import kernel
 
 #: The most queries of one key head for which the keys are split: all of them share a tile.

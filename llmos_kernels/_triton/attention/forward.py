@@ -21,17 +21,19 @@ from llmos_kernels._triton.attention.decode import (
     forward_in_parts,
 )
 from llmos_kernels._triton.attention.scores import (
-    block_dim,
     load_rows,
     mask_arguments,
     query_block,
     store_rows,
     stride_arguments,
+    varlen_arguments,
+    with_unit_columns,
+)
+from llmos_kernels._triton.attention.tiles import (
+    block_dim,
     thread_blocks_per_head,
     tile_arguments,
     tile_variant,
-    varlen_arguments,
-    with_unit_columns,
 )
 from llmos_kernels._triton.rows import dropout_arguments
 from llmos_kernels._triton.runtime import pack_shapes

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from llmos_kernels._triton.attention.scores import (
     TOP_LEFT,
-    block_dim,
     exponential,
     load_bool_mask,
     load_rows,
@@ -23,9 +22,9 @@ from llmos_kernels._triton.attention.scores import (
     readable_keys,
     scores,
     stride_arguments,
-    tile_arguments,
     with_unit_columns,
 )
+from llmos_kernels._triton.attention.tiles import block_dim, tile_arguments
 from llmos_kernels._triton.rows import dropout_arguments, dropout_factors
 from llmos_kernels._triton.runtime import pack_shapes
 from llmos_kernels._triton.runtime.launch import kernel
