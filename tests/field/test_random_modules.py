@@ -9,7 +9,9 @@ import inspect
 
 import hypothesis
 import torch
-from random_modules import CALLS, build, differences, edit, initial, plans, run
+from observed_runs import CALLS, differences, run
+from random_modules import build, edit, initial
+from random_plans import plans
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
