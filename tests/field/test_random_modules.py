@@ -10,7 +10,8 @@ import inspect
 import hypothesis
 import torch
 from observed_runs import CALLS, differences, run
-from random_modules import build, edit, initial
+from random_edits import edit
+from random_modules import build, initial
 from random_plans import plans
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
