@@ -7,31 +7,12 @@ import copy
 
 import pytest
 import torch
+from field_parts import D, FeedForward, Norm
 from torch import nn
 
 import llmos_kernels as lk
 
 pytestmark = pytest.mark.usefixtures("untimed")
-
-D = 16
-
-
-class FeedForward(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.act, self.down = nn.Linear(D, 32), nn.GELU(), nn.Linear(32, D)
-
-    def body(self, x):
-        return self.down(self.act(self.up(x)))
-
-
-class Norm(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(D)), 1e-6
-
-    def body(self, x):
-        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
 
 
 #: Bodies of a forward. More rows than a probe has, or another dtype or value, decide.
