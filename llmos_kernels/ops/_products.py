@@ -334,18 +334,6 @@ def _run_forward(
     return y, y.new_empty(0) if z is None else z
 
 
-def _run_dinput(
-    dz: Tensor,
-    weight: Tensor,
-    saved: Tensor | None,
-    activation: int,
-    dropout_p: float,
-    seed: Tensor | None,
-    layer: bool,
-) -> tuple[Tensor, Tensor]:
-    return dinput(dz, weight, saved, activation, dropout_p, seed, layer)
-
-
 def _run_dweight(dz: Tensor, input: Tensor, bias: bool, layer: bool) -> tuple[Tensor, Tensor]:
     dweight, dbias = _dweight(dz, input, bias, layer)
     return dweight, dz.new_empty(0) if dbias is None else dbias
@@ -359,7 +347,7 @@ linear_forward_by_policy = define_composite(
 )
 linear_dinput_by_policy = define_composite(
     f"linear_dinput_by_policy({_DINPUT}, bool layer) -> (Tensor dinput, Tensor dbias)",
-    run=_run_dinput,
+    run=dinput,
     fake=_dinput_fake,
     flops=flops_of_rows,
 )

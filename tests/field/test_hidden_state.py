@@ -14,7 +14,6 @@ import llmos_kernels as lk
 
 pytestmark = pytest.mark.usefixtures("untimed")
 
-FLAG = False
 TENSORS = ("count", "amax")
 
 
