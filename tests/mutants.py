@@ -74,7 +74,7 @@ MUTANTS = (
         "llmos_kernels/_triton/norm/layer_norm.py",
         "    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]",
         "    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]",
-        ("tests/kernels/test_triton.py", "-k", "offsets_past_two"),
+        ("tests/kernels/test_offsets.py", "-k", "offsets_past_two"),
     ),
     Mutant(
         "swap dweight and dbias",
