@@ -1,15 +1,9 @@
-"""``tools/gpu_session/gpu.py`` with made-up steps: order, limits, what is kept, what the next call
-does."""
+"""``tools/gpu_session/gpu.py`` with made-up steps: their order, limits and sources, and merging."""
 
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
 import time
-import zipfile
-from pathlib import Path
 
 import gpu
 import gpu_archive
@@ -17,22 +11,8 @@ import gpu_merge
 import gpu_runner
 import gpu_steps
 import pytest
+from gpu_calls import alive, ran, step, table, written
 from gpu_runner import BUDGET, Runner
-from gpu_steps import Step
-
-
-def step(name, code="pass", seconds=5, **options):
-    return Step(name, seconds, [sys.executable, "-c", code], folders=("csrc",), **options)
-
-
-@pytest.fixture
-def out(tmp_path, monkeypatch):
-    """Where steps work; they write their names to ``order``, and their sources are few."""
-    monkeypatch.setattr(gpu, "WORK", tmp_path / "work")
-    monkeypatch.setattr(gpu, "OUT", tmp_path / "out")
-    monkeypatch.setattr(gpu_runner, "sources_sum", lambda folders: "these")
-    monkeypatch.setattr(gpu, "gpu_name", lambda: None)
-    return tmp_path / "work"
 
 
 @pytest.mark.parametrize(("variable", "seen", "arch"), [("8.6", "9.0", "8.6"), ("", "8.0", "8.0")])
@@ -45,37 +25,6 @@ def test_the_gpu_that_is_seen_is_built_for(variable, seen, arch, tmp_path, monke
     assert gpu_steps.compute_capability() == arch
     smi.unlink()
     assert gpu_steps.compute_capability() == (variable or "9.0")
-
-
-@pytest.fixture
-def archive(out):
-    """What comes back of a call."""
-    return out.parent / "out" / gpu_archive.NAME
-
-
-def inside(archive, name):
-    with zipfile.ZipFile(archive) as opened:
-        return json.loads(opened.read(name))
-
-
-def written(out, name):
-    return f"open({str(out / 'order')!r}, 'a').write('{name} ')"
-
-
-def table(monkeypatch, **slices):
-    monkeypatch.setattr(gpu, "slices", lambda out, rehearse, carried: slices)
-
-
-def ran(out):
-    """The steps that were run since it was asked last."""
-    order = out / "order"
-    names = order.read_text().split() if order.exists() else []
-    order.unlink(missing_ok=True)
-    return names
-
-
-def outcomes(out):
-    return {k: row["outcome"] for k, row in gpu_merge.read(out / "summary.json").items()}
 
 
 def test_order_and_a_failing_step(out, monkeypatch, capsys):
@@ -138,14 +87,6 @@ DEAF = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
 KEEPS = "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('kept')\n"
 
 
-def alive(pid):
-    """Whether a process is there and no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
-    except OSError:
-        return False
-
-
 @pytest.mark.parametrize(
     "ends, goes_on, outcome",
     [(KEEPS, True, "partial"), (KEEPS, False, "failed"), (DEAF + WAIT, True, "partial")],
@@ -205,125 +146,6 @@ def test_estimate_of_what_was_begun(out):
     for spent, needed in ((30, 70), (90, gpu_runner.LEAST)):
         runner.rows["a"] = {"sources": "these", "outcome": "partial", "seconds": spent}
         assert runner.needs(made) == needed
-
-
-DRIVER = """
-import sys
-sys.path[:0] = [sys.argv[1], sys.argv[2]]
-import gpu, gpu_runner, test_gpu_slices as t
-from pathlib import Path
-out = Path(sys.argv[3])
-gpu_runner.sources_sum = lambda folders: "these"
-gpu.WORK, gpu.OUT = out, out.parent / "out"
-steps = [t.step(n, t.written(out, n) + (t.waits(out) if n == "b" else "")) for n in "abc"]
-gpu.slices = lambda *_: {"one": steps}
-sys.exit(gpu.main([f"--resume-from={name}" for name in sys.argv[4:]]))
-"""
-
-
-def waits(out):
-    """For ever at first, with its number in a file; the next time not."""
-    at = str(out / "pid")
-    return (
-        f"; import os, time; there = os.path.exists({at!r}); "
-        f"open({at!r}, 'w').write(str(os.getpid())); time.sleep(0 if there else 60)"
-    )
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_goes_on_after_a_kill(tmp_path, number):
-    """At the step that was running; its processes, in a session of their own, are ended."""
-    out = tmp_path / "out"
-    tools, tests = Path(gpu.__file__).parent, Path(__file__).parent
-    command = [sys.executable, "-c", DRIVER, tools, tests, out]
-    runner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    end = time.monotonic() + 10
-    while not (out / "pid").exists() or not (out / "pid").read_text():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    pid = int((out / "pid").read_text())
-    runner.send_signal(number)
-    runner.communicate()
-    assert runner.returncode == (-number if number == signal.SIGKILL else 130)
-    assert outcomes(out) == {"a": "passed", "b": "running"}
-    assert alive(pid) == (number == signal.SIGKILL)
-    assert ran(out) == ["a", "b"]
-    archive = tmp_path / "out" / gpu_archive.NAME
-    kept = {k: row["outcome"] for k, row in inside(archive, "summary.json").items()}
-    assert kept == {"a": "passed", "b": "running"}
-    (out / "summary.json").unlink()
-    done = subprocess.run([*command, archive], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert not alive(pid)
-    assert ran(out) == ["b", "c"] and set(outcomes(out).values()) == {"passed"}
-
-
-def test_resume_from(out, archive, monkeypatch, tmp_path):
-    """Where what an earlier call has left is gone: from its archive, or the folder that has it."""
-    table(monkeypatch, one=[step("a", written(out, "a")), step("b", written(out, "b"))])
-    assert gpu.main([]) == 0 and ran(out) == ["a", "b"]
-    summary = gpu_merge.read(out / "summary.json")
-    earlier = tmp_path / "earlier"
-    gpu_merge.write(earlier / "summary.json", {"a": summary["a"]})
-    kept = tmp_path / "kept" / gpu_archive.NAME
-    gpu_archive.archive_folder(earlier, kept)
-    for given in (kept, kept.parent, earlier):
-        (out / "summary.json").unlink()
-        assert gpu.main(["--resume-from", str(given)]) == 0 and ran(out) == ["b"]
-        assert set(inside(archive, "summary.json")) == {"a", "b"}
-
-
-def test_resume_keeps_what_is_newer(out, tmp_path):
-    """On a machine that is warm."""
-    for i, folder in enumerate((tmp_path / "earlier", out)):
-        gpu_merge.write(folder / "summary.json", {"a": {"started": i}})
-        gpu_merge.write(folder / "tuned.json", {"format": i})
-        (folder / "a.jsonl").write_text(f'{i}\n{{"half')
-    gpu.resume(tmp_path / "earlier")
-    assert gpu_merge.read(out / "summary.json") == {"a": {"started": 1}}
-    assert gpu_merge.read(out / "tuned.json") == {"format": 1}
-    assert (out / "a.jsonl").read_text() == '1\n{"half\n0\n'
-
-
-def test_resume_on_another_gpu(out, tmp_path, monkeypatch, capsys):
-    """Two machines' results are not mixed."""
-    gpu_merge.write(tmp_path / "earlier" / "about.json", {"machine": "nvidia-a100-80gb-pcie"})
-    gpu_merge.write(tmp_path / "earlier" / "tuned.json", {"format": 1})
-    monkeypatch.setattr(gpu, "gpu_name", lambda: "nvidia-l40s")
-    gpu.resume(tmp_path / "earlier")
-    assert "from nvidia-a100-80gb-pcie, this GPU is nvidia-l40s" in capsys.readouterr().out
-    assert not out.exists()
-    monkeypatch.setattr(gpu, "gpu_name", lambda: "nvidia-a100-80gb-pcie")
-    gpu.resume(tmp_path / "earlier")
-    assert gpu_merge.read(out / "tuned.json") == {"format": 1}
-
-
-def test_archive_after_each_step(out, archive, monkeypatch):
-    """It is all that lies in OUT, whatever there is to keep."""
-    seen = []
-
-    def archive_folder(folder, to, real=gpu_archive.archive_folder):
-        real(folder, to)
-        rows = inside(to, "summary.json")
-        seen.append("".join(f"{name}:{row['outcome'][0]}" for name, row in rows.items()))
-
-    monkeypatch.setattr(gpu_archive, "archive_folder", archive_folder)
-    many = "; ".join(f"open({str(out / f'{i}.json')!r}, 'w').write('{i}')" for i in range(12))
-    table(monkeypatch, one=[step("a", many), step("b", "raise SystemExit(1)")])
-    assert gpu.main([]) == 1
-    assert seen == ["a:r", "a:p", "a:pb:r", "a:pb:f", "a:pb:f"]
-    assert [inside(archive, f"{i}.json") for i in range(12)] == [*range(12)]
-    assert [p.name for p in archive.parent.iterdir()] == [gpu_archive.NAME]
-
-
-def test_archive_while_a_step_runs(out, archive, monkeypatch):
-    """The rows that a step has measured come back though the call is killed."""
-    monkeypatch.setattr(gpu_runner, "EVERY", 0.05)
-    runner = Runner(out, 3.0, 1.0, lambda: gpu_archive.archive_folder(out, archive))
-    code = f"open({str(out / 'a.jsonl')!r}, 'w').write('1'); import time, zipfile; time.sleep(0.6)"
-    code += f"; print(zipfile.ZipFile({str(archive)!r}).namelist())"
-    assert runner.run(step("a", code)) == "passed"
-    assert "a.jsonl" in runner.rows["a"]["tail"]
 
 
 def bench(when, **seconds):

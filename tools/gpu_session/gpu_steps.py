@@ -90,6 +90,7 @@ _NOT_HERE = (
     "test_build.py",
     *_STRESS,
     "test_gpu_slices.py",
+    "test_gpu_resume.py",
     "test_gpu_carry.py",
 )
 _PACKED = ("test_kernels.py", "test_ops.py", "test_attention.py", "test_int8.py", "test_layers.py")
