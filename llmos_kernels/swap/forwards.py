@@ -10,7 +10,8 @@ import dis
 import functools
 import inspect
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -21,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 
 from llmos_kernels.swap.calls import PLAIN
 
-#: Names of attributes and their values at the time of a swap.
-Constants = tuple[tuple[str, Any], ...]
+#: Names of attributes and their values at the time of a swap; () where there are none.
+Constants = tuple[()] | tuple[tuple[str, ...], tuple[Any, ...]]
 
 _BUILTINS = frozenset(
     (
@@ -131,18 +132,26 @@ def constants(module: nn.Module) -> Constants:
     for place, p in module.named_parameters():
         states = ((f"{place}.{n}", getattr(p, n)) for n in _PARAMETER_STATES if n in names)
         found += states
-    return tuple(found)
+    return tuple(zip(*found, strict=True))  # type: ignore[return-value]
 
 
 def have_changed(module: nn.Module, then: Constants) -> bool:
     """Return True if an attribute of ``module`` has another value than it had ``then``."""
-    for name, value in then:
-        found: Any = module
-        for part in name.split("."):
-            found = getattr(found, part, _MISSING)
-        if _frozen(found) != value:
-            return True
-    return False
+    if not then:
+        return False
+    names, values = then
+    try:
+        found = _reader(names)(module)
+    except AttributeError:
+        return True
+    if len(names) == 1:
+        found = (found,)
+    return found != values and tuple(map(_frozen, found)) != values
+
+
+@functools.cache
+def _reader(names: tuple[str, ...]) -> Callable[[Any], Any]:
+    return operator.attrgetter(*names)
 
 
 def _frozen(value: Any) -> Any:
