@@ -141,12 +141,17 @@ def have_changed(module: nn.Module, then: Constants) -> bool:
         return False
     names, values = then
     try:
-        found = _reader(names)(module)
+        found = _read(module, names)
     except AttributeError:
         return True
-    if len(names) == 1:
-        found = (found,)
     return found != values and tuple(map(_frozen, found)) != values
+
+
+def _read(module: nn.Module, names: tuple[str, ...]) -> tuple:
+    if torch.compiler.is_compiling():  # torch.compile cannot follow an attrgetter made elsewhere
+        return tuple(functools.reduce(getattr, n.split("."), module) for n in names)
+    found = _reader(names)(module)
+    return found if len(names) > 1 else (found,)
 
 
 @functools.cache
