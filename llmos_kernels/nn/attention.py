@@ -145,14 +145,11 @@ def _unshared(attention: Any, x: Tensor) -> Tensor:
     torch transposes ``batch_first`` inputs, so that its product copies them. What was passed may
     then be changed in place before the backward, as in ``x += attention(x, x, x)[0]``.
     """
+    if not torch.is_grad_enabled() or not attention.batch_first or x.dim() != 3:
+        return x
     names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-    if (
-        not attention.batch_first
-        or x.dim() != 3
-        or 1 in x.shape[:2]
-        or not needs_grad(*(getattr(attention, name) for name in names))
-        or is_traced(x)
-    ):
+    is_trained = needs_grad(*(getattr(attention, name) for name in names))
+    if not is_trained or 1 in x.shape[:2] or is_traced(x):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
