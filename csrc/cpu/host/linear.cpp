@@ -134,10 +134,10 @@ std::tuple<Tensor, Tensor> dinput(const Tensor& dout_, const Tensor& weight_,
                                 outer,
                                 epilogue(activation, dropout_p, seed)};
     const auto& kernel = *task_kernel<LinearDinputArgs<T>>.best();
-    run_in_parallel(
-        kernel, a,
-        gemm_tasks(inner, kernel.block, rows, kChunkRows, max_panel_columns(kernel, outer)),
-        double(rows) * inner * outer);
+    run_in_parallel(kernel, a,
+                    gemm_tasks(inner, kernel.block, rows, saved ? kChunkRows : kBlockRows,
+                               max_panel_columns(kernel, outer)),
+                    double(rows) * inner * outer);
     if (saved) sum_partials<T>.best()(sums.get(), chunks, inner, mutable_data<T>(dbias), 0, inner);
   });
   return {result, dbias};

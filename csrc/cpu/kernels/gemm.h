@@ -14,7 +14,7 @@ namespace llmos {
 namespace {
 
 constexpr int64_t kMicroPanel = 4 * kLanes;  // Columns of c in a micro-panel.
-// Words of depth that are packed at a time: such a panel fits in the L2 cache.
+// Words of depth that are packed at a time.
 constexpr int64_t kDepth = 768;
 constexpr int64_t kBlockDepth = 128;
 
@@ -22,8 +22,10 @@ template <class T>
 class PanelGemm {
  public:
   using U = WordOf<T>;
-  // AMX is so fast that reading the left operand once for each narrow panel would limit it.
-  static constexpr int64_t kPanel = (kUsesAmx<U> ? 6 : 2) * kMicroPanel;
+  // The left operand is read, and if need be packed, once for each panel: narrow ones would be
+  // limited by that, and the sums of wide ones would not fit in the L2 cache. AMX is the fastest.
+  static constexpr int64_t kPanel = kUsesAmx<U> ? 6 * kMicroPanel : 192;
+  static_assert(kPanel % kMicroPanel == 0);
 
   explicit PanelGemm(Scratch& scratch)
       : packed_(scratch.take<U>(kDepth * kPanel)),
@@ -77,8 +79,9 @@ class PanelGemm {
     data_ = right.data;
     k_ = k;
     first_ = first;
+    depth_ = words<U>(k_end - k);
     U* to = packed_;
-    for (int64_t j = 0; j < columns; j += kMicroPanel, to += kDepth * kMicroPanel) {
+    for (int64_t j = 0; j < columns; j += kMicroPanel, to += depth_ * kMicroPanel) {
       const int64_t n = std::min(kMicroPanel, columns - j);
       if (right.column_stride == 1)
         pack_by_rows(right, k, k_end, first + j, n, to, kMicroPanel);
@@ -147,11 +150,11 @@ class PanelGemm {
   }
 
   template <bool kByColumn>
-  static void multiply(int64_t rows, int64_t columns, int64_t n, const U* left, int64_t step,
-                       const U* right, bool starts_sum, float* c) {
+  void multiply(int64_t rows, int64_t columns, int64_t n, const U* left, int64_t step,
+                const U* right, bool starts_sum, float* c) {
     const auto run = starts_sum ? &small_gemm<U, kByColumn, Update::Replace>
                                 : &small_gemm<U, kByColumn, Update::Add>;
-    for (int64_t j = 0; j < columns; j += kMicroPanel, right += kDepth * kMicroPanel)
+    for (int64_t j = 0; j < columns; j += kMicroPanel, right += depth_ * kMicroPanel)
       run(rows, to_vectors(std::min(kMicroPanel, columns - j)) / kLanes, n, left, step, right,
           kMicroPanel, c + j * kChunkRows, kMicroPanel, nullptr);
   }
@@ -160,8 +163,9 @@ class PanelGemm {
   // [micro-panel][row of the chunk][column]. If the depth fits one part, every block of rows is
   // finished at once and uses the first rows.
   float* sums_;
-  const T* data_ = nullptr;  // packed_ holds this matrix from row k_ and column first_ on.
-  int64_t k_ = 0, first_ = 0;
+  // packed_ holds depth_ words of this matrix from row k_ and column first_ on.
+  const T* data_ = nullptr;
+  int64_t k_ = 0, first_ = 0, depth_ = 0;
 };
 
 }  // namespace
