@@ -58,9 +58,14 @@ class PanelGemm {
           const int64_t rows = std::min(kBlockRows, stop - row);
           float* c = sums_ + (in_one_part ? 0 : (row - chunk) * kMicroPanel);
           constexpr int64_t kStep = kBlockDepth * kPerWord<U>;
-          for (int64_t k = part; k < part_end; k += kStep)
+          for (int64_t k = part; k < part_end; k += kStep) {
+            const bool last = k + kStep >= part_end;
+            next_ = task.columns > kMicroPanel
+                        ? NextRows{}
+                        : next_rows(left, last ? row + kBlockRows : row, last ? part : k + kStep);
             multiply_block(left, row, rows, k, std::min(k + kStep, part_end), task.columns,
                            packed_ + (k - part) / kPerWord<U> * kMicroPanel, k == 0, c);
+          }
           for (int64_t j = 0; part_end == depth && j < task.columns; j += kMicroPanel)
             finish(row, rows, task.first_column + j, std::min(kMicroPanel, task.columns - j),
                    c + j * kChunkRows);
@@ -127,6 +132,16 @@ class PanelGemm {
     }
   }
 
+  // Return rows of the left operand from `row` on, and from element k on. Few columns of c take
+  // less time than reading these does, and the rows of a block are too short for the CPU to foresee
+  // the next. They may lie behind the matrix: fetching does not fault.
+  static NextRows next_rows(const Matrix<T>& left, int64_t row, int64_t k) {
+    if (left.column_stride != 1) return {};
+    constexpr int64_t kBytes = kBlockDepth * kPerWord<U> * sizeof(T);
+    return {reinterpret_cast<const char*>(left.at(row, k)), left.row_stride * int64_t(sizeof(T)),
+            kBytes};
+  }
+
   [[gnu::noinline]] void multiply_block(const Matrix<T>& left, int64_t row, int64_t rows, int64_t k,
                                         int64_t k_end, int64_t columns, const U* right,
                                         bool starts_sum, float* c) {
@@ -156,7 +171,7 @@ class PanelGemm {
                                 : &small_gemm<U, kByColumn, Update::Add>;
     for (int64_t j = 0; j < columns; j += kMicroPanel, right += depth_ * kMicroPanel)
       run(rows, to_vectors(std::min(kMicroPanel, columns - j)) / kLanes, n, left, step, right,
-          kMicroPanel, c + j * kChunkRows, kMicroPanel, nullptr);
+          kMicroPanel, c + j * kChunkRows, kMicroPanel, nullptr, next_);
   }
 
   U *packed_, *left_, *transposed_, *row_buffer_;
@@ -166,6 +181,7 @@ class PanelGemm {
   // packed_ holds depth_ words of this matrix from row k_ and column first_ on.
   const T* data_ = nullptr;
   int64_t k_ = 0, first_ = 0, depth_ = 0;
+  NextRows next_;  // What is multiplied after the block at hand.
 };
 
 }  // namespace

@@ -72,12 +72,21 @@ class Gemv {
   }
 
  private:
-  static constexpr int64_t kStep = kLanes * kPerWord<U>;  // Elements in a vector of words.
-  static constexpr int64_t kVectorsPerSum = 64;           // Vectors per partial float32 sum.
+  static constexpr int64_t kStep = kLanes * kPerWord<U>;      // Elements in a vector of words.
+  static constexpr int64_t kShortRow = 2048, kAhead = 16384;  // Bytes.
+  static constexpr int64_t kVectorsPerSum = 64;               // Vectors per partial float32 sum.
   using V = AccumulatorVectorOf<U>;
 
   template <int kN>
   void all_rows(const Matrix<W>& weight, int64_t first, S* to) {
+    // The CPU foresees long rows; short ones are fetched while those before are multiplied.
+    const int64_t bytes = inner_ * int64_t(sizeof(W));
+    if (bytes > 0 && bytes <= kShortRow) {
+      const int64_t ahead = (kAhead / bytes + kN) / kN * kN;
+      NextRows{reinterpret_cast<const char*>(weight.at(first + ahead, 0)),
+               weight.row_stride * int64_t(sizeof(W)), bytes}
+          .fetch(0, kN);
+    }
     const W* w[kN];
     for (int n = 0; n < kN; ++n) w[n] = weight.at(first + n, 0);
     const U* x = x_;

@@ -81,17 +81,31 @@ template <class Word, bool kByColumn, Update kUpdate, int kM, int kN>
     }
 }
 
+// Rows of memory that are fetched into the L2 cache while others are multiplied.
+struct NextRows {
+  const char* first = nullptr;
+  int64_t step = 0, bytes = 0;  // Between rows, and of each row.
+
+  [[gnu::always_inline]] void fetch(int64_t row, int64_t rows) const {
+    constexpr int64_t kLine = 64;
+    for (int64_t i = row; i < row + rows; ++i)
+      for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(first + i * step + at, 0, 2);
+  }
+};
+
 template <class Word, bool kByColumn, Update kUpdate, int kN>
 [[gnu::noinline]] void vector_block(int64_t rows, const Word* a, int64_t a_step, const Word* b,
                                     int64_t b_step, int64_t k, AccumulatorOf<Word>* c,
-                                    int64_t c_step, const float* alpha) {
+                                    int64_t c_step, const float* alpha, const NextRows& next) {
   int64_t row = 0;
   const auto run = [&](auto count) {
     constexpr int kM = decltype(count)::value;
-    for (; row + kM <= rows; row += kM)
+    for (; row + kM <= rows; row += kM) {
+      next.fetch(row, kM);
       microkernel<Word, kByColumn, kUpdate, kM, kN>(
           a + row * (kByColumn ? 1 : a_step), a_step, b, b_step, k, c + row * c_step, c_step,
           kUpdate == Update::ScaleAdd ? alpha + row : nullptr);
+    }
   };
   run(std::integral_constant<int, kMicroRows<kN>>{});
   if constexpr (kMicroRows<kN> > 4) run(std::integral_constant<int, 4>{});
@@ -101,12 +115,13 @@ template <class Word, bool kByColumn, Update kUpdate, int kN>
 
 // Compute c [rows, vectors * kLanes] from a [rows, k] and b [k, vectors * kLanes]. k counts words;
 // the steps between rows count words of a and b, and elements of c. Update::ScaleAdd needs alpha
-// [rows]. With kByColumn, a is [k, rows] and is read up to whole vectors of rows.
+// [rows]. With kByColumn, a is [k, rows] and is read up to whole vectors of rows. With each row of
+// a, one of `next` is fetched.
 template <class Word, bool kByColumn, Update kUpdate>
 [[gnu::noinline]] void small_gemm(int64_t rows, int64_t vectors, int64_t k, const Word* a,
                                   int64_t a_step, const Word* b, int64_t b_step,
                                   AccumulatorOf<Word>* c, int64_t c_step,
-                                  const float* alpha = nullptr) {
+                                  const float* alpha = nullptr, NextRows next = {}) {
   if constexpr (kUsesAmx<Word>) {
     if (k > 0)
       return amx_gemm<Word, kByColumn, kUpdate>(rows, vectors, k, a, a_step, b, b_step, c, c_step,
@@ -115,9 +130,11 @@ template <class Word, bool kByColumn, Update kUpdate>
   int64_t at = 0;
   const auto run = [&](auto count) {
     constexpr int kN = decltype(count)::value;
-    for (; at + kN <= vectors; at += kN)
+    for (; at + kN <= vectors; at += kN) {
       vector_block<Word, kByColumn, kUpdate, kN>(rows, a, a_step, b + at * kLanes, b_step, k,
-                                                 c + at * kLanes, c_step, alpha);
+                                                 c + at * kLanes, c_step, alpha, next);
+      next = {};
+    }
   };
   run(std::integral_constant<int, kMicroVectors>{});
   if constexpr (kMicroVectors > 2) run(std::integral_constant<int, 3>{});
