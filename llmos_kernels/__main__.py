@@ -9,6 +9,9 @@ import torch
 
 from llmos_kernels._tools import environment
 
+TUNED_OPS = ("layer_norm", "attention", "linear", "int8")
+HALF_DTYPES = ("bfloat16", "float16")
+
 
 def env(_: argparse.Namespace) -> int:
     """Print versions, devices, the build, and which source file has each op's kernel."""
@@ -36,16 +39,35 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def tune(args: argparse.Namespace) -> int:
-    """Measure launch settings on this GPU; write those that are faster than the launch rules."""
-    if not torch.cuda.is_available():
-        raise ValueError("tune measures a CUDA GPU, and torch finds none")
+    """Measure launch settings on this GPU, or our matrix products beside torch's on this CPU."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("tune --device cuda measures a CUDA GPU, and torch finds none")
+    only = {"cpu": {"op": args.op, "jobs": args.jobs}, "cuda": {"seconds": args.seconds}}[device]
+    for name, value in only.items():
+        if value is not None:
+            raise ValueError(f"--{name} is not for --device {device}, got {value}")
+    if device == "cpu":
+        return _tune_cpu(args)
     try:
         from llmos_kernels._tools import tune
     except ImportError as e:
         print(f"tune needs rich and Triton: {e}", file=sys.stderr)
         return 2
-    dtypes = [getattr(torch, name) for name in args.dtype]
-    return 0 if tune.tune_this_gpu(args.op, dtypes, args.output, args.jobs) else 130
+    jobs = (os.cpu_count() or 1) if args.jobs is None else args.jobs
+    dtypes = [getattr(torch, name) for name in args.dtype or HALF_DTYPES]
+    return 0 if tune.tune_this_gpu(args.op or TUNED_OPS, dtypes, args.output, jobs) else 130
+
+
+def _tune_cpu(args: argparse.Namespace) -> int:
+    try:
+        from llmos_kernels._tools import tune_products
+    except ImportError as e:
+        print(f"tune needs rich: {e}", file=sys.stderr)
+        return 2
+    dtypes = [getattr(torch, name) for name in args.dtype or (*HALF_DTYPES, "float32")]
+    seconds = 100.0 if args.seconds is None else args.seconds
+    return 0 if tune_products.tune_this_cpu(dtypes, args.output, seconds) else 130
 
 
 def bench(args: argparse.Namespace) -> int:
@@ -60,6 +82,24 @@ def demo(_: argparse.Namespace) -> int:
     from llmos_kernels._tools import demo
 
     return demo.run()
+
+
+def _add_tune_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--device", choices=("cpu", "cuda"), help="by default the GPU, if there is one"
+    )
+    sub.add_argument("--op", nargs="+", choices=TUNED_OPS, help="of the GPU; by default all")
+    sub.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=(*HALF_DTYPES, "float32"),
+        help="by default all on a CPU, those of 16 bits on a GPU",
+    )
+    sub.add_argument("--output", type=Path, help="the JSON file to write; by default in tuned/")
+    sub.add_argument(
+        "--jobs", type=int, help="processes that compile for the GPU beforehand; 0: none"
+    )
+    sub.add_argument("--seconds", type=float, help="about how long to measure the CPU, 100")
 
 
 def main() -> int:
@@ -80,16 +120,7 @@ def main() -> int:
                 "--kernels", default="*", help="a pattern of kernel names, such as 'norm.*'"
             )
         if command is tune:
-            ops, dtypes = ("layer_norm", "attention", "linear", "int8"), ("bfloat16", "float16")
-            sub.add_argument("--op", nargs="+", choices=ops, default=ops)
-            sub.add_argument("--dtype", nargs="+", choices=(*dtypes, "float32"), default=dtypes)
-            sub.add_argument(
-                "--output", type=Path, help="the JSON file to write; by default in tuned/"
-            )
-            cores = os.cpu_count() or 1
-            sub.add_argument(
-                "--jobs", type=int, default=cores, help="processes that compile beforehand; 0: none"
-            )
+            _add_tune_arguments(sub)
         if command is bench:
             flags = "--quick --op --providers --dtypes --directions --resume --busy, and pytest's"
             sub.add_argument("arguments", nargs="*", metavar="flag", help=flags)

@@ -16,6 +16,7 @@ def samples(
     seconds: float = 4e-3,
     max_seconds: float = float("inf"),
     min_rounds: int = 5,
+    enough: Callable[[list[list[float]]], bool] | None = None,
 ) -> list[list[float]]:
     """Return the seconds per call of each function, one sample a round.
 
@@ -28,6 +29,8 @@ def samples(
         seconds: how long one sample of one function lasts, about.
         max_seconds: the time for all rounds; there are fewer rounds if they would exceed it.
         min_rounds: the least number of rounds, whatever ``max_seconds`` says.
+        enough: asked after each round from ``min_rounds`` on, with what would be returned; that
+            round is the last if it answers True.
 
     Returns:
         For each function its samples, in seconds.
@@ -54,9 +57,11 @@ def samples(
     if affordable < rounds:
         rounds = min(rounds, max(min_rounds, int(affordable)))
     times: list[list[float]] = [[] for _ in fns]
-    for _ in range(rounds):
+    for i in range(rounds):
         for fn, n, taken in zip(fns, calls, times, strict=True):
             taken.append(timed(fn, n))
+        if enough and i + 1 >= min_rounds and enough(times):
+            break
     return times
 
 

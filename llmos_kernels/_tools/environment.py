@@ -1,5 +1,7 @@
 """Report which kernels run here, and why others do not: ``python -m llmos_kernels env``."""
 
+import collections
+import datetime
 import importlib.metadata
 import itertools
 import os
@@ -7,7 +9,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -17,17 +19,15 @@ import llmos_kernels
 from llmos_kernels._core.registry import _FORCED, DEFINED, HAS_TRITON
 from llmos_kernels._tools import checksums
 from llmos_kernels._triton.runtime import kernel_pack
+from llmos_kernels.ops._cpu_facts import model_name
+from llmos_kernels.ops._product_measurements import DIRECTIONS, LAYER, Grid
 from llmos_kernels.ops._product_policy import (
-    DINPUT,
-    DINPUT_ACTIVATION,
-    DWEIGHT,
-    FORWARD,
-    LAYER,
     NO_LIMIT,
     OURS,
     PROVIDERS,
+    TORCH,
     ProductRule,
-    rules,
+    table,
 )
 
 #: The dispatch keys that are reported, one for each kind of device.
@@ -74,13 +74,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _cpu_name() -> str:
-    """Return the model name of the CPU."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _cuda_part(device: int, arch: str) -> str:
@@ -148,23 +141,49 @@ def _sizes(rule: ProductRule) -> str:
     return ", ".join(shown) or "any size"
 
 
+def _measured(direction: str, grid: Grid) -> str:
+    """Return which library was faster at how many sizes, and the file that says so."""
+    theirs = "torch's own" if direction == LAYER else f"torch's {PROVIDERS[grid.torch_library]}"
+    counts = collections.Counter(point.faster for point in grid.points)
+    days = (datetime.date.today() - grid.date).days
+    return (
+        f"{theirs} faster at {counts[TORCH]} of {len(grid.points)} sizes, ours at {counts[OURS]};"
+        f" {grid.path.name} of {grid.date}, {days} days old, {grid.commit}"
+    )
+
+
+def _by_rules(direction: str, rules: Sequence[ProductRule]) -> str:
+    """Return where torch's libraries compute a product, by the rules for unmeasured machines."""
+    if direction == LAYER:
+        ours = "; ".join(map(_sizes, rules))
+        said = (
+            "ours: " + ours if ours == "any size" else f"torch's own{ours and f', but for {ours}'}"
+        )
+    else:
+        theirs = [
+            f"torch's {PROVIDERS[rule.provider]}: {_sizes(rule)}"
+            for rule in rules
+            if rule.provider != OURS
+        ]
+        said = "; ".join(theirs) or "ours: any size"
+    return f"{said} (conservative rule)"
+
+
 def products() -> Iterator[str]:
-    """Yield a line for each range of sizes in which torch's libraries compute a matrix product."""
+    """Yield a line for each matrix product: who computes it, by which measurement or rule."""
     devices = [("CPU", torch.device("cpu"))]
     devices += [("CUDA", torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
-    for (key, device), dtype in itertools.product(
-        devices, (torch.float32, torch.bfloat16, torch.float16)
-    ):
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    for (key, device), dtype in itertools.product(devices, dtypes):
         short = str(dtype).removeprefix("torch.")
-        for direction in (FORWARD, DINPUT, DINPUT_ACTIVATION, DWEIGHT):
-            for rule in rules(direction, dtype, device):
-                if rule.provider != OURS:
-                    library = f"torch's {PROVIDERS[rule.provider]}"
-                    yield f"{f'{short} linear {direction}':32} {key:6} {library}: {_sizes(rule)}"
-        ours = [_sizes(rule) for rule in rules(LAYER, dtype, device)]
-        if "any size" not in ours:
-            but = f", but for {'; '.join(ours)}" if ours else ""
-            yield f"{f'{short} nn.Linear':32} {key:6} torch's own{but}"
+        measured, rules = table(dtype, device)
+        for direction in DIRECTIONS:
+            name = "nn.Linear" if direction == LAYER else f"linear {direction}"
+            if direction in measured:
+                said = _measured(direction, measured[direction])
+            else:
+                said = _by_rules(direction, rules[direction])
+            yield f"{f'{short} {name}':32} {key:6} {said}"
 
 
 def describe() -> Iterator[str]:
@@ -174,7 +193,8 @@ def describe() -> Iterator[str]:
     yield f"torch         {torch.__version__}"
     yield f"triton        {_version('triton')}"
     extension = _extension()
-    yield f"cpu           {_cpu_name()}, {torch.get_num_threads()} threads"
+    cpu = model_name() or platform.processor() or platform.machine()
+    yield f"cpu           {cpu}, {torch.get_num_threads()} threads"
     if extension:
         limited = " (LLMOS_CPU_LEVEL)" if os.environ.get("LLMOS_CPU_LEVEL") else ""
         levels = ", ".join(extension.cpu_levels())

@@ -19,6 +19,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from llmos_kernels._core.tuned import folders
 from llmos_kernels._tools import device_time, tune_precompile
 from llmos_kernels._tools.tune_jobs import OPS, TuningJob
 from llmos_kernels._triton.runtime import kernel_pack, settings
@@ -145,7 +146,7 @@ def tune_this_gpu(
     """
     gpu, arch = torch.cuda.get_device_name(), kernel_pack.arch_of(0)
     about = {"gpu": gpu, "arch": arch, "torch": torch.__version__, "triton": triton.__version__}
-    path = path or settings.folders()[0] / f"{gpu.replace(' ', '_')}.json"
+    path = path or folders()[0] / f"{gpu.replace(' ', '_')}.json"
     if processes and not tune_precompile.compile_all(ops, dtypes, arch, processes):
         print("interrupted before anything was measured")
         return False

@@ -30,16 +30,15 @@ from torch.compiler import is_dynamo_compiling
 from llmos_kernels._core.registry import define, define_composite
 from llmos_kernels.ops import _activations
 from llmos_kernels.ops._activations import NONE
+from llmos_kernels.ops._cpu_facts import ONEDNN
 from llmos_kernels.ops._dropout import dropout_reference, keep_mask
-from llmos_kernels.ops._product_policy import (
+from llmos_kernels.ops._product_measurements import (
     DINPUT,
     DINPUT_ACTIVATION,
     DWEIGHT,
     FORWARD,
-    ONEDNN,
-    OURS,
-    choose,
 )
+from llmos_kernels.ops._product_policy import OURS, choose
 
 __all__: list[str] = []
 

@@ -24,7 +24,8 @@ from llmos_kernels._core.registry import KERNEL_DTYPES, needs_grad, use_referenc
 from llmos_kernels.ops import _activations, _products
 from llmos_kernels.ops._activations import NONE, RELU, keeps_input
 from llmos_kernels.ops._autocast import autocast
-from llmos_kernels.ops._product_policy import FORWARD, TORCH, choose
+from llmos_kernels.ops._product_measurements import FORWARD
+from llmos_kernels.ops._product_policy import TORCH, choose
 
 __all__ = ["linear", "linear_reference"]
 

@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 pytest.importorskip("rich")
+from llmos_kernels._core import tuned
 from llmos_kernels._tools import build_pack, tune, tune_jobs
 from llmos_kernels._tools.tune_jobs import TuningJob
 from llmos_kernels._triton import rows
@@ -28,7 +29,7 @@ BF16 = torch.bfloat16
 def folder(tmp_path, monkeypatch):
     """Return an empty folder for settings, used instead of the package's."""
     monkeypatch.setenv("LLMOS_TUNED", str(tmp_path))
-    monkeypatch.setattr(settings, "FOLDER", tmp_path / "package")
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path / "package")
     forget()
     yield tmp_path
     forget()
@@ -246,6 +247,7 @@ from pathlib import Path
 import torch
 sys.path.insert(0, "benchmarks")
 import launch_cost
+from llmos_kernels._core import tuned
 from llmos_kernels._tools import build_pack, tune_jobs, tune_precompile
 from llmos_kernels._triton.runtime import settings
 launch_cost.fake_driver()

@@ -6,13 +6,16 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from product_policies import HAS_ONEDNN, anew, pretend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llmos_kernels as lk
 from llmos_kernels import testing
+from llmos_kernels._core import tuned
 from llmos_kernels._tools import environment
 from llmos_kernels.ops import _product_policy, _products
 from llmos_kernels.ops._activations import NONE
+from llmos_kernels.ops._product_measurements import LAYER
 from llmos_kernels.ops.linear import project
 from llmos_kernels.testing import assert_accurate, cast, make_gradients
 
@@ -27,7 +30,6 @@ ACTIVATIONS = {
     "silu": F.silu,
 }
 CPU = torch.device("cpu")
-HAS_ONEDNN = torch.bfloat16 in _product_policy.cpu().onednn
 onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="torch has no oneDNN for this CPU")
 
 
@@ -52,20 +54,6 @@ def arguments(dtype, columns=False, bias=True, requires_grad=False):
     if columns:
         args[1], args[3] = (a.mT.contiguous().mT for a in (args[1], args[3]))
     return [a if a is None else a.requires_grad_(requires_grad) for a in args]
-
-
-def pretend(monkeypatch, isa, amx=False, intel=False, onednn=HAS_ONEDNN):
-    """Choose as on a CPU with that ISA for our kernels, with AMX for oneDNN, of Intel's."""
-    known = _product_policy.Cpu(
-        "GenuineIntel" if intel else "AuthenticAMD",
-        None,
-        isa,
-        amx,
-        frozenset([torch.bfloat16] if onednn else []),
-        torch.backends.mkl.is_available(),
-    )
-    monkeypatch.setattr(_product_policy, "cpu", lambda: known)
-    monkeypatch.setattr(_product_policy, "_tables", {})
 
 
 @onednn
@@ -134,8 +122,9 @@ def test_own_product_without_onednn(monkeypatch):
     torch.testing.assert_close(y, F.relu(F.linear(x, w, b)))
 
 
-def test_few_rows_stay_here():
+def test_few_rows_stay_here(monkeypatch):
     """Our kernel computes few rows: it skips weight columns whose input is 0, oneDNN does not."""
+    anew(monkeypatch)
     x, w = torch.zeros(1, 8192, dtype=torch.bfloat16), torch.randn(8192, 8192, dtype=torch.bfloat16)
     w = w.mT
     x[0, 5], w[:, 6] = 1, float("nan")
@@ -243,14 +232,14 @@ def test_tables():
         assert _product_policy._entries(kind)
         for entry in _product_policy._entries(kind):
             assert {*entry["measured"]} == {"machine", "commit"}
-    assert _product_policy.rules(_product_policy.LAYER, torch.float64, CPU) == ()
+    assert _product_policy.table(torch.float64, CPU).rules[LAYER] == ()
 
 
 def test_traced_products_of_gpus_are_those_of_the_table():
     """A graph for CUDA records torch's plain products, which is right while they are cuBLAS's
     whatever their size and GPU. An entry that says otherwise must be asked when the graph runs, as
     on CPUs."""
-    plain = {_product_policy.FORWARD, _product_policy.DINPUT, _product_policy.DWEIGHT}
+    plain = {"forward", "dinput", "dweight"}
     everywhere = {"rows": [0, None], "macs": [0, None], "gpu": None, "arch": None}
     found = set()
     for entry in _product_policy._entries("gpu"):
@@ -262,15 +251,15 @@ def test_traced_products_of_gpus_are_those_of_the_table():
 
 def test_every_size_counts(monkeypatch):
     """The first entry whose ranges hold rows, MACs, depth and width answers."""
-    (entry, *_) = _product_policy.read(_product_policy.FOLDER / "cpu" / "products.json", "cpu")
+    (entry, *_) = _product_policy.read(tuned.FOLDER / "cpu" / "products.json", "cpu")
     anywhere = dict.fromkeys(("rows", "macs", "vendor", "family", "isa", "amx", "threads"))
     entry |= anywhere | {"torch_library": None, "direction": "forward", "dtype": "float32"}
     entries = [
         entry | {"provider": "onednn", "depth": [64, 128], "width": [1, 32]},
         entry | {"provider": "mkl", "macs": [10, None], "rows": [2, 5]},
     ]
+    anew(monkeypatch)
     monkeypatch.setattr(_product_policy, "_entries", lambda kind: entries)
-    monkeypatch.setattr(_product_policy, "_tables", {})
 
     def choose(rows, depth, width):
         return _product_policy.choose("forward", torch.float32, CPU, rows, depth, width)
@@ -282,15 +271,15 @@ def test_every_size_counts(monkeypatch):
 
 def test_threads_count_when_a_product_asks(monkeypatch):
     """A caller may change torch's threads after the table was read."""
-    (entry, *_) = _product_policy.read(_product_policy.FOLDER / "cpu" / "products.json", "cpu")
+    (entry, *_) = _product_policy.read(tuned.FOLDER / "cpu" / "products.json", "cpu")
     anywhere = dict.fromkeys(("rows", "macs", "vendor", "family", "isa", "amx", "torch_library"))
     entry |= anywhere | {"direction": "forward", "dtype": "float32"}
     entries = [
         entry | {"provider": "onednn", "threads": [3, 5]},
         entry | {"provider": "mkl", "threads": 4},
     ]
+    anew(monkeypatch)
     monkeypatch.setattr(_product_policy, "_entries", lambda kind: entries)
-    monkeypatch.setattr(_product_policy, "_tables", {})
     found = []
     for threads in (2, 3, 4, 5):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
@@ -309,7 +298,7 @@ def test_malformed_table(tmp_path):
     path.write_text('{"format": 1}')
     with pytest.raises(ValueError, match=r"table\.json: KeyError"):
         _product_policy.read(path, "cpu")
-    (right, *_) = _product_policy.read(_product_policy.FOLDER / "cpu" / "products.json", "cpu")
+    (right, *_) = _product_policy.read(tuned.FOLDER / "cpu" / "products.json", "cpu")
     wrong = {"dtype": "bfloat61", "rows": [8, 4], "macs": [5, 5], "provider": "mlk", "depth": 8}
     for field, value in wrong.items():
         path.write_text(json.dumps({"format": 1, "products": [right | {field: value}]}))

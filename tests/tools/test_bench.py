@@ -91,6 +91,8 @@ def test_samples():
     assert [len(t) for t in found] == [4, 4]
     assert order == ["a"] * 3 + ["b"] * 3 + ["a", "b"] * 4, "in turn, after both are warm"
     assert len(samples(fns, rounds=40, seconds=0.0, max_seconds=0.0)[0]) == 5
+    found = samples(fns, 40, 0.0, min_rounds=3, enough=lambda times: len(times[1]) in (1, 2, 7))
+    assert [len(t) for t in found] == [7, 7]
 
 
 def test_saved_rows(tmp_path):

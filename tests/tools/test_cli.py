@@ -86,5 +86,14 @@ def test_bad_calls(bad):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune for")
 def test_tune_needs_a_gpu():
-    done = call("tune")
-    assert done.returncode == 2 and "tune measures a CUDA GPU" in done.stderr
+    done = call("tune", "--device", "cuda")
+    assert done.returncode == 2 and "measures a CUDA GPU, and torch finds none" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "device, option", [("cpu", ("--op", "int8")), ("cpu", ("--jobs", "0"))], ids=str
+)
+def test_tune_options_of_the_other_device(device, option):
+    done = call("tune", "--device", device, *option)
+    assert done.returncode == 2
+    assert f"{option[0]} is not for --device {device}" in done.stderr

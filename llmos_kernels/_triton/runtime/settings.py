@@ -9,16 +9,15 @@ import contextlib
 import functools
 import json
 import math
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from llmos_kernels._core.tuned import folders
+
 FORMAT = 1
-#: The settings that come with the package. Those in the folder of LLMOS_TUNED are preferred.
-FOLDER = Path(__file__).parents[2] / "tuned"
 _ROWS = ("ROWS", "num_warps")
 _TILE = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 _GEMM = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
@@ -40,12 +39,6 @@ KINDS: dict[str, tuple[tuple[str, ...], int]] = {
 #: are compiled ahead of time; None otherwise.
 planned: tuple[str | None, str] | None = None
 _overridden: dict[str, dict | None] = {}
-
-
-def folders() -> list[Path]:
-    """Return the folders with settings, the user's (``LLMOS_TUNED``) before that of the package."""
-    user_folder = os.environ.get("LLMOS_TUNED")
-    return [*([Path(user_folder)] if user_folder else []), FOLDER]
 
 
 def _check(kind: str, entry: dict) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import llmos_kernels.nn as fused
 from llmos_kernels.nn.fusible import is_fusible
 from llmos_kernels.nn.linear import linear_parameters
-from llmos_kernels.ops._product_policy import LAYER, rules
+from llmos_kernels.ops._product_policy import table
 from llmos_kernels.ops.linear import project
 from llmos_kernels.swap.calls import ModuleCall
 from llmos_kernels.swap.generated_class import GeneratedClass, generate_class
@@ -87,6 +87,6 @@ def _has_faster_gemm(layer: nn.Module) -> bool:
     return (
         weight is not None
         and weight.is_cpu
-        and bool(rules(LAYER, weight.dtype, weight.device))
+        and table(weight.dtype, weight.device).may_own_layers
         and not isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
     )

@@ -1,0 +1,17 @@
+"""Where measured settings are: the package's folder ``tuned``, and the user's before it.
+
+Both folders have the same layout: ``*.json`` are launch settings of GPUs, ``cpu/*.json`` say who
+computes matrix products on CPUs, and ``gpu/*.json`` on GPUs.
+"""
+
+import os
+from pathlib import Path
+
+#: The settings that come with the package.
+FOLDER = Path(__file__).parents[1] / "tuned"
+
+
+def folders() -> list[Path]:
+    """Return the folders with settings, the user's (``LLMOS_TUNED``) before that of the package."""
+    user_folder = os.environ.get("LLMOS_TUNED")
+    return [*([Path(user_folder)] if user_folder else []), FOLDER]

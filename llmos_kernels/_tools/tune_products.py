@@ -1,0 +1,278 @@
+"""Measure our matrix products beside torch's on this CPU: ``python -m llmos_kernels tune``.
+
+``ops/_product_measurements.py`` reads what this writes. Each product is timed in turn with torch's
+on weights that together exceed the caches, as the layers of a model do, until an interval of 95 %
+of the ratio decides who is faster. Sizes come in order of their multiply-accumulates (MACs), so
+that only the largest are missing if the time is over; then the nearest that was measured answers.
+"""
+
+import functools
+import itertools
+import math
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from llmos_kernels._core import registry
+from llmos_kernels._core.timing import interval, samples
+from llmos_kernels._core.tuned import folders
+from llmos_kernels._tools import checksums
+from llmos_kernels.ops import _cpu_facts, _products, linear
+from llmos_kernels.ops import _product_measurements as measurements
+from llmos_kernels.ops._activations import NONE, RELU
+from llmos_kernels.ops._product_policy import OURS
+
+#: The sizes whose products are measured, up to so many multiply-accumulates.
+ROWS = (1, 4, 16, 64, 256, 1024, 4096)
+WIDTHS = (128, 384, 768, 1536, 4096)
+MAX_MACS = 1 << 31
+#: Elements of the weights between which calls alternate, and how many weights there are at most.
+_POOL_ELEMENTS, _MAX_COPIES = 1 << 25, 32
+#: Rounds of one comparison, about how long one sample takes, and the longest comparison.
+_ROUNDS, _SAMPLE_SECONDS, _MAX_SECONDS = 15, 3e-4, 0.6
+#: How many rounds decide if each differs by a factor of 1.5, and how many an interval takes.
+_CLEAR_ROUNDS, _CLEAR_FACTOR, _INTERVAL_ROUNDS = 2, 1.5, 6
+#: A slower side that is left behind by so much and takes so long is not timed at larger sizes.
+_HOPELESS_FACTOR, _HOPELESS_SECONDS = 3.0, 20e-3
+
+Call = Callable[[], object]
+
+
+class Comparison(NamedTuple):
+    """Median times in seconds of our product and of torch's, and which was decided to be faster."""
+
+    ours: float
+    torch: float
+    faster: str | None
+
+
+def _verdict(ours: Sequence[float], theirs: Sequence[float]) -> str | None:
+    """Return which of two lists of times, taken in turn, is lower; None if that is not decided."""
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    clear = min(ratios) > _CLEAR_FACTOR or max(ratios) < 1 / _CLEAR_FACTOR
+    if not clear and len(ratios) < _INTERVAL_ROUNDS:
+        return None
+    low, high = interval(ratios)
+    return "ours" if low > 1 else "torch" if high < 1 else None
+
+
+def compare(ours: Call, theirs: Call) -> Comparison:
+    """Time our product and torch's in turn, until it is decided which is faster or time is over."""
+    taken = samples(
+        (ours, theirs),
+        _ROUNDS,
+        _SAMPLE_SECONDS,
+        _MAX_SECONDS,
+        _CLEAR_ROUNDS,
+        lambda times: _verdict(*times) is not None,
+    )
+    ours_median, torch_median = map(statistics.median, taken)
+    return Comparison(ours_median, torch_median, _verdict(*taken))
+
+
+def sizes() -> list[tuple[int, int, int]]:
+    """Return the [rows, depth, width] that are measured, the smallest products first."""
+    listed = itertools.product(ROWS, WIDTHS, WIDTHS)
+    return sorted((s for s in listed if math.prod(s) <= MAX_MACS), key=math.prod)
+
+
+def _is_hopeless(found: Comparison) -> bool:
+    """Return True if one side is so slow that larger sizes need no measurement."""
+    low, high = sorted(found[:2])
+    return high > max(_HOPELESS_FACTOR * low, _HOPELESS_SECONDS)
+
+
+class _Inputs:
+    """Views of one buffer of random numbers, of [rows, depth] by [depth, width]."""
+
+    def __init__(self, pool: Tensor, rows: int, depth: int, width: int):
+        self.x, self.dz, self.saved = (
+            pool[: rows * n].view(rows, n) for n in (depth, width, depth)
+        )
+        self.bias = pool[:width]
+        self.weights = itertools.cycle(self._copies(pool, width, depth))
+        self.inputs = itertools.cycle(self._copies(pool, rows, depth))
+
+    @staticmethod
+    def _copies(pool: Tensor, rows: int, columns: int) -> list[Tensor]:
+        size = rows * columns
+        count = min(pool.numel() // size, _MAX_COPIES)
+        return [pool[i * size :][:size].view(rows, columns) for i in range(count)]
+
+
+def _layer(given: _Inputs, library: str) -> tuple[Call, Call]:
+    x, bias, weights = given.x, given.bias, given.weights
+    return (
+        lambda: linear._compute(x, next(weights), bias, NONE, None, True, OURS),
+        lambda: F.linear(x, next(weights), bias),
+    )
+
+
+def _forward(given: _Inputs, library: str) -> tuple[Call, Call]:
+    def by(provider: str) -> None:
+        weight = next(given.weights)
+        epilogue = NONE, 0.0, None, False, False
+        _products.forward(given.x, weight, given.bias, *epilogue, provider)
+
+    return functools.partial(by, OURS), functools.partial(by, library)
+
+
+def _dinput(given: _Inputs, library: str) -> tuple[Call, Call]:
+    return (
+        lambda: _products.linear_dinput(given.dz, next(given.weights), None, NONE, 0.0, None),
+        lambda: given.dz @ next(given.weights),
+    )
+
+
+def _dinput_activation(given: _Inputs, library: str) -> tuple[Call, Call]:
+    epilogue = given.saved, RELU, 0.0, None
+
+    def theirs() -> None:
+        dinput = given.dz @ next(given.weights)
+        _products.sum_of_rows(_products.activation_backward(dinput, *epilogue))
+
+    return lambda: _products.linear_dinput(given.dz, next(given.weights), *epilogue), theirs
+
+
+def _dweight(given: _Inputs, library: str) -> tuple[Call, Call]:
+    def theirs() -> None:
+        given.dz.mT @ next(given.inputs)
+        _products.sum_of_rows(given.dz)
+
+    return lambda: _products.linear_dweight(given.dz, next(given.inputs), True), theirs
+
+
+DIRECTIONS: dict[str, Callable[[_Inputs, str], tuple[Call, Call]]] = {
+    measurements.LAYER: _layer,
+    measurements.FORWARD: _forward,
+    measurements.DINPUT: _dinput,
+    measurements.DINPUT_ACTIVATION: _dinput_activation,
+    measurements.DWEIGHT: _dweight,
+}
+
+
+def _pools(dtypes: Sequence[torch.dtype]) -> dict[torch.dtype, Tensor]:
+    """Return a buffer of random numbers for each dtype."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(_POOL_ELEMENTS, generator=generator)
+    return {dtype: numbers.to(dtype) for dtype in dtypes}
+
+
+def measure(
+    dtypes: Sequence[torch.dtype], seconds: float, step: Callable[[], object] = lambda: None
+) -> list[dict[str, Any]]:
+    """Return the grids of all directions and ``dtypes``, as a file has them.
+
+    Args:
+        dtypes: The dtypes of the products.
+        seconds: Sizes that are left after this time are not measured, but at least one is.
+        step: Called after each size.
+    """
+    end = time.perf_counter() + seconds
+    pools = _pools(dtypes)
+    enabled = torch._C._get_mkldnn_enabled()
+    libraries = {dtype: _cpu_facts.torch_library(dtype, enabled) for dtype in dtypes}
+    points: dict[tuple[torch.dtype, str], list] = {
+        key: [] for key in itertools.product(dtypes, DIRECTIONS)
+    }
+    active = set(points)
+    for size in sizes():
+        for dtype, direction in sorted(active, key=str):
+            calls = DIRECTIONS[direction](_Inputs(pools[dtype], *size), libraries[dtype])
+            found = compare(*calls)
+            times = (round(t * 1e6, 2) for t in found[:2])
+            points[dtype, direction].append((*size, *times, found.faster))
+            if _is_hopeless(found):
+                active.remove((dtype, direction))
+        step()
+        if time.perf_counter() > end:
+            break
+    return [
+        {
+            "direction": direction,
+            "dtype": str(dtype).removeprefix("torch."),
+            "torch_library": libraries[dtype],
+            "points": measured,
+        }
+        for (dtype, direction), measured in points.items()
+    ]
+
+
+def machine() -> dict[str, Any]:
+    """Return what a file says of this machine: the facts that have to match, and what to read."""
+    facts = _cpu_facts.cpu()._asdict() | {"threads": torch.get_num_threads()}
+    config = torch.__config__.show()
+    versions = {
+        name: found and found[1]
+        for name, pattern in {
+            "mkl": r"Math Kernel Library Version (\S+)",
+            "onednn": r"MKL-DNN v(\S+)",
+        }.items()
+        for found in [re.search(pattern, config)]
+    }
+    return {
+        "model": _cpu_facts.model_name(),
+        **{name: facts[name] for name in measurements.FACTS},
+        "torch": torch.__version__,
+        **versions,
+    }
+
+
+def default_path(about: dict[str, Any]) -> Path:
+    """Return the file for a machine, in the user's folder if there is one, else the package's."""
+    name = "{vendor}-family{family}-{isa}-{threads}threads.json".format_map(about)
+    return folders()[0] / "cpu" / name
+
+
+def _check_writable(folder: Path) -> None:
+    """Create ``folder`` if it is missing; raise ValueError if no file can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise ValueError(
+            f"cannot write to {folder}: {e.strerror}; LLMOS_TUNED or --output names another folder"
+        ) from e
+
+
+def tune_this_cpu(dtypes: Sequence[torch.dtype], path: Path | None, seconds: float) -> bool:
+    """Measure the products of this CPU and write them. Return False if Ctrl-C ended it early.
+
+    Args:
+        dtypes: The dtypes of the products.
+        path: The JSON file to write; by default one named after the CPU, in the first folder with
+            settings.
+        seconds: About how long to measure.
+
+    Raises:
+        ValueError: There is no C++ extension, or the folder cannot be written to.
+    """
+    about = machine()
+    if about["isa"] == "none" or registry._FORCED:
+        raise ValueError(
+            "tune --device cpu compares our C++ kernels with torch's: they are not built, or"
+            " LLMOS_BACKEND is set"
+        )
+    path = path or default_path(about)
+    _check_writable(path.parent)
+    columns = TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn()
+    try:
+        with torch.no_grad(), Progress(*columns) as progress:
+            task = progress.add_task("sizes of products", total=len(sizes()))
+            grids = measure(dtypes, seconds, lambda: progress.advance(task))
+    except KeyboardInterrupt:
+        print("interrupted; nothing is written")
+        return False
+    measurements.write(path, about, checksums.commit().removeprefix("of "), grids)
+    print(path)
+    return True
