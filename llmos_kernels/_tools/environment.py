@@ -143,7 +143,11 @@ def _sizes(rule: ProductRule) -> str:
 
 def _measured(direction: str, grid: Grid) -> str:
     """Return which library was faster at how many sizes, and the file that says so."""
-    theirs = "torch's own" if direction == LAYER else f"torch's {PROVIDERS[grid.torch_library]}"
+    theirs = (
+        "with gradients torch's own"
+        if direction == LAYER
+        else f"torch's {PROVIDERS[grid.torch_library]}"
+    )
     counts = collections.Counter(point.faster for point in grid.points)
     days = (datetime.date.today() - grid.date).days
     return (
@@ -156,9 +160,8 @@ def _by_rules(direction: str, rules: Sequence[ProductRule]) -> str:
     """Return where torch's libraries compute a product, by the rules for unmeasured machines."""
     if direction == LAYER:
         ours = "; ".join(map(_sizes, rules))
-        said = (
-            "ours: " + ours if ours == "any size" else f"torch's own{ours and f', but for {ours}'}"
-        )
+        but = f", but for {ours}" if ours else ""
+        said = "ours: any size" if ours == "any size" else f"torch's own{but}"
     else:
         theirs = [
             f"torch's {PROVIDERS[rule.provider]}: {_sizes(rule)}"

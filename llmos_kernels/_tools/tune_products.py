@@ -6,7 +6,6 @@ of the ratio decides who is faster. Sizes come in order of their multiply-accumu
 that only the largest are missing if the time is over; then the nearest that was measured answers.
 """
 
-import functools
 import itertools
 import math
 import re
@@ -29,7 +28,7 @@ from llmos_kernels._tools import checksums
 from llmos_kernels.ops import _cpu_facts, _products, linear
 from llmos_kernels.ops import _product_measurements as measurements
 from llmos_kernels.ops._activations import NONE, RELU
-from llmos_kernels.ops._product_policy import OURS
+from llmos_kernels.ops._product_policy import OURS, TORCH, override
 
 #: The sizes whose products are measured, up to so many multiply-accumulates.
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -38,9 +37,9 @@ MAX_MACS = 1 << 31
 #: Elements of the weights between which calls alternate, and how many weights there are at most.
 _POOL_ELEMENTS, _MAX_COPIES = 1 << 25, 32
 #: Rounds of one comparison, about how long one sample takes, and the longest comparison.
-_ROUNDS, _SAMPLE_SECONDS, _MAX_SECONDS = 15, 3e-4, 0.6
-#: How many rounds decide if each differs by a factor of 1.5, and how many an interval takes.
-_CLEAR_ROUNDS, _CLEAR_FACTOR, _INTERVAL_ROUNDS = 2, 1.5, 6
+_ROUNDS, _SAMPLE_SECONDS, _MAX_SECONDS = 15, 3e-4, 0.35
+#: So many rounds decide if each differs by this factor, else so many that an interval can.
+_CLEAR_ROUNDS, _CLEAR_FACTOR, _INTERVAL_ROUNDS = 3, 1.15, 6
 #: A slower side that is left behind by so much and takes so long is not timed at larger sizes.
 _HOPELESS_FACTOR, _HOPELESS_SECONDS = 3.0, 20e-3
 
@@ -85,12 +84,6 @@ def sizes() -> list[tuple[int, int, int]]:
     return sorted((s for s in listed if math.prod(s) <= MAX_MACS), key=math.prod)
 
 
-def _is_hopeless(found: Comparison) -> bool:
-    """Return True if one side is so slow that larger sizes need no measurement."""
-    low, high = sorted(found[:2])
-    return high > max(_HOPELESS_FACTOR * low, _HOPELESS_SECONDS)
-
-
 class _Inputs:
     """Views of one buffer of random numbers, of [rows, depth] by [depth, width]."""
 
@@ -109,7 +102,7 @@ class _Inputs:
         return [pool[i * size :][:size].view(rows, columns) for i in range(count)]
 
 
-def _layer(given: _Inputs, library: str) -> tuple[Call, Call]:
+def _forward(given: _Inputs) -> tuple[Call, Call]:
     x, bias, weights = given.x, given.bias, given.weights
     return (
         lambda: linear._compute(x, next(weights), bias, NONE, None, True, OURS),
@@ -117,23 +110,14 @@ def _layer(given: _Inputs, library: str) -> tuple[Call, Call]:
     )
 
 
-def _forward(given: _Inputs, library: str) -> tuple[Call, Call]:
-    def by(provider: str) -> None:
-        weight = next(given.weights)
-        epilogue = NONE, 0.0, None, False, False
-        _products.forward(given.x, weight, given.bias, *epilogue, provider)
-
-    return functools.partial(by, OURS), functools.partial(by, library)
-
-
-def _dinput(given: _Inputs, library: str) -> tuple[Call, Call]:
+def _dinput(given: _Inputs) -> tuple[Call, Call]:
     return (
         lambda: _products.linear_dinput(given.dz, next(given.weights), None, NONE, 0.0, None),
         lambda: given.dz @ next(given.weights),
     )
 
 
-def _dinput_activation(given: _Inputs, library: str) -> tuple[Call, Call]:
+def _dinput_activation(given: _Inputs) -> tuple[Call, Call]:
     epilogue = given.saved, RELU, 0.0, None
 
     def theirs() -> None:
@@ -143,7 +127,7 @@ def _dinput_activation(given: _Inputs, library: str) -> tuple[Call, Call]:
     return lambda: _products.linear_dinput(given.dz, next(given.weights), *epilogue), theirs
 
 
-def _dweight(given: _Inputs, library: str) -> tuple[Call, Call]:
+def _dweight(given: _Inputs) -> tuple[Call, Call]:
     def theirs() -> None:
         given.dz.mT @ next(given.inputs)
         _products.sum_of_rows(given.dz)
@@ -151,12 +135,23 @@ def _dweight(given: _Inputs, library: str) -> tuple[Call, Call]:
     return lambda: _products.linear_dweight(given.dz, next(given.inputs), True), theirs
 
 
-DIRECTIONS: dict[str, Callable[[_Inputs, str], tuple[Call, Call]]] = {
-    measurements.LAYER: _layer,
+def _layer(given: _Inputs) -> tuple[Call, Call]:
+    def step(layer: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        leaves = given.x, next(given.weights), given.bias
+        x, weight, bias = (t.detach().requires_grad_() for t in leaves)
+        with torch.enable_grad():
+            torch.autograd.grad(layer(x, weight, bias), (x, weight, bias), given.dz)
+
+    return lambda: step(linear.project), lambda: step(F.linear)
+
+
+#: How a product is called, ours and torch's. That of a whole layer asks for the others' answers.
+DIRECTIONS: dict[str, Callable[[_Inputs], tuple[Call, Call]]] = {
     measurements.FORWARD: _forward,
     measurements.DINPUT: _dinput,
     measurements.DINPUT_ACTIVATION: _dinput_activation,
     measurements.DWEIGHT: _dweight,
+    measurements.LAYER: _layer,
 }
 
 
@@ -165,6 +160,36 @@ def _pools(dtypes: Sequence[torch.dtype]) -> dict[torch.dtype, Tensor]:
     generator = torch.Generator().manual_seed(0)
     numbers = torch.randn(_POOL_ELEMENTS, generator=generator)
     return {dtype: numbers.to(dtype) for dtype in dtypes}
+
+
+class _Grid:
+    """The points of one direction and dtype, as they are measured."""
+
+    def __init__(self, dtype: torch.dtype, direction: str):
+        self.dtype, self.direction = dtype, direction
+        self.library = _cpu_facts.torch_library(dtype, torch._C._get_mkldnn_enabled())
+        self.provider = OURS  # Who was faster at the last size.
+        self.is_complete = False
+        self.points: list[tuple] = []
+
+    def add(self, size: tuple[int, int, int], found: Comparison) -> None:
+        """Add a point; the last one is that at which a side is slow beyond hope."""
+        self.points.append(
+            (*size, round(found.ours * 1e6, 2), round(found.torch * 1e6, 2), found.faster)
+        )
+        self.provider = self.library if found.faster == TORCH else OURS
+        low, high = sorted((found.ours, found.torch))
+        self.is_complete = high > max(_HOPELESS_FACTOR * low, _HOPELESS_SECONDS)
+
+    def content(self) -> dict[str, Any]:
+        """Return the grid as a file has it."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {
+            "direction": self.direction,
+            "dtype": dtype,
+            "torch_library": self.library,
+            "points": self.points,
+        }
 
 
 def measure(
@@ -179,57 +204,39 @@ def measure(
     """
     end = time.perf_counter() + seconds
     pools = _pools(dtypes)
-    enabled = torch._C._get_mkldnn_enabled()
-    libraries = {dtype: _cpu_facts.torch_library(dtype, enabled) for dtype in dtypes}
-    points: dict[tuple[torch.dtype, str], list] = {
-        key: [] for key in itertools.product(dtypes, DIRECTIONS)
-    }
-    active = set(points)
+    grids = [_Grid(dtype, direction) for dtype, direction in itertools.product(dtypes, DIRECTIONS)]
     for size in sizes():
-        for dtype, direction in sorted(active, key=str):
-            calls = DIRECTIONS[direction](_Inputs(pools[dtype], *size), libraries[dtype])
-            found = compare(*calls)
-            times = (round(t * 1e6, 2) for t in found[:2])
-            points[dtype, direction].append((*size, *times, found.faster))
-            if _is_hopeless(found):
-                active.remove((dtype, direction))
+        inputs = {dtype: _Inputs(pool, *size) for dtype, pool in pools.items()}
+        for grid in grids:
+            if not grid.is_complete:
+                answers = {g.direction: g.provider for g in grids if g.dtype == grid.dtype}
+                with override(answers):
+                    grid.add(size, compare(*DIRECTIONS[grid.direction](inputs[grid.dtype])))
         step()
         if time.perf_counter() > end:
             break
-    return [
-        {
-            "direction": direction,
-            "dtype": str(dtype).removeprefix("torch."),
-            "torch_library": libraries[dtype],
-            "points": measured,
-        }
-        for (dtype, direction), measured in points.items()
-    ]
+    return [grid.content() for grid in grids]
 
 
 def machine() -> dict[str, Any]:
     """Return what a file says of this machine: the facts that have to match, and what to read."""
     facts = _cpu_facts.cpu()._asdict() | {"threads": torch.get_num_threads()}
     config = torch.__config__.show()
-    versions = {
-        name: found and found[1]
-        for name, pattern in {
-            "mkl": r"Math Kernel Library Version (\S+)",
-            "onednn": r"MKL-DNN v(\S+)",
-        }.items()
-        for found in [re.search(pattern, config)]
-    }
+    mkl = re.search(r"Math Kernel Library Version (\S+)", config)
+    onednn = re.search(r"MKL-DNN v(\S+)", config)
     return {
         "model": _cpu_facts.model_name(),
         **{name: facts[name] for name in measurements.FACTS},
         "torch": torch.__version__,
-        **versions,
+        "mkl": mkl and mkl[1],
+        "onednn": onednn and onednn[1],
     }
 
 
 def default_path(about: dict[str, Any]) -> Path:
     """Return the file for a machine, in the user's folder if there is one, else the package's."""
-    name = "{vendor}-family{family}-{isa}-{threads}threads.json".format_map(about)
+    known = {k: "unknown" if v is None else v for k, v in about.items()}
+    name = "{vendor}-family{family}-{isa}-{threads}threads.json".format_map(known)
     return folders()[0] / "cpu" / name
 
 

@@ -5,6 +5,7 @@ describes: the vendor and family of the CPU, the instruction sets of our kernels
 the number of threads. For each direction, dtype and library of torch's it has a grid of points
 ``[rows, depth, width, ours_us, torch_us, faster]``; ``faster`` is "ours", "torch", or null where
 the interval of their ratio does not decide. The point nearest in log2 of the three sizes answers.
+``layer`` is the forward and backward of a whole ``nn.Linear``.
 """
 
 import datetime

@@ -5,7 +5,8 @@ The directions are the forward product, the gradients of its input (``dinput``; 
 of an activation fused, ``dinput_activation``) and of its weight, and the whole ``nn.Linear``
 (``layer``). The answers are data. On a CPU that was measured with this number of threads, the
 nearest measured size answers (``ops/_product_measurements.py``); where the times do not differ, the
-answer is ours, but for a whole ``nn.Linear`` torch's.
+answer is ours. A whole ``nn.Linear`` is torch's unless ours was faster: its forward, or where
+gradients are recorded its forward and backward together.
 
 Elsewhere rules answer: ``tuned/cpu/products.json`` and ``tuned/gpu/products.json`` hold entries for
 a direction and a dtype, with the machines and sizes that they are for, the library that computes
@@ -14,14 +15,16 @@ rule without a measurement: torch's own library. A field that is null matches ev
 every size. ``rows``, ``macs``, ``depth`` and ``width`` are ranges ``[from, below]``; the upper end
 may be null. The first entry that matches answers.
 
-An entry for ``layer`` is a range of sizes: outside of all of them torch computes the layer and its
+A rule for ``layer`` is a range of sizes: outside of all of them torch computes the layer and its
 gradients; inside, the other directions decide, and the entry's provider is null.
 """
 
+import contextlib
 import functools
 import itertools
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -164,8 +167,9 @@ class Table(NamedTuple):
     @property
     def may_own_layers(self) -> bool:
         """True if our kernels compute whole ``nn.Linear`` layers of some size."""
-        if LAYER in self.measured:
-            return any(point.faster == OURS for point in self.measured[LAYER].points)
+        measured = [self.measured[d] for d in (FORWARD, LAYER) if d in self.measured]
+        if measured:
+            return any(point.faster == OURS for grid in measured for point in grid.points)
         return bool(self.rules[LAYER])
 
 
@@ -199,21 +203,38 @@ def _answer(
     depth: int,
     width: int,
     layer: bool,
+    has_gradients: bool,
     threads: int,
     onednn_enabled: bool,
 ) -> str:
     """Return what ``choose`` returns, for these settings of torch."""
     measured, rules = _table(dtype, device, threads, onednn_enabled)
     sizes = rows, depth, width
-    if layer and LAYER not in measured:
-        if _first(rules[LAYER], *sizes) is None:
+    if layer:
+        whole = LAYER if has_gradients and direction == FORWARD else direction
+        if whole not in measured:
+            if _first(rules[LAYER], *sizes) is None:
+                return TORCH
+        elif direction == FORWARD and measured[whole].faster(*sizes) != OURS:
             return TORCH
-    elif layer and direction == FORWARD:
-        return OURS if measured[LAYER].faster(*sizes) == OURS else TORCH
     if direction in measured:
         grid = measured[direction]
         return grid.torch_library if grid.faster(*sizes) == TORCH else OURS
     return _first(rules[direction], *sizes) or OURS
+
+
+#: The answers of the moment for some directions, whatever was measured.
+_overridden: dict[str, str] = {}
+
+
+@contextlib.contextmanager
+def override(answers: dict[str, str]) -> Iterator[None]:
+    """Let ``choose`` return ``answers`` for these directions inside the context."""
+    _overridden.update(answers)
+    try:
+        yield
+    finally:
+        _overridden.clear()
 
 
 def choose(
@@ -224,6 +245,7 @@ def choose(
     depth: int,
     width: int,
     layer: bool = False,
+    has_gradients: bool = False,
 ) -> str:
     """Return who computes a product: OURS, CUBLAS, ONEDNN, MKL, ATEN or, for a ``layer``, TORCH.
 
@@ -238,7 +260,10 @@ def choose(
         width: Its out_features.
         layer: Whether the product belongs to an ``nn.Linear`` without an activation. Only then can
             the answer be TORCH: torch's own layer and its gradients.
+        has_gradients: Whether the gradients of the layer are recorded.
     """
+    if direction in _overridden:
+        return _overridden[direction]
     # A caller can change both settings at any time.
     settings = torch.get_num_threads(), torch._C._get_mkldnn_enabled()
-    return _answer(direction, dtype, device, rows, depth, width, layer, *settings)
+    return _answer(direction, dtype, device, rows, depth, width, layer, has_gradients, *settings)

@@ -241,7 +241,8 @@ def project(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _compute(input, weight, bias, NONE, None, True)
     width, depth = weight.shape
     rows = input.numel() // depth if depth else 0
-    provider = choose(FORWARD, input.dtype, input.device, rows, depth, width, True)
+    recorded = needs_grad(input, weight, bias)
+    provider = choose(FORWARD, input.dtype, input.device, rows, depth, width, True, recorded)
     if provider == TORCH:
         return F.linear(input, weight, bias)
     return _compute(input, weight, bias, NONE, None, True, provider)

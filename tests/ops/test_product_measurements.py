@@ -48,26 +48,39 @@ def test_nearest_size_answers(tmp_path, monkeypatch):
     assert choose(64, 1024, 1024, dtype=torch.float64) == "ours"
 
 
-def test_ties_of_whole_layers_are_torchs(tmp_path, monkeypatch):
-    """A layer is ours only where that was faster; then its gradients go by their own times."""
-    products = [grid("layer", POINTS), grid("dinput", POINTS)]
-    put(tmp_path, "a.json", products)
-    anew(monkeypatch, tmp_path)
-    assert choose(1, 128, 128, layer=True) == "ours"
-    assert choose(64, 128, 128, layer=True) == choose(64, 1024, 128, layer=True) == "torch"
-    assert choose(64, 1024, 128, "dinput", layer=True) == "ours"
-    assert choose(64, 128, 128, "dinput", layer=True) == LIBRARY
-    # A direction that was not measured goes by rules.
-    rules = _product_policy.table(FLOAT, CPU).rules["dweight"]
-    expected = _product_policy._first(rules, 64, 128, 128) or "ours"
-    assert choose(64, 128, 128, "dweight", layer=True) == expected
+def test_whole_layers(tmp_path, monkeypatch):
+    """A tie is torch's. With gradients forward and backward together decide, then each alone."""
+    faster = [[8, 8, 8, 1.0, 2.0, "ours"]]
+    products = [grid("layer", POINTS), grid("forward", POINTS[::-1]), grid("dinput", POINTS)]
+    for direction, points in (("layer", faster), ("forward", faster)):
+        mixed = [(direction, *g[1:3], points) if g[0] == direction else g for g in products]
+        put(tmp_path, "a.json", mixed)
+        anew(monkeypatch, tmp_path)
+        has_gradients = direction == "forward"  # The other case goes by ``POINTS``.
+
+        def layer(*sizes, asked="forward", has_gradients=has_gradients):
+            answer = _product_policy.choose(asked, FLOAT, CPU, *sizes, True, has_gradients)
+            opposite = _product_policy.choose(asked, FLOAT, CPU, *sizes, True, not has_gradients)
+            return answer, opposite
+
+        assert layer(1, 128, 128) == ("ours", "ours")
+        assert layer(64, 1024, 128) == ("torch", "ours"), "a tie"
+        by_library = "ours" if has_gradients else LIBRARY
+        assert layer(64, 128, 128) == ("torch", by_library)
+        assert layer(64, 128, 128, asked="dinput") == (LIBRARY, LIBRARY)
+        assert layer(64, 1024, 128, asked="dinput") == ("ours", "ours")
 
 
-@pytest.mark.parametrize("faster", ["ours", "torch", None])
-def test_layers_are_swapped_where_one_size_is_faster(faster, tmp_path, monkeypatch):
-    put(tmp_path, "a.json", [grid("layer", [[1, 8, 8, 1.0, 1.0, faster]])])
+def test_directions_without_times_go_by_rules(tmp_path, monkeypatch):
+    put(tmp_path, "a.json", [grid("layer", POINTS)])
     anew(monkeypatch, tmp_path)
-    assert _product_policy.table(FLOAT, CPU).may_own_layers == (faster == "ours")
+    rules = _product_policy.table(FLOAT, CPU).rules
+    for sizes in ((64, 128, 128), (1, 2, 2)):
+        by_rule = _product_policy._first(rules["dweight"], *sizes) or "ours"
+        outside = _product_policy._first(rules["layer"], *sizes) is None
+        assert choose(*sizes, "dweight") == by_rule
+        assert choose(*sizes, "dweight", layer=True) == ("torch" if outside else by_rule)
+        assert choose(*sizes, layer=True) == ("torch" if outside else by_rule)
 
 
 def test_who_is_called(tmp_path, monkeypatch):

@@ -90,9 +90,9 @@ def test_what_is_hopeless_is_not_measured_at_larger_sizes(small, monkeypatch):
 @pytest.mark.parametrize(
     "ours, theirs, verdict",
     [
-        ([1, 1], [2, 2], "ours"),
-        ([2, 2], [1, 1], "torch"),
-        ([1, 1], [1.3, 1.3], None),
+        ([1, 1, 1], [2, 1.5, 1.2], "ours"),
+        ([2, 1.2, 3], [1, 1, 1], "torch"),
+        ([1, 1, 1], [2, 2, 1.1], None),
         ([1] * 6, [1.1, 1.2, 1.1, 1.3, 1.1, 1.2], "ours"),
         ([1.1, 1.2, 1.1, 1.3, 1.1, 1.2], [1] * 6, "torch"),
         ([1] * 6, [0.9, 1.1] * 3, None),
