@@ -82,6 +82,26 @@ def test_extreme_logits(spread, shift, dtype, device):
     assert_accurate(actual[3], right[3], eager[3], "dvalue")
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("gap", [80.0, 87.0, 95.0, 300.0, 1e9, 3e38])
+def test_weights_below_the_range_of_floats(gap, with_bias, device):
+    """A key `gap` below the other weighs e^-gap, or less than any normal float, and NaN stays."""
+    query, key = torch.ones(1, 1, 3, 1, device=device), torch.zeros(1, 1, 2, 1, device=device)
+    value = torch.tensor([[0.0], [1.0]], device=device).expand(1, 1, 2, 1)
+    bias = torch.tensor([0.0, -gap], device=device).expand(3, 2) if with_bias else None
+    if not with_bias:
+        key[0, 0, 1] = -gap
+    query[0, 0, 1] = float("nan")
+    out = attention(query, key, value, bias, scale=1.0).flatten()
+    assert out[1].isnan()
+    weights, right = out[::2], torch.full((2,), -gap, dtype=torch.float64, device=device).exp()
+    smallest = torch.finfo(torch.float32).tiny
+    if right[0] < smallest:
+        assert (weights >= 0).all() and (weights < smallest).all()
+    else:
+        assert_accurate(weights, right, torch.full_like(weights, -gap).exp(), "weights")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_row_of_the_lowest_float(dtype, device):
     """A row masked by finfo.min everywhere attends to all keys alike, as in torch."""

@@ -11,6 +11,65 @@ struct RunningSoftmax {
   float *out, *m, *l, *shift, *alpha;
 };
 
+// Store the weights of two keys where their scores are, or as one word.
+template <class U>
+[[gnu::always_inline]] inline void store_weights(float* scores, int64_t j, int64_t keys, F32 first,
+                                                 F32 second) {
+  if constexpr (kPerWord<U> == 1) {
+    store(scores + j * kBlock, first);
+    if (j + 1 < keys) store(scores + (j + 1) * kBlock, second);
+  } else {
+    store_bf16_pairs(scores + j / 2 * kBlock, first, second);
+  }
+}
+
+// Turn the scores of kLanes rows into unnormalized weights, and return their sums. Two weights are
+// added before they join the sum: half as many roundings of a large sum.
+template <class U>
+[[gnu::always_inline]] inline F32 tile_weights(const KeyTile& keys,
+                                               const SoftmaxExp<U>& softmax_exp, F32 shift,
+                                               float* scores) {
+  const int64_t count = keys.count;
+  F32 sum = {};
+  const auto weight_of = [&](int64_t j) {
+    return softmax_exp.exp(load<F32>(scores + j * kBlock), shift);
+  };
+  int64_t j = 0;
+  for (; j + 2 <= count; j += 2) {
+    const F32 first = weight_of(j), second = weight_of(j + 1);
+    sum += first + second;
+    store_weights<U>(scores, j, count, first, second);
+  }
+  if (j < count) {
+    const F32 last = weight_of(j);
+    sum += last;
+    store_weights<U>(scores, j, count, last, F32{});
+  }
+  return sum;
+}
+
+// The same with dropout; the sums are those before it.
+template <class U>
+[[gnu::noinline, gnu::flatten]] F32 dropped_weights(const QueryBlock& block, const KeyTile& keys,
+                                                    const SoftmaxExp<U>& softmax_exp,
+                                                    const Dropout& dropout, int v, F32 shift,
+                                                    float* scores) {
+  F32 sum = {};
+  const auto weight_of = [&](int64_t j) {
+    return j < keys.count ? softmax_exp.exp(load<F32>(scores + j * kBlock), shift) : F32{};
+  };
+  for (int64_t j = 0; j < keys.count; j += 4) {
+    F32 factors[4];
+    dropout_of_keys(dropout, block, keys.begin + j, v, factors);
+    for (int i = 0; i < 4 && j + i < keys.count; i += 2) {
+      const F32 first = weight_of(j + i), second = weight_of(j + i + 1);
+      sum += first + second;
+      store_weights<U>(scores, j + i, keys.count, first * factors[i], second * factors[i + 1]);
+    }
+  }
+  return sum;
+}
+
 // Turn a tile of scores into unnormalized weights, in the layout of a GEMM operand stored by
 // columns ([key][row], or pairs of keys), and updates m, l, shift and alpha.
 template <class U, int kVectors>
@@ -19,71 +78,27 @@ template <class U, int kVectors>
                                                   const Dropout& dropout, MaskType type,
                                                   const float* mask, float* scores,
                                                   const RunningSoftmax& r) {
-  // Two weights are added before they join the sum: half as many roundings of a large sum.
-  F32 top[kVectors], shift[kVectors], sum[kVectors];
+  F32 top[kVectors];
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) top[v] = load<F32>(r.m + v * kLanes);
   mask_scores<kVectors>(block, keys, softmax_exp, type, mask, scores,
                         [&](int64_t, int v, F32 x) { top[v] = max(top[v], x); });
-#pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
     const int at = v * kLanes;
     const F32 seen = top[v] == -kInfinity ? F32{} : top[v];
-    shift[v] = softmax_exp.shift(softmax_exp.logit(seen));
+    const F32 shift = softmax_exp.shift(softmax_exp.logit(seen));
     // Before the first visible key m is -infinity, and there are no sums to rescale.
     const F32 before =
         load<F32>(r.m + at) == -kInfinity ? F32{} - kInfinity : load<F32>(r.shift + at);
-    const F32 alpha = softmax_exp.rescale(before, shift[v]);
+    const F32 alpha = softmax_exp.rescale(before, shift);
+    const F32 sum = dropout.threshold
+                        ? dropped_weights(block, keys, softmax_exp, dropout, v, shift, scores + at)
+                        : tile_weights(keys, softmax_exp, shift, scores + at);
     store(r.m + at, top[v]);
-    store(r.shift + at, shift[v]);
+    store(r.shift + at, shift);
     store(r.alpha + at, alpha);
-    sum[v] = F32{};
-    store(r.l + at, load<F32>(r.l + at) * alpha);
+    store(r.l + at, load<F32>(r.l + at) * alpha + sum);
   }
-  const auto weight_of = [&](int64_t j, int v) {
-    return softmax_exp.exp(load<F32>(scores + j * kBlock + v * kLanes), shift[v]);
-  };
-  const auto put = [&](int64_t j, int v, F32 first, F32 second) {
-    if constexpr (kPerWord<U> == 1) {
-      store(scores + j * kBlock + v * kLanes, first);
-      if (j + 1 < keys.count) store(scores + (j + 1) * kBlock + v * kLanes, second);
-    } else {
-      store_bf16_pairs(scores + j / 2 * kBlock + v * kLanes, first, second);
-    }
-  };
-  if (dropout.threshold) {
-    for (int64_t j = 0; j < keys.count; j += 4) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        F32 factors[4];
-        dropout_of_keys(dropout, block, keys.begin + j, v, factors);
-        for (int i = 0; i < 4 && j + i < keys.count; i += 2) {
-          const F32 first = weight_of(j + i, v);
-          const F32 second = j + i + 1 < keys.count ? weight_of(j + i + 1, v) : F32{};
-          sum[v] += first + second;
-          put(j + i, v, first * factors[i], second * factors[i + 1]);
-        }
-      }
-    }
-  } else {
-    int64_t j = 0;
-    for (; j + 2 <= keys.count; j += 2)
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        const F32 first = weight_of(j, v), second = weight_of(j + 1, v);
-        sum[v] += first + second;
-        put(j, v, first, second);
-      }
-    if (j < keys.count)
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        const F32 first = weight_of(j, v);
-        sum[v] += first;
-        put(j, v, first, F32{});
-      }
-  }
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) store(r.l + v * kLanes, load<F32>(r.l + v * kLanes) + sum[v]);
 }
 
 template <class T>

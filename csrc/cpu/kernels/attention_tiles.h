@@ -258,18 +258,20 @@ struct SoftmaxExp {
   static constexpr bool kPrecise = kPerWord<Word> == 1;
   float scale, factor;
   bool takes_logits;  // x is a logit already, not a score.
+  float multiplier;   // Of x in the exponent, where the exponential is precise.
 
   template <class T>
   explicit SoftmaxExp(const AttentionCommonArgs<T>& a)
       : scale(a.softcap == 0 ? a.scale : 1),
         factor(scale * kLog2E),
-        takes_logits(a.mask.type > MaskType::Bool || scale == 0) {}
+        takes_logits(a.mask.type > MaskType::Bool || scale == 0),
+        multiplier(takes_logits ? 1 : scale) {}
 
   F32 logit(F32 x) const { return takes_logits ? x : x * scale; }
   F32 shift(F32 logit) const { return takes_logits || kPrecise ? logit : logit * kLog2E; }
   F32 exp(F32 x, F32 shift) const {
     if constexpr (kPrecise)
-      return exp_negative(takes_logits ? x - shift : fma(x, F32{} + scale, -shift));
+      return exp_negative(fma(x, F32{} + multiplier, -shift));
     else
       return exp2_negative(takes_logits ? (x - shift) * kLog2E : fma(x, F32{} + factor, -shift));
   }
