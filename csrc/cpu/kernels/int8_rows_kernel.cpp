@@ -126,12 +126,7 @@ struct Int8QuantizeKernel {
       // Adding 1.5 * 2^23 rounds to an integer, whose two's complement is in the low bits.
       const V whole = element<V, kMasked>(from, i) * inverse + 0x1.8p23f;
       if constexpr (std::is_same_v<V, F32>) {
-#if defined(__AVX512F__)
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
-                         _mm512_cvtepi32_epi8(std::bit_cast<__m512i>(whole)));
-#else
-        for (int j = 0; j < kLanes; ++j) to[i + j] = int8_t(std::bit_cast<U32>(whole)[j]);
-#endif
+        store_low_bytes(to + i, std::bit_cast<U32>(whole));
       } else {
         to[i] = int8_t(std::bit_cast<uint32_t>(whole));
       }

@@ -213,6 +213,21 @@ inline void store(f16* p, F32 v) {
 #endif
 }
 
+// Store the lowest byte of each lane.
+inline void store_low_bytes(int8_t* p, U32 v) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(__m512i(v)));
+#elif defined(__AVX2__)
+  const __m256i every_fourth = _mm256_set1_epi32(0x0c080400);
+  const __m256i bytes = _mm256_shuffle_epi8(__m256i(v), every_fourth);
+  _mm_storel_epi64(
+      reinterpret_cast<__m128i*>(p),
+      _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = int8_t(v[i]);
+#endif
+}
+
 // Store v, and returns it rounded to the type it is stored as.
 template <class V>
 inline V store_rounded(float* p, V v) {
