@@ -60,6 +60,10 @@ using SumPartialsFn = void (*)(const float* partial, int64_t rows, int64_t strid
 template <class T>
 using ToFloatFn = void (*)(const T* from, float* to, int64_t n);
 
+// sum[i] += addend[i].
+template <class T>
+using AddToFn = void (*)(const T* addend, T* sum, int64_t n);
+
 template <class T>
 inline IsaTable<NormForwardFn<T>> norm_forward;
 template <class T>
@@ -68,5 +72,7 @@ template <class T>
 inline IsaTable<SumPartialsFn<T>> sum_partials;
 template <class T>
 inline IsaTable<ToFloatFn<T>> to_float;
+template <class T>
+inline IsaTable<AddToFn<T>> add_to;
 
 }  // namespace llmos

@@ -7,7 +7,7 @@ import torch
 
 from llmos_kernels._tools import checksums
 from llmos_kernels.testing import CASES, DTYPES, Case, worst_error
-from llmos_kernels.testing.cases import int8
+from llmos_kernels.testing.cases import encoder_layer, int8
 
 
 def _judge(case: Case) -> Callable[[torch.dtype, str], float]:
@@ -29,7 +29,8 @@ def _result(
 
 def ops() -> bool:
     """Compare every op with the float64 reference, print the errors; return True if all pass."""
-    judged = {case.name: _judge(case) for case in CASES} | {"int8_linear": int8.worst_error}
+    judged = {case.name: _judge(case) for case in CASES}
+    judged |= {"int8_linear": int8.worst_error, "encoder_layer": encoder_layer.worst_error}
     failed, start = 0, time.perf_counter()
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         for name, error in judged.items():

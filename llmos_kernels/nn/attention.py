@@ -94,7 +94,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if self.add_zero_attn:
             zero = k.new_zeros(1, 1, self.embed_dim)
             k, v, added = _append(k, zero), _append(v, zero), added + 1
-        attn_mask, key_padding_mask = _masks(attn_mask, key_padding_mask, self.num_heads, added)
+        attn_mask, key_padding_mask = merge_masks(
+            attn_mask, key_padding_mask, self.num_heads, added
+        )
         kind = ("mean" if average_attn_weights else "per_head") if need_weights else None
         result = scaled_dot_product_attention(
             q,
@@ -204,7 +206,7 @@ def _append(x: Tensor, row: Tensor) -> Tensor:
     return torch.cat([x, row.to(x.dtype).view(1, heads, 1, dim).expand(batch, -1, -1, -1)], 2)
 
 
-def _masks(
+def merge_masks(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, heads: int, added: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return ``attn_mask`` and ``key_padding_mask`` as ``scaled_dot_product_attention`` takes them.

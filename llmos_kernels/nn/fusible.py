@@ -35,3 +35,9 @@ def is_fusible(module: torch.nn.Module) -> bool:
 def is_plain_dropout(dropout: object) -> bool:
     """Return True if a fused dropout computes what the module ``dropout`` does."""
     return type(dropout) is torch.nn.Dropout and dropout.p < 1 and is_fusible(dropout)
+
+
+def drops_nothing(dropout: object) -> bool:
+    """Return True if the module ``dropout`` returns its input, and need not be called."""
+    is_off = type(dropout) is torch.nn.Dropout and (not dropout.training or dropout.p == 0)
+    return is_off and is_fusible(dropout)  # type: ignore[arg-type]

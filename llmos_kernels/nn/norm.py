@@ -180,5 +180,10 @@ def add_and_norm(input: Tensor, residual: Tensor, dropout: Any, norm: Any) -> tu
 
 def are_plain(dropout: object, norm: Any) -> bool:
     """Return whether both are torch's Dropout and LayerNorm, without hooks."""
+    return is_plain_norm(norm) and is_plain_dropout(dropout)
+
+
+def is_plain_norm(norm: Any) -> bool:
+    """Return whether ``norm`` is torch's LayerNorm or ours, without hooks."""
     is_layer_norm = type(norm) is torch.nn.LayerNorm or type(norm) is LayerNorm
-    return is_layer_norm and is_fusible(norm) and is_plain_dropout(dropout)
+    return is_layer_norm and is_fusible(norm)

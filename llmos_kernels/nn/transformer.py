@@ -8,18 +8,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from llmos_kernels.nn.attention import MultiheadAttention
+from llmos_kernels.nn.attention import MultiheadAttention, merge_masks
+from llmos_kernels.nn.encoder_layer import LayerParts, whole_layer
 from llmos_kernels.nn.feed_forward import activation_name
-from llmos_kernels.nn.fusible import is_plain_dropout
+from llmos_kernels.nn.fusible import is_fusible, is_plain_dropout
 from llmos_kernels.nn.int8 import activated
 from llmos_kernels.nn.linear import linear_parameters
 from llmos_kernels.nn.nested import nested_like, nested_rows
 from llmos_kernels.nn.norm import LayerNorm, add_and_norm
+from llmos_kernels.ops._encoder_layer import LayerMasks, may_fuse
 from llmos_kernels.ops.feed_forward import feed_forward
 
 #: The drop-ins of the parts of a layer.
 _FUSED = {nn.MultiheadAttention: MultiheadAttention, nn.LayerNorm: LayerNorm}
+
+
+#: The classes of ``out_proj``, whose hooks do not run in torch either.
+_OUT_PROJECTIONS = (NonDynamicallyQuantizableLinear, nn.Linear)
 
 
 class _Layer(nn.Module):
@@ -96,12 +103,49 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
 
             return nested_like(src, self._compute(nested_rows(src)[0], attend_nested))
 
+        if src_mask is None and not is_causal:
+            out = self._whole(src, src_key_padding_mask)
+            if out is not None:
+                return out
+
         def attend(x: Tensor) -> Tensor:
             return self.self_attn(
                 x, x, x, src_key_padding_mask, False, src_mask, is_causal=is_causal
             )[0]
 
         return self._compute(src, attend)
+
+    def _whole(self, src: Tensor, padding: Tensor | None) -> Tensor | None:
+        """Return the output by one op, or None where the parts have to be called."""
+        attention = self.self_attn
+        if type(self) is not TransformerEncoderLayer or type(attention) is not MultiheadAttention:
+            return None
+        if padding is None or padding.dtype == torch.bool:
+            masks = LayerMasks(None, padding)
+        else:
+            masks = LayerMasks(*merge_masks(None, padding, attention.num_heads, 0))
+        if not may_fuse(src, masks, self.linear1.weight) or not is_fusible(attention):
+            return None
+        if not attention.batch_first or (attention.training and attention.dropout):
+            return None
+        weight, out = attention.in_proj_weight, attention.out_proj
+        appends = attention.bias_k is not None or attention.add_zero_attn
+        if appends or weight is None or type(out) not in _OUT_PROJECTIONS:
+            return None
+        parts = LayerParts(
+            ((weight, attention.in_proj_bias),),
+            (out.weight, out.bias),
+            self.linear1,
+            self.linear2,
+            self.norm1,
+            self.norm2,
+            (self.dropout, self.dropout1, self.dropout2),
+            activation_name(self.activation),
+            attention.num_heads,
+            attention.head_dim**-0.5,
+            self.norm_first,
+        )
+        return whole_layer(src, masks, parts)
 
     def _compute(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         if self.norm_first:

@@ -267,3 +267,34 @@ def choose(
     # A caller can change both settings at any time.
     settings = torch.get_num_threads(), torch._C._get_mkldnn_enabled()
     return _answer(direction, dtype, device, rows, depth, width, layer, has_gradients, *settings)
+
+
+def are_ours(
+    dtype: torch.dtype, device: torch.device, rows: int, shapes: tuple[tuple[int, ...], ...]
+) -> bool:
+    """Return True if ``choose`` answers OURS for the forward product with each of some weights.
+
+    Args:
+        dtype: The dtype of both factors.
+        device: Where they are.
+        rows: Rows of the input.
+        shapes: [out, in] of each weight.
+    """
+    if FORWARD in _overridden:
+        return _overridden[FORWARD] == OURS
+    enabled = torch._C._get_mkldnn_enabled()
+    return _are_ours(dtype, device, rows, shapes, torch.get_num_threads(), enabled)
+
+
+@functools.lru_cache(4096)
+def _are_ours(
+    dtype: torch.dtype,
+    device: torch.device,
+    rows: int,
+    shapes: tuple[tuple[int, ...], ...],
+    threads: int,
+    onednn_enabled: bool,
+) -> bool:
+    """Return ``are_ours`` for what ``choose`` looks up by itself: threads, and oneDNN's switch."""
+    products = (choose(FORWARD, dtype, device, rows, depth, width) for width, depth in shapes)
+    return all(provider == OURS for provider in products)

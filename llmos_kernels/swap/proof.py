@@ -19,8 +19,9 @@ from llmos_kernels._core.numerics import HOPELESS, Compared, judged_together, ma
 from llmos_kernels.swap.calls import ModuleCall, perturbed, set_training
 from llmos_kernels.swap.replica import replica
 
-#: Outputs and gradients; outputs alone; or outputs alone, but not where the original returns NaN.
-Extent = Literal["all", "outputs", "outputs without NaN"]
+#: Outputs and gradients; outputs alone; outputs alone, but not where the original returns NaN; or
+#: such outputs in eval mode and without gradients, for a drop-in that computes them another way.
+Extent = Literal["all", "outputs", "outputs without NaN", "inference"]
 #: How many more calls are drawn where the first one misses its budget.
 DRAWS = 16
 
@@ -47,6 +48,8 @@ def judge(
     extent: Extent = "all",
 ) -> float:
     """Return the largest error over its budget on ``call``, in eval and in train mode.
+
+    "inference" is eval mode alone.
 
     A call that misses its budget is judged again, together with others like it: the budget is a
     multiple of torch's own error, and on few numbers the ratio of two maxima is a matter of luck.
@@ -86,6 +89,8 @@ def _results(replicas: Replicas, call: ModuleCall, extent: Extent, draw: int) ->
 
     ``draw`` seeds the gradients of the outputs.
     """
+    if extent == "inference":
+        return _inference(replicas, call)
     found: Compared = {}
     # The gradient of an output, by its shape: the same for all replicas, in both modes.
     drawn: dict[torch.Size, Tensor] = {}
@@ -102,9 +107,7 @@ def _results(replicas: Replicas, call: ModuleCall, extent: Extent, draw: int) ->
         eager, eager_gradients = outputs_and_gradients(replicas.stock, call, training, gradient_of)
         actual, actual_gradients = outputs_and_gradients(replicas.ours, call, training, gradient_of)
         if extent == "outputs without NaN":
-            actual = [
-                a.where(a.isnan() | ~e.isnan(), e) for a, e in zip(actual, eager, strict=True)
-            ]
+            actual = _but_nan(actual, eager)
         elif extent == "all":
             exact, eager = exact + exact_gradients, eager + eager_gradients
             actual = actual + actual_gradients
@@ -114,6 +117,29 @@ def _results(replicas: Replicas, call: ModuleCall, extent: Extent, draw: int) ->
         for i, triple in enumerate(zip(actual, exact, eager, strict=True)):
             found[f"{mode} {i}"] = triple
     return found
+
+
+def _but_nan(actual: list[Tensor], eager: list[Tensor]) -> list[Tensor]:
+    """Return ``actual`` with NaN wherever ``eager`` is NaN."""
+    return [a.where(a.isnan() | ~e.isnan(), e) for a, e in zip(actual, eager, strict=True)]
+
+
+def _inference(replicas: Replicas, call: ModuleCall) -> Compared | None:
+    """Return the outputs in eval mode and without gradients, as ``_results`` does."""
+
+    def outputs(module: nn.Module, dtype: torch.dtype | None = None) -> list[Tensor]:
+        set_training(module, False)
+        given = call.map(lambda t: t.to(dtype) if dtype and t.is_floating_point() else t)
+        with torch.no_grad():
+            y = given.on(module)
+        return [o for o in (y if isinstance(y, tuple) else (y,)) if isinstance(o, Tensor)]
+
+    exact = outputs(replicas.exact, torch.float64)
+    eager, actual = outputs(replicas.stock), outputs(replicas.ours)
+    if not len(actual) == len(eager) == len(exact):
+        return None
+    triples = zip(_but_nan(actual, eager), exact, eager, strict=True)
+    return {f"inference {i}": triple for i, triple in enumerate(triples)}
 
 
 def outputs_and_gradients(

@@ -71,6 +71,7 @@ OTHER_KERNELS = {
     "norm_backward",
     "sum_partials",
     "to_float",
+    "add_to",
     "sum_embeddings",
     "drop_rows",
 }

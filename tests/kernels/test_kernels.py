@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from guards import Guards, bits
 
 from llmos_kernels._core.registry import DEFINED, HAS_TRITON
 from llmos_kernels.testing import (
@@ -74,52 +74,6 @@ def test_every_backend_is_here(case):
     assert names == {"cpp", "triton"}, "make build provides both"
 
 
-BAND = 64  # Elements of a guard band, on each side of a tensor.
-
-
-def _int(t):
-    """Return a view of the bits as integers."""
-    return t.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
-
-
-def guarded_empty(shape, dtype, device):
-    """Return a buffer with guard bands and the tensor in it; all bits are 1, NaN as a float."""
-    n = torch.Size(shape).numel()
-    buffer = torch.empty(n + 2 * BAND, dtype=dtype, device=device)
-    _int(buffer).fill_(-1)
-    return buffer, buffer[BAND : BAND + n].view(shape)
-
-
-class Guards(TorchDispatchMode):
-    """Surround every allocation with guard bands."""
-
-    def __init__(self):
-        super().__init__()
-        self.buffers = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if op.overloadpacket.__name__ not in ("empty", "new_empty", "empty_like", "empty_strided"):
-            return op(*args, **kwargs)
-        like = op(*args, **kwargs)
-        assert like.is_contiguous()
-        buffer, t = guarded_empty(like.shape, like.dtype, like.device)
-        self.buffers.append((buffer, t))
-        return t
-
-    def copy_of(self, t):
-        """Return a copy of ``t`` with guard bands."""
-        buffer, inner = guarded_empty(t.shape, t.dtype, t.device)
-        self.buffers.append((buffer, inner))
-        return inner.copy_(t)
-
-    def assert_intact(self, name):
-        """Assert that no guard band has changed."""
-        for buffer, _ in self.buffers:
-            bands = torch.cat([_int(buffer)[:BAND], _int(buffer)[-BAND:]])
-            assert (bands == -1).all(), f"{name} wrote outside a tensor"
-
-
 def guarded(name, kernel, args):
     """Return the outputs of a kernel and check what it writes.
 
@@ -134,7 +88,7 @@ def guarded(name, kernel, args):
     for a, b in zip(tensors(inputs), tensors(args), strict=True):
         assert torch.equal(a, b), f"{name} changed an input"
     for i, out in enumerate(results):
-        assert not (_int(out) == -1).any(), f"{name} left elements of output {i} unwritten"
+        assert not (bits(out) == -1).any(), f"{name} left elements of output {i} unwritten"
     return results
 
 

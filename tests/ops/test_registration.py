@@ -7,9 +7,10 @@ from llmos_kernels._core.registry import DEFINED, define
 from llmos_kernels._tools import environment
 from llmos_kernels.testing import CASES, raw_calls
 
-#: Ops without a Case: ``built_for`` describes the build; test_int8.py requires equal integers.
+#: Ops without a Case: ``built_for`` describes the build; test_int8.py requires equal integers;
+#: test_encoder_layer.py tests an op without gradients.
 INT8 = {name for name in DEFINED if name.startswith("llmos::int8_")}
-NO_CASE = {"llmos::built_for", *INT8}
+NO_CASE = {"llmos::built_for", "llmos::encoder_layer", *INT8}
 
 
 @pytest.mark.parametrize("name", DEFINED)

@@ -26,16 +26,18 @@ struct Splits {
   std::vector<Row> rows;
 };
 
-Splits split(const AttentionInputs& in, int64_t block) {
+template <class T>
+Splits split(const AttentionCommonArgs<T>& a, const std::vector<Sequence>& sequences,
+             int64_t block) {
   Splits result;
-  const int64_t group = in.heads / in.kv_heads, floats_per_row = in.v_dim + 2;
+  const int64_t group = a.group(), floats_per_row = a.v_dim + 2;
   std::vector<std::pair<size_t, int64_t>> split_tasks;
   int64_t size = 0;
-  for (size_t s = 0; s < in.sequences.size(); ++s) {
-    const Sequence& seq = in.sequences[s];
+  for (size_t s = 0; s < sequences.size(); ++s) {
+    const Sequence& seq = sequences[s];
     const int64_t rows = group * seq.q_len, blocks = (rows + block - 1) / block;
     const bool splits = rows <= std::min(kSplitRows, block) && seq.k_len > kSplitKeys;
-    for (int64_t h = 0; h < in.kv_heads; ++h) {
+    for (int64_t h = 0; h < a.kv_heads; ++h) {
       if (!splits) {
         for (int64_t b = 0; b < blocks; ++b)
           result.tasks.push_back({int64_t(s), h, alternating(b, blocks), 0, seq.k_len, nullptr});
@@ -57,6 +59,33 @@ Splits split(const AttentionInputs& in, int64_t block) {
   return result;
 }
 
+}  // namespace
+
+template <class T>
+void run_attention(const AttentionForwardArgs<T>& args, const std::vector<Sequence>& sequences) {
+  const AttentionCommonArgs<T>& a = args.common;
+  const auto& kernel = *task_kernel<AttentionForwardArgs<T>>.best();
+  const Splits work = split(a, sequences, kernel.block);
+  double pairs = 0;
+  for (const Sequence& s : sequences) pairs += double(s.q_len) * s.k_len * a.heads;
+  run_in_parallel(kernel, args, work.tasks, pairs * (a.dim + a.v_dim));
+
+  const auto combine = combine_splits<T>.best();
+  const int64_t floats_per_row = a.v_dim + 2;
+  for (const Splits::Row& row : work.rows) {
+    const Sequence& s = sequences[row.sequence];
+    const int64_t at = a.stats_at(s.batch, row.head, row.index);
+    const float sink = a.sinks ? a.sinks[row.head] : -std::numeric_limits<float>::infinity();
+    combine(a, work.partial.get() + row.at, row.splits, a.group() * s.q_len * floats_per_row, sink,
+            args.out.at(s.batch, row.head, row.index), a.m + at, a.inverse + at);
+  }
+}
+template void run_attention(const AttentionForwardArgs<float>&, const std::vector<Sequence>&);
+template void run_attention(const AttentionForwardArgs<bf16>&, const std::vector<Sequence>&);
+template void run_attention(const AttentionForwardArgs<f16>&, const std::vector<Sequence>&);
+
+namespace {
+
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
                                    const Optional& mask, const Optional& padding,
                                    const Optional& cu_q, const Optional& cu_k,
@@ -72,23 +101,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
 
   for_dtype(query.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    const auto& kernel = *task_kernel<AttentionForwardArgs<T>>.best();
-    const AttentionForwardArgs<T> args{in.of<T>(m, inverse), AttentionInputs::output_heads<T>(out)};
-    const Splits work = split(in, kernel.block);
-    const double size = double(in.q_total) * in.k_longest * in.heads * in.batch;
-    run_in_parallel(kernel, args, work.tasks, size * (in.dim + in.v_dim));
-
-    const auto combine = combine_splits<T>.best();
-    const int64_t group = in.heads / in.kv_heads, floats_per_row = in.v_dim + 2;
-    for (const Splits::Row& row : work.rows) {
-      const Sequence& s = in.sequences[row.sequence];
-      const int64_t at = args.common.stats_at(s.batch, row.head, row.index);
-      const float sink =
-          in.sinks.empty() ? -std::numeric_limits<float>::infinity() : in.sinks[row.head];
-      combine(args.common, work.partial.get() + row.at, row.splits,
-              group * s.q_len * floats_per_row, sink, args.out.at(s.batch, row.head, row.index),
-              m + at, inverse + at);
-    }
+    run_attention<T>({in.of<T>(m, inverse), AttentionInputs::output_heads<T>(out)}, in.sequences);
   });
   return {out, stats};
 }

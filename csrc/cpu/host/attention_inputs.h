@@ -11,6 +11,38 @@
 
 namespace llmos {
 
+inline MaskType mask_type(ScalarType dtype) {
+  if (dtype == ScalarType::Bool) return MaskType::Bool;
+  if (dtype == ScalarType::Float) return MaskType::Float;
+  if (dtype == ScalarType::BFloat16) return MaskType::Bf16;
+  STD_TORCH_CHECK(dtype == ScalarType::Half, "no kernel for a mask of dtype ", int(dtype));
+  return MaskType::F16;
+}
+
+// Return attn_mask, broadcast to four dimensions, as the kernels read it.
+inline Mask mask_of(const Tensor& t) {
+  const auto step = [&](int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); };
+  return {mask_type(t.scalar_type()), t.const_data_ptr(), step(0), step(1), step(2), step(3)};
+}
+
+// Return one sequence for each batch element, of q_len queries and k_len keys. With key padding
+// [batch, k_len], true where a key is ignored, ignored keys at either end are left out.
+inline std::vector<Sequence> batch_sequences(int64_t batch, int64_t q_len, int64_t k_len,
+                                             const Optional& padding, int64_t diagonal) {
+  std::vector<Sequence> sequences;
+  for (int64_t b = 0; b < batch; ++b) {
+    Sequence s{b, 0, q_len, 0, k_len, 0, k_len, diagonal};
+    if (padding) {
+      const bool* ignored = data<bool>(*padding) + b * padding->stride(0);
+      const int64_t step = padding->stride(1);
+      while (s.first < s.last && ignored[s.first * step]) ++s.first;
+      while (s.last > s.first && ignored[(s.last - 1) * step]) --s.last;
+    }
+    sequences.push_back(s);
+  }
+  return sequences;
+}
+
 // The arguments that all attention ops share, checked.
 struct AttentionInputs {
   Tensor query, key, value;
@@ -55,7 +87,11 @@ struct AttentionInputs {
         to_float<W>.best()(data<W>(dense), sinks.data(), heads);
       });
     }
-    cu_q ? split_varlen(*cu_q, *cu_k, causal) : split_batch(causal);
+    if (cu_q)
+      split_varlen(*cu_q, *cu_k, causal);
+    else
+      sequences =
+          batch_sequences(batch, q_total, k_total, padding, diagonal(causal, q_total, k_total));
     for (const Sequence& s : sequences) {
       k_longest = std::max(k_longest, s.k_len);
       q_longest = std::max(q_longest, s.q_len);
@@ -108,33 +144,8 @@ struct AttentionInputs {
   }
 
  private:
-  static Mask mask_of(const Tensor& t) {
-    const auto step = [&](int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); };
-    MaskType type = MaskType::Bool;
-    if (t.scalar_type() != ScalarType::Bool)
-      for_dtype(t.scalar_type(), [&](auto e) {
-        type = sizeof(e) == 4                        ? MaskType::Float
-               : t.scalar_type() == ScalarType::Half ? MaskType::F16
-                                                     : MaskType::Bf16;
-      });
-    return {type, t.const_data_ptr(), step(0), step(1), step(2), step(3)};
-  }
-
   static int64_t diagonal(int64_t causal, int64_t q_len, int64_t k_len) {
     return causal == 0 ? k_len : causal == 1 ? 0 : k_len - q_len;
-  }
-
-  void split_batch(int64_t causal) {
-    for (int64_t b = 0; b < batch; ++b) {
-      Sequence s{b, 0, q_total, 0, k_total, 0, k_total, diagonal(causal, q_total, k_total)};
-      if (padding) {
-        const bool* ignored = data<bool>(*padding) + b * padding->stride(0);
-        const int64_t step = padding->stride(1);
-        while (s.first < s.last && ignored[s.first * step]) ++s.first;
-        while (s.last > s.first && ignored[(s.last - 1) * step]) --s.last;
-      }
-      sequences.push_back(s);
-    }
   }
 
   void split_varlen(const Tensor& cu_q_, const Tensor& cu_k_, int64_t causal) {
@@ -152,6 +163,10 @@ struct AttentionInputs {
     }
   }
 };
+
+// Compute the attention forward. args.common.sequences points to `sequences`.
+template <class T>
+void run_attention(const AttentionForwardArgs<T>& args, const std::vector<Sequence>& sequences);
 
 // Return the block for task i of n. With a causal mask later blocks are more work: taking the last,
 // the first, the second to last, ... gives each thread a similar amount.

@@ -43,6 +43,7 @@ void add_dtype(Listing& to, const char* dtype) {
   to.add("norm_backward", dtype, norm_backward<T>);
   to.add("sum_partials", dtype, sum_partials<T>);
   to.add("to_float", dtype, to_float<T>);
+  to.add("add_to", dtype, add_to<T>);
   to.add("sum_embeddings", dtype, sum_embeddings<T>);
   to.add("drop_rows", dtype, drop_rows<T>);
 }

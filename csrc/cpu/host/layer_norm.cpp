@@ -10,6 +10,20 @@
 #include "norm_common.h"
 
 namespace llmos {
+
+template <class T>
+void run_norm(const NormForwardArgs<T>& args, int64_t rows) {
+  const auto kernel = norm_forward<T>.best();
+  const auto run = [&](int64_t begin, int64_t end) {
+    kernel(args, begin, end, std::is_same_v<T, float> ? nullptr : floats(args.d).get());
+  };
+  if (rows * args.d <= kNormGrain) return run(0, rows);
+  torch::stable::parallel_for(0, rows, 1 + kNormGrain / 2 / args.d, run);
+}
+template void run_norm(const NormForwardArgs<float>&, int64_t);
+template void run_norm(const NormForwardArgs<bf16>&, int64_t);
+template void run_norm(const NormForwardArgs<f16>&, int64_t);
+
 namespace {
 
 int64_t rows_of(const Tensor& x, int64_t d) { return d ? x.numel() / d : 0; }
@@ -43,12 +57,7 @@ Tensor normalize(const Tensor& x_, const Tensor* residual_, const Optional& weig
         .eps = float(eps),
         .dropout = dropout_of(dropout_p, seed),
     };
-    const auto kernel = norm_forward<T>.best();
-    const auto run = [&](int64_t begin, int64_t end) {
-      kernel(args, begin, end, std::is_same_v<T, float> ? nullptr : floats(d).get());
-    };
-    if (rows * d <= kNormGrain) return run(0, rows);
-    torch::stable::parallel_for(0, rows, 1 + kNormGrain / 2 / d, run);
+    run_norm(args, rows);
   });
   return stats;
 }

@@ -7,43 +7,11 @@
 #include <vector>
 
 #include "../layer_norm.h"
-#include "common.h"
 #include "gemm_tasks.h"
+#include "linear_inputs.h"
 
 namespace llmos {
 namespace {
-
-// A matrix that a GEMM can read: the stride of rows or of columns is 1.
-struct Operand {
-  Tensor tensor;
-  int64_t row_stride, column_stride;
-
-  explicit Operand(const Tensor& t)
-      : tensor(has_unit_stride(t) ? t : torch::stable::contiguous(t)),
-        row_stride(1),
-        column_stride(1) {
-    if (is_contiguous_along(tensor, 1))
-      row_stride = tensor.size(0) == 1 ? tensor.size(1) : tensor.stride(0);
-    else
-      column_stride = tensor.stride(1);
-  }
-
-  static bool is_contiguous_along(const Tensor& t, int64_t dim) {
-    return t.stride(dim) == 1 || t.size(dim) == 1;
-  }
-  static bool has_unit_stride(const Tensor& t) {
-    return is_contiguous_along(t, 0) || is_contiguous_along(t, 1);
-  }
-
-  template <class T>
-  Matrix<T> of() const {
-    return {data<T>(tensor), row_stride, column_stride};
-  }
-};
-
-Epilogue epilogue(int64_t activation, double dropout_p, const Optional& seed) {
-  return {Activation(activation), dropout_of(dropout_p, seed)};
-}
 
 template <class T>
 void gemv(const LinearForwardArgs<T>& a, double work) {
@@ -74,6 +42,25 @@ void gemv(const LinearForwardArgs<T>& a, double work) {
   run_in_parallel(kernel, args, range_tasks(a.outer, (columns_per_task + 15) / 16 * 16), work);
 }
 
+}  // namespace
+
+template <class T>
+void run_linear(const LinearForwardArgs<T>& a) {
+  const double work = double(a.rows) * a.inner * a.outer;
+  if (uses_gemv(a.rows, a.inner)) return gemv(a, work);
+  const auto& kernel = *task_kernel<LinearForwardArgs<T>>.best();
+  const int64_t max_columns = max_panel_columns(kernel, a.inner);
+  const auto tasks = a.transposed
+                         ? gemm_tasks(a.rows, kernel.block, a.outer, kBlockRows, max_columns)
+                         : gemm_tasks(a.outer, kernel.block, a.rows, kBlockRows, max_columns);
+  run_in_parallel(kernel, a, tasks, work);
+}
+template void run_linear(const LinearForwardArgs<float>&);
+template void run_linear(const LinearForwardArgs<bf16>&);
+template void run_linear(const LinearForwardArgs<f16>&);
+
+namespace {
+
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight_,
                                    const Optional& bias_, int64_t activation, double dropout_p,
                                    const Optional& seed, bool save_pre_activation) {
@@ -82,30 +69,14 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight_,
   Tensor pre_activation =
       save_pre_activation ? output_like(out) : output(input, {0}, input.scalar_type());
   if (out.numel() == 0) return {out, pre_activation};
-  const bool use_gemv = rows <= kGemvMaxRows && inner > 0;
-  const Operand x(use_gemv ? llmos::contiguous(input) : input), weight(weight_);
+  const Operand x(uses_gemv(rows, inner) ? llmos::contiguous(input) : input), weight(weight_);
   Optional bias;
   if (bias_) bias = llmos::contiguous(*bias_);
   for_dtype(input.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    const LinearForwardArgs<T> a{x.of<T>(),
-                                 weight.of<T>(),
-                                 bias ? data<T>(*bias) : nullptr,
-                                 mutable_data<T>(out),
-                                 save_pre_activation ? mutable_data<T>(pre_activation) : nullptr,
-                                 rows,
-                                 inner,
-                                 outer,
-                                 epilogue(activation, dropout_p, seed),
-                                 rows < kTransposedBelowRows};
-    const double work = double(rows) * inner * outer;
-    if (use_gemv) return gemv(a, work);
-    const auto& kernel = *task_kernel<LinearForwardArgs<T>>.best();
-    const int64_t max_columns = max_panel_columns(kernel, inner);
-    const auto tasks = a.transposed
-                           ? gemm_tasks(rows, kernel.block, outer, kBlockRows, max_columns)
-                           : gemm_tasks(outer, kernel.block, rows, kBlockRows, max_columns);
-    run_in_parallel(kernel, a, tasks, work);
+    run_linear<T>({x.of<T>(), weight.of<T>(), bias ? data<T>(*bias) : nullptr, mutable_data<T>(out),
+                   save_pre_activation ? mutable_data<T>(pre_activation) : nullptr, rows, inner,
+                   outer, epilogue(activation, dropout_p, seed), rows < kTransposedBelowRows});
   });
   return {out, pre_activation};
 }

@@ -11,6 +11,10 @@ namespace llmos {
 // Below this many elements, starting threads costs more time than it saves.
 constexpr int64_t kNormGrain = 32768;
 
+// Normalise `rows` rows of at least one element.
+template <class T>
+void run_norm(const NormForwardArgs<T>& args, int64_t rows);
+
 // A weight or bias as d contiguous floats; makes a copy where the dtype is another.
 struct NormParameter {
   Optional tensor;

@@ -212,12 +212,21 @@ void convert(const T* from, float* to, int64_t n) {
         [&](auto part, int64_t i) { store(to + i, load<typename decltype(part)::V>(from + i)); });
 }
 
+template <class T>
+void add(const T* addend, T* sum, int64_t n) {
+  sweep(n, [&](auto part, int64_t i) {
+    using V = typename decltype(part)::V;
+    store(sum + i, load<V>(addend + i) + load<V>(sum + i));
+  });
+}
+
 template <class T, bool kRegister = kIsaBenefits<T>>
 struct RegisterNormKernels {
   Register<NormForwardFn<T>> forward_{LLMOS_ISA, norm_forward<T>, &forward<T>};
   Register<NormBackwardFn<T>> backward_{LLMOS_ISA, norm_backward<T>, &backward<T>};
   Register<SumPartialsFn<T>> sum_{LLMOS_ISA, sum_partials<T>, &sum_rows<T>};
   Register<ToFloatFn<T>> convert_{LLMOS_ISA, to_float<T>, &convert<T>};
+  Register<AddToFn<T>> add_{LLMOS_ISA, add_to<T>, &add<T>};
 };
 template <class T>
 struct RegisterNormKernels<T, false> {};

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from llmos_kernels._core.registry import KERNEL_DTYPES
 from llmos_kernels.swap.generated_class import GeneratedClass
 from llmos_kernels.swap.rules.attention import AttentionRule
+from llmos_kernels.swap.rules.bert_layer import BertLayerRule
 from llmos_kernels.swap.rules.linear import LinearRule
 from llmos_kernels.swap.rules.norm import NormRule
 from llmos_kernels.swap.rules.residual import ResidualRule
@@ -47,6 +48,7 @@ RULES: list[Rule] = [
     LinearRule(),
     AttentionRule(),
     TransformerLayerRule(),
+    BertLayerRule(),
     ResidualRule(),
     ModelRMSNormRule(),
     SequentialRule(),

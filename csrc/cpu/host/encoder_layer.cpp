@@ -1,0 +1,222 @@
+// The encoder layer op: attention, the feed-forward block and both norms in one call, without
+// gradients.
+#include <torch/csrc/stable/library.h>
+
+#include <array>
+#include <vector>
+
+#include "attention_inputs.h"
+#include "linear_inputs.h"
+#include "norm_common.h"
+
+namespace llmos {
+namespace {
+
+// A linear layer, checked.
+struct Linear {
+  Operand weight;
+  Optional bias;
+  int64_t outer, inner;
+
+  Linear(const Tensor& weight_, const Optional& bias_, ScalarType dtype, int64_t inner_)
+      : weight(weight_), outer(weight_.size(0)), inner(inner_) {
+    STD_TORCH_CHECK(weight_.size(1) == inner, "encoder_layer: expected a weight of ", inner,
+                    " columns, got ", weight_.size(1));
+    STD_TORCH_CHECK(weight_.scalar_type() == dtype && (!bias_ || bias_->scalar_type() == dtype),
+                    "encoder_layer: weights and biases must have the dtype of src, ", int(dtype));
+    if (!bias_) return;
+    STD_TORCH_CHECK(bias_->numel() == outer, "encoder_layer: expected a bias of ", outer,
+                    " elements, got ", bias_->numel());
+    bias = llmos::contiguous(*bias_);
+  }
+
+  // Compute out [rows][outer] from input [rows][inner].
+  template <class T>
+  void run(const T* input, T* out, int64_t rows, Activation activation = Activation::None) const {
+    if (rows * outer == 0) return;
+    run_linear<T>({{input, inner, 1},
+                   weight.of<T>(),
+                   bias ? data<T>(*bias) : nullptr,
+                   out,
+                   nullptr,
+                   rows,
+                   inner,
+                   outer,
+                   {activation, {}},
+                   rows < kTransposedBelowRows});
+  }
+};
+
+struct Norm {
+  NormParameter weight, bias;
+  int64_t d;
+  float eps;
+
+  Norm(const Optional& weight_, const Optional& bias_, int64_t d_, double eps_)
+      : weight(weight_, d_), bias(bias_, d_), d(d_), eps(float(eps_)) {}
+
+  // Compute y = LayerNorm(x), or h = residual + x and y = LayerNorm(h). h may be x or residual.
+  template <class T>
+  void run(const T* x, const T* residual, T* y, T* h, int64_t rows, float* stats) const {
+    NormForwardArgs<T> args{.x = x,
+                            .x_stride = d,
+                            .weight = weight.data,
+                            .bias = bias.data,
+                            .y = y,
+                            .mean = stats,
+                            .rstd = stats + rows,
+                            .d = d,
+                            .eps = eps};
+    args.residual = residual;
+    args.residual_stride = d;
+    args.h = h;
+    run_norm(args, rows);
+  }
+};
+
+// The parts of a layer whose input is [batch, length, d].
+struct Layer {
+  int64_t batch, length, d, heads;
+  double scale;
+  Optional mask, padding;       // As of the attention op.
+  std::vector<Linear> project;  // One layer for query, key and value together, or three.
+  Linear project_out, first, second;
+  Norm norm1, norm2;
+  Activation activation;
+  bool norm_first;
+
+  int64_t rows() const { return batch * length; }
+
+  // Compute the attention out [rows][d] of x [rows][d]. qkv [3 * rows * d] is scratch memory.
+  template <class T>
+  void attend(const T* x, T* qkv, T* out, float* stats) const {
+    const bool together = project.size() == 1;
+    for (size_t i = 0; i < project.size(); ++i)
+      project[i].run(x, qkv + int64_t(i) * rows() * d, rows());
+    const int64_t row_stride = together ? 3 * d : d, next = together ? d : rows() * d;
+    const auto view = [&](const T* at) {
+      return Heads<const T>{at, length * row_stride, d / heads, row_stride};
+    };
+    const auto sequences = batch_sequences(batch, length, length, padding, length);
+    AttentionCommonArgs<T> a{};
+    a.query = view(qkv);
+    a.key = view(qkv + next);
+    a.value = view(qkv + 2 * next);
+    if (mask) a.mask = mask_of(*mask);
+    if (padding) {
+      a.padding = data<bool>(*padding);
+      a.padding_batch_stride = padding->stride(0);
+      a.padding_key_stride = padding->stride(1);
+    }
+    a.sequences = sequences.data();
+    a.heads = a.kv_heads = heads;
+    a.q_total = a.k_longest = length;
+    a.dim = a.v_dim = d / heads;
+    a.scale = float(scale);
+    a.m = stats;
+    a.inverse = stats + rows() * heads;
+    run_attention<T>({a, {out, length * d, d / heads, d}}, sequences);
+  }
+
+  template <class T>
+  void run(const Tensor& src, const Tensor& to) const {
+    const int64_t hidden_size = first.outer;
+    const auto buffer = [&](int64_t columns) {
+      return output(src, {rows(), columns}, src.scalar_type());
+    };
+    const Tensor qkv_ = buffer(3 * d), attended_ = buffer(d), sum_ = buffer(d), normed_ = buffer(d),
+                 hidden_ = buffer(hidden_size);
+    T *qkv = mutable_data<T>(qkv_), *attended = mutable_data<T>(attended_),
+      *sum = mutable_data<T>(sum_), *normed = mutable_data<T>(normed_),
+      *hidden = mutable_data<T>(hidden_), *out = mutable_data<T>(to);
+    const Floats stats = floats(2 * rows() * heads);
+    const T* x = data<T>(src);
+
+    const T* attended_input = x;
+    if (norm_first) {
+      norm1.run<T>(x, nullptr, normed, nullptr, rows(), stats.get());
+      attended_input = normed;
+    }
+    attend(attended_input, qkv, attended, stats.get());
+    project_out.run(attended, sum, rows());
+    // From here on `sum` is src + attention, and `normed` the input of the feed-forward block.
+    (norm_first ? norm2 : norm1).run<T>(sum, x, normed, sum, rows(), stats.get());
+    first.run(normed, hidden, rows(), activation);
+    if (!norm_first) {
+      second.run(hidden, sum, rows());
+      return norm2.run<T>(sum, normed, out, sum, rows(), stats.get());
+    }
+    second.run(hidden, out, rows());
+    add_to<T>.best()(sum, out, rows() * d);
+  }
+};
+
+// Raise an error unless attn_mask broadcasts to `sizes`, and padding is [batch, key].
+void check_masks(const Optional& mask, const Optional& padding,
+                 const std::array<int64_t, 4>& sizes) {
+  STD_TORCH_CHECK(!mask || mask->dim() == 4, "encoder_layer: attn_mask must have 4 dimensions");
+  for (int64_t i = 0; mask && i < 4; ++i)
+    STD_TORCH_CHECK(mask->size(i) == 1 || mask->size(i) == sizes[i], "encoder_layer: dimension ", i,
+                    " of attn_mask must be 1 or ", sizes[i], ", got ", mask->size(i));
+  if (padding)
+    STD_TORCH_CHECK(padding->scalar_type() == ScalarType::Bool && padding->dim() == 2 &&
+                        padding->size(0) == sizes[0] && padding->size(1) == sizes[3],
+                    "encoder_layer: key_padding_mask must be bool [", sizes[0], ", ", sizes[3],
+                    "]");
+}
+
+Tensor encoder_layer(const Tensor& src, const Optional& mask, const Optional& padding,
+                     std::vector<Tensor> in_weights, std::vector<Tensor> in_biases,
+                     const Tensor& out_weight, const Optional& out_bias,
+                     const Optional& norm1_weight, const Optional& norm1_bias,
+                     const Tensor& weight1, const Optional& bias1, const Tensor& weight2,
+                     const Optional& bias2, const Optional& norm2_weight,
+                     const Optional& norm2_bias, int64_t heads, double scale, int64_t activation,
+                     bool norm_first, double eps1, double eps2) {
+  STD_TORCH_CHECK(src.dim() == 3 && src.is_contiguous(),
+                  "encoder_layer: src must be contiguous [batch, length, d], got ", src.dim(),
+                  " dimensions");
+  const int64_t batch = src.size(0), length = src.size(1), d = src.size(2);
+  const ScalarType dtype = src.scalar_type();
+  STD_TORCH_CHECK(heads > 0 && d % heads == 0 && d / heads <= 256, "encoder_layer: ", heads,
+                  " heads cannot share ", d, " features, at most 256 each");
+  check_masks(mask, padding, {batch, heads, length, length});
+  const size_t count = in_weights.size();
+  STD_TORCH_CHECK((count == 1 || count == 3) && (in_biases.empty() || in_biases.size() == count),
+                  "encoder_layer: expected 1 or 3 input projections, got ", count, " with ",
+                  in_biases.size(), " biases");
+  std::vector<Linear> project;
+  for (size_t i = 0; i < count; ++i) {
+    const Optional bias = in_biases.empty() ? Optional{} : in_biases[i];
+    project.emplace_back(in_weights[i], bias, dtype, d);
+    STD_TORCH_CHECK(project[i].outer == (count == 1 ? 3 * d : d),
+                    "encoder_layer: an input projection has ", project[i].outer, " rows");
+  }
+  const Layer layer{batch,
+                    length,
+                    d,
+                    heads,
+                    scale,
+                    mask,
+                    padding,
+                    std::move(project),
+                    Linear(out_weight, out_bias, dtype, d),
+                    Linear(weight1, bias1, dtype, d),
+                    Linear(weight2, bias2, dtype, weight1.size(0)),
+                    Norm(norm1_weight, norm1_bias, d, eps1),
+                    Norm(norm2_weight, norm2_bias, d, eps2),
+                    Activation(activation),
+                    norm_first};
+  STD_TORCH_CHECK(layer.project_out.outer == d && layer.second.outer == d,
+                  "encoder_layer: the output projections have ", layer.project_out.outer, " and ",
+                  layer.second.outer, " rows, expected ", d);
+  const Tensor out = output_like(src);
+  if (out.numel()) for_dtype(dtype, [&](auto t) { layer.run<decltype(t)>(src, out); });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(llmos, CPU, m) { m.impl("encoder_layer", TORCH_BOX(&encoder_layer)); }
+
+}  // namespace llmos
