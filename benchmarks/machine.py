@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import llmos_kernels as lk
 from llmos_kernels._tools import environment
+from llmos_kernels.ops._cpu_facts import model_name
 from llmos_kernels.testing import interleaved
 
 #: The number of cores that other processes may keep busy, and the core seconds of theirs that do
@@ -131,7 +132,7 @@ def cpu() -> dict:
 
     extension = environment._extension()
     return {
-        "name": environment._cpu_name(),
+        "name": model_name() or platform.machine(),
         "vendor": first("vendor_id") or platform.machine(),
         "family": first("cpu family"),
         "model": first("model"),

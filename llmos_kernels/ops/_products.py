@@ -210,6 +210,9 @@ activation_backward = define(
     triton="gemm.activation:backward",
 )
 
+#: Up to so many rows a weight with contiguous columns is read only where the input is not zero.
+_SPARSE_ROWS = 4
+
 #: The activations that oneDNN fuses, as it names them and their algorithm.
 _ONEDNN_NAMES = {
     NONE: ("none", ""),
@@ -252,7 +255,10 @@ def forward(
             )
             return y, None
         n, (width, depth) = rows.shape[0], weight.shape
-        provider = choose(FORWARD, rows.dtype, rows.device, n, depth, width, layer)
+        if n <= _SPARSE_ROWS and weight.stride(0) == 1 < weight.stride(1) and not rows.is_cuda:
+            provider = OURS
+        else:
+            provider = choose(FORWARD, rows.dtype, rows.device, n, depth, width, layer)
     if provider != OURS:
         if provider == ONEDNN and activation in _ONEDNN_NAMES:
             name, algorithm = _ONEDNN_NAMES[activation]

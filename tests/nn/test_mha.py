@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llmos_kernels import nn
+from llmos_kernels.ops._product_policy import DIRECTIONS, OURS, override
 from llmos_kernels.testing import assert_accurate, make_gradients
 
 # Large enough that the errors of two correct implementations do not differ much by chance.
@@ -325,12 +326,13 @@ def test_compile(kind):
     k_len = L if kind == "self" else S
     call = {"attn_mask": mask("bool", L, k_len), "key_padding_mask": mask("bool", N, k_len)}
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
-    a, b = (results(f, tensors, need_weights=False, **call) for f in (compiled, ours))
-    for name, value in a.items():
-        torch.testing.assert_close(value, b[name.removeprefix("_orig_mod.")])
-    with torch.no_grad():
-        a, b = (f(*tensors, **call) for f in (compiled, ours))
-        torch.testing.assert_close(a, b)
+    with override(dict.fromkeys(DIRECTIONS, OURS)):  # The same products, whoever is faster here.
+        a, b = (results(f, tensors, need_weights=False, **call) for f in (compiled, ours))
+        for name, value in a.items():
+            torch.testing.assert_close(value, b[name.removeprefix("_orig_mod.")])
+        with torch.no_grad():
+            a, b = (f(*tensors, **call) for f in (compiled, ours))
+            torch.testing.assert_close(a, b)
 
 
 def test_inside_torchs_own_layers():
