@@ -64,7 +64,22 @@ struct LinearForwardArgs {
   int64_t rows, inner, outer;
   Epilogue epilogue;
   bool transposed;
+  const void* panels = nullptr;  // The weight as LinearPanelsArgs describes it, or null.
 };
+
+// A copy of the weight in the order in which the forward reads it: [micro-panel][word of
+// inner][column of the micro-panel]. Tasks are micro-panels.
+template <class T>
+struct LinearPanelsArgs {
+  using Task = GemmTask;
+  Matrix<T> weight;
+  void* panels;
+  int64_t inner, outer;
+};
+
+// The bytes of such a copy.
+template <class T>
+inline IsaTable<int64_t (*)(int64_t inner, int64_t outer)> panel_bytes;
 
 // The same as a GEMV, for at most kGemvMaxRows rows and a weight with contiguous rows. Tasks are
 // ranges of columns of out.

@@ -15,6 +15,7 @@ from llmos_kernels.ops._encoder_layer import (
     LayerParameters,
     encoder_layer,
 )
+from llmos_kernels.ops._weight_panels import WeightPanels
 
 WeightAndBias = tuple[Tensor, Tensor | None]
 
@@ -35,13 +36,16 @@ class LayerParts(NamedTuple):
     norm_first: bool
 
 
-def whole_layer(src: Tensor, masks: LayerMasks, parts: LayerParts) -> Tensor | None:
+def whole_layer(
+    src: Tensor, masks: LayerMasks, parts: LayerParts, panels: WeightPanels | None
+) -> Tensor | None:
     """Return the layer's output by one op, or None where the parts have to be called.
 
     Args:
         src: [batch, length, d], for which ``ops._encoder_layer.may_fuse`` holds.
         masks: the masks of its attention.
         parts: the parts of the layer.
+        panels: the copies of its weights, if it is frozen.
     """
     norm1, norm2 = parts.norm1, parts.norm2
     if not (is_plain_norm(norm1) and is_plain_norm(norm2)):
@@ -76,4 +80,4 @@ def whole_layer(src: Tensor, masks: LayerMasks, parts: LayerParts) -> Tensor | N
     )
     code = code_of(parts.activation)
     options = LayerOptions(parts.heads, parts.scale, code, parts.norm_first, norm1.eps, norm2.eps)
-    return encoder_layer(src, masks, parameters, options)
+    return encoder_layer(src, masks, parameters, options, panels)

@@ -13,6 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from llmos_kernels.nn.attention import MultiheadAttention, merge_masks
 from llmos_kernels.nn.encoder_layer import LayerParts, whole_layer
 from llmos_kernels.nn.feed_forward import activation_name
+from llmos_kernels.nn.frozen import Freezable, panels_of
 from llmos_kernels.nn.fusible import is_fusible, is_plain_dropout
 from llmos_kernels.nn.int8 import activated
 from llmos_kernels.nn.linear import linear_parameters
@@ -55,7 +56,7 @@ class _Layer(nn.Module):
         return feed_forward(x, *weights1, *weights2, name, dropout.p, dropout.training)
 
 
-class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
+class TransformerEncoderLayer(Freezable, _Layer, nn.TransformerEncoderLayer):
     """``torch.nn.TransformerEncoderLayer`` through the fused attention, feed-forward and norms.
 
     The state dict is that of torch. Every mask and activation, ``norm_first`` and ``batch_first``
@@ -115,6 +116,14 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
 
         return self._compute(src, attend)
 
+    def weights_to_freeze(self) -> list[Tensor]:
+        attention = self.self_attn
+        together, out = attention.in_proj_weight, attention.out_proj
+        first, second = linear_parameters(self.linear1), linear_parameters(self.linear2)
+        if together is None or type(out) not in _OUT_PROJECTIONS or not (first and second):
+            return []
+        return [together, out.weight, first[0], second[0]]
+
     def _whole(self, src: Tensor, padding: Tensor | None) -> Tensor | None:
         """Return the output by one op, or None where the parts have to be called."""
         attention = self.self_attn
@@ -145,7 +154,7 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
             attention.head_dim**-0.5,
             self.norm_first,
         )
-        return whole_layer(src, masks, parts)
+        return whole_layer(src, masks, parts, panels_of(self))
 
     def _compute(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         if self.norm_first:

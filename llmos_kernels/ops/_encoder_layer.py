@@ -24,6 +24,7 @@ from llmos_kernels.ops import _products
 from llmos_kernels.ops._activations import NONE
 from llmos_kernels.ops._attention_arguments import MAX_DIM
 from llmos_kernels.ops._product_policy import are_ours
+from llmos_kernels.ops._weight_panels import WeightPanels
 from llmos_kernels.ops.attention import scaled_dot_product_attention_reference
 from llmos_kernels.ops.layer_norm import add_layer_norm_reference, layer_norm_reference
 
@@ -47,6 +48,10 @@ class LayerParameters(NamedTuple):
     bias2: Tensor | None
     norm2_weight: Tensor | None
     norm2_bias: Tensor | None
+
+    def weights(self) -> list[Tensor]:
+        """Return the weights of the linear layers."""
+        return [*self.in_weights, self.out_weight, self.weight1, self.weight2]
 
     def tensors(self) -> list[Tensor]:
         """Return all parameters that are not None."""
@@ -102,7 +107,7 @@ def reference(
 ) -> Tensor:
     """Return the layer by the references of its parts; the arguments are those of the schema."""
     out_weight, out_bias, w1, b1, weight1, bias1, weight2, bias2, w2, b2, *_ = rest
-    options, shape = LayerOptions(*rest[10:]), src.shape[2:]
+    options, shape = LayerOptions(*rest[10:-1]), src.shape[2:]
     masks = LayerMasks(attn_mask, key_padding_mask)
 
     def attend(x: Tensor) -> Tensor:
@@ -135,7 +140,8 @@ _op = define(
     " Tensor out_weight, Tensor? out_bias, Tensor? norm1_weight, Tensor? norm1_bias,"
     " Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2,"
     " Tensor? norm2_weight, Tensor? norm2_bias,"
-    " int heads, float scale, int activation, bool norm_first, float eps1, float eps2) -> Tensor",
+    " int heads, float scale, int activation, bool norm_first, float eps1, float eps2,"
+    " Tensor[] panels) -> Tensor",
     reference=reference,
     fake=lambda src, *_: src.new_empty(src.shape),
     flops=_flops,
@@ -164,7 +170,11 @@ def may_fuse(src: Tensor, masks: LayerMasks, weight: Tensor) -> bool:
 
 
 def encoder_layer(
-    src: Tensor, masks: LayerMasks, parameters: LayerParameters, options: LayerOptions
+    src: Tensor,
+    masks: LayerMasks,
+    parameters: LayerParameters,
+    options: LayerOptions,
+    panels: WeightPanels | None = None,
 ) -> Tensor | None:
     """Return an encoder layer of ``src`` by one op; None where its parts have to compute it.
 
@@ -173,6 +183,7 @@ def encoder_layer(
         masks: the masks of its attention.
         parameters: the parameters.
         options: the other arguments.
+        panels: the copies of ``parameters.weights()``, if the module is frozen.
 
     Returns:
         [batch, length, d], or None.
@@ -186,15 +197,17 @@ def encoder_layer(
     if any(type(t) not in _PLAIN or t.dtype is not dtype or not t.is_cpu for t in tensors):
         return None
     batch, length, d = src.shape
-    shapes = tuple(w.shape for w in (*parameters.in_weights, parameters.out_weight))
-    shapes = (*shapes, parameters.weight1.shape, parameters.weight2.shape)
+    weights = parameters.weights()
+    shapes = tuple(w.shape for w in weights)
     if d > MAX_DIM * options.heads or d % options.heads or not _fit(d, shapes):
         return None
     if masks.attn_mask is not None and masks.attn_mask.shape[1] not in (1, options.heads):
         return None
     if not are_ours(dtype, src.device, batch * length, shapes):
         return None
-    return _op(src, *masks, *parameters, *options)
+    if panels is None or any(w.is_inference() for w in weights):
+        return _op(src, *masks, *parameters, *options, [])
+    return _op(src, *masks, *parameters, *options, panels.of(weights))
 
 
 def _is_input(src: Tensor) -> bool:

@@ -272,7 +272,10 @@ def choose(
 def are_ours(
     dtype: torch.dtype, device: torch.device, rows: int, shapes: tuple[tuple[int, ...], ...]
 ) -> bool:
-    """Return True if ``choose`` answers OURS for the forward product with each of some weights.
+    """Return True if ours is the choice for the forward products with some weights, in one op.
+
+    That is where ``choose`` answers OURS, or where a call from Python takes as long as the product:
+    the op saves these calls.
 
     Args:
         dtype: The dtype of both factors.
@@ -286,6 +289,10 @@ def are_ours(
     return _are_ours(dtype, device, rows, shapes, torch.get_num_threads(), enabled)
 
 
+#: A product of so many MACs takes about 10 us on one core, as two calls from Python do.
+_SMALL_MACS = 1 << 19
+
+
 @functools.lru_cache(4096)
 def _are_ours(
     dtype: torch.dtype,
@@ -296,5 +303,8 @@ def _are_ours(
     onednn_enabled: bool,
 ) -> bool:
     """Return ``are_ours`` for what ``choose`` looks up by itself: threads, and oneDNN's switch."""
-    products = (choose(FORWARD, dtype, device, rows, depth, width) for width, depth in shapes)
-    return all(provider == OURS for provider in products)
+    return all(
+        rows * width * depth <= _SMALL_MACS
+        or choose(FORWARD, dtype, device, rows, depth, width) == OURS
+        for width, depth in shapes
+    )

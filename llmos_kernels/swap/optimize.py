@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from llmos_kernels._core.numerics import shifted
+from llmos_kernels.nn.frozen import Freezable, freeze, thaw
 from llmos_kernels.swap import rules, timing
 from llmos_kernels.swap.calls import ModelRun, ModuleCall, captured_calls
 from llmos_kernels.swap.rules.rule import Candidate, ModelCandidate, ancestors, first_line
@@ -29,6 +30,7 @@ def optimize(
     *,
     inputs: tuple | Mapping | None = None,
     always: bool = False,
+    freeze_weights: bool = False,
 ) -> Report:
     """Swap modules of ``model`` for fused ones, in place, where they are right and not slower.
 
@@ -54,6 +56,12 @@ def optimize(
             its real inputs. Default: random numbers, 16 rows of them for proofs, or 4 sequences of
             33 tokens, and 1 and 1024 rows for times; the whole model is not timed then.
         always: swap everything that is right, also where it is slower.
+        freeze_weights: keep copies of the weights of swapped encoder layers, packed as the CPU's
+            kernels read them, which makes inference on few tokens faster and takes as much memory
+            again; the results are the same bits. A write that torch sees remakes a copy. One past
+            torch, such as through ``weight.data`` or NumPy, cannot be seen: the layer then computes
+            with the old values. ``train()`` and ``restore`` drop the copies; copies and pickles of
+            the model have none.
 
     Returns:
         A ``Report``: ``print(report)`` summarises it, ``print(report.details())`` lists every
@@ -62,7 +70,8 @@ def optimize(
     Raises:
         TypeError: ``model`` is no module, ``inputs`` neither a tuple nor a mapping, or a switch no
         bool.
-        ValueError: ``strict`` is set, and a module would be kept for another reason than its speed.
+        ValueError: ``strict`` is set, and a module would be kept for another reason than its speed;
+            or ``freeze_weights`` is, and the model is in train mode.
         Exception: whatever ``model`` itself raises on ``inputs``.
 
         The model is unchanged after any of them.
@@ -72,9 +81,12 @@ def optimize(
         >>> report = optimize(model, inputs=(torch.randn(8, 128, 64),))
     """
     check_model(model, inputs)
-    for option, given in {"verify": verify, "strict": strict, "always": always}.items():
+    options = {"verify": verify, "strict": strict, "always": always}
+    for option, given in (options | {"freeze_weights": freeze_weights}).items():
         if not isinstance(given, bool):
             raise TypeError(f"{option} must be a bool, got {given!r}")
+    if freeze_weights and model.training:
+        raise ValueError("freeze_weights is for inference, and the model is in train mode")
     models = [c for rule in rules.model_rules(model) for c in rule.candidates(model)]
     found = (rules.classify(m, n, ancestors(model, n)) for n, m in model.named_modules())
     modules = [candidate for candidate in found if candidate is not None]
@@ -104,13 +116,32 @@ def optimize(
         try:
             for switch in switches.values():
                 switch.on()
+            if freeze_weights:
+                _freeze(model)
             if verify and run is not None and switches:
                 _time_model(report, model, run, switches, search=not always)
+            if freeze_weights:
+                report.frozen_weights, report.frozen_bytes = _freeze(model)
         except BaseException:  # An interrupt leaves the model as it was, too.
             for switch in switches.values():
                 switch.off()
+            _thaw(model)
             raise
     return report
+
+
+def _freeze(model: nn.Module) -> tuple[int, int]:
+    """Pack the weights of drop-ins that read copies; return how many there are, and their bytes."""
+    _thaw(model)
+    modules = (m for m in model.modules() if isinstance(m, Freezable))
+    copies = [copy for module in modules for copy in freeze(module)]
+    return len(copies), sum(copy.nbytes for copy in copies)
+
+
+def _thaw(model: nn.Module) -> None:
+    """Drop all copies of weights, also those of modules that are no drop-ins any more."""
+    for module in model.modules():
+        thaw(module)
 
 
 def _time_model(
@@ -257,6 +288,7 @@ def restore(model: nn.Module) -> None:
             )
     for _, module in swapped:
         rules.set_class(module, module.__dict__.pop(MARK))
+    _thaw(model)
     for rule in rules.model_rules(model):
         rule.restore(model)
 

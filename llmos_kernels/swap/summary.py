@@ -62,6 +62,8 @@ class Report:
         entries: the modules.
         model: times of the whole model before and after, where ``inputs`` were given.
         why_no_model: why the whole model could not be timed although they were given.
+        frozen_weights: how many weights have a packed copy (``freeze_weights``).
+        frozen_bytes: the memory of these copies.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.Dropout())
@@ -73,6 +75,8 @@ class Report:
     entries: list[Entry] = field(default_factory=list)
     model: list[Timing] = field(default_factory=list)
     why_no_model: str = ""
+    frozen_weights: int = 0
+    frozen_bytes: int = 0
 
     @property
     def swapped(self) -> list[Entry]:
@@ -135,6 +139,9 @@ class Report:
         for t in self.model:
             what = "a step of the model, forward and backward" if t.backward else "the model"
             yield f"{what}: {span(t.before, t.after)} ({t.speedup:.2f}x)"
+        if self.frozen_weights:
+            mib = self.frozen_bytes / 2**20
+            yield f"packed copies of {self.frozen_weights} weights: {mib:.1f} MiB"
         if self.why_no_model:
             yield f"the model could not be timed: {self.why_no_model}"
 

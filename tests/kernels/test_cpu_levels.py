@@ -49,6 +49,8 @@ def isas_by_kernel():
 #: Kernels with AMX code. The others use their avx512_bf16 build on a CPU with AMX.
 AMX_KERNELS = {
     "linear_forward",
+    "linear_panels",
+    "panel_bytes",
     "linear_gemv",
     "linear_sparse_gemv",
     "linear_dinput",

@@ -190,6 +190,7 @@ def test_the_policy_is_asked(monkeypatch):
         return "ours" if width < 40 else "mkl"
 
     monkeypatch.setattr(_product_policy, "choose", choose)
+    monkeypatch.setattr(_product_policy, "_SMALL_MACS", 0)
     _product_policy._are_ours.cache_clear()
     try:
         assert not are_ours(torch.float32, device, 14, shapes)

@@ -8,9 +8,9 @@ from llmos_kernels._tools import environment
 from llmos_kernels.testing import CASES, raw_calls
 
 #: Ops without a Case: ``built_for`` describes the build; test_int8.py requires equal integers;
-#: test_encoder_layer.py tests an op without gradients.
+#: test_encoder_layer.py tests an op without gradients, test_weight_panels.py copies of weights.
 INT8 = {name for name in DEFINED if name.startswith("llmos::int8_")}
-NO_CASE = {"llmos::built_for", "llmos::encoder_layer", *INT8}
+NO_CASE = {"llmos::built_for", "llmos::encoder_layer", "llmos::linear_panels", *INT8}
 
 
 @pytest.mark.parametrize("name", DEFINED)

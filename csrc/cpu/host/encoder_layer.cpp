@@ -15,11 +15,12 @@ namespace {
 // A linear layer, checked.
 struct Linear {
   Operand weight;
-  Optional bias;
+  Optional bias, panels;
   int64_t outer, inner;
 
-  Linear(const Tensor& weight_, const Optional& bias_, ScalarType dtype, int64_t inner_)
-      : weight(weight_), outer(weight_.size(0)), inner(inner_) {
+  Linear(const Tensor& weight_, const Optional& bias_, const Optional& panels_, ScalarType dtype,
+         int64_t inner_)
+      : weight(weight_), panels(panels_), outer(weight_.size(0)), inner(inner_) {
     STD_TORCH_CHECK(weight_.size(1) == inner, "encoder_layer: expected a weight of ", inner,
                     " columns, got ", weight_.size(1));
     STD_TORCH_CHECK(weight_.scalar_type() == dtype && (!bias_ || bias_->scalar_type() == dtype),
@@ -30,10 +31,23 @@ struct Linear {
     bias = llmos::contiguous(*bias_);
   }
 
+  // Return the panels of the weight, or null.
+  template <class T>
+  const void* panels_of() const {
+    if (!panels) return nullptr;
+    const int64_t bytes = panel_bytes<T>.best()(inner, outer);
+    STD_TORCH_CHECK(panels->scalar_type() == ScalarType::Byte && panels->is_contiguous() &&
+                        panels->numel() == bytes,
+                    "encoder_layer: expected ", bytes, " contiguous bytes of panels, got ",
+                    panels->numel(), " elements");
+    return data<uint8_t>(*panels);
+  }
+
   // Compute out [rows][outer] from input [rows][inner].
   template <class T>
   void run(const T* input, T* out, int64_t rows, Activation activation = Activation::None) const {
     if (rows * outer == 0) return;
+    const void* in_panels = panels_of<T>();
     run_linear<T>({{input, inner, 1},
                    weight.of<T>(),
                    bias ? data<T>(*bias) : nullptr,
@@ -43,7 +57,8 @@ struct Linear {
                    inner,
                    outer,
                    {activation, {}},
-                   rows < kTransposedBelowRows});
+                   !in_panels && rows < kTransposedBelowRows,
+                   in_panels});
   }
 };
 
@@ -172,7 +187,7 @@ Tensor encoder_layer(const Tensor& src, const Optional& mask, const Optional& pa
                      const Tensor& weight1, const Optional& bias1, const Tensor& weight2,
                      const Optional& bias2, const Optional& norm2_weight,
                      const Optional& norm2_bias, int64_t heads, double scale, int64_t activation,
-                     bool norm_first, double eps1, double eps2) {
+                     bool norm_first, double eps1, double eps2, std::vector<Tensor> panels) {
   STD_TORCH_CHECK(src.dim() == 3 && src.is_contiguous(),
                   "encoder_layer: src must be contiguous [batch, length, d], got ", src.dim(),
                   " dimensions");
@@ -185,10 +200,13 @@ Tensor encoder_layer(const Tensor& src, const Optional& mask, const Optional& pa
   STD_TORCH_CHECK((count == 1 || count == 3) && (in_biases.empty() || in_biases.size() == count),
                   "encoder_layer: expected 1 or 3 input projections, got ", count, " with ",
                   in_biases.size(), " biases");
+  STD_TORCH_CHECK(panels.empty() || panels.size() == count + 3, "encoder_layer: expected ",
+                  count + 3, " weights in panels, got ", panels.size());
+  const auto panels_of = [&](size_t i) { return panels.empty() ? Optional{} : panels[i]; };
   std::vector<Linear> project;
   for (size_t i = 0; i < count; ++i) {
     const Optional bias = in_biases.empty() ? Optional{} : in_biases[i];
-    project.emplace_back(in_weights[i], bias, dtype, d);
+    project.emplace_back(in_weights[i], bias, panels_of(i), dtype, d);
     STD_TORCH_CHECK(project[i].outer == (count == 1 ? 3 * d : d),
                     "encoder_layer: an input projection has ", project[i].outer, " rows");
   }
@@ -200,9 +218,9 @@ Tensor encoder_layer(const Tensor& src, const Optional& mask, const Optional& pa
                     mask,
                     padding,
                     std::move(project),
-                    Linear(out_weight, out_bias, dtype, d),
-                    Linear(weight1, bias1, dtype, d),
-                    Linear(weight2, bias2, dtype, weight1.size(0)),
+                    Linear(out_weight, out_bias, panels_of(count), dtype, d),
+                    Linear(weight1, bias1, panels_of(count + 1), dtype, d),
+                    Linear(weight2, bias2, panels_of(count + 2), dtype, weight1.size(0)),
                     Norm(norm1_weight, norm1_bias, d, eps1),
                     Norm(norm2_weight, norm2_bias, d, eps2),
                     Activation(activation),

@@ -25,6 +25,8 @@ struct Listing {
 template <class T>
 void add_dtype(Listing& to, const char* dtype) {
   to.add("linear_forward", dtype, task_kernel<LinearForwardArgs<T>>);
+  to.add("linear_panels", dtype, task_kernel<LinearPanelsArgs<T>>);
+  to.add("panel_bytes", dtype, panel_bytes<T>);
   to.add("linear_gemv", dtype, task_kernel<LinearGemvArgs<T>>);
   to.add("linear_sparse_gemv", dtype, task_kernel<LinearSparseGemvArgs<T>>);
   to.add("linear_dinput", dtype, task_kernel<LinearDinputArgs<T>>);

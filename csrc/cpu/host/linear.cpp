@@ -48,10 +48,12 @@ template <class T>
 void run_linear(const LinearForwardArgs<T>& a) {
   const double work = double(a.rows) * a.inner * a.outer;
   if (uses_gemv(a.rows, a.inner)) return gemv(a, work);
+  STD_TORCH_CHECK(!a.panels || !a.transposed, "panels are those of a weight on the right");
   const auto& kernel = *task_kernel<LinearForwardArgs<T>>.best();
   const int64_t max_columns = max_panel_columns(kernel, a.inner);
+  // Few rows of a narrow weight still are work for all threads.
   const auto tasks = a.transposed
-                         ? gemm_tasks(a.rows, kernel.block, a.outer, kBlockRows, max_columns)
+                         ? gemm_tasks(a.rows, kernel.block, a.outer, kBlockRows / 4, max_columns)
                          : gemm_tasks(a.outer, kernel.block, a.rows, kBlockRows, max_columns);
   run_in_parallel(kernel, a, tasks, work);
 }
@@ -79,6 +81,20 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight_,
                    outer, epilogue(activation, dropout_p, seed), rows < kTransposedBelowRows});
   });
   return {out, pre_activation};
+}
+
+Tensor linear_panels(const Tensor& weight_) {
+  const int64_t outer = weight_.size(0), inner = weight_.size(1);
+  const Operand weight(weight_);
+  Tensor result;
+  for_dtype(weight_.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    result = output(weight_, {panel_bytes<T>.best()(inner, outer)}, ScalarType::Byte);
+    const auto& kernel = *task_kernel<LinearPanelsArgs<T>>.best();
+    const LinearPanelsArgs<T> a{weight.of<T>(), mutable_data<uint8_t>(result), inner, outer};
+    run_in_parallel(kernel, a, range_tasks(outer, kernel.block), double(inner) * outer);
+  });
+  return result;
 }
 
 std::tuple<Tensor, Tensor> dinput(const Tensor& dout_, const Tensor& weight_,
@@ -170,6 +186,7 @@ Tensor activation_backward(const Tensor& dout, const Tensor& saved, int64_t acti
 
 STABLE_TORCH_LIBRARY_IMPL(llmos, CPU, m) {
   m.impl("linear_forward", TORCH_BOX(&forward));
+  m.impl("linear_panels", TORCH_BOX(&linear_panels));
   m.impl("linear_dinput", TORCH_BOX(&dinput));
   m.impl("linear_dweight", TORCH_BOX(&dweight));
   m.impl("activation_forward", TORCH_BOX(&activation_forward));

@@ -40,12 +40,29 @@ class PanelGemm {
            Scratch::size<U>(kLanes * kDepth) + Scratch::size(kChunkRows * kPanel);
   }
 
+  // The words of a right operand that is packed as a whole.
+  static int64_t packed_words(int64_t depth, int64_t columns) {
+    return words<U>(depth) * ((columns + kMicroPanel - 1) / kMicroPanel * kMicroPanel);
+  }
+
+  // Pack the micro-panel of the right operand whose first column is `first` to its place in
+  // `packed`, which holds the whole operand.
+  void pack_whole(const Matrix<T>& right, int64_t depth, int64_t first, int64_t columns,
+                  U* packed) {
+    packed += first * words<U>(depth);
+    if (columns < kMicroPanel)  // Some are not written.
+      std::memset(packed, 0, packed_words(depth, kMicroPanel) * sizeof(U));
+    constexpr int64_t kStep = kDepth * kPerWord<U>;
+    for (int64_t k = 0; k < depth; k += kStep, packed += kDepth * kMicroPanel)
+      pack_micro_panel(right, k, std::min(k + kStep, depth), first, columns, packed);
+  }
+
   // Compute the rows of c that the task names, for its columns, at most kPanel. Calls finish(row,
   // rows, first, columns, c) for each block of rows and each micro-panel, with c
-  // [rows][kMicroPanel].
+  // [rows][kMicroPanel]. `whole` is the right operand as pack_whole() packs it, or null.
   template <class Finish>
   void multiply(const Matrix<T>& left, const Matrix<T>& right, int64_t depth, const GemmTask& task,
-                Finish finish) {
+                Finish finish, const U* whole = nullptr) {
     const bool in_one_part = depth <= kDepth * kPerWord<U>;
     for (int64_t chunk = task.begin; chunk < task.end; chunk += kChunkRows) {
       const int64_t stop = std::min(chunk + kChunkRows, task.end);
@@ -53,18 +70,21 @@ class PanelGemm {
       int64_t part = 0;
       do {
         const int64_t part_end = std::min(part + kDepth * kPerWord<U>, depth);
-        pack_right(right, part, part_end, task.first_column, task.columns);
+        if (whole)
+          read_in_place(whole, part, depth, task.first_column);
+        else
+          pack_right(right, part, part_end, task.first_column, task.columns);
         for (int64_t row = chunk; row < stop; row += kBlockRows) {
           const int64_t rows = std::min(kBlockRows, stop - row);
           float* c = sums_ + (in_one_part ? 0 : (row - chunk) * kMicroPanel);
           constexpr int64_t kStep = kBlockDepth * kPerWord<U>;
           for (int64_t k = part; k < part_end; k += kStep) {
             const bool last = k + kStep >= part_end;
-            next_ = task.columns > kMicroPanel
+            next_ = whole || task.columns > kMicroPanel
                         ? NextRows{}
                         : next_rows(left, last ? row + kBlockRows : row, last ? part : k + kStep);
             multiply_block(left, row, rows, k, std::min(k + kStep, part_end), task.columns,
-                           packed_ + (k - part) / kPerWord<U> * kMicroPanel, k == 0, c);
+                           right_ + (k - part) / kPerWord<U> * kMicroPanel, k == 0, c);
           }
           for (int64_t j = 0; part_end == depth && j < task.columns; j += kMicroPanel)
             finish(row, rows, task.first_column + j, std::min(kMicroPanel, task.columns - j),
@@ -84,15 +104,25 @@ class PanelGemm {
     data_ = right.data;
     k_ = k;
     first_ = first;
+    right_ = packed_;
     depth_ = words<U>(k_end - k);
     U* to = packed_;
-    for (int64_t j = 0; j < columns; j += kMicroPanel, to += depth_ * kMicroPanel) {
-      const int64_t n = std::min(kMicroPanel, columns - j);
-      if (right.column_stride == 1)
-        pack_by_rows(right, k, k_end, first + j, n, to, kMicroPanel);
-      else
-        pack_by_columns(right, k, k_end, first + j, n, to);
-    }
+    for (int64_t j = 0; j < columns; j += kMicroPanel, to += depth_ * kMicroPanel)
+      pack_micro_panel(right, k, k_end, first + j, std::min(kMicroPanel, columns - j), to);
+  }
+
+  // Read the right operand from row k on from a copy that is packed as a whole.
+  void read_in_place(const U* whole, int64_t k, int64_t depth, int64_t first) {
+    depth_ = words<U>(depth);
+    right_ = whole + first * depth_ + k / kPerWord<U> * kMicroPanel;
+  }
+
+  void pack_micro_panel(const Matrix<T>& right, int64_t k, int64_t k_end, int64_t first,
+                        int64_t columns, U* to) {
+    if (right.column_stride == 1)
+      pack_by_rows(right, k, k_end, first, columns, to, kMicroPanel);
+    else
+      pack_by_columns(right, k, k_end, first, columns, to);
   }
 
   // Pack elements [k, k_end) x [first, first + n) to [word][column], from a matrix with contiguous
@@ -178,9 +208,12 @@ class PanelGemm {
   // [micro-panel][row of the chunk][column]. If the depth fits one part, every block of rows is
   // finished at once and uses the first rows.
   float* sums_;
-  // packed_ holds depth_ words of this matrix from row k_ and column first_ on.
+  // packed_ holds this matrix from row k_ and column first_ on.
   const T* data_ = nullptr;
-  int64_t k_ = 0, first_ = 0, depth_ = 0;
+  int64_t k_ = 0, first_ = 0;
+  // The right operand as it is read, [micro-panel][depth_][kMicroPanel].
+  const U* right_ = nullptr;
+  int64_t depth_ = 0;
   NextRows next_;  // What is multiplied after the block at hand.
 };
 

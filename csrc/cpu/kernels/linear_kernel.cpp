@@ -28,11 +28,12 @@ struct LinearForwardKernel {
   template <Activation kActivation>
   void run(const GemmTask& task) {
     const Matrix<T> right{a.weight.data, a.weight.column_stride, a.weight.row_stride};
-    gemm.multiply(a.input, right, a.inner, task,
-                  [&](int64_t begin, int64_t rows, int64_t first, int64_t columns, const float* c) {
-                    apply_epilogue<kActivation>(a, begin, rows, first, columns,
-                                                StoredSums{c, kMicroPanel});
-                  });
+    gemm.multiply(
+        a.input, right, a.inner, task,
+        [&](int64_t begin, int64_t rows, int64_t first, int64_t columns, const float* c) {
+          apply_epilogue<kActivation>(a, begin, rows, first, columns, StoredSums{c, kMicroPanel});
+        },
+        static_cast<const WordOf<T>*>(a.panels));
   }
 
   // The weight is the left operand; panels consist of rows of the input.
@@ -47,6 +48,27 @@ struct LinearForwardKernel {
                   });
   }
 };
+
+template <class T>
+struct LinearPanelsKernel {
+  static constexpr int64_t kBlock = kMicroPanel;
+  const LinearPanelsArgs<T>& a;
+  PanelGemm<T> gemm;
+
+  LinearPanelsKernel(const LinearPanelsArgs<T>& a, Scratch scratch) : a(a), gemm(scratch) {}
+  static int64_t scratch(const LinearPanelsArgs<T>&) { return PanelGemm<T>::scratch(); }
+
+  void run(const GemmTask& task) {
+    const Matrix<T> right{a.weight.data, a.weight.column_stride, a.weight.row_stride};
+    gemm.pack_whole(right, a.inner, task.begin, task.end - task.begin,
+                    static_cast<WordOf<T>*>(a.panels));
+  }
+};
+
+template <class T>
+int64_t bytes_of_panels(int64_t inner, int64_t outer) {
+  return PanelGemm<T>::packed_words(inner, outer) * int64_t(sizeof(WordOf<T>));
+}
 
 template <class T>
 void apply_gemv_epilogue(const LinearForwardArgs<T>& a, int64_t begin, int64_t count,
@@ -128,7 +150,18 @@ struct LinearSparseGemvKernel {
   }
 };
 
+template <class T, bool kRegister = kIsaBenefits<T>>
+struct RegisterPanelBytes {
+  Register<int64_t (*)(int64_t, int64_t)> bytes{LLMOS_ISA, panel_bytes<T>, &bytes_of_panels<T>};
+};
+template <class T>
+struct RegisterPanelBytes<T, false> {};
+
+const RegisterPanelBytes<float> register_bytes_f32;
+const RegisterPanelBytes<bf16> register_bytes_bf16;
+const RegisterPanelBytes<f16> register_bytes_f16;
 const RegisterForDtypes<LinearForwardKernel, LinearForwardArgs> register_forward;
+const RegisterForDtypes<LinearPanelsKernel, LinearPanelsArgs> register_panels;
 const RegisterForDtypes<LinearGemvKernel, LinearGemvArgs> register_gemv;
 const RegisterForDtypes<LinearSparseGemvKernel, LinearSparseGemvArgs> register_sparse_gemv;
 

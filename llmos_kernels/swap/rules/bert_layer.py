@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import llmos_kernels.nn as fused
 from llmos_kernels.nn.encoder_layer import LayerParts, whole_layer
+from llmos_kernels.nn.frozen import Freezable, panels_of
 from llmos_kernels.nn.fusible import is_fusible
 from llmos_kernels.nn.linear import linear_parameters
 from llmos_kernels.ops._encoder_layer import LayerMasks, may_fuse
@@ -41,6 +42,13 @@ _CHILDREN: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "output": _RESIDUAL,
     }
 )
+#: The linear layers, in the order of the op.
+_LINEAR_LAYERS = (
+    *(f"attention.self.{name}" for name in ("query", "key", "value")),
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+)
 _MODELS = "transformers.models."
 #: Attributes of the attention. Without ``is_causal`` its attention function decides what it is.
 _ATTRIBUTES = ("config", "is_causal", "num_attention_heads", "scaling")
@@ -58,7 +66,7 @@ class Layout(NamedTuple):
     activation_class: type
 
 
-class FusedBertLayer(GeneratedClass):
+class FusedBertLayer(Freezable, GeneratedClass):
     """A BERT layer that at inference is one op; where that is not possible its own forward runs."""
 
     _layout: Layout
@@ -69,6 +77,11 @@ class FusedBertLayer(GeneratedClass):
             if out is not None:
                 return out
         return self._replaced.forward(self, hidden_states, *args, **kwargs)
+
+    def weights_to_freeze(self) -> list[Tensor]:
+        layers = [linear_parameters(self.get_submodule(name)) for name in _LINEAR_LAYERS]
+        weights = [parameters[0] for parameters in layers if parameters is not None]
+        return weights if len(weights) == len(layers) else []
 
 
 def _whole(
@@ -115,7 +128,7 @@ def _whole(
         attend.scaling,
         False,
     )
-    return whole_layer(hidden_states, masks, parts)
+    return whole_layer(hidden_states, masks, parts, panels_of(layer))
 
 
 def _masks(mask: Any) -> LayerMasks | None:

@@ -4,6 +4,7 @@ It is no ``Case``: it has no gradient, where a layer's parts are called instead.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,9 +44,9 @@ class Arguments(NamedTuple):
     parameters: LayerParameters
     options: LayerOptions
 
-    def flat(self) -> tuple:
-        """Return the arguments as the schema lists them."""
-        return self.src, *self.masks, *self.parameters, *self.options
+    def flat(self, panels: Sequence[Tensor] = ()) -> tuple:
+        """Return the arguments as the schema lists them, with copies of the weights if given."""
+        return self.src, *self.masks, *self.parameters, *self.options, [*panels]
 
     def to(self, dtype: torch.dtype) -> "Arguments":
         """Return the same arguments with all floating-point tensors in ``dtype``."""
