@@ -51,6 +51,12 @@ void run_linear(const LinearForwardArgs<T>& a) {
   STD_TORCH_CHECK(!a.panels || !a.transposed, "panels are those of a weight on the right");
   const auto& kernel = *task_kernel<LinearForwardArgs<T>>.best();
   const int64_t max_columns = max_panel_columns(kernel, a.inner);
+  if (a.panels && a.rows <= kBlockRows) {  // One panel after the other, in the order of memory.
+    std::vector<GemmTask> tasks;
+    for (int64_t first = 0; first < a.outer; first += kernel.block)
+      tasks.push_back({first, std::min(kernel.block, a.outer - first), 0, a.rows});
+    return run_in_parallel(kernel, a, tasks, work);
+  }
   // Few rows of a narrow weight still are work for all threads.
   const auto tasks = a.transposed
                          ? gemm_tasks(a.rows, kernel.block, a.outer, kBlockRows / 4, max_columns)

@@ -80,7 +80,8 @@ class PanelGemm {
           constexpr int64_t kStep = kBlockDepth * kPerWord<U>;
           for (int64_t k = part; k < part_end; k += kStep) {
             const bool last = k + kStep >= part_end;
-            next_ = whole || task.columns > kMicroPanel
+            next_ = whole ? following(right_ + (k - part) / kPerWord<U> * kMicroPanel, rows)
+                    : task.columns > kMicroPanel
                         ? NextRows{}
                         : next_rows(left, last ? row + kBlockRows : row, last ? part : k + kStep);
             multiply_block(left, row, rows, k, std::min(k + kStep, part_end), task.columns,
@@ -170,6 +171,15 @@ class PanelGemm {
     constexpr int64_t kBytes = kBlockDepth * kPerWord<U> * sizeof(T);
     return {reinterpret_cast<const char*>(left.at(row, k)), left.row_stride * int64_t(sizeof(T)),
             kBytes};
+  }
+
+  // Return the block that follows one of a micro-panel in memory, divided among the rows of the
+  // left operand. With many of them there is more to compute than to read.
+  static NextRows following(const U* block, int64_t rows) {
+    constexpr int64_t kFew = 48, kWords = kBlockDepth * kMicroPanel, kLine = 64;
+    if (rows > kFew || kMicroVectors * kLanes == kMicroPanel) return {};
+    const int64_t bytes = (kWords * sizeof(U) / rows + kLine - 1) / kLine * kLine;
+    return {reinterpret_cast<const char*>(block + kWords), bytes, bytes};
   }
 
   [[gnu::noinline]] void multiply_block(const Matrix<T>& left, int64_t row, int64_t rows, int64_t k,
