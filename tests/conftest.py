@@ -16,6 +16,7 @@ if not HAS_GPU:
 import pytest  # noqa: E402
 
 from llmos_kernels._core import numerics  # noqa: E402
+from llmos_kernels.ops import _product_policy  # noqa: E402
 from llmos_kernels.testing import InaccurateError, judge_again  # noqa: E402
 
 DEVICES = ["cpu"] + ["cuda"] * HAS_GPU
@@ -184,3 +185,10 @@ if not HAS_GPU:
     else:
         _round_to_nearest(interpreter)
         _dot(interpreter)
+
+
+@pytest.fixture
+def our_forward():
+    """Let the policy choose our GEMM for forward products, also where torch's was faster."""
+    with _product_policy.override({_product_policy.FORWARD: _product_policy.OURS}):
+        yield

@@ -9,9 +9,9 @@ from torch.nn.utils import parametrize
 
 import llmos_kernels as lk
 from llmos_kernels.ops._encoder_layer import LayerMasks, may_fuse
-from llmos_kernels.ops._product_policy import FORWARD, OURS, override
 from llmos_kernels.testing import DTYPES, OpRecorder, assert_within_budget
 
+pytestmark = pytest.mark.usefixtures("our_forward")
 D, HEADS, HIDDEN = 32, 4, 64
 
 
@@ -37,12 +37,11 @@ def is_whole(module, *args, **kwargs):
 
 @pytest.fixture(autouse=True)
 def slow_path():
-    """Have torch's layers call their parts, and ours the op, whoever multiplies faster here."""
+    """Have torch's layers call their parts."""
     torch.manual_seed(0)
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    with override({FORWARD: OURS}):
-        yield
+    yield
     torch.backends.mha.set_fastpath_enabled(before)
 
 

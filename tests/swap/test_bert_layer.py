@@ -10,11 +10,11 @@ import torch.utils.checkpoint
 from torch import nn
 
 import llmos_kernels as lk
-from llmos_kernels.ops._product_policy import FORWARD, OURS, override
 from llmos_kernels.swap.calls import ModuleCall
 from llmos_kernels.swap.proof import Replicas, judge
 from llmos_kernels.testing import DTYPES, OpRecorder, assert_within_budget
 
+pytestmark = pytest.mark.usefixtures("our_forward")
 models = pytest.importorskip("transformers.models")
 SIZES = {
     "vocab_size": 99,
@@ -30,13 +30,6 @@ CLASSES = {
     "camembert": (models.camembert.CamembertConfig, models.camembert.CamembertModel),
 }
 each_class = pytest.mark.parametrize("name", CLASSES)
-
-
-@pytest.fixture(autouse=True)
-def ours():
-    """Have layers run as one op, whoever multiplies faster here."""
-    with override({FORWARD: OURS}):
-        yield
 
 
 def model(name="bert", implementation="sdpa", **options):

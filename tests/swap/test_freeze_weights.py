@@ -9,15 +9,9 @@ from torch import nn
 
 import llmos_kernels as lk
 from llmos_kernels.nn.frozen import panels_of
-from llmos_kernels.ops._product_policy import FORWARD, OURS, override
 from llmos_kernels.testing import OpRecorder
 
-
-@pytest.fixture(autouse=True)
-def ours():
-    """Have layers run as one op, whoever multiplies faster here."""
-    with override({FORWARD: OURS}):
-        yield
+pytestmark = pytest.mark.usefixtures("our_forward")
 
 
 def encoder(kind):
