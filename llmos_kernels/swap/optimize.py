@@ -132,9 +132,12 @@ def optimize(
 
 def _freeze(model: nn.Module) -> tuple[int, int]:
     """Pack the weights of drop-ins that read copies; return how many there are, and their bytes."""
-    _thaw(model)
-    modules = (m for m in model.modules() if isinstance(m, Freezable))
-    copies = [copy for module in modules for copy in freeze(module)]
+    copies = []
+    for module in model.modules():
+        if isinstance(module, Freezable):
+            copies += freeze(module)
+        else:
+            thaw(module)  # A swap that was undone.
     return len(copies), sum(copy.nbytes for copy in copies)
 
 
