@@ -25,6 +25,16 @@ inline Mask mask_of(const Tensor& t) {
   return {mask_type(t.scalar_type()), t.const_data_ptr(), step(0), step(1), step(2), step(3)};
 }
 
+// Set the masks of `a`: attn_mask, and key padding [batch, key].
+template <class T>
+void set_masks(AttentionCommonArgs<T>& a, const Optional& mask, const Optional& padding) {
+  if (mask) a.mask = mask_of(*mask);
+  if (!padding) return;
+  a.padding = data<bool>(*padding);
+  a.padding_batch_stride = padding->stride(0);
+  a.padding_key_stride = padding->stride(1);
+}
+
 // Return one sequence for each batch element, of q_len queries and k_len keys. With key padding
 // [batch, k_len], true where a key is ignored, ignored keys at either end are left out.
 inline std::vector<Sequence> batch_sequences(int64_t batch, int64_t q_len, int64_t k_len,
@@ -121,12 +131,7 @@ struct AttentionInputs {
     a.query = heads_of<T>(query);
     a.key = heads_of<T>(key);
     a.value = heads_of<T>(value);
-    if (mask) a.mask = mask_of(*mask);
-    if (padding) {
-      a.padding = data<bool>(*padding);
-      a.padding_batch_stride = padding->stride(0);
-      a.padding_key_stride = padding->stride(1);
-    }
+    set_masks(a, mask, padding);
     a.sequences = sequences.data();
     a.heads = heads;
     a.kv_heads = kv_heads;

@@ -117,12 +117,7 @@ struct Layer {
     a.query = view(qkv);
     a.key = view(qkv + next);
     a.value = view(qkv + 2 * next);
-    if (mask) a.mask = mask_of(*mask);
-    if (padding) {
-      a.padding = data<bool>(*padding);
-      a.padding_batch_stride = padding->stride(0);
-      a.padding_key_stride = padding->stride(1);
-    }
+    set_masks(a, mask, padding);
     a.sequences = sequences.data();
     a.heads = a.kv_heads = heads;
     a.q_total = a.k_longest = length;
