@@ -81,6 +81,19 @@ struct AttentionWeightsArgs {
   bool mean;
 };
 
+// The gradient of attn_mask, in the mask's own shape: 1 for a broadcast dimension.
+struct MaskGradient {
+  float* data = nullptr;  // Zero at first. Null: not asked for.
+  int64_t batch = 0, heads = 0, q_len = 0, k_len = 0;
+  int64_t query_batch = 0;
+
+  // Return the row for query i.
+  float* row(int64_t b, int64_t h, int64_t i) const {
+    const int64_t matrix = (batch == 1 ? 0 : b) * heads + (heads == 1 ? 0 : h);
+    return data + (matrix * q_len + (q_len == 1 ? 0 : i)) * k_len;
+  }
+};
+
 template <class T>
 struct AttentionBackwardArgs {
   using Task = AttentionTask;
@@ -88,18 +101,18 @@ struct AttentionBackwardArgs {
   Heads<const T> dout, out;
   Heads<T> dquery, dkey, dvalue;
   float* sink_gradients;  // [batch][head][query], the part of each row. Null without sinks.
+  // With data, a task takes all the key heads and batch elements that `dmask` is broadcast to;
+  // task.sequence and task.kv_head are the first of them.
+  MaskGradient dmask = {};
 };
 
-// The gradient of attn_mask, in the mask's own shape [batch, heads, q_len, k_len] with 1 for a
-// broadcast dimension. A task sums one block of query rows (all of them if q_len is 1) over the
-// batch and the heads that the mask is broadcast to.
+// The gradient of attn_mask alone. A task sums one block of query rows (all of them if dmask.q_len
+// is 1) over the batch and the heads that the mask is broadcast to; task.sequence and task.kv_head
+// are its batch element and head of the mask.
 template <class T>
 struct AttentionMaskBackwardArgs {
   using Task = AttentionTask;
   AttentionBackwardArgs<T> backward;
-  float* dmask;  // Zero at first.
-  int64_t batch, heads, q_len, k_len;
-  int64_t query_batch;
 };
 
 // Combine the partial results of one row, `splits` of them, `stride` floats apart, with the sink of

@@ -43,17 +43,29 @@ Tensor weights(const Tensor& query, const Tensor& key, const Optional& mask,
   return out;
 }
 
-// Compute the gradient of attn_mask, in float32.
+// Compute the gradients of query, key and value, and in float32 that of attn_mask, if `dmask` has
+// data. Heads and batch elements whose gradients add up in dmask are one task; where such tasks
+// would keep threads idle for longer than two more products take, dmask is computed apart, by
+// blocks of query rows.
 template <class T>
-void mask_gradient(const AttentionInputs& in, const AttentionBackwardArgs<T>& backward,
-                   const Tensor& dmask) {
-  float* to = mutable_data<float>(dmask);
-  std::fill_n(to, dmask.numel(), 0.0f);
-  const AttentionMaskBackwardArgs<T> args{
-      backward, to, dmask.size(0), dmask.size(1), dmask.size(2), dmask.size(3), in.batch};
+void run_backward(const AttentionInputs& in, AttentionBackwardArgs<T> args,
+                  const MaskGradient& dmask) {
+  const int64_t sequences = in.sequences.size(), threads = torch::stable::get_num_threads();
+  const int64_t sums = dmask.batch * (dmask.heads == 1 ? 1 : in.kv_heads);
+  const int64_t turns = (sums + threads - 1) / threads;
+  const bool together = dmask.data && 5 * turns * threads <= 7 * sums;
+  if (together) args.dmask = dmask;
+  const double pairs = double(in.q_total) * in.k_longest * in.heads * in.batch;
+  run_in_parallel(*task_kernel<AttentionBackwardArgs<T>>.best(), args,
+                  together ? blocks(dmask.batch, sums / dmask.batch, 1, 1)
+                           : blocks(sequences, in.kv_heads, 1, 1),
+                  pairs * (3 * in.dim + 2 * in.v_dim));
+  if (!dmask.data || together) return;
+  args.dmask = dmask;
   const auto& kernel = *task_kernel<AttentionMaskBackwardArgs<T>>.best();
-  const double work = double(in.q_total) * in.k_total * in.heads * in.batch * (in.dim + in.v_dim);
-  run_in_parallel(kernel, args, blocks(args.batch, args.heads, args.q_len, kernel.block), work);
+  run_in_parallel(kernel, AttentionMaskBackwardArgs<T>{args},
+                  blocks(dmask.batch, dmask.heads, dmask.q_len, kernel.block),
+                  pairs * (in.dim + in.v_dim));
 }
 
 // Write the gradient of sinks: for each head the sum of `gradients` [batch][head][query].
@@ -85,6 +97,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Tensor dvalue = output(query, {in.batch, in.k_total, in.kv_heads, in.v_dim}, dtype);
   const ScalarType mask_dtype = mask_grad ? mask->scalar_type() : dtype;
   Tensor dmask = mask_grad ? output(query, mask->sizes(), mask_dtype) : output(query, {0}, dtype);
+  const bool narrow = mask_grad && mask_dtype != ScalarType::Float;
+  const Tensor sums = narrow ? output(query, mask->sizes(), ScalarType::Float) : dmask;
   Tensor dsinks =
       sinks ? output(query, {in.heads}, sinks->scalar_type()) : output(query, {0}, dtype);
   const Floats sink_gradients = sinks ? floats(in.batch * in.heads * in.q_total) : nullptr;
@@ -94,7 +108,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 
   for_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    const auto& kernel = *task_kernel<AttentionBackwardArgs<T>>.best();
     const auto out_heads = AttentionInputs::output_heads<T>(out);
     const AttentionBackwardArgs<T> args{
         .common = in.of<T>(m, m + in.batch * in.heads * in.q_total),
@@ -106,14 +119,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
         .dvalue = AttentionInputs::output_heads<T>(dvalue),
         .sink_gradients = sink_gradients.get(),
     };
-    const double work = double(in.q_total) * in.k_longest * in.heads * in.batch;
-    run_in_parallel(kernel, args, blocks(int64_t(in.sequences.size()), in.kv_heads, 1, 1),
-                    work * (3 * in.dim + 2 * in.v_dim));
+    MaskGradient mask_sums;
+    if (mask_grad && dmask.numel() > 0) {
+      std::fill_n(mutable_data<float>(sums), sums.numel(), 0.0f);
+      mask_sums = {mutable_data<float>(sums),
+                   sums.size(0),
+                   sums.size(1),
+                   sums.size(2),
+                   sums.size(3),
+                   in.batch};
+    }
+    run_backward(in, args, mask_sums);
     if (sinks) sum_sink_gradients(in, sink_gradients.get(), dsinks);
-    if (!mask_grad || dmask.numel() == 0) return;
-    if (mask_dtype == ScalarType::Float) return mask_gradient(in, args, dmask);
-    const Tensor sums = output(query, dmask.sizes(), ScalarType::Float);
-    mask_gradient(in, args, sums);
+    if (!mask_sums.data || mask_dtype == ScalarType::Float) return;
     for_dtype(mask_dtype, [&](auto w) {
       using W = decltype(w);
       sum_partials<W>.best()(data<float>(sums), 1, 0, mutable_data<W>(dmask), 0, dmask.numel());

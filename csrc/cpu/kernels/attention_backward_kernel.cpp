@@ -30,7 +30,8 @@ struct AttentionBackwardKernel {
         rows(a, scratch, true),
         gradient(a, scratch),
         weights(scratch.take<Element<U>>(kTile * kBlock)),
-        dlogits(scratch.take<Element<U>>(kTile * kBlock)),
+        dlogits(kPerWord<U> == 1 ? reinterpret_cast<Element<U>*>(gradient.dweights)
+                                 : scratch.take<Element<U>>(kTile * kBlock)),
         dlogit_pairs(kPerWord<U> == 1 ? reinterpret_cast<U*>(dlogits)
                                       : scratch.take<U>(kTile / 2 * kBlock)),
         dquery(scratch.take(kBlock * width)),
@@ -45,10 +46,12 @@ struct AttentionBackwardKernel {
            Scratch::size(a.k_longest * to_vectors(a.v_dim));
   }
 
-  void tile(const QueryBlock& block, const AttentionTask& task, const KeyTile& keys, bool whole) {
-    if (!gradient.multiply(block, task.sequence, task.kv_head, keys, rows, cache)) return;
+  void tile(const QueryBlock& block, int64_t sequence, int64_t kv_head, const KeyTile& keys,
+            bool whole) {
+    if (!gradient.multiply(block, sequence, kv_head, keys, rows, cache)) return;
     gradient.gradients(block, keys, whole, rows,
-                       {weights, dlogits, reinterpret_cast<float*>(dlogit_pairs), nullptr});
+                       {weights, dlogits, reinterpret_cast<float*>(dlogit_pairs), nullptr},
+                       args.dmask);
     const int64_t inner = words<U>(block.rows), step = kBlock / kPerWord<U>;
     small_gemm_in_parts<U, false, Update::Add>(
         keys.count, v_width / kLanes, inner, reinterpret_cast<const U*>(weights), step,
@@ -68,16 +71,25 @@ struct AttentionBackwardKernel {
   }
 
   void run(const AttentionTask& task) {
-    const Sequence& s = a.sequences[task.sequence];
+    const bool all_heads = args.dmask.data && args.dmask.heads == 1;
+    const bool all_batch = args.dmask.data && args.dmask.batch == 1;
+    for (int64_t b = 0; b < (all_batch ? args.dmask.query_batch : 1); ++b)
+      for (int64_t h = 0; h < (all_heads ? a.kv_heads : 1); ++h)
+        head(all_batch ? b : task.sequence, all_heads ? h : task.kv_head);
+  }
+
+  // Compute the gradients of one key head and its query heads.
+  void head(int64_t sequence, int64_t kv_head) {
+    const Sequence& s = a.sequences[sequence];
     std::memset(dkey, 0, s.k_len * width * sizeof(float));
     std::memset(dvalue, 0, s.k_len * v_width * sizeof(float));
     for (int64_t begin = 0; begin < a.group() * s.q_len; begin += kBlock) {
-      const QueryBlock block(a, s, task.kv_head * a.group(), a.group(), begin);
+      const QueryBlock block(a, s, kv_head * a.group(), a.group(), begin);
       rows.pack(args, gradient.softmax_exp, block);
       std::memset(dquery, 0, kBlock * width * sizeof(float));
       const int64_t first = s.first / kTile * kTile, last = std::min(s.last, block.max_limit);
       for (int64_t at = first; at < last; at += kTile)
-        tile(block, task, KeyTile(a, s, at, last), last - first <= kTile);
+        tile(block, sequence, kv_head, KeyTile(a, s, at, last), last - first <= kTile);
       if (args.sink_gradients)
         for (int64_t r = 0; r < block.rows; ++r)
           args.sink_gradients[a.stats_at(s.batch, block.head[r], block.index[r])] =
@@ -87,9 +99,8 @@ struct AttentionBackwardKernel {
                args.dquery.at(s.batch, block.head[r], block.index[r]));
     }
     for (int64_t j = 0; j < s.k_len; ++j) {
-      finish(dkey + j * width, a.scale, a.dim, args.dkey.at(s.batch, task.kv_head, s.k_begin + j));
-      finish(dvalue + j * v_width, 1, a.v_dim,
-             args.dvalue.at(s.batch, task.kv_head, s.k_begin + j));
+      finish(dkey + j * width, a.scale, a.dim, args.dkey.at(s.batch, kv_head, s.k_begin + j));
+      finish(dvalue + j * v_width, 1, a.v_dim, args.dvalue.at(s.batch, kv_head, s.k_begin + j));
     }
   }
 };

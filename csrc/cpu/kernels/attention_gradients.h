@@ -202,6 +202,42 @@ template <class U>
   }
 }
 
+// Add the gradients of `count` keys, from `begin` on, to a row of dmask.
+inline void add_mask_row(const MaskGradient& dmask, F32 gradients, int64_t begin, int64_t count,
+                         float* row) {
+  if (dmask.k_len == 1) {
+    *row += horizontal_sum(gradients);
+  } else if (count == kLanes) {
+    store(row + begin, load<F32>(row + begin) + gradients);
+  } else {
+    for (int64_t lane = 0; lane < count; ++lane) row[begin + lane] += gradients[lane];
+  }
+}
+
+// Add a tile of gradients [key][row] to its place in dmask.
+[[gnu::noinline]] inline void add_mask_gradients(const MaskGradient& dmask, const QueryBlock& block,
+                                                 const KeyTile& keys, const float* tile) {
+  for (int64_t first = 0; first < block.rows; first += kLanes) {
+    const int64_t rows = std::min<int64_t>(kLanes, block.rows - first);
+    float* to[kLanes];
+    for (int64_t i = 0; i < rows; ++i)
+      to[i] = dmask.row(block.batch, block.head[first + i], block.index[first + i]);
+    for (int64_t j = 0; j < keys.count; j += kLanes) {
+      const int64_t count = std::min<int64_t>(kLanes, keys.count - j);
+      U32 v[kLanes] = {};
+      for (int64_t i = 0; i < count; ++i) v[i] = load_bits<U32>(tile + (j + i) * kBlock + first);
+      transpose(v);
+      F32 sum = {};  // Of rows that share a row of dmask.
+      for (int64_t i = 0; i < rows; ++i) {
+        sum += std::bit_cast<F32>(v[i]);
+        if (i + 1 < rows && to[i + 1] == to[i]) continue;
+        add_mask_row(dmask, sum, keys.begin + j, count, to[i]);
+        sum = F32{};
+      }
+    }
+  }
+}
+
 // What the tiles of one block of query rows need.
 template <class T>
 struct TileGradient {
@@ -238,11 +274,14 @@ struct TileGradient {
     return true;
   }
 
-  // whole: the tile has all keys that the block may see.
+  // Write what `to` names, and add to dmask unless its data is null. whole: the tile has all keys
+  // that the block may see.
   void gradients(const QueryBlock& block, const KeyTile& keys, bool whole,
-                 const BlockOperands<T>& rows, const TileOutputs<U>& to) {
-    float* sums = a.sinks && !whole ? rows.excess : nullptr;
-    const bool apart = to.dlogits && (a.softcap != 0 || sums);
+                 const BlockOperands<T>& rows, const TileOutputs<U>& to,
+                 const MaskGradient& dmask) {
+    float* sums = a.sinks && to.dlogits && !whole ? rows.excess : nullptr;
+    // Float gradients are written in place of dweights: only what changes them needs a second pass.
+    const bool apart = !to.dlogits || a.softcap != 0 || sums || (dmask.data && kPerWord<U> == 2);
     const TileOutputs<U> floats{to.weights, nullptr, nullptr, dweights};
     with_vectors(block.vectors, [&](auto vectors) {
       const auto run =
@@ -250,7 +289,8 @@ struct TileGradient {
       run(block, keys, softmax_exp, a.dropout, a.mask.type, mask, rows, scores, dweights,
           apart ? floats : to);
     });
-    if (apart)
+    if (dmask.data) add_mask_gradients(dmask, block, keys, dweights);
+    if (to.dlogits && apart)
       put_gradients(keys.count, block.vectors, dweights, a.softcap != 0 ? slopes : nullptr, sums,
                     to);
   }
