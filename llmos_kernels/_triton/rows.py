@@ -7,8 +7,10 @@ import triton.language as tl
 from torch import Tensor
 
 from llmos_kernels._triton.runtime import settings
+from llmos_kernels.ops._dropout import ROUNDS
 
 _OptionalTensor = TypeVar("_OptionalTensor", Tensor, Tensor | None)
+_ROUNDS = tl.constexpr(ROUNDS)
 
 
 def row_stride(t: Tensor, d: int) -> int | None:
@@ -72,6 +74,6 @@ def dropout_factors(
     c1 = (zero + row).to(tl.uint32)
     c2 = (zero + (row >> 32)).to(tl.uint32)
     c3 = (zero + tl.load(seed + 1)).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(tl.load(seed), c0, c1, c2, c3)
+    w0, w1, w2, w3 = tl.philox(tl.load(seed), c0, c1, c2, c3, n_rounds=_ROUNDS)
     word = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape((ROWS, BLOCK))
     return tl.where(word < threshold.to(tl.uint32), 0.0, scale)

@@ -33,7 +33,14 @@ inline Dropout dropout_of(double p, const Optional& seed) {
       seed->numel() == 2 && seed->scalar_type() == ScalarType::Long && seed->is_contiguous(),
       "seed must be 2 contiguous int64, got ", seed->numel(), " elements");
   const int64_t* value = data<int64_t>(*seed);
-  return {uint64_t(value[0]), uint64_t(value[1]), uint32_t(p * 0x1p32), float(1 / (1 - p))};
+  Dropout dropout{
+      .offset = uint64_t(value[1]), .threshold = uint32_t(p * 0x1p32), .scale = float(1 / (1 - p))};
+  const uint32_t key[] = {uint32_t(value[0]), uint32_t(uint64_t(value[0]) >> 32)};
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    dropout.keys[round][0] = key[0] + round * 0x9E3779B9;
+    dropout.keys[round][1] = key[1] + round * 0xBB67AE85;
+  }
+  return dropout;
 }
 
 // Call body(T{}) with the element type of dtype.

@@ -33,7 +33,6 @@ constexpr int kLanes = 4;
 using F32 = float __attribute__((vector_size(4 * kLanes)));
 using U32 = uint32_t __attribute__((vector_size(4 * kLanes)));
 using U16 = uint16_t __attribute__((vector_size(2 * kLanes)));
-using U64 = uint64_t __attribute__((vector_size(8 * kLanes)));
 using I32 = int32_t __attribute__((vector_size(4 * kLanes)));
 using I8 = int8_t __attribute__((vector_size(2 * kLanes)));  // Twice as many lanes.
 using I16 = int16_t __attribute__((vector_size(4 * kLanes)));
