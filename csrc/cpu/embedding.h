@@ -1,4 +1,4 @@
-// Kernels for embedding_layer_norm: sums of embedding rows, and dropout;
+// Kernels for embedding_layer_norm: sums of embedding rows, dropout, gradients of tables;
 // llmos_kernels/ops/embedding.py has the formulas.
 #pragma once
 
@@ -37,6 +37,23 @@ template <class T>
 using DropRowsFn = void (*)(const Dropout&, const T* x, int64_t stride, int64_t begin, int64_t end,
                             int64_t d, T* out);
 
+// Columns [begin, end) of the gradient of a table. Row r of dh is one of the rows that its index
+// took from the table; next[r] is the next of the same, -1 after the last.
+template <class T>
+struct TableGradientArgs {
+  const T* dh;
+  int64_t stride;
+  const int64_t* next;
+  int64_t d, begin, end;
+};
+
+// Write the sum, in float32, of the rows of dh from `first` on to a row of the table's gradient.
+// `sums` [d] is scratch.
+template <class T>
+using SumTableRowFn = void (*)(const TableGradientArgs<T>&, int64_t first, float* sums, T* out);
+
+template <class T>
+inline IsaTable<SumTableRowFn<T>> sum_table_row;
 template <class T>
 inline IsaTable<SumEmbeddingsFn<T>> sum_embeddings;
 template <class T>

@@ -155,6 +155,17 @@ def _backward_fake(
 _SOURCES = (
     "Tensor index0, Tensor? index1, Tensor? index2, Tensor table0, Tensor? table1, Tensor? table2"
 )
+
+
+def _table_gradient_reference(dh: Tensor, index: Tensor, rows: int, padding: int) -> Tensor:
+    """Return the gradient of a table [rows, d] from dh [..., d]; ``padding`` -1 for none."""
+    dh = dh.sum_to_size(*index.shape, dh.shape[-1])
+    if index.is_cuda:
+        # CUDA indices are not checked. An invalid one has NaN in dh, which must stay in the table.
+        index = index.clamp(0, rows - 1)
+    return torch.ops.aten.embedding_dense_backward(dh, index, rows, padding, False)
+
+
 # Indices are contiguous int64. The first has the shape of y without its last dimension; the others
 # have that shape or the end of it.
 _forward = define(
@@ -171,6 +182,12 @@ _backward = define(
     reference=_backward_reference,
     fake=_backward_fake,
     triton="norm.embedding:backward",
+)
+# The indices are those of the forward.
+_table_gradient = define(
+    "embedding_table_gradient(Tensor dh, Tensor index, SymInt rows, int padding) -> Tensor",
+    reference=_table_gradient_reference,
+    fake=lambda dh, index, rows, padding: dh.new_empty((rows, dh.shape[-1])),
 )
 
 
@@ -207,24 +224,14 @@ class _EmbeddingNorm(torch.autograd.Function):
                 g.to(p.dtype) if w else None
                 for g, p, w in zip(affine, (weight, bias), wanted, strict=True)
             ]
+        gradient = _table_gradient_reference if torch.is_grad_enabled() else _table_gradient
         dtables = [
-            _table_gradient(dh, i, t, p) if w else None
+            gradient(dh, i, t.shape[0], -1 if p is None else p) if w else None
             for i, t, p, w in zip(
                 indices, tables, ctx.padding_idx, ctx.needs_input_grad[-MAX_TABLES:], strict=True
             )
         ]
         return None, None, None, None, *affine, *(None,) * MAX_TABLES, *dtables
-
-
-def _table_gradient(dh: Tensor, index: Tensor, table: Tensor, padding_idx: int | None) -> Tensor:
-    """Return the gradient of a table [rows, d] from dh [..., d]."""
-    rows, d = table.shape
-    dh = dh.sum_to_size(*index.shape, d)
-    if index.is_cuda:
-        # CUDA indices are not checked. An invalid one has NaN in dh, which must stay in the table.
-        index = index.clamp(0, rows - 1)
-    padding = -1 if padding_idx is None else padding_idx
-    return torch.ops.aten.embedding_dense_backward(dh, index, rows, padding, False)
 
 
 def _check_sources(indices: Sequence[Tensor], tables: Sequence[Tensor]) -> None:

@@ -181,11 +181,75 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_, const Tensor& ind
   return {dh, dweight, dbias};
 }
 
+// The rows of dh that share an index, as lists in ascending order.
+struct RowLists {
+  std::vector<int64_t> first, next;  // -1: no row.
+
+  RowLists(const Tensor& index, int64_t rows, int64_t table_rows)
+      : first(table_rows, -1), next(rows) {
+    const int64_t* id = data<int64_t>(index);
+    const int64_t count = index.numel();
+    for (int64_t row = rows - 1; row >= 0; --row) {
+      const int64_t i = id[row % count];
+      STD_TORCH_CHECK(uint64_t(i) < uint64_t(table_rows), "index ", i,
+                      " is out of range for a table of ", table_rows, " rows");
+      next[row] = first[i];
+      first[i] = row;
+    }
+  }
+};
+
+Tensor table_gradient(const Tensor& dh_, const Tensor& index, int64_t table_rows, int64_t padding) {
+  const int64_t d = dh_.size(dh_.dim() - 1), rows = d ? dh_.numel() / d : 0;
+  Tensor out = output(dh_, {table_rows, d}, dh_.scalar_type());
+  if (out.numel() == 0) return out;
+  const RowView dh(dh_, d);
+  RowLists lists(index, rows, table_rows);
+  if (padding >= 0) lists.first[padding] = -1;
+  for_dtype(dh_.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    const auto sum = sum_table_row<T>.best();
+    T* to = mutable_data<T>(out);
+    const auto part = [&](int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
+                          float* sums) {
+      const TableGradientArgs<T> args{
+          data<T>(*dh.tensor), dh.stride, lists.next.data(), d, begin, end};
+      for (int64_t row = row_begin; row < row_end; ++row) {
+        if (lists.first[row] >= 0)
+          sum(args, lists.first[row], sums, to + row * d);
+        else
+          std::fill_n(to + row * d + begin, end - begin, T{});
+      }
+    };
+    if ((rows + table_rows) * d <= kNormGrain) return part(0, table_rows, 0, d, floats(d).get());
+    // Threads take blocks of rows in turn: the most frequent words are neighbours. In a table of
+    // few rows they take columns.
+    constexpr int64_t kRows = 16, kColumns = 64;
+    const int64_t threads = torch::stable::get_num_threads();
+    const bool by_columns = table_rows < 4 * kRows * threads;
+    const int64_t width = (d + threads * kColumns - 1) / (threads * kColumns) * kColumns;
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+      const Floats sums = floats(d);
+      for (int64_t thread = first; thread < last; ++thread) {
+        if (by_columns) {
+          const int64_t begin = std::min(d, thread * width);
+          part(0, table_rows, begin, std::min(d, begin + width), sums.get());
+        } else {
+          for (int64_t row = thread * kRows; row < table_rows; row += threads * kRows)
+            part(row, std::min(table_rows, row + kRows), 0, d, sums.get());
+        }
+      }
+    });
+  });
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(llmos, CPU, m) {
   m.impl("embedding_layer_norm_forward", TORCH_BOX(&forward));
   m.impl("embedding_layer_norm_backward", TORCH_BOX(&backward));
+  m.impl("embedding_table_gradient", TORCH_BOX(&table_gradient));
 }
 
 }  // namespace llmos

@@ -1,4 +1,5 @@
-// The kernels of embedding_layer_norm: sums of embedding rows, and dropout of rows.
+// The kernels of embedding_layer_norm: sums of embedding rows, dropout of rows, gradients of
+// tables.
 #include "../embedding.h"
 
 #include <type_traits>
@@ -51,8 +52,28 @@ template <class T>
   }
 }
 
+template <class T>
+[[gnu::flatten]] void sum_table(const TableGradientArgs<T>& a, int64_t first, float* sums, T* out) {
+  const auto sweep_row = [&](int64_t row, auto body) {
+    const T* dh = a.dh + row * a.stride + a.begin;
+    sweep(a.end - a.begin, [&](auto part, int64_t i) {
+      using V = typename decltype(part)::V;
+      body(i, load<V>(dh + i));
+    });
+  };
+  const int64_t second = a.next[first];
+  out += a.begin;
+  if (second < 0) return sweep_row(first, [=](int64_t i, auto v) { store(out + i, v); });
+  sweep_row(first, [=](int64_t i, auto v) { store(sums + i, v); });
+  for (int64_t row = second; row >= 0; row = a.next[row])
+    sweep_row(row, [=](int64_t i, auto v) { store(sums + i, load<decltype(v)>(sums + i) + v); });
+  sweep(a.end - a.begin,
+        [=](auto part, int64_t i) { store(out + i, load<typename decltype(part)::V>(sums + i)); });
+}
+
 template <class T, bool kRegister = kIsaBenefits<T>>
 struct RegisterEmbeddingKernels {
+  Register<SumTableRowFn<T>> table_{LLMOS_ISA, sum_table_row<T>, &sum_table<T>};
   Register<SumEmbeddingsFn<T>> sum_{LLMOS_ISA, sum_embeddings<T>, &sum<T>};
   Register<DropRowsFn<T>> drop_{LLMOS_ISA, drop_rows<T>, &drop<T>};
 };
