@@ -83,7 +83,7 @@ struct AttentionWeightsArgs {
 
 // The gradient of attn_mask, in the mask's own shape: 1 for a broadcast dimension.
 struct MaskGradient {
-  float* data = nullptr;  // Zero at first. Null: not asked for.
+  float* data = nullptr;  // Each task clears its part. Null: not asked for.
   int64_t batch = 0, heads = 0, q_len = 0, k_len = 0;
   int64_t query_batch = 0;
 
@@ -101,8 +101,8 @@ struct AttentionBackwardArgs {
   Heads<const T> dout, out;
   Heads<T> dquery, dkey, dvalue;
   float* sink_gradients;  // [batch][head][query], the part of each row. Null without sinks.
-  // With data, a task takes all the key heads and batch elements that `dmask` is broadcast to;
-  // task.sequence and task.kv_head are the first of them.
+  // With data, a task takes all the heads and batch elements that `dmask` is broadcast to;
+  // task.sequence and task.kv_head are the first of them, and no query heads share a key head.
   MaskGradient dmask = {};
 };
 

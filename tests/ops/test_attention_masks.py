@@ -150,3 +150,27 @@ def test_mask_gradient(full, dtype, device):
         per_key = outputs_and_gradients(attention, [q, k, v, mask.expand(*shape[:3], 150)])[-1]
         assert dmask.shape == mask.shape
         assert dmask.abs().max() <= 0.02 * per_key.abs().sum(-1).max()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("kv_heads", (4, 2))
+@pytest.mark.parametrize("mask", ((1, 1, 70, 150), (3, 1, 70, 150), (1, 4, 1, 150), (3, 4, 70, 1)))
+def test_mask_gradient_of_any_threads(mask, kv_heads):
+    """With how many threads the gradient of a mask is computed together with the others, and with
+    how many apart, makes no difference."""
+    torch.manual_seed(0)
+    q, k, v, bias = (
+        torch.randn(shape, requires_grad=True)
+        for shape in ((3, 4, 70, 24), (3, kv_heads, 150, 24), (3, kv_heads, 150, 24), mask)
+    )
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            out = attention(q, k, v, bias, enable_gqa=True)
+            found.append(torch.autograd.grad(out.square().sum(), (q, k, v, bias)))
+    finally:
+        torch.set_num_threads(threads)
+    for others in found[1:]:
+        for a, b in zip(found[0], others, strict=True):
+            assert torch.equal(a, b)

@@ -73,6 +73,8 @@ struct AttentionBackwardKernel {
   void run(const AttentionTask& task) {
     const bool all_heads = args.dmask.data && args.dmask.heads == 1;
     const bool all_batch = args.dmask.data && args.dmask.batch == 1;
+    if (args.dmask.data)
+      clear_mask_rows(args.dmask, task.sequence, task.kv_head, 0, args.dmask.q_len);
     for (int64_t b = 0; b < (all_batch ? args.dmask.query_batch : 1); ++b)
       for (int64_t h = 0; h < (all_heads ? a.kv_heads : 1); ++h)
         head(all_batch ? b : task.sequence, all_heads ? h : task.kv_head);

@@ -214,6 +214,13 @@ inline void add_mask_row(const MaskGradient& dmask, F32 gradients, int64_t begin
   }
 }
 
+// Clear rows [begin, end) of dmask, of one head or, if all share one, of that.
+inline void clear_mask_rows(const MaskGradient& dmask, int64_t batch, int64_t head, int64_t begin,
+                            int64_t end) {
+  end = std::min(end, dmask.q_len);
+  std::memset(dmask.row(batch, head, begin), 0, (end - begin) * dmask.k_len * sizeof(float));
+}
+
 // Add a tile of gradients [key][row] to its place in dmask.
 [[gnu::noinline]] inline void add_mask_gradients(const MaskGradient& dmask, const QueryBlock& block,
                                                  const KeyTile& keys, const float* tile) {

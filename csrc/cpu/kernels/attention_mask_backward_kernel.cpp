@@ -40,14 +40,15 @@ struct AttentionMaskBackwardKernel {
 
   void run(const AttentionTask& task) {
     const bool all_heads = args.dmask.heads == 1, all_batch = args.dmask.batch == 1;
-    const int64_t q_len = a.sequences[0].q_len;
+    const int64_t q_len = a.q_total, begin = task.block * kBlock;
+    clear_mask_rows(args.dmask, task.sequence, task.kv_head, begin, begin + kBlock);
     for (int64_t b = 0; b < (all_batch ? args.dmask.query_batch : 1); ++b)
       for (int64_t h = 0; h < (all_heads ? a.heads : 1); ++h) {
         const int64_t batch = all_batch ? b : task.sequence, head = all_heads ? h : task.kv_head;
         if (args.dmask.q_len > 1) {
-          add_block(batch, head, task.block * kBlock);
+          add_block(batch, head, begin);
         } else {
-          for (int64_t begin = 0; begin < q_len; begin += kBlock) add_block(batch, head, begin);
+          for (int64_t row = 0; row < q_len; row += kBlock) add_block(batch, head, row);
         }
       }
   }
