@@ -7,6 +7,7 @@ import peers
 import pytest
 import torch
 import torch.nn.functional as F
+from bench_models import architecture
 from peer_process import add_peer
 from rates import operations
 from rows import DEVICE, Call, Row, relative
@@ -34,6 +35,7 @@ GOALS = {
 #: One column in a hundred beyond the threshold, against none beyond it.
 OUTLIERS = {"kernel_plain": 0.8}
 
+_INT8_MODELS = peers.models(DEVICE, int8=True)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 forward = pytest.mark.parametrize("direction", ("forward",))
 
@@ -120,9 +122,7 @@ def test_outliers(op, size, dtype, direction, provider, side_by_side):
     side_by_side(build)
 
 
-@pytest.mark.parametrize(
-    "provider", ("kernel", "eager", "kernel_float", *peers.models(DEVICE, int8=True))
-)
+@pytest.mark.parametrize("provider", ("kernel", "eager", "kernel_float", *_INT8_MODELS))
 @pytest.mark.parametrize("direction", ("inference",))
 @each_dtype
 @of_sizes("int8_bert_layers", [(768, 12, 3072, 8, 128)])
@@ -144,33 +144,50 @@ def test_bert_layers(op, size, dtype, direction, provider, side_by_side):
         stock = transformers.BertModel(config, add_pooling_layer=False)
         stock = stock.to(DEVICE, getattr(torch, dtype)).eval()
         ids = torch.randint(100, (batch, length), device=DEVICE)
-        swapped = copy.deepcopy(stock)
-        lk.optimize(swapped, verify=False)
-        model = copy.deepcopy(swapped)
-        lk.quantize(model, always=True, rows=(length,))
-        wants = {"onnxruntime_int8": 1.25, "torchao": 1.15, "bitsandbytes": 4.0}
-        row = Row(
-            op,
-            size,
-            getattr(torch, dtype),
-            direction,
-            moved=sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
-            flop=operations(functools.partial(stock, ids)),
-            goals=wants if DEVICE == "cpu" else {},
-            rate="int8",
-        )
-        with torch.no_grad():
-            exact = copy.deepcopy(stock).double()(ids)[0]
-            models = {"kernel": model, "eager": stock, "kernel_float": swapped}
-            for name in wanted:
-                if name in models:
-                    call = functools.partial(models[name], ids)
-                    about = relative(call()[0], exact)
-                    row.add(name, functools.partial(Call, call, (), about))
-                elif name != "onnxruntime_int8" or dtype == "float32":
-                    # onnxruntime has no bfloat16 around its int8 on CPUs.
-                    judged = functools.partial(relative, exact=exact)
-                    add_peer(row, stack, name, stock, (ids,), judged)
-        return row
+        goals = {"onnxruntime_int8": 1.25, "torchao": 1.15, "bitsandbytes": 4.0}
+        row = Row(op, size, getattr(torch, dtype), direction, 0, goals=goals)
+        return model_row(row, stock, (ids,), (length,), wanted, stack)
+
+    side_by_side(build)
+
+
+def model_row(row, stock, given, rows, wanted, stack):
+    """Add every provider that is asked for, judged by the states; ``rows`` is for ``quantize``."""
+    swapped = copy.deepcopy(stock)
+    lk.optimize(swapped, verify=False)
+    model = copy.deepcopy(swapped)
+    lk.quantize(model, always=True, rows=rows)
+    row.moved = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    row.flop = operations(functools.partial(stock, *given))
+    row.rate = "int8"
+    if DEVICE != "cpu":
+        row.goals = {}
+    states = lambda out: out if isinstance(out, torch.Tensor) else out[0]
+    with torch.no_grad():
+        exact = states(copy.deepcopy(stock).double()(*given))
+        models = {"kernel": model, "eager": stock, "kernel_float": swapped}
+        for name in wanted:
+            if name in models:
+                call = functools.partial(models[name], *given)
+                about = relative(states(call()), exact)
+                row.add(name, functools.partial(Call, call, (), about))
+            elif name != "onnxruntime_int8" or row.dtype == torch.float32:
+                # onnxruntime has no bfloat16 around its int8 on CPUs.
+                judged = functools.partial(relative, exact=exact)
+                add_peer(row, stack, name, stock, given, judged)
+    return row
+
+
+@pytest.mark.parametrize("provider", ("kernel", "eager", "kernel_float", *_INT8_MODELS))
+@pytest.mark.parametrize("direction", ("inference",))
+@pytest.mark.parametrize("dtype", ("float32",))
+@of_sizes("int8_minilm", [(64, 128), (1, 122)])
+def test_minilm(op, size, dtype, direction, provider, side_by_side):
+    """Time MiniLM without padding."""
+
+    def build(wanted, stack):
+        stock, (ids, *_) = architecture("minilm", dtype, *size)
+        row = Row(op, size, getattr(torch, dtype), direction, 0, goals={"onnxruntime_int8": 1.3})
+        return model_row(row, stock, (ids,), (ids.numel(),), wanted, stack)
 
     side_by_side(build)

@@ -28,6 +28,8 @@ GOALS = {
     ("minilm", (64, 128)): (2.0, 1.5),
 }
 ARCHITECTURES = ("minilm", "bert_base", "opt_125m", "t5_small", "gpt2")
+#: Sentences and tokens: one sentence, short and long; a small batch, and a large one.
+MINILM_SIZES = ((1, 12), (1, 122), (8, 102), (64, 128))
 GRID = ((1, 128), (8, 128)) if DEVICE == "cpu" else ((1, 128), (32, 128), (8, 512))
 
 
@@ -92,9 +94,9 @@ def filled(model, given, out):
     return out[given[1].bool()] if padded else out
 
 
-def swapped(stock, given):
+def swapped(stock, given, **options):
     model = copy.deepcopy(stock)
-    report = lk.optimize(model, inputs=given)
+    report = lk.optimize(model, inputs=given, **options)
     assert report.swapped, report
     return model
 
@@ -116,6 +118,7 @@ def inference_row(row, stock, given, wanted, stack):
         made = {
             "kernel": lambda: swapped(stock, given),
             "eager": lambda: stock,
+            "frozen": lambda: swapped(stock, given, freeze_weights=True),
             "compile": lambda: compiled(stock, freezing=False),
             "freezing": lambda: compiled(stock, freezing=True),
         }
@@ -136,7 +139,7 @@ def row_of(op, size, dtype, direction, stock, **options):
 
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
-PROVIDERS = ("kernel", "eager", "compile", "freezing")
+PROVIDERS = ("kernel", "eager", "frozen", "compile", "freezing")
 inference = pytest.mark.parametrize("direction", ("inference",))
 
 
@@ -167,9 +170,14 @@ def test_encoder_layers(op, size, dtype, direction, provider, side_by_side):
 
 
 MODEL_GRID = [
-    pytest.param(name, size, id=f"{name}-{size[0]}x{size[1]}")
+    pytest.param(
+        name,
+        size,
+        id=f"{name}-{size[0]}x{size[1]}",
+        marks=[pytest.mark.quick] if name == "minilm" else [],
+    )
     for name in ARCHITECTURES
-    for size in (((64, 128),) if name == "minilm" else GRID)
+    for size in (MINILM_SIZES if name == "minilm" else GRID)
 ]
 
 

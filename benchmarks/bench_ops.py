@@ -34,16 +34,21 @@ def _sizes(case):
     return case.benchmark_shapes if DEVICE == "cpu" else case.gpu_benchmark_shapes
 
 
-#: --quick measures the first size of each op.
+#: --quick measures the first size of each op, and the forward of these in every size.
+QUICK_FORWARD = ("attention", "attention-causal", "layer_norm", "add_layer_norm", "linear")
 GRID = [
     pytest.param(
         case.name,
         size,
-        id=f"{case}-{'x'.join(map(str, size))}",
-        marks=[pytest.mark.quick] if i == 0 else [],
+        direction,
+        id=f"{case}-{'x'.join(map(str, size))}-{direction}",
+        marks=[pytest.mark.quick]
+        if i == 0 or (case.name in QUICK_FORWARD and direction == FORWARD)
+        else [],
     )
     for case in CASES
     for i, size in enumerate(_sizes(case))
+    for direction in DIRECTIONS
 ]
 
 
@@ -169,9 +174,8 @@ def op_row(op, size, dtype, direction, wanted):
 
 
 @pytest.mark.parametrize("provider", peers.ops(DEVICE))
-@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op, size", GRID)
+@pytest.mark.parametrize("op, size, direction", GRID)
 def test_op(op, size, dtype, direction, provider, side_by_side):
     side_by_side(lambda wanted, stack: op_row(op, size, dtype, direction, wanted))
 

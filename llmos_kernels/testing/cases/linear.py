@@ -77,6 +77,14 @@ SHAPES = (
 _VARIANT_SHAPES = ((3, 65, 40), (2, 17, 40, 130))
 #: Training and inference of a base model, a small encoder, and one token of a large decoder.
 BENCHMARK_SHAPES = ((1024, 768, 3072), (128, 384, 1536), (1, 4096, 16384))
+#: The layers of a small encoder on 64 sentences, of a base model, and of a small one on one sentence.
+LAYER_SHAPES = (
+    (2048, 384, 1536),
+    (2048, 1536, 384),
+    (1024, 768, 768),
+    (64, 384, 1536),
+    (16, 384, 384),
+)
 GPU_BENCHMARK_SHAPES = ((8192, 384, 1536), (8192, 1024, 4096), (8192, 4096, 16384))
 
 
@@ -118,7 +126,7 @@ def _case(
 
 
 LINEAR = (
-    _case("linear", layers=1, activation=None, shapes=SHAPES),
+    _case("linear", layers=1, activation=None, shapes=SHAPES, benchmark_shapes=LAYER_SHAPES),
     _case("linear-relu", layers=1, activation="relu"),
     _case("linear-gelu-no_bias", layers=1, activation="gelu", bias=False),
     _case(
