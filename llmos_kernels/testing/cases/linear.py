@@ -77,7 +77,7 @@ SHAPES = (
 _VARIANT_SHAPES = ((3, 65, 40), (2, 17, 40, 130))
 #: Training and inference of a base model, a small encoder, and one token of a large decoder.
 BENCHMARK_SHAPES = ((1024, 768, 3072), (128, 384, 1536), (1, 4096, 16384))
-#: The layers of a small encoder on 64 sentences, of a base model, and of a small one on one sentence.
+#: Layers of a small encoder, of a base model, and of a small one on a single sentence.
 LAYER_SHAPES = (
     (2048, 384, 1536),
     (2048, 1536, 384),
