@@ -46,16 +46,15 @@ Tensor weights(const Tensor& query, const Tensor& key, const Optional& mask,
 // Compute the gradients of query, key and value, and in float32 that of attn_mask, if `dmask` has
 // data. Heads and batch elements whose gradients add up in dmask are one task. Where such tasks
 // would keep threads idle for longer than two more products take, dmask is computed apart, by
-// blocks of query rows. So it is where query heads share key heads, whatever the threads: the blocks
-// are others then, and so would be the bits.
+// blocks of query rows. So it is where query heads share key heads, whatever the threads: the
+// blocks are others then, and so would be the bits.
 template <class T>
 void run_backward(const AttentionInputs& in, AttentionBackwardArgs<T> args,
                   const MaskGradient& dmask) {
   const int64_t sequences = in.sequences.size(), threads = torch::stable::get_num_threads();
   const int64_t sums = dmask.batch * (dmask.heads == 1 ? 1 : in.kv_heads);
   const int64_t turns = (sums + threads - 1) / threads;
-  const bool together =
-      dmask.data && in.heads == in.kv_heads && 5 * turns * threads <= 7 * sums;
+  const bool together = dmask.data && in.heads == in.kv_heads && 5 * turns * threads <= 7 * sums;
   if (together) args.dmask = dmask;
   const double pairs = double(in.q_total) * in.k_longest * in.heads * in.batch;
   run_in_parallel(*task_kernel<AttentionBackwardArgs<T>>.best(), args,
