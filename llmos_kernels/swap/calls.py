@@ -90,8 +90,21 @@ def perturbed(call: ModuleCall) -> ModuleCall:
     return call.map(changed)
 
 
+def clone(t: Tensor) -> Tensor:
+    """Return a copy of ``t``."""
+    return t.detach().clone()
+
+
+def as_meta(t: Tensor) -> Tensor:
+    """Return a tensor without memory that has shape, strides and dtype of ``t``."""
+    return torch.empty_like(t, device="meta", requires_grad=False)
+
+
 def captured_calls(
-    model: nn.Module, modules: list[nn.Module], run: Callable[[], object]
+    model: nn.Module,
+    modules: list[nn.Module],
+    run: Callable[[], object],
+    copied: Callable[[Tensor], Tensor] = clone,
 ) -> dict[nn.Module, list[ModuleCall]]:
     """Return how each of ``modules`` is called while ``run()`` runs ``model``, in eval mode.
 
@@ -102,6 +115,7 @@ def captured_calls(
         model: the model that contains the modules.
         modules: whose calls are captured.
         run: runs the model once.
+        copied: returns what is kept of a tensor.
 
     Returns:
         For each module that was called at most three calls with copied tensors: the first; and
@@ -117,7 +131,7 @@ def captured_calls(
         calls = found.setdefault(module, [])
         rows = [c.rows for c in calls]
         if not calls or given.rows < min(rows) or given.rows > max(rows):
-            calls.append(given.map(lambda t: t.detach().clone()))
+            calls.append(given.map(copied))
             others = sorted(calls[1:], key=lambda c: c.rows)
             calls[1:] = others[:1] + others[1:][-1:]
 

@@ -52,7 +52,7 @@ _IMPURE = frozenset(
     )
 )
 #: Functions of torch that return a state by which a forward may branch, unseen by a watcher.
-_STATES = frozenset(
+STATES = frozenset(
     (
         *("get_autocast_dtype", "get_default_dtype", "is_anomaly_enabled", "is_autocast_enabled"),
         *("is_deterministic", "is_grad_enabled", "is_inference_mode_enabled"),
@@ -66,7 +66,7 @@ _PARAMETER_STATES = ("dtype", "requires_grad")
 _PURE = (torch, F, nn, nn.Module, Tensor, math, torch.dtype, list, dict, tuple, str)
 _LOADS_ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
 #: Instructions that change something else than a local variable, or run code when a block ends.
-_EFFECTS = {
+EFFECTS = {
     "BEFORE_WITH": "has a with block",
     "DELETE_ATTR": "deletes an attribute",
     "DELETE_GLOBAL": "changes a global variable",
@@ -110,6 +110,11 @@ def has_slices(module: nn.Module) -> bool:
     return any("SLICE" in i.opname or isinstance(i.argval, slice) for i in instructions)
 
 
+def names_in(module: nn.Module) -> set[str]:
+    """Return the names that the forward of ``module`` and the methods it calls use."""
+    return {n for f in _functions(module) if f for n in _names(f)}
+
+
 def constants(module: nn.Module) -> Constants:
     """Return what the forward of ``module`` may branch or choose by, with its values.
 
@@ -127,8 +132,8 @@ def constants(module: nn.Module) -> Constants:
     found = []
     for place, part in module.named_modules():
         prefix = f"{place}." if place else ""
-        values = ((n, _frozen(_attribute(part, n))) for n in names)
-        found += [(prefix + n, v) for n, v in values if v is not _MISSING]
+        values = ((n, frozen(_attribute(part, n))) for n in names)
+        found += [(prefix + n, v) for n, v in values if v is not MISSING]
     for place, p in module.named_parameters():
         states = ((f"{place}.{n}", getattr(p, n)) for n in _PARAMETER_STATES if n in names)
         found += states
@@ -144,7 +149,7 @@ def have_changed(module: nn.Module, then: Constants) -> bool:
         found = _read(module, names)
     except AttributeError:
         return True
-    return found != values and tuple(map(_frozen, found)) != values
+    return found != values and tuple(map(frozen, found)) != values
 
 
 def _read(module: nn.Module, names: tuple[str, ...]) -> tuple:
@@ -159,17 +164,17 @@ def _reader(names: tuple[str, ...]) -> Callable[[Any], Any]:
     return operator.attrgetter(*names)
 
 
-def _frozen(value: Any) -> Any:
-    """Return plain data in a form that can be hashed and does not change; _MISSING for others."""
+def frozen(value: Any) -> Any:
+    """Return plain data in a form that can be hashed and does not change; MISSING for others."""
     if isinstance(value, (*PLAIN, torch.dtype, torch.device)):
         return value
     if type(value) in (list, tuple):
-        items = tuple(map(_frozen, value))
+        items = tuple(map(frozen, value))
     elif type(value) is dict:
-        items = tuple((_frozen(k), _frozen(v)) for k, v in value.items())
+        items = tuple((frozen(k), frozen(v)) for k, v in value.items())
     else:
-        return _MISSING
-    return _MISSING if _holds_missing(items) else items
+        return MISSING
+    return MISSING if _holds_missing(items) else items
 
 
 def _is_data(value: Any) -> bool:
@@ -177,7 +182,7 @@ def _is_data(value: Any) -> bool:
 
 
 def _holds_missing(items: tuple) -> bool:
-    return any(i is _MISSING or (isinstance(i, tuple) and _MISSING in i) for i in items)
+    return any(i is MISSING or (isinstance(i, tuple) and MISSING in i) for i in items)
 
 
 class Reads(TorchFunctionMode):
@@ -208,7 +213,7 @@ def is_harmless_read(func: Any, args: tuple) -> bool:
     return isinstance(args[0], nn.Parameter) or func.__self__.__name__ in ("dtype", "device")
 
 
-_MISSING = object()
+MISSING = object()
 
 
 def _functions(module: nn.Module) -> Iterator[FunctionType | None]:
@@ -273,7 +278,7 @@ def _instance_values(module: nn.Module, name: str) -> list[Any]:
 
 def _attribute(module: nn.Module, name: str) -> Any:
     """Return the value of an attribute, of the instance or of its class, without running code."""
-    return vars(module).get(name, inspect.getattr_static(type(module), name, _MISSING))
+    return vars(module).get(name, inspect.getattr_static(type(module), name, MISSING))
 
 
 def _effects(module: nn.Module) -> Iterator[str]:
@@ -290,21 +295,21 @@ def _effects(module: nn.Module) -> Iterator[str]:
             yield f"branches, and asks for {name}"
         for instruction in dis.get_instructions(found.__code__):
             name, value = instruction.opname, instruction.argval
-            if name in _EFFECTS:
-                yield f"{_EFFECTS[name]} ({value})" if isinstance(value, str) else _EFFECTS[name]
+            if name in EFFECTS:
+                yield f"{EFFECTS[name]} ({value})" if isinstance(value, str) else EFFECTS[name]
             elif name.startswith("INPLACE_") or (
                 name == "BINARY_OP" and "=" in instruction.argrepr
             ):
                 yield f"changes a value in place ({instruction.argrepr or name})"
             elif name in _LOADS_ATTRIBUTE:
-                if _changes(value):
+                if changes(value):
                     yield f"calls {value}"
                 elif not _is_known(module, value):
                     yield f"uses {value}"
             elif name == "LOAD_GLOBAL":
                 if not _is_harmless(found, value):
                     yield f"uses {value}"
-                elif branches and _is_data(found.__globals__.get(value, _MISSING)):
+                elif branches and _is_data(found.__globals__.get(value, MISSING)):
                     yield f"branches, and uses the global variable {value}"
             elif name in ("LOAD_DEREF", "LOAD_CLASSDEREF") and value != "__class__":
                 yield f"uses {value} of another function"
@@ -314,7 +319,7 @@ def _effects(module: nn.Module) -> Iterator[str]:
 
 def _effects_of_attribute(module: nn.Module, name: str) -> Iterator[str]:
     """Yield what using an attribute ``name`` of ``module``, or of a module inside, may do."""
-    if name in _STATES:
+    if name in STATES:
         yield f"asks for {name}"
     defined = [_function_of(d) for cls in _classes(module) for d in _definitions(cls, name)]
     # The code of methods is looked at itself.
@@ -324,7 +329,7 @@ def _effects_of_attribute(module: nn.Module, name: str) -> Iterator[str]:
             yield f"uses {name}, a {type(value).__name__}"
 
 
-def _changes(name: str) -> bool:
+def changes(name: str) -> bool:
     """Return True if a method or function ``name`` changes its object, or something global.
 
     The methods of tensors that change them end in "_".
@@ -343,7 +348,7 @@ def _effects_of_strings(module: nn.Module, function: FunctionType) -> Iterator[s
     strings = {c for c in code.co_consts if isinstance(c, str)} - {function.__doc__}
     for name in filter(str.isidentifier, strings):
         of_torch = hasattr(Tensor, name) or hasattr(nn.Module, name)
-        if _changes(name) or not (of_torch or _has(module, name)):
+        if changes(name) or not (of_torch or _has(module, name)):
             yield f"uses {name} by its name"
 
 

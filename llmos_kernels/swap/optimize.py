@@ -15,7 +15,8 @@ from torch import nn
 from llmos_kernels._core.numerics import shifted
 from llmos_kernels.nn.frozen import Freezable, freeze, thaw
 from llmos_kernels.swap import rules, timing
-from llmos_kernels.swap.calls import ModelRun, ModuleCall, captured_calls
+from llmos_kernels.swap.calls import ModelRun, ModuleCall, as_meta, captured_calls, clone
+from llmos_kernels.swap.rules.handwritten import has_own_forward
 from llmos_kernels.swap.rules.rule import Candidate, ModelCandidate, ancestors, first_line
 from llmos_kernels.swap.summary import Entry, Report
 
@@ -88,8 +89,6 @@ def optimize(
     if freeze_weights and model.training:
         raise ValueError("freeze_weights is for inference, and the model is in train mode")
     models = [c for rule in rules.model_rules(model) for c in rule.candidates(model)]
-    found = (rules.classify(m, n, ancestors(model, n)) for n, m in model.named_modules())
-    modules = [candidate for candidate in found if candidate is not None]
     gpus = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     with torch.inference_mode(False), torch.random.fork_rng(devices=gpus):
         for generator in (
@@ -98,6 +97,12 @@ def optimize(
         ):
             generator.manual_seed(shifted(0))
         run = None if inputs is None else ModelRun(model, ModuleCall.of(inputs))
+        seen = capture(model, _with_own_forward(model), run, as_meta)
+        modules = [
+            candidate
+            for n, m in model.named_modules()
+            if (candidate := rules.classify(m, n, ancestors(model, n), seen.get(m, ())))
+        ]
         judged = [c.model for c in models if not c.why_not]
         judged += [c.module for c in modules if not c.why_not]
         judges = _Judges(verify, always, capture(model, judged, run))
@@ -128,6 +133,10 @@ def optimize(
             _thaw(model)
             raise
     return report
+
+
+def _with_own_forward(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if has_own_forward(m)]
 
 
 def _freeze(model: nn.Module) -> tuple[int, int]:
@@ -210,6 +219,7 @@ class _Judges:
         if candidate.why_not:
             return Entry(candidate.name, cls.__name__, False, candidate.why_not)
         entry = self._judge(candidate.name, cls.__name__, partial(self._prove, candidate))
+        entry = replace(entry, sites=candidate.sites)
         if entry.swapped:
             self.classes[module] = candidate.drop_in
             self.groups.setdefault(module, (cls, candidate.drop_in))
@@ -305,7 +315,10 @@ def check_model(model: object, inputs: object = None) -> None:
 
 
 def capture(
-    model: nn.Module, modules: list[nn.Module], run: ModelRun | None
+    model: nn.Module,
+    modules: list[nn.Module],
+    run: ModelRun | None,
+    copied: Callable[[torch.Tensor], torch.Tensor] = clone,
 ) -> dict[nn.Module, list[ModuleCall]]:
     """Return how each of ``modules`` is called in ``run`` of ``model``; nothing without ``run``."""
-    return {} if run is None else captured_calls(model, modules, run)
+    return {} if run is None else captured_calls(model, modules, run, copied)

@@ -30,6 +30,7 @@ class Entry:
         timings: times of the original and of the drop-in, for each number of rows.
         slower: whether the drop-in is right, and the module was kept only because it is slower
             here.
+        sites: what was found inside of the module's own forward, with file and line.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.LayerNorm(64))
@@ -45,6 +46,7 @@ class Entry:
     error: float | None = None
     timings: tuple[Timing, ...] = ()
     slower: bool = False
+    sites: tuple[str, ...] = ()
 
     @property
     def speedup(self) -> float | None:
@@ -106,7 +108,25 @@ class Report:
             )
             for e in self.entries
         ]
-        return "\n".join([table(rows), *self._last_lines()])
+        return "\n".join([table(rows), *self.sites(), *self._last_lines()])
+
+    def sites(self) -> list[str]:
+        """Return a line for each place in a forward that was found, with file and line.
+
+        Example:
+            >>> report = llmos_kernels.optimize(model, inputs=(x, mask))
+            >>> report.sites()[0]
+            'attention in layers.0.attention: softmax at handwritten.py:30'
+        """
+        lines = []
+        for e in self.entries:
+            for site in e.sites:
+                what, colon, rest = site.partition(": ")
+                if not colon:
+                    what, colon, rest = site.partition(" at ")
+                kept = "" if e.swapped else ", kept"
+                lines.append(f"{what} in {e.module or 'the model'}{colon}{rest}{kept}")
+        return lines
 
     def __str__(self) -> str:
         rows = [("class", "swapped", "kept", "error/budget", "speedup")]

@@ -19,11 +19,12 @@ ALLOWED = {
     "ops": {"_core"},
     "_triton": {"_core", "_C"},
     "nn": {"ops", "_core"},
-    "swap": {"nn", "ops", "_core"},
-    "integrations": {"swap", "nn", "ops", "_core"},
+    "graph": {"nn", "ops", "_core"},
+    "swap": {"graph", "nn", "ops", "_core"},
+    "integrations": {"swap", "graph", "nn", "ops", "_core"},
     "testing": {"", "nn", "ops", "_core"},
     "_tools": {"", "testing", "_triton", "swap", "nn", "ops", "_core", "_C"},
-    "": {"integrations", "swap", "nn", "ops", "_core"},
+    "": {"integrations", "swap", "graph", "nn", "ops", "_core"},
     "__main__": {"", "_tools"},
 }
 #: The modules of ``ops`` whose constants, and limits of a launch, kernels share.

@@ -14,9 +14,11 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from llmos_kernels._core.registry import KERNEL_DTYPES
+from llmos_kernels.swap.calls import ModuleCall
 from llmos_kernels.swap.generated_class import GeneratedClass
 from llmos_kernels.swap.rules.attention import AttentionRule
 from llmos_kernels.swap.rules.bert_layer import BertLayerRule
+from llmos_kernels.swap.rules.handwritten import HandwrittenRule
 from llmos_kernels.swap.rules.linear import LinearRule
 from llmos_kernels.swap.rules.norm import NormRule
 from llmos_kernels.swap.rules.residual import ResidualRule
@@ -52,13 +54,17 @@ RULES: list[Rule] = [
     ResidualRule(),
     ModelRMSNormRule(),
     SequentialRule(),
+    HandwrittenRule(),
 ]
 #: What loads the rule of a library, by the module and the name of the library's base class.
 _LIBRARIES: dict[tuple[str, str], Callable[[], ModelRule]] = {}
 
 
 def classify(
-    module: nn.Module, name: str = "", around: Sequence[nn.Module] = ()
+    module: nn.Module,
+    name: str = "",
+    around: Sequence[nn.Module] = (),
+    calls: Sequence[ModuleCall] = (),
 ) -> Candidate | None:
     """Return what the first rule that knows ``module`` says about it.
 
@@ -66,6 +72,7 @@ def classify(
         module: the module.
         name: its name in its model.
         around: the modules that contain it, outermost first.
+        calls: how it is called, with tensors on the meta device, where that is known.
 
     Returns:
         The ``Candidate``, whose ``why_not`` is empty if the module can be swapped; None if no rule
@@ -80,10 +87,12 @@ def classify(
         return None  # Its parts are looked at one by one.
     for rule in RULES:
         try:
-            match = rule.match(module)
+            match = rule.match_called(module, calls)
             if match is not None:
-                why = why_not(module, rule, around) or _why_no_instance(module, match.drop_in)
-                return Candidate(name, module, rule, match.drop_in, why, match.input_width)
+                why = match.why_not or why_not(module, rule, around)
+                why = why or _why_no_instance(module, match.drop_in)
+                width, sites = match.input_width, match.sites
+                return Candidate(name, module, rule, match.drop_in, why, width, sites)
         except Exception as e:  # Whatever a user's class does is a reason to keep it.
             why = f"could not be examined: {type(e).__name__}: {first_line(e)}"
             return Candidate(name, module, rule, type(module), why)

@@ -26,10 +26,14 @@ class Match(NamedTuple):
     Args:
         drop_in: the class that replaces that of the module.
         input_width: the number of features of the module's input, where no attribute of it says so.
+        sites: what is replaced inside of its forward, for the report.
+        why_not: why the module cannot be swapped, where that is known already.
     """
 
     drop_in: type
     input_width: int = 0
+    sites: tuple[str, ...] = ()
+    why_not: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +47,7 @@ class Candidate:
         drop_in: the class that replaces that of the module.
         why_not: why the module cannot be swapped, or an empty string.
         input_width: the number of features of its input, where no attribute of it says so.
+        sites: what is replaced inside of its forward.
     """
 
     name: str
@@ -51,6 +56,7 @@ class Candidate:
     drop_in: type
     why_not: str = ""
     input_width: int = 0
+    sites: tuple[str, ...] = ()
 
     def example_calls(self, size: tuple[int, int] | None = None) -> list[ModuleCall]:
         """Return random calls of the module, see ``Rule.example_calls``."""
@@ -86,6 +92,15 @@ class Rule:
             if isinstance(module, original):
                 return Match(drop_in)
         return None
+
+    def match_called(self, module: nn.Module, calls: Sequence[ModuleCall]) -> Match | None:
+        """Return what ``match`` does, for a module that is called as in ``calls``.
+
+        Args:
+            module: the module.
+            calls: calls with tensors on the meta device; empty where none are known.
+        """
+        return self.match(module)
 
     def why_not(self, module: Any) -> str:
         """Return why a module that matches cannot be swapped, or an empty string.

@@ -1,0 +1,9 @@
+"""The patterns, in the order in which they are looked for: larger ones first."""
+
+from llmos_kernels.graph.patterns.add_norm import AddNorm
+from llmos_kernels.graph.patterns.attention import Attention
+from llmos_kernels.graph.patterns.feed_forward import FeedForward, LinearActivation
+from llmos_kernels.graph.patterns.pattern import Pattern
+
+#: All patterns.
+PATTERNS: list[Pattern] = [Attention(), FeedForward(), AddNorm(), LinearActivation()]

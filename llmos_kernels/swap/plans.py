@@ -1,0 +1,216 @@
+"""Forwards in which fused calls take the place of what patterns know, made once for each use.
+
+A plan is a forward for certain kinds of arguments and certain values of what the original forward
+has read: attributes, parts of a configuration, global variables. It serves every module of its
+class for which all that is so.
+"""
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llmos_kernels.graph.functional import make_functional
+from llmos_kernels.graph.matcher import Matches, find
+from llmos_kernels.graph.reader import Reader
+from llmos_kernels.graph.site import function_of, insert
+from llmos_kernels.ops.linear import PLAIN_TENSORS
+from llmos_kernels.swap.calls import PLAIN
+from llmos_kernels.swap.forwards import frozen
+from llmos_kernels.swap.rules.sequential import activation_of
+from llmos_kernels.swap.tracing import CannotTrace, Constant, Read, Traced, trace
+
+#: More plans of a class than this are not made: its arguments are of ever new kinds.
+_MAX_PLANS = 64
+_LOCK = threading.RLock()
+
+
+class Plan(NamedTuple):
+    """What became of a forward.
+
+    Args:
+        run: the new forward, a function of the module and of its tensors; None to keep the old.
+        found: what was replaced, as the report shows it.
+        missed: what looks like a pattern and stays, with the reason; or why there is no forward.
+        reads: what the old forward has read of the module, for which the plan holds.
+        globals: the same of global variables.
+        autocast: whether the plan holds under autocast.
+        activations: the activations that were fused.
+        dropout: the probabilities of dropout that are no part of a module.
+    """
+
+    run: Callable[..., Any] | None
+    found: tuple[str, ...] = ()
+    missed: tuple[str, ...] = ()
+    reads: tuple[Read, ...] = ()
+    globals: tuple[tuple[dict[str, Any], str, Any], ...] = ()
+    autocast: bool = True
+    activations: tuple[str, ...] = ()
+    dropout: tuple[float, ...] = ()
+
+    def holds(self, module: nn.Module) -> bool:
+        """Return True if what the old forward would read of ``module`` is as it was then."""
+        for path, value in self.reads:
+            try:
+                found = functools.reduce(getattr, path, module)
+            except AttributeError:
+                return False
+            if found is not value and not _same(found, value):
+                return False
+        return all(d.get(name) == value for d, name, value in self.globals)
+
+
+def _same(found: Any, value: Any) -> bool:
+    if isinstance(found, Tensor):
+        return False
+    return (type(found) is type(value) and found == value) or frozen(found) == value
+
+
+class Arguments(NamedTuple):
+    """The arguments of one call.
+
+    Args:
+        kinds: what decides which plan takes the call.
+        inputs: the tensors and objects among them, which the plan gets.
+        names: their names.
+        given: all arguments by name.
+    """
+
+    kinds: tuple[Any, ...]
+    inputs: tuple[Any, ...]
+    names: tuple[str, ...]
+    given: dict[str, Any]
+
+
+@functools.cache
+def _parameters(cls: Any) -> tuple[tuple[str, Any, bool], ...] | None:
+    """Return name, default and whether positional of the parameters of a forward.
+
+    None where one has ``*args``.
+    """
+    _, *parameters = inspect.signature(cls.forward).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return None
+    return tuple(
+        (p.name, p.default, p.kind is not p.KEYWORD_ONLY)
+        for p in parameters
+        if p.kind is not p.VAR_KEYWORD
+    )
+
+
+def arguments_of(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+    """Return the arguments of a call of the forward of ``cls``; None if no plan can take them."""
+    parameters = _parameters(cls)
+    if parameters is None or len(args) > len(parameters):
+        return None
+    given: dict[str, Any] = {}
+    for i, (name, default, _) in enumerate(parameters):
+        if i < len(args):
+            given[name] = args[i]
+        elif name in kwargs:
+            given[name] = kwargs[name]
+        elif default is inspect.Parameter.empty:
+            return None
+        else:
+            given[name] = default
+    for name, value in kwargs.items():
+        given.setdefault(name, value)
+    kinds: list[Any] = []
+    inputs, names = [], []
+    for name, value in given.items():
+        if isinstance(value, Tensor):
+            if type(value) not in PLAIN_TENSORS or value.is_nested:
+                return None
+            kinds.append((name, value.ndim, value.dtype, value.device))
+            inputs.append(value)
+            names.append(name)
+        elif isinstance(value, PLAIN):
+            kinds.append((name, type(value), value))
+        else:
+            return None
+    return Arguments(tuple(kinds), tuple(inputs), tuple(names), given)
+
+
+#: The plans of a class, by the kinds of arguments.
+Plans = dict[Hashable, list[Plan]]
+
+
+def plan_of(plans: Plans, module: nn.Module, cls: type, arguments: Arguments) -> Plan:
+    """Return the plan for a call, which is made where there is none yet.
+
+    Args:
+        plans: the plans of ``cls``, to which a new one is added.
+        module: the module that is called.
+        cls: its original class.
+        arguments: those of the call.
+    """
+    for plan in plans.get(arguments.kinds, ()):
+        if plan.holds(module):
+            return plan
+    if torch.compiler.is_compiling() or _is_watched():
+        return Plan(None, missed=("it was not traced before",))
+    with _LOCK:
+        if sum(map(len, plans.values())) >= _MAX_PLANS:
+            return Plan(None, missed=("its arguments are of too many kinds",))
+        plan = _make(module, cls, arguments)
+        plans.setdefault(arguments.kinds, []).append(plan)
+        return plan
+
+
+def _is_watched() -> bool:
+    """Return True if something sees each call of torch: a mode, or a transform of torch.func."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _make(module: nn.Module, cls: type, arguments: Arguments) -> Plan:
+    given = {
+        name: value.detach().to("meta") if isinstance(value, Tensor) else value
+        for name, value in arguments.given.items()
+    }
+    traced = None
+    try:
+        traced = trace(module, cls, given, list(arguments.names))
+        matches = rewrite(traced, module)
+    except CannotTrace as e:
+        reads = e.reads if traced is None else traced.reads
+        return Plan(None, missed=(str(e),), reads=reads)
+    calls = [f.call for f in matches.found]
+    names = {a for c in calls if (a := getattr(c, "activation", None)) is not None}
+    return Plan(
+        function_of(traced.graph) if calls else None,
+        tuple(f.where for f in matches.found),
+        tuple(matches.missed),
+        traced.reads,
+        traced.globals,
+        not traced.asks_for_dtype,
+        tuple(sorted(names)),
+        traced.dropout,
+    )
+
+
+def rewrite(traced: Traced, module: nn.Module) -> Matches:
+    """Replace in a traced forward of ``module`` what patterns know."""
+    graph = traced.graph
+    make_functional(graph)
+
+    def module_at(target: str) -> nn.Module:
+        return module.get_submodule(target)
+
+    def constant_at(node: torch.fx.Node) -> Tensor | None:
+        return node.target.value if isinstance(node.target, Constant) else None
+
+    reader = Reader(graph, module_at, activation_of, constant_at)
+    matches = find(reader)
+    replaced: dict[torch.fx.Node, torch.fx.Node] = {}
+    for found in matches.found:
+        insert(found, replaced)
+    graph.lint()
+    return matches

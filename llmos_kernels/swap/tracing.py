@@ -1,0 +1,339 @@
+"""A forward as a graph of torch.fx: the module's own code runs, once, with values that record.
+
+Children are leaves: the graph calls them. Of the inputs only the number of dimensions, dtype and
+device are known; sizes stay variables. What the code reads of its module and of objects such as a
+configuration is recorded: the graph holds as long as all that has the same values.
+"""
+
+import inspect
+import math
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node, Proxy
+from torch.fx.proxy import GraphAppendingTracer
+
+from llmos_kernels.graph.vocabulary import operation
+from llmos_kernels.swap.calls import PLAIN
+from llmos_kernels.swap.effects import watching
+from llmos_kernels.swap.forwards import MISSING, frozen
+from llmos_kernels.swap.replica import replica
+from llmos_kernels.swap.traced_values import (
+    UNKNOWN,
+    AttributeValue,
+    CannotTrace,
+    Opaque,
+    Read,
+    Shape,
+    Value,
+    any_value,
+    detached,
+    metas,
+)
+from llmos_kernels.swap.watched_classes import WATCH, watching_class
+
+#: Functions that do not see a recorded number among their arguments.
+_WRAPPED: tuple[tuple[Any, str], ...] = (
+    *((math, name) for name in ("sqrt", "log", "log2", "exp", "pow", "ceil", "floor")),
+    *((torch, name) for name in ("arange", "empty", "eye", "full", "ones", "tensor", "zeros")),
+)
+#: The modules whose code records, and is not a forward's.
+_OUR_CODE = tuple(
+    f"llmos_kernels.swap.{name}"
+    for name in ("effects", "traced_values", "tracing", "watched_classes")
+)
+_LOCK = threading.RLock()
+
+
+class Constant:
+    """A tensor that a forward made of constants, as a function of a graph."""
+
+    __module__ = "llmos_kernels.swap"
+    __name__ = "constant"
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+    def __call__(self) -> Tensor:
+        return self.value
+
+
+class Traced(NamedTuple):
+    """A forward as a graph.
+
+    Args:
+        graph: its placeholders are the tensors and objects among the arguments.
+        reads: what was read of the module.
+        globals: the plain global variables that were read: dict, name and value.
+        asks_for_dtype: whether the code asked for the dtype of a tensor, which autocast changes.
+        dropout: the probabilities of dropout that is called as a function.
+    """
+
+    graph: Graph
+    reads: tuple[Read, ...]
+    globals: tuple[tuple[dict[str, Any], str, Any], ...]
+    asks_for_dtype: bool
+    dropout: tuple[float, ...]
+
+
+def trace(
+    module: nn.Module, cls: type, arguments: dict[str, Any], placeholders: list[str]
+) -> Traced:
+    """Return the forward of ``module`` as a graph.
+
+    Args:
+        module: the module, which is not touched.
+        cls: its class, the original one if it was swapped.
+        arguments: the arguments of its forward by name. Of each tensor one on the meta device, of
+            an object that is no plain data an ``Opaque``.
+        placeholders: the names of those that the graph takes as inputs.
+
+    Raises:
+        CannotTrace: it has a side effect, or branches on values.
+    """
+    tracer = _Tracer(module)
+    inputs = {name: tracer.placeholder(name, arguments[name]) for name in placeholders}
+    forward: Any = cls.forward  # type: ignore[attr-defined]
+    args, kwargs = _bound(forward, arguments | inputs)
+    root = tracer.watched(module, cls)
+    try:
+        with _LOCK, torch.inference_mode(False), tracer.wrapped_functions():
+            tracer.modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+            with watching(lambda frame: tracer.is_busy or _is_ours(frame)) as effects:
+                result = forward(root, *args, **kwargs)
+        if found := [*tracer.effects, *effects.found]:
+            raise CannotTrace(f"its forward {found[0]}")
+        tracer.graph.output(tracer.create_arg(result))
+    except Exception as e:
+        lines = str(e).splitlines()
+        known = isinstance(e, CannotTrace)
+        why = CannotTrace(str(e) if known else f"{type(e).__name__}: {lines[0] if lines else ''}")
+        why.reads = tuple(tracer.reads.values())
+        raise why from e
+    _remove_dead(tracer.graph)
+    variables = {(id(d), name): (d, name, v) for d, name, v in effects.read_globals}
+    reads, read_globals = tuple(tracer.reads.values()), tuple(variables.values())
+    dropped = [operation(n, None, None) for n in tracer.graph.nodes]
+    rates = {op.get("p", 0.5) for op in dropped if op and op.kind == "dropout"}
+    return Traced(tracer.graph, reads, read_globals, tracer.asks_for_dtype, tuple(rates))
+
+
+def _bound(forward: Any, given: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Return arguments that are given by name as ``forward`` takes them."""
+    args, kwargs = [], dict[str, Any]()
+    for name, parameter in list(inspect.signature(forward).parameters.items())[1:]:
+        if parameter.kind is parameter.VAR_KEYWORD:
+            kwargs |= {k: v for k, v in given.items() if k not in kwargs}
+        elif parameter.kind is parameter.POSITIONAL_ONLY:
+            args.append(given.pop(name))
+        elif name in given:
+            kwargs[name] = given.pop(name)
+    return args, kwargs
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).startswith(_OUR_CODE)
+
+
+class _Tracer(GraphAppendingTracer):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(Graph())
+        self.module = module
+        self.reads: dict[tuple[str, ...], Read] = {}
+        self.effects: list[str] = []
+        self.modes: tuple[bool, ...] = ()
+        self.asks_for_dtype = False
+        self.is_busy = False  # While it records, what runs is not the forward's own code.
+        self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        self._metas: dict[str, nn.Module] = {}
+        self._watched: dict[int, Any] = {}
+
+    # What the graph is made of.
+
+    def proxy(self, node: Node) -> Proxy:
+        return Value(node, self)
+
+    def placeholder(self, name: str, value: Any) -> "Value":
+        made = Value(self.create_node("placeholder", name, (), {}), self)
+        made.meta = value
+        return made
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) in (Value, AttributeValue):
+            return a.node
+        if type(a) is Shape:
+            return tuple(map(self.create_arg, a))
+        if isinstance(a, Tensor):
+            constant = Constant(a.detach())
+            return self.create_node("call_function", constant, (), {})
+        if isinstance(a, (torch.device, torch.dtype)):
+            return a
+        if isinstance(a, (tuple, list, dict, slice)) or a is None or a is Ellipsis:
+            return super().create_arg(a)
+        if isinstance(a, (*PLAIN, torch.memory_format, torch.layout)):
+            return a
+        raise CannotTrace(f"passes a {type(a).__name__} on")
+
+    def create_proxy(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any
+    ) -> Any:
+        if (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) != self.modes:
+            raise CannotTrace("its forward changes whether gradients are recorded")
+        was_busy, self.is_busy = self.is_busy, True
+        try:
+            made: Any = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+            made.meta = self._meta(kind, target, args, kwargs)
+            made.node.meta["where"] = _user_line()
+            if isinstance(made.meta, Tensor):
+                made.node.meta["example_value"] = made.meta
+            first = args[0] if args else None
+            made.node.meta["pure"] = not isinstance(getattr(first, "meta", None), Opaque)
+        finally:
+            self.is_busy = was_busy
+        return made
+
+    def _meta(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        """Return the result of a call on the meta device, or UNKNOWN."""
+        try:
+            args, kwargs = metas(args), metas(kwargs)
+            with torch.no_grad():
+                if kind == "call_module":
+                    if target not in self._metas:
+                        child = self.module.get_submodule(target)
+                        self._metas[target] = replica(child, device="meta")
+                    return detached(self._metas[target](*args, **kwargs))
+                function = getattr(type(args[0]), target) if kind == "call_method" else target
+                return detached(function(*args, **kwargs))
+        except Exception:  # A tensor without numbers cannot be asked for them.
+            return UNKNOWN
+
+    # What the code reads.
+
+    def read(self, path: tuple[str, ...], value: Any) -> Any:
+        """Return an attribute as the code gets it, and record it."""
+        if isinstance(value, Tensor):
+            node = self.create_node("get_attr", ".".join(path), (), {})
+            made = Value(node, self)
+            made.meta = value.detach().to("meta")
+            return made
+        data = frozen(value)
+        if data is not MISSING:
+            self.reads[path] = Read(path, data)
+            return value
+        if isinstance(value, nn.Module) or inspect.isroutine(value) or isinstance(value, type):
+            self.reads[path] = Read(path, value)
+            return value
+        if callable(value) and type(value).__module__.partition(".")[0] in ("functools", "torch"):
+            self.reads[path] = Read(path, value)
+            return value
+        return self.watched_object(path, value)
+
+    def fact(self, node: Node, name: str, meta: Tensor) -> Any:
+        """Return what a tensor tells of itself, and record it where it belongs to the module."""
+        if name == "device":
+            value: Any = self.device
+        elif name in ("is_cpu", "is_cuda", "is_meta", "is_mps"):
+            value = self.device.type == name[3:]
+        else:
+            value = getattr(meta, name)
+        if node.op == "get_attr":
+            path = (*str(node.target).split("."), name)
+            self.reads[path] = Read(path, value)
+        elif node.op != "placeholder":
+            self.asks_for_dtype |= name == "dtype"
+        return value
+
+    def watched_object(self, path: tuple[str, ...], value: Any) -> Any:
+        """Return a shallow copy of ``value`` that records what is read of it."""
+        if id(value) in self._watched:
+            return self._watched[id(value)]
+        if not hasattr(value, "__dict__") or isinstance(value, (list, dict, set)):
+            raise CannotTrace(f"its forward uses {path[-1]}, a {type(value).__name__}")
+        copied = object.__new__(watching_class(type(value)))
+        copied.__dict__.update(vars(value))
+        copied.__dict__[WATCH] = (self, path)
+        self._watched[id(value)] = copied
+        return copied
+
+    def watched(self, module: nn.Module, cls: type, path: tuple[str, ...] = ()) -> Any:
+        """Return a copy of ``module``, of class ``cls``, that records; its children are leaves."""
+        if id(module) in self._watched:
+            return self._watched[id(module)]
+        is_leaf = bool(path) and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        copied = object.__new__(watching_class(cls, is_leaf))
+        self._watched[id(module)] = copied
+        copied.__dict__.update(vars(module))
+        copied.__dict__[WATCH] = (self, path)
+        for kind in ("_parameters", "_buffers"):
+            tensors = vars(module)[kind]
+            copied.__dict__[kind] = {n: self._tensor((*path, n), t) for n, t in tensors.items()}
+        copied.__dict__["_modules"] = {
+            n: None if m is None else self.watched(m, type(m), (*path, n))
+            for n, m in vars(module)["_modules"].items()
+        }
+        return copied
+
+    def _tensor(self, path: tuple[str, ...], tensor: Tensor | None) -> Any:
+        if tensor is None:
+            self.reads[path] = Read(path, None)
+            return None
+        made = Value(self.create_node("get_attr", ".".join(path), (), {}), self)
+        made.meta = torch.empty_like(tensor, device="meta", requires_grad=False)
+        return made
+
+    # What does not see a recorded number.
+
+    @contextmanager
+    def wrapped_functions(self) -> Iterator[None]:
+        """Let functions that take numbers record where one of them is recorded."""
+        originals = [(place, name, getattr(place, name)) for place, name in _WRAPPED]
+
+        def wrap(function: Any) -> Any:
+            def recorded(*args: Any, **kwargs: Any) -> Any:
+                if any_value(args) or any_value(kwargs):
+                    return self.create_proxy("call_function", function, args, kwargs)
+                return function(*args, **kwargs)
+
+            return recorded
+
+        try:
+            for place, name, function in originals:
+                setattr(place, name, wrap(function))
+            yield
+        finally:
+            for place, name, function in originals:
+                setattr(place, name, function)
+
+    def to_bool(self, obj: Proxy) -> bool:
+        raise CannotTrace("its forward branches on a size or a value of its input")
+
+    def iter(self, obj: Proxy) -> Iterator:
+        raise CannotTrace("its forward loops over a tensor")
+
+
+def _user_line() -> str:
+    """Return file and line of the code that runs, without torch's and ours."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__"))
+        if name.partition(".")[0] != "torch" and not _is_ours(frame):
+            return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+def _remove_dead(graph: Graph) -> None:
+    """Remove nodes whose result nobody uses and that do nothing else."""
+    for node in reversed(list(graph.nodes)):
+        is_pure = node.op in ("get_attr", "call_function") or (
+            node.op == "call_method" and (not str(node.target).endswith("_"))
+        )
+        is_pure = is_pure and node.meta.get("pure", True)
+        if is_pure and not node.users:
+            graph.erase_node(node)

@@ -1,0 +1,198 @@
+"""What patterns find in forwards, what they leave alone, and that both compute the same."""
+
+import itertools
+
+import handwritten_models as models
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llmos_kernels.swap.calls import ModuleCall
+from llmos_kernels.swap.plans import arguments_of, plan_of
+from llmos_kernels.swap.proof import Replicas, judge
+from llmos_kernels.swap.rules.handwritten import fused_forward
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def plan(module, *args):
+    """Return the plan for a call of ``module``."""
+    fused_forward.cache_clear()
+    return plan_of({}, module, type(module), arguments_of(type(module), args, {}))
+
+
+def check(module, *args, extent="all"):
+    """Check values and gradients of the drop-in, and that its plan is the one that runs."""
+    for m in module.modules():
+        if hasattr(m, "p") and isinstance(m.p, float):
+            m.p = 0.0
+    replicas = Replicas.of(module, fused_forward(type(module)))
+    assert judge(replicas, ModuleCall(args), extent=extent) <= 1
+    plans = [p for ps in type(replicas.ours)._plans.values() for p in ps]
+    assert plans and all(p.run is not None for p in plans)
+
+
+def mask_of(length=9):
+    """Return a mask to be added, which hides some keys, and none from every query."""
+    mask = torch.zeros(2, 1, 1, length)
+    mask[0, ..., 5:] = torch.finfo(torch.float32).min
+    return mask
+
+
+@pytest.mark.parametrize("cls", models.FOUND, ids=lambda cls: cls.__name__)
+def test_attention_is_found(cls):
+    torch.manual_seed(0)
+    module, args = cls(), (torch.randn(2, 9, 32), mask_of())
+    found = plan(module, *args).found
+    assert len(found) == 1 and found[0].startswith("attention: softmax at handwritten_models.py:")
+    check(module, *args)
+
+
+@pytest.mark.parametrize("cls", models.STAYS, ids=lambda cls: cls.__name__)
+def test_what_only_looks_like_attention_stays(cls):
+    found = plan(cls(), torch.randn(2, 9, 32), mask_of())
+    assert not found.found and found.run is None
+
+
+def test_a_write_after_attention_is_no_hindrance():
+    module, args = models.writes_to_value(), (torch.randn(2, 9, 32),)
+    assert plan(module, *args).found
+    check(module, *args, extent="inference")
+
+
+def forward(function, **parts):
+    """Return a module with ``parts`` whose forward is ``function``."""
+    module = type(function.__name__, (nn.Module,), {"forward": function})()
+    for name, part in parts.items():
+        setattr(module, name, part)
+    return module
+
+
+def layers(*widths):
+    pairs = enumerate(itertools.pairwise(widths), start=1)
+    return {f"linear{i}": nn.Linear(*pair) for i, pair in pairs}
+
+
+def relu_inline(self, x):
+    return self.linear2(F.relu(self.linear1(x)))
+
+
+def gelu_with_dropout(self, x):
+    return self.linear2(self.drop(F.gelu(self.linear1(x), approximate="tanh")))
+
+
+def functions_only(self, x):
+    hidden = F.silu(F.linear(x, self.linear1.weight, self.linear1.bias))
+    return F.linear(hidden, self.linear2.weight)
+
+
+def one_layer(self, x):
+    return torch.relu(self.linear1(x)) + 1
+
+
+@pytest.mark.parametrize(
+    ("function", "shown"),
+    [
+        (relu_inline, "feed-forward: relu"),
+        (gelu_with_dropout, "feed-forward: gelu_tanh"),
+        (functions_only, "feed-forward: silu"),
+        (one_layer, "linear layer with activation: relu"),
+    ],
+)
+def test_feed_forward_is_found(function, shown):
+    torch.manual_seed(3)
+    module, x = forward(function, **layers(8, 24, 8), drop=nn.Dropout()), torch.randn(2, 3, 8)
+    (found,) = plan(module, x).found
+    assert found.startswith(f"{shown} at test_patterns.py:")
+    check(module, x, extent="outputs")
+
+
+def uses_hidden(self, x):
+    hidden = F.relu(self.linear1(x))
+    return self.linear2(hidden) + hidden.sum()
+
+
+def two_activations(self, x):
+    return self.linear2(F.relu(torch.tanh(self.linear1(x))))
+
+
+@pytest.mark.parametrize("function", [uses_hidden, two_activations])
+def test_a_hidden_layer_that_others_use_stays(function):
+    module = forward(function, **layers(8, 24, 8))
+    assert not any("feed-forward" in f for f in plan(module, torch.randn(2, 8)).found)
+
+
+def post_norm(self, x, y):
+    return self.norm(self.drop(x) + y)
+
+
+def pre_norm(self, x, y):
+    h = x + self.drop(y)
+    return h * 2 + self.norm(h)
+
+
+def functional_norm(self, x, y):
+    return F.layer_norm(x.add(y), (8,), self.norm.weight, None, 1e-3)
+
+
+@pytest.mark.parametrize("function", [post_norm, pre_norm, functional_norm])
+def test_a_norm_of_a_sum_is_found(function):
+    torch.manual_seed(1)
+    module = forward(function, norm=nn.LayerNorm(8), drop=nn.Dropout())
+    args = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    (found,) = plan(module, *args).found
+    assert "add and layer norm at test_patterns.py:" in found
+    check(module, *args)
+
+
+def subtracts(self, x, y):
+    return self.norm(x - y)
+
+
+def adds_twice(self, x, y):
+    return self.norm(torch.add(x, y, alpha=2))
+
+
+@pytest.mark.parametrize("function", [subtracts, adds_twice])
+def test_a_norm_of_something_else_stays(function):
+    module = forward(function, norm=nn.LayerNorm(8))
+    assert not plan(module, torch.randn(2, 8), torch.randn(2, 8)).found
+
+
+def test_a_residual_that_broadcasts_runs_the_stock_nodes():
+    module = forward(post_norm, norm=nn.LayerNorm(8), drop=nn.Dropout(0.0))
+    x, y = torch.randn(2, 3, 8), torch.randn(8)
+    run = plan(module, x, y).run
+    assert torch.equal(run(module, x, y), module(x, y))
+
+
+def test_rows_without_keys_are_zero():
+    module = models.Attention(p=0.0)
+    x, mask = torch.randn(1, 4, 32), torch.zeros(1, 1, 1, 4)
+    out = plan(module, x, x, x, mask).run(module, x, x, x, mask)
+    assert torch.equal(out, module.to_out.bias.expand(1, 4, 32))
+
+
+def test_five_lengths_share_one_plan():
+    module, plans = models.CausalBlock().eval(), {}
+    for length in (1, 2, 7, 33, 64):
+        x = torch.randn(2, length, 32)
+        found = plan_of(plans, module, type(module), arguments_of(type(module), (x,), {}))
+        torch.testing.assert_close(found.run(module, x), module(x))
+    assert [len(p) for p in plans.values()] == [1]
+
+
+def test_weights_that_are_returned_are_computed_when_used():
+    module, args = models.returns_weights(), (torch.randn(2, 9, 32), mask_of())
+    run = plan(module, *args).run
+    weights = run(module, *args)[1]
+    assert weights._value is None and weights.shape == (2, 4, 9, 9)
+    assert weights._value is None and isinstance(weights, torch.Tensor)
+    torch.testing.assert_close(weights + 0, module(*args)[1])
+    (weights.sum() + 1).backward()
+    assert module.q.weight.grad is not None
+    again = run(module, *args)[1]
+    args[1].add_(1)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        again.sum()

@@ -1,0 +1,292 @@
+"""``optimize`` on forwards that are written by hand: what is fused, and what is as before."""
+
+import copy
+import inspect
+import pickle
+
+import handwritten_models as models
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import llmos_kernels as lk
+from llmos_kernels.swap.rules.handwritten import FusedForward
+
+pytestmark = pytest.mark.usefixtures("untimed")
+
+
+def case(name):
+    """Return a model and arguments for it."""
+    torch.manual_seed(0)
+    x, mask = torch.randn(2, 9, 32), torch.ones(2, 1, 1, 9)
+    mask[0, ..., 5:] = 0
+    if name == "encoder":
+        return models.Encoder().eval(), (x, mask)
+    return nn.Sequential(models.CausalBlock(), models.CausalBlock()).eval(), (x,)
+
+
+CASES = pytest.mark.parametrize("name", ["encoder", "causal"])
+
+
+@CASES
+@pytest.mark.parametrize("with_inputs", [False, True])
+def test_every_site_is_fused(name, with_inputs):
+    model, args = case(name)
+    stock = copy.deepcopy(model)
+    report = lk.optimize(model, inputs=args if with_inputs else None, always=True)
+    assert not report.kept and max(e.error for e in report.swapped) <= 1
+    sites = [s.partition(" in ")[0] for s in report.sites()]
+    kinds = ["attention", "feed-forward", "dropout, add and layer norm"]
+    assert sorted(set(sites)) == sorted(kinds)
+    assert len(sites) == (8 if name == "encoder" else 6)
+    with torch.no_grad():
+        torch.testing.assert_close(model(*args), stock(*args))
+
+
+def test_the_report_names_each_site():
+    model, args = case("encoder")
+    report = lk.optimize(model, inputs=args, always=True)
+    line = next(i for i, s in enumerate(inspect.getsource(models).splitlines(), 1) if "F.soft" in s)
+    expected = f"attention in layers.0.attention: softmax at handwritten_models.py:{line}"
+    assert expected in report.sites() and expected in report.details()
+
+
+@CASES
+def test_gradients_in_train_mode(name):
+    model, args = case(name)
+    for m in model.modules():
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0
+    stock = copy.deepcopy(model).train()
+    lk.optimize(model, inputs=args, always=True)
+    model.train()
+    for m in (model, stock):
+        m(*args).square().mean().backward()
+    for (n, p), (_, q) in zip(model.named_parameters(), stock.named_parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=n)
+
+
+def test_a_swapped_module_is_as_before_in_all_else():
+    model, (x, mask) = case("encoder")
+    keys, signature = list(model.state_dict()), inspect.signature(models.Attention.forward)
+    lk.optimize(model, inputs=(x, mask), always=True)
+    layer = model.layers[0]
+    assert isinstance(layer.attention, models.Attention) and isinstance(layer, FusedForward)
+    assert list(model.state_dict()) == keys
+    assert inspect.signature(type(layer.attention).forward) == signature
+    expected = model(x, mask)
+    for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(made.layers[0].attention) is type(layer.attention)
+        assert torch.equal(made(x, mask), expected)
+    lk.restore(model)
+    assert type(layer.attention) is models.Attention and type(layer) is models.Layer
+    torch.testing.assert_close(model(x, mask), expected)
+
+
+def test_hooks_on_children_run():
+    model, args = case("encoder")
+    lk.optimize(model, inputs=args, always=True)
+    attention = model.layers[0].attention
+    for part in (attention.to_q, attention.drop, model.layers[0].norm1):
+        seen = []
+        handle = part.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        model(*args)
+        handle.remove()
+        assert seen == [1]
+
+
+def test_other_arguments_are_traced_when_they_come():
+    model, (x, mask) = case("encoder")
+    stock = copy.deepcopy(model)
+    lk.optimize(model, inputs=(x,), always=True)
+    for args in ((x, mask), (x, mask.bool()), (x, mask.expand(2, 1, 9, 9)), (x[0][None],)):
+        torch.testing.assert_close(model(*args), stock(*args))
+
+
+def test_an_attribute_that_changed_is_read_again():
+    model, (x, mask) = case("encoder")
+    stock = copy.deepcopy(model)
+    lk.optimize(model, inputs=(x, mask), always=True)
+    for m in (model, stock):
+        m.layers[1].attention.head_dim = 16  # The view makes 2 heads of it, silently.
+        m.layers[1].attention.heads = 2
+    with pytest.raises(RuntimeError):
+        stock(x, mask)
+    with pytest.raises(RuntimeError):
+        model(x, mask)
+
+
+def test_a_part_that_was_replaced_is_called():
+    model, args = case("causal")
+    lk.optimize(model, inputs=args, always=True)
+    lk.restore(model[0].norm2)
+    model[0].norm2 = nn.Identity()
+    stock = copy.deepcopy(model)
+    lk.restore(stock)
+    torch.testing.assert_close(model(*args), stock(*args))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype):
+    model, (x, mask) = case("encoder")
+    lk.optimize(model, inputs=(x, mask), always=True)
+    exact = copy.deepcopy(model).double()
+    lk.restore(exact)
+    out = model.to(dtype)(x.to(dtype), mask)
+    tolerance = {"rtol": 0.05, "atol": 0.1} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(out.double(), exact(x.double(), mask), **tolerance)
+
+
+def test_autocast():
+    model, args = case("causal")
+    stock = copy.deepcopy(model)
+    lk.optimize(model, inputs=args, always=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, expected = model(*args), stock(*args)
+    assert out.dtype == expected.dtype
+    torch.testing.assert_close(out.float(), expected.float(), rtol=0.05, atol=0.1)
+
+
+def test_torch_func_runs_the_stock_nodes():
+    model, (x,) = case("causal")
+    stock = copy.deepcopy(model)
+    lk.optimize(model, inputs=(x,), always=True)
+    ours, theirs = (torch.func.vmap(m)(x[:, None]) for m in (model, stock))
+    torch.testing.assert_close(ours, theirs)
+
+
+class Base(nn.Module):
+    """Attention of one head, with something else that each subclass does."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(32, 32) for _ in range(3))
+        self.seen, self.calls = [], 0
+
+    def attend(self, x):
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return F.softmax(q @ k.mT / 5, -1) @ v
+
+
+class SetsAttribute(Base):
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return self.attend(x)
+
+
+class KeepsOutput(Base):
+    def forward(self, x):
+        self.last = self.attend(x)
+        return self.last
+
+
+class Appends(Base):
+    def forward(self, x):
+        self.seen.append(1)
+        return self.attend(x)
+
+
+class Prints(Base):
+    def forward(self, x):
+        print("attention")
+        return self.attend(x)
+
+
+class BranchesOnValues(Base):
+    def forward(self, x):
+        return self.attend(x) if x.sum() > 0 else x
+
+
+class BranchesOnLength(Base):
+    def forward(self, x):
+        return self.attend(x) if x.shape[1] > 4 else x
+
+
+class WithoutGradients(Base):
+    def forward(self, x):
+        with torch.no_grad():
+            return self.attend(x)
+
+
+class Draws(Base):
+    def forward(self, x):
+        return self.attend(x) + torch.rand(32)
+
+
+class AddsInPlace(Base):
+    def forward(self, x):
+        x += 1
+        return self.attend(x)
+
+
+@pytest.mark.parametrize(
+    ("cls", "why"),
+    [
+        (SetsAttribute, "its forward sets an attribute (calls)"),
+        (KeepsOutput, "its forward sets an attribute (last)"),
+        (Appends, "its forward calls append"),
+        (Prints, "its forward uses print"),
+        (BranchesOnValues, "its forward branches on a size or a value of its input"),
+        (BranchesOnLength, "its forward branches on a size or a value of its input"),
+        (WithoutGradients, "its forward changes whether gradients are recorded"),
+        (Draws, "its forward calls rand"),
+        (AddsInPlace, "its forward changes a value in place (+=)"),
+    ],
+)
+def test_a_forward_with_effects_is_kept(cls, why, capsys):
+    model = cls().eval()
+    report = lk.optimize(nn.Sequential(model), inputs=(torch.randn(2, 9, 32),), always=True)
+    entry = next(e for e in report.entries if e.cls == cls.__name__)
+    assert not entry.swapped and entry.reason == why
+    assert type(model) is cls
+
+
+class MaybeCounts(Base):
+    """Has an effect in a branch that is not taken in eval mode."""
+
+    def forward(self, x):
+        if self.training:
+            self.calls = self.calls + 1
+        return self.attend(x)
+
+
+def test_an_effect_in_train_mode_alone_stays():
+    model, x = MaybeCounts().eval(), torch.randn(2, 9, 32)
+    stock = copy.deepcopy(model)
+    lk.optimize(model, inputs=(x,), always=True)
+    torch.testing.assert_close(model(x), stock(x))
+    model.train()(x)
+    model(x)
+    assert model.calls == 2
+
+
+class Configured(Base):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    def forward(self, x):
+        return self.attend(x) if self.config.attends else x
+
+
+class Config:
+    attends = True
+
+
+def test_a_configuration_that_changed_is_read_again():
+    config, x = Config(), torch.randn(2, 9, 32)
+    model = Configured(config).eval()
+    report = lk.optimize(model, inputs=(x,), always=True)
+    assert report.sites()
+    config.attends = False
+    assert model(x) is x
+    config.attends = True
+    assert model(x) is not x
+
+
+def test_modules_of_one_class_with_other_attributes():
+    model = nn.Sequential(models.CausalBlock(heads=4), models.CausalBlock(heads=2)).eval()
+    x, stock = torch.randn(2, 9, 32), copy.deepcopy(model)
+    lk.optimize(model, inputs=(x,), always=True)
+    torch.testing.assert_close(model(x), stock(x))
