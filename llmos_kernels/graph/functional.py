@@ -1,13 +1,23 @@
 """Graphs whose in-place writes to intermediate results are seen by what follows."""
 
+import operator
+from typing import Any
+
 from torch.fx import Graph, Node
 
 from llmos_kernels.graph.vocabulary import operation
 
 #: Operations whose result shares memory with nothing else.
-_FRESH = frozenset(("matmul", "einsum", "softmax", "linear", "layer_norm"))
-#: Methods that write their result into their input.
-_IN_PLACE = frozenset(("add_", "div_", "masked_fill_", "mul_", "relu_", "sub_"))
+_FRESH = frozenset(
+    ("add", "div", "einsum", "linear", "layer_norm", "matmul", "mul", "softmax", "sub")
+)
+#: Methods and functions that write their result into their first argument.
+_IN_PLACE: frozenset[Any] = frozenset(
+    (
+        *("add_", "div_", "masked_fill_", "mul_", "relu_", "sub_"),
+        *(operator.iadd, operator.imul, operator.isub, operator.itruediv),
+    )
+)
 
 
 def make_functional(graph: Graph) -> None:
@@ -18,7 +28,7 @@ def make_functional(graph: Graph) -> None:
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
-        if node.op != "call_method" or node.target not in _IN_PLACE or node.kwargs:
+        if node.target not in _IN_PLACE or node.kwargs:
             continue
         written = node.args[0]
         if not isinstance(written, Node) or not _is_fresh(written):
@@ -32,7 +42,7 @@ def make_functional(graph: Graph) -> None:
 
 
 def _is_fresh(node: Node) -> bool:
-    while node.op == "call_method" and node.target in _IN_PLACE and isinstance(node.args[0], Node):
+    while node.target in _IN_PLACE and isinstance(node.args[0], Node):
         node = node.args[0]
     op = operation(node, None, None)
     return op is not None and op.kind in _FRESH

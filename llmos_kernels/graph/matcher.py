@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch.fx import Node
 
 from llmos_kernels.graph.patterns import PATTERNS
-from llmos_kernels.graph.reader import NoMatch, Reader, where
+from llmos_kernels.graph.reader import NoMatch, Reader, where, writes
 from llmos_kernels.graph.site import Found
 
 
@@ -70,21 +70,6 @@ def _check(found: Found, reader: Reader) -> None:
     for node in reader.graph.nodes:
         if first < order[node] < last and node not in found.nodes and writes(node):
             raise NoMatch(f"{node.name} changes a tensor in place meanwhile")
-
-
-def writes(node: Node) -> bool:
-    """Return True if ``node`` may change a tensor in place."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node.op == "call_method":
-        return name.endswith("_") and not name.endswith("__")
-    if node.op == "call_function":
-        return (
-            (name.endswith("_") and not name.endswith("__"))
-            or name in ("iadd", "imul", "isub", "itruediv", "setitem")
-            or node.kwargs.get("inplace") is True
-            or "out" in node.kwargs
-        )
-    return False
 
 
 def _nodes_in(value: object) -> list[Node]:

@@ -131,3 +131,18 @@ def where(node: Node) -> str:
         if "/torch/" not in path:
             return f"{path.rpartition('/')[2]}:{rest.partition(',')[0]}"
     return ""
+
+
+def writes(node: Node) -> bool:
+    """Return True if ``node`` may change a tensor in place."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.op == "call_method":
+        return name.endswith("_") and not name.endswith("__")
+    if node.op == "call_function":
+        return (
+            (name.endswith("_") and not name.endswith("__"))
+            or name in ("iadd", "imul", "isub", "itruediv", "setitem")
+            or node.kwargs.get("inplace") is True
+            or "out" in node.kwargs
+        )
+    return False

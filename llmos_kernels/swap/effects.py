@@ -37,11 +37,13 @@ class Effects:
     Args:
         found: a verb and its object for each effect, such as "sets an attribute (hidden)".
         read_globals: the plain values of global variables that were read, with their dicts.
+        recorded: the lines where a traced value was changed in place, which the graph repeats.
     """
 
     def __init__(self) -> None:
         self.found: list[str] = []
         self.read_globals: list[tuple[dict[str, Any], str, Any]] = []
+        self.recorded: set[tuple[CodeType, int]] = set()
 
 
 @contextmanager
@@ -88,7 +90,7 @@ def watching(is_ours: Callable[[FrameType], bool]) -> Iterator[Effects]:
         sys.settrace(before[0])
         sys.setprofile(before[1])
         for (code, line), variables in lines.items():
-            effects.found.extend(_of_line(code, line))
+            effects.found.extend(_of_line(code, line, (code, line) in effects.recorded))
             effects.read_globals.extend(_globals_of_line(code, line, variables))
 
 
@@ -126,7 +128,7 @@ def _lines(code: CodeType) -> dict[int, list[dis.Instruction]]:
     return found
 
 
-def _of_line(code: CodeType, line: int) -> Iterator[str]:
+def _of_line(code: CodeType, line: int, is_recorded: bool) -> Iterator[str]:
     instructions = _lines(code).get(line, ())
     names = {i.argval for i in instructions if isinstance(i.argval, str)}
     if "is_tensor" in names or ("isinstance" in names and names & {"Tensor", "Parameter"}):
@@ -137,6 +139,8 @@ def _of_line(code: CodeType, line: int) -> Iterator[str]:
             continue  # The generators that ran were looked at; the variable is the code's own.
         if name in EFFECTS:
             yield f"{EFFECTS[name]} ({value})" if isinstance(value, str) else EFFECTS[name]
+        elif is_recorded:
+            continue
         elif name.startswith("INPLACE_") or (name == "BINARY_OP" and "=" in instruction.argrepr):
             yield f"changes a value in place ({instruction.argrepr or name})"
 

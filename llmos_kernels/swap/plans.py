@@ -8,7 +8,7 @@ class for which all that is so.
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +22,12 @@ from llmos_kernels.ops.linear import PLAIN_TENSORS
 from llmos_kernels.swap.calls import PLAIN
 from llmos_kernels.swap.forwards import frozen
 from llmos_kernels.swap.rules.sequential import activation_of
-from llmos_kernels.swap.tracing import CannotTrace, Constant, Read, Traced, trace
+from llmos_kernels.swap.traced_values import CannotTrace, Mismatch, Read
+from llmos_kernels.swap.tracing import Constant, Traced, trace
 
-#: More plans of a class than this are not made: its arguments are of ever new kinds.
-_MAX_PLANS = 64
+#: More plans of a class than this are not made: its arguments are of ever new kinds. And more for
+#: one kind of arguments: it branches by ever other sizes.
+_MAX_PLANS, _MAX_BRANCHES = 64, 8
 _LOCK = threading.RLock()
 
 
@@ -41,6 +43,7 @@ class Plan(NamedTuple):
         autocast: whether the plan holds under autocast.
         activations: the activations that were fused.
         dropout: the probabilities of dropout that are no part of a module.
+        has_branches: whether the forward branches on sizes, so that ``run`` may raise Mismatch.
     """
 
     run: Callable[..., Any] | None
@@ -51,6 +54,7 @@ class Plan(NamedTuple):
     autocast: bool = True
     activations: tuple[str, ...] = ()
     dropout: tuple[float, ...] = ()
+    has_branches: bool = False
 
     def holds(self, module: nn.Module) -> bool:
         """Return True if what the old forward would read of ``module`` is as it was then."""
@@ -148,17 +152,55 @@ def plan_of(plans: Plans, module: nn.Module, cls: type, arguments: Arguments) ->
         cls: its original class.
         arguments: those of the call.
     """
-    for plan in plans.get(arguments.kinds, ()):
+    return next(_plans_of(plans, module, cls, arguments))
+
+
+def _plans_of(plans: Plans, module: nn.Module, cls: type, arguments: Arguments) -> Iterator[Plan]:
+    """Yield the plans that may fit a call, the last of them a new one if it is to be made."""
+    known = plans.get(arguments.kinds, ())
+    for plan in known:
         if plan.holds(module):
-            return plan
+            yield plan
     if torch.compiler.is_compiling() or _is_watched():
-        return Plan(None, missed=("it was not traced before",))
+        yield Plan(None, missed=("it was not traced before",))
+        return
     with _LOCK:
-        if sum(map(len, plans.values())) >= _MAX_PLANS:
-            return Plan(None, missed=("its arguments are of too many kinds",))
+        if sum(map(len, plans.values())) >= _MAX_PLANS or len(known) >= _MAX_BRANCHES:
+            yield Plan(None, missed=("its arguments are of too many kinds",))
+            return
         plan = _make(module, cls, arguments)
         plans.setdefault(arguments.kinds, []).append(plan)
-        return plan
+    yield plan
+
+
+#: The result of a call that the original forward has to answer.
+NOT_RUN = object()
+
+
+def run(plans: Plans, module: nn.Module, cls: type, arguments: Arguments) -> Any:
+    """Return the result of a call by the plan that fits it, or ``NOT_RUN``.
+
+    Args:
+        plans: the plans of ``cls``, to which a new one may be added.
+        module: the module that is called.
+        cls: its original class.
+        arguments: those of the call.
+    """
+    for plan in _plans_of(plans, module, cls, arguments):
+        if plan.run is None or not (plan.autocast or not _is_autocast(arguments)):
+            return NOT_RUN
+        if not plan.has_branches:
+            return plan.run(module, *arguments.inputs)
+        try:
+            return plan.run(module, *arguments.inputs)
+        except Mismatch:
+            continue
+    return NOT_RUN
+
+
+def _is_autocast(arguments: Arguments) -> bool:
+    devices = {t.device.type for t in arguments.inputs if isinstance(t, Tensor)}
+    return any(torch.is_autocast_enabled(d) for d in devices if d in ("cpu", "cuda"))
 
 
 def _is_watched() -> bool:
@@ -185,7 +227,7 @@ def _make(module: nn.Module, cls: type, arguments: Arguments) -> Plan:
     calls = [f.call for f in matches.found]
     names = {a for c in calls if (a := getattr(c, "activation", None)) is not None}
     return Plan(
-        function_of(traced.graph) if calls else None,
+        function_of(traced.graph) if calls or traced.has_branches else None,
         tuple(f.where for f in matches.found),
         tuple(matches.missed),
         traced.reads,
@@ -193,6 +235,7 @@ def _make(module: nn.Module, cls: type, arguments: Arguments) -> Plan:
         not traced.asks_for_dtype,
         tuple(sorted(names)),
         traced.dropout,
+        traced.has_branches,
     )
 
 

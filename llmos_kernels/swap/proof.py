@@ -132,7 +132,7 @@ def _inference(replicas: Replicas, call: ModuleCall) -> Compared | None:
         given = call.map(lambda t: t.to(dtype) if dtype and t.is_floating_point() else t)
         with torch.no_grad():
             y = given.on(module)
-        return [o for o in (y if isinstance(y, tuple) else (y,)) if isinstance(o, Tensor)]
+        return [o for o in (y if isinstance(y, (tuple, list)) else (y,)) if isinstance(o, Tensor)]
 
     exact = outputs(replicas.exact, torch.float64)
     eager, actual = outputs(replicas.stock), outputs(replicas.ours)
@@ -172,7 +172,9 @@ def outputs_and_gradients(
     with torch.enable_grad():
         leaves = call.map(leaf)
         y = leaves.on(module)
-        outputs = [o for o in (y if isinstance(y, tuple) else (y,)) if isinstance(o, Tensor)]
+        outputs = [
+            o for o in (y if isinstance(y, (tuple, list)) else (y,)) if isinstance(o, Tensor)
+        ]
         inputs = [v for v in leaves.values if isinstance(v, Tensor) and v.requires_grad]
         gradients = torch.autograd.grad(
             outputs[0],

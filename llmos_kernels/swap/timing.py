@@ -171,7 +171,7 @@ def _step(copied: nn.Module, module: nn.Module, call: ModuleCall) -> Callable[[]
     def step() -> object:
         with torch.enable_grad():
             out = leaves.on(copied)
-            first = out[0] if isinstance(out, tuple) else out
+            first = out[0] if isinstance(out, (tuple, list)) else out
             return torch.autograd.grad(first.sum(), trained, allow_unused=True)
 
     return step

@@ -3,6 +3,7 @@
 import dis
 import inspect
 import math
+import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -34,6 +35,16 @@ class CannotTrace(Exception):
     """Says why a forward cannot be traced, and what it had read by then."""
 
     reads: tuple["Read", ...] = ()
+
+
+class Mismatch(Exception):
+    """A condition on sizes is another one than when a graph was traced."""
+
+
+def check(condition: Any, expected: bool) -> None:
+    """Raise Mismatch unless ``condition`` is what it was when the graph was traced."""
+    if bool(condition) is not expected:
+        raise Mismatch
 
 
 class Read(NamedTuple):
@@ -111,6 +122,18 @@ class Value(Proxy):
         raise CannotTrace("its forward needs the value of a size")
 
     __int__ = __float__ = __index__
+
+    def __iadd__(self, other: Any) -> Any:
+        return self.tracer.in_place(operator.iadd, self, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self.tracer.in_place(operator.isub, self, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self.tracer.in_place(operator.imul, self, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self.tracer.in_place(operator.itruediv, self, other)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise CannotTrace("its forward changes elements of a tensor")

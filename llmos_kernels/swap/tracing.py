@@ -7,11 +7,12 @@ configuration is recorded: the graph holds as long as all that has the same valu
 
 import inspect
 import math
+import operator
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -28,11 +29,11 @@ from llmos_kernels.swap.traced_values import (
     UNKNOWN,
     AttributeValue,
     CannotTrace,
-    Opaque,
     Read,
     Shape,
     Value,
     any_value,
+    check,
     detached,
     metas,
 )
@@ -49,6 +50,15 @@ _OUR_CODE = tuple(
     for name in ("effects", "traced_values", "tracing", "watched_classes")
 )
 _LOCK = threading.RLock()
+
+
+_NOT_IN_PLACE: dict[Any, Any] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+_IN_PLACE = frozenset(_NOT_IN_PLACE)
 
 
 class Constant:
@@ -73,6 +83,7 @@ class Traced(NamedTuple):
         globals: the plain global variables that were read: dict, name and value.
         asks_for_dtype: whether the code asked for the dtype of a tensor, which autocast changes.
         dropout: the probabilities of dropout that is called as a function.
+        has_branches: whether it branches on sizes, of which the graph checks the outcome.
     """
 
     graph: Graph
@@ -80,6 +91,7 @@ class Traced(NamedTuple):
     globals: tuple[tuple[dict[str, Any], str, Any], ...]
     asks_for_dtype: bool
     dropout: tuple[float, ...]
+    has_branches: bool
 
 
 def trace(
@@ -106,6 +118,7 @@ def trace(
         with _LOCK, torch.inference_mode(False), tracer.wrapped_functions():
             tracer.modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
             with watching(lambda frame: tracer.is_busy or _is_ours(frame)) as effects:
+                tracer.recorded = effects.recorded
                 result = forward(root, *args, **kwargs)
         if found := [*tracer.effects, *effects.found]:
             raise CannotTrace(f"its forward {found[0]}")
@@ -121,7 +134,14 @@ def trace(
     reads, read_globals = tuple(tracer.reads.values()), tuple(variables.values())
     dropped = [operation(n, None, None) for n in tracer.graph.nodes]
     rates = {op.get("p", 0.5) for op in dropped if op and op.kind == "dropout"}
-    return Traced(tracer.graph, reads, read_globals, tracer.asks_for_dtype, tuple(rates))
+    return Traced(
+        tracer.graph,
+        reads,
+        read_globals,
+        tracer.asks_for_dtype,
+        tuple(rates),
+        tracer.has_branches,
+    )
 
 
 def _bound(forward: Any, given: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
@@ -149,6 +169,9 @@ class _Tracer(GraphAppendingTracer):
         self.effects: list[str] = []
         self.modes: tuple[bool, ...] = ()
         self.asks_for_dtype = False
+        self.recorded: set[tuple[CodeType, int]] = set()
+        self.has_effects = False  # Whether a call so far may have changed something.
+        self.has_branches = False
         self.is_busy = False  # While it records, what runs is not the forward's own code.
         self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self._metas: dict[str, nn.Module] = {}
@@ -192,11 +215,30 @@ class _Tracer(GraphAppendingTracer):
             made.node.meta["where"] = _user_line()
             if isinstance(made.meta, Tensor):
                 made.node.meta["example_value"] = made.meta
-            first = args[0] if args else None
-            made.node.meta["pure"] = not isinstance(getattr(first, "meta", None), Opaque)
+            made.node.meta["pure"] = self._is_pure(kind, target, args)
+            self.has_effects |= not made.node.meta["pure"]
         finally:
             self.is_busy = was_busy
         return made
+
+    def _is_pure(self, kind: str, target: Any, args: Any) -> bool:
+        """Return True if a call changes nothing."""
+        if kind == "call_module":
+            place = type(self.module.get_submodule(target)).__module__
+            return place.startswith(("torch.nn.", "llmos_kernels."))
+        if kind == "call_method":
+            known = isinstance(args[0].meta, (Tensor, tuple, int, float))
+            return known and not str(target).endswith("_")
+        name = getattr(target, "__name__", "")
+        return not (name.endswith("_") or target in _IN_PLACE)
+
+    def in_place(self, function: Any, value: Value, other: Any) -> Any:
+        """Record ``value += other`` or the like."""
+        frame = sys._getframe(2)
+        self.recorded.add((frame.f_code, frame.f_lineno))
+        if isinstance(value.meta, (int, float)):  # A number is not changed in place.
+            function = _NOT_IN_PLACE[function]
+        return self.create_proxy("call_function", function, (value, other), {})
 
     def _meta(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         """Return the result of a call on the meta device, or UNKNOWN."""
@@ -310,8 +352,15 @@ class _Tracer(GraphAppendingTracer):
             for place, name, function in originals:
                 setattr(place, name, function)
 
-    def to_bool(self, obj: Proxy) -> bool:
-        raise CannotTrace("its forward branches on a size or a value of its input")
+    def to_bool(self, obj: Any) -> bool:
+        if not isinstance(obj.meta, bool):
+            raise CannotTrace("its forward branches on a value of its input")
+        if self.has_effects:
+            raise CannotTrace("its forward branches on a size after it changed something")
+        node = self.create_node("call_function", check, (obj.node, obj.meta), {})
+        node.meta["pure"] = False
+        self.has_branches = True
+        return obj.meta
 
     def iter(self, obj: Proxy) -> Iterator:
         raise CannotTrace("its forward loops over a tensor")
@@ -331,9 +380,6 @@ def _user_line() -> str:
 def _remove_dead(graph: Graph) -> None:
     """Remove nodes whose result nobody uses and that do nothing else."""
     for node in reversed(list(graph.nodes)):
-        is_pure = node.op in ("get_attr", "call_function") or (
-            node.op == "call_method" and (not str(node.target).endswith("_"))
-        )
-        is_pure = is_pure and node.meta.get("pure", True)
-        if is_pure and not node.users:
+        is_call = node.op in ("get_attr", "call_function", "call_method")
+        if is_call and node.meta.get("pure", True) and not node.users:
             graph.erase_node(node)

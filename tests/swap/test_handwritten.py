@@ -203,6 +203,13 @@ class BranchesOnLength(Base):
         return self.attend(x) if x.shape[1] > 4 else x
 
 
+class BranchesLate(Base):
+    def forward(self, x):
+        x = self.attend(x)
+        x += 1
+        return x if x.shape[1] > 4 else 2 * x
+
+
 class WithoutGradients(Base):
     def forward(self, x):
         with torch.no_grad():
@@ -214,9 +221,10 @@ class Draws(Base):
         return self.attend(x) + torch.rand(32)
 
 
-class AddsInPlace(Base):
+class AddsToList(Base):
     def forward(self, x):
-        x += 1
+        seen = self.seen
+        seen += [1]
         return self.attend(x)
 
 
@@ -227,11 +235,11 @@ class AddsInPlace(Base):
         (KeepsOutput, "its forward sets an attribute (last)"),
         (Appends, "its forward calls append"),
         (Prints, "its forward uses print"),
-        (BranchesOnValues, "its forward branches on a size or a value of its input"),
-        (BranchesOnLength, "its forward branches on a size or a value of its input"),
+        (BranchesOnValues, "its forward branches on a value of its input"),
+        (BranchesLate, "its forward branches on a size after it changed something"),
         (WithoutGradients, "its forward changes whether gradients are recorded"),
         (Draws, "its forward calls rand"),
-        (AddsInPlace, "its forward changes a value in place (+=)"),
+        (AddsToList, "its forward changes a value in place (+=)"),
     ],
 )
 def test_a_forward_with_effects_is_kept(cls, why, capsys):
@@ -240,6 +248,34 @@ def test_a_forward_with_effects_is_kept(cls, why, capsys):
     entry = next(e for e in report.entries if e.cls == cls.__name__)
     assert not entry.swapped and entry.reason == why
     assert type(model) is cls
+
+
+def test_a_branch_on_a_size_is_checked_at_each_call():
+    model, x = BranchesOnLength().eval(), torch.randn(2, 9, 32)
+    stock = copy.deepcopy(model)
+    assert lk.optimize(model, inputs=(x,), always=True).sites()
+    for length in (9, 3, 5, 2):
+        torch.testing.assert_close(model(x[:, :length]), stock(x[:, :length]))
+    assert model(x[:, :3]).data_ptr() == x.data_ptr()
+    (plans,) = type(model)._plans.values()
+    assert [bool(p.found) for p in plans] == [True, False]
+
+
+class WritesToInput(Base):
+    def forward(self, x):
+        x += 1
+        x.mul_(2)
+        return self.attend(x)
+
+
+def test_a_write_to_the_input_stays():
+    model, x = WritesToInput().eval(), torch.randn(2, 9, 32)
+    stock, ours, theirs = copy.deepcopy(model), x.clone(), x.clone()
+    lk.optimize(model, verify=False, inputs=(x,))
+    assert isinstance(model, FusedForward)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ours), stock(theirs))
+    assert torch.equal(ours, theirs) and not torch.equal(ours, x)
 
 
 class MaybeCounts(Base):

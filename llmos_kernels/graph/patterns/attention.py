@@ -18,7 +18,7 @@ from llmos_kernels._core.registry import KERNEL_DTYPES
 from llmos_kernels.graph.einsum import Order, Product, product
 from llmos_kernels.graph.patterns.lazy_weights import lazy_weights
 from llmos_kernels.graph.patterns.pattern import Pattern, dropout_of, is_node, probability
-from llmos_kernels.graph.reader import NoMatch, Reader
+from llmos_kernels.graph.reader import NoMatch, Reader, writes
 from llmos_kernels.graph.site import Call, Found, are_plain, is_autocast
 from llmos_kernels.graph.vocabulary import Op
 from llmos_kernels.ops._attention_arguments import MAX_DIM
@@ -234,6 +234,8 @@ def _without_scale(query: Node, reader: Reader, walk: _Walk) -> Node:
     scaled = reader.op(query, "mul", "div")
     if not scaled or not reader.is_alone(query) or scaled.get("rounding_mode") is not None:
         return query
+    if writes(query):
+        return query  # The tensor that it scales may have other users.
     inner, number = scaled.get("input"), reader.number(scaled.get("other"))
     if number is None and scaled.kind == "mul":
         inner, number = scaled.get("other"), reader.number(scaled.get("input"))

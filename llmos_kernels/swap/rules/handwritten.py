@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llmos_kernels.swap.calls import ModuleCall
 from llmos_kernels.swap.forwards import names_in
 from llmos_kernels.swap.generated_class import GeneratedClass, generate_class
-from llmos_kernels.swap.plans import Arguments, Plan, Plans, arguments_of, plan_of
+from llmos_kernels.swap.plans import NOT_RUN, Plan, Plans, arguments_of, plan_of, run
 from llmos_kernels.swap.proof import Replicas, judge
 from llmos_kernels.swap.replica import replica
 from llmos_kernels.swap.rules._kinks import largest_error_without_kinks
@@ -39,15 +39,10 @@ class FusedForward(GeneratedClass):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = arguments_of(self._replaced, args, kwargs)
         if arguments is not None:
-            plan = plan_of(self._plans, self, self._replaced, arguments)
-            if plan.run is not None and (plan.autocast or not _is_autocast(arguments)):
-                return plan.run(self, *arguments.inputs)
+            result = run(self._plans, self, self._replaced, arguments)
+            if result is not NOT_RUN:
+                return result
         return self._replaced.forward(self, *args, **kwargs)
-
-
-def _is_autocast(arguments: Arguments) -> bool:
-    devices = {t.device.type for t in arguments.inputs if isinstance(t, Tensor)}
-    return any(torch.is_autocast_enabled(d) for d in devices if d in ("cpu", "cuda"))
 
 
 @functools.cache
