@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,19 +40,42 @@ class ModuleCall:
         """All arguments, first those without a name."""
         return [*self.args, *self.kwargs.values()]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors among the arguments, also those in tuples, lists and dicts."""
+        found: dict[int, Tensor] = {}
+
+        def note(t: Tensor) -> Tensor:
+            found[id(t)] = t
+            return t
+
+        self.map(note)
+        return [*found.values()]
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> "ModuleCall":
         """Return the call with ``fn`` of each tensor; a tensor given twice stays one tensor."""
-        tensors = {id(v): v for v in self.values if isinstance(v, Tensor)}
-        new = {i: fn(t) for i, t in tensors.items()}
-        args = tuple(new.get(id(v), v) for v in self.args)
-        return ModuleCall(args, {k: new.get(id(v), v) for k, v in self.kwargs.items()})
+        new: dict[int, Tensor] = {}
+
+        def mapped(v: Any) -> Any:
+            if isinstance(v, Tensor):
+                if id(v) not in new:
+                    new[id(v)] = fn(v)
+                return new[id(v)]
+            if type(v) in (tuple, list):
+                return type(v)(map(mapped, v))
+            return {k: mapped(x) for k, x in v.items()} if type(v) is dict else v
+
+        return ModuleCall(tuple(map(mapped, self.args)), mapped(self.kwargs))
 
     def copied(self) -> "ModuleCall":
         """Return a deep copy; an argument given twice stays one object."""
+        return self._with_copies(lambda v: True)
+
+    def _with_copies(self, of: Callable[[Any], bool]) -> "ModuleCall":
         memo: dict[int, Any] = {}
 
         def copied(v: Any) -> Any:
-            if isinstance(v, PLAIN):
+            if isinstance(v, PLAIN) or not of(v):
                 return v
             if id(v) not in memo:
                 memo[id(v)] = _copy(v)
@@ -70,8 +93,22 @@ class ModuleCall:
         return first.shape[:-1].numel() if first.is_floating_point() else first.numel()
 
     def on(self, module: nn.Module) -> Any:
-        """Return what ``module`` returns for these arguments."""
-        return module(*self.args, **self.kwargs)
+        """Return what ``module`` returns for these arguments, of which objects are copies."""
+        call = self if all(map(_is_data, self.values)) else self._with_copies(_is_object)
+        return module(*call.args, **call.kwargs)
+
+
+def _is_data(value: Any) -> bool:
+    """Return True for tensors and plain data, and for tuples, lists and dicts of them."""
+    if isinstance(value, (Tensor, *PLAIN)):
+        return True
+    if type(value) is dict:
+        value = tuple(value.values())
+    return type(value) in (tuple, list) and all(map(_is_data, value))
+
+
+def _is_object(value: Any) -> bool:
+    return not _is_data(value)
 
 
 def perturbed(call: ModuleCall) -> ModuleCall:
@@ -105,33 +142,38 @@ def captured_calls(
     modules: list[nn.Module],
     run: Callable[[], object],
     copied: Callable[[Tensor], Tensor] = clone,
+    with_objects: Collection[nn.Module] = (),
 ) -> dict[nn.Module, list[ModuleCall]]:
     """Return how each of ``modules`` is called while ``run()`` runs ``model``, in eval mode.
 
-    Calls with other arguments than tensors, None, numbers and strings are left out, and so are
-    calls with nested tensors, which autograd supports in few places.
+    Calls with other arguments than tensors, None, numbers and strings are left out but for those
+    of ``with_objects``, and so are calls with nested tensors, which autograd supports in few
+    places.
 
     Args:
         model: the model that contains the modules.
         modules: whose calls are captured.
         run: runs the model once.
         copied: returns what is kept of a tensor.
+        with_objects: the modules of which calls with any arguments are captured.
 
     Returns:
         For each module that was called at most three calls with copied tensors: the first; and
         where others have fewer or more rows, those with the fewest and with the most.
     """
     found: dict[nn.Module, list[ModuleCall]] = {}
+    objects = {*with_objects}
 
     def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = ModuleCall(args, kwargs)
         plain = all(isinstance(v, (Tensor, *PLAIN)) for v in given.values)
-        if not plain or any(isinstance(v, Tensor) and v.is_nested for v in given.values):
+        if not (plain or module in objects) or any(t.is_nested for t in given.tensors):
             return
         calls = found.setdefault(module, [])
         rows = [c.rows for c in calls]
         if not calls or given.rows < min(rows) or given.rows > max(rows):
-            calls.append(given.map(copied))
+            given = given.map(copied)
+            calls.append(given if copied is as_meta else given._with_copies(_is_object))
             others = sorted(calls[1:], key=lambda c: c.rows)
             calls[1:] = others[:1] + others[1:][-1:]
 

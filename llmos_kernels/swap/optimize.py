@@ -4,7 +4,7 @@ Parameters, names, hooks, devices, optimizers and every reference to the module 
 """
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from llmos_kernels._core.numerics import shifted
 from llmos_kernels.nn.frozen import Freezable, freeze, thaw
 from llmos_kernels.swap import rules, timing
 from llmos_kernels.swap.calls import ModelRun, ModuleCall, as_meta, captured_calls, clone
-from llmos_kernels.swap.rules.handwritten import has_own_forward
+from llmos_kernels.swap.rules.handwritten import HandwrittenRule, has_own_forward
 from llmos_kernels.swap.rules.rule import Candidate, ModelCandidate, ancestors, first_line
 from llmos_kernels.swap.summary import Entry, Report
 
@@ -97,15 +97,19 @@ def optimize(
         ):
             generator.manual_seed(shifted(0))
         run = None if inputs is None else ModelRun(model, ModuleCall.of(inputs))
-        seen = capture(model, _with_own_forward(model), run, as_meta)
+        written = [m for m in model.modules() if has_own_forward(m)]
+        seen = capture(model, written, run, as_meta, written)
         modules = [
             candidate
             for n, m in model.named_modules()
             if (candidate := rules.classify(m, n, ancestors(model, n), seen.get(m, ())))
         ]
+        models = [c for c in models if not (c.why_not and _has_attention(c.model, modules))]
         judged = [c.model for c in models if not c.why_not]
         judged += [c.module for c in modules if not c.why_not]
-        judges = _Judges(verify, always, capture(model, judged, run))
+        objects = [c.module for c in modules if isinstance(c.rule, HandwrittenRule)]
+        captured = capture(model, judged, run, with_objects=objects)
+        judges = _Judges(verify, always, captured)
         of_models = [judges.of_model(c) for c in models]
         # Innermost first: a module is timed with what was decided for those in it.
         of_modules = [judges.of_module(c) for c in reversed(modules)][::-1]
@@ -135,8 +139,10 @@ def optimize(
     return report
 
 
-def _with_own_forward(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if has_own_forward(m)]
+def _has_attention(model: nn.Module, modules: Sequence[Candidate]) -> bool:
+    """Return True if the matcher has found attention in a module of ``model``."""
+    inside = set(model.modules())
+    return any(s.startswith("attention") for c in modules if c.module in inside for s in c.sites)
 
 
 def _freeze(model: nn.Module) -> tuple[int, int]:
@@ -319,6 +325,7 @@ def capture(
     modules: list[nn.Module],
     run: ModelRun | None,
     copied: Callable[[torch.Tensor], torch.Tensor] = clone,
+    with_objects: Collection[nn.Module] = (),
 ) -> dict[nn.Module, list[ModuleCall]]:
     """Return how each of ``modules`` is called in ``run`` of ``model``; nothing without ``run``."""
-    return {} if run is None else captured_calls(model, modules, run, copied)
+    return {} if run is None else captured_calls(model, modules, run, copied, with_objects)

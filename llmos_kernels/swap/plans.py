@@ -22,7 +22,7 @@ from llmos_kernels.ops.linear import PLAIN_TENSORS
 from llmos_kernels.swap.calls import PLAIN
 from llmos_kernels.swap.forwards import frozen
 from llmos_kernels.swap.rules.sequential import activation_of
-from llmos_kernels.swap.traced_values import CannotTrace, Mismatch, Read
+from llmos_kernels.swap.traced_values import CannotTrace, Mismatch, Opaque, Read, Slot
 from llmos_kernels.swap.tracing import Constant, Traced, trace
 
 #: More plans of a class than this are not made: its arguments are of ever new kinds. And more for
@@ -80,13 +80,11 @@ class Arguments(NamedTuple):
     Args:
         kinds: what decides which plan takes the call.
         inputs: the tensors and objects among them, which the plan gets.
-        names: their names.
-        given: all arguments by name.
+        given: all arguments by name, with a ``Slot`` for each of the inputs.
     """
 
     kinds: tuple[Any, ...]
     inputs: tuple[Any, ...]
-    names: tuple[str, ...]
     given: dict[str, Any]
 
 
@@ -123,20 +121,33 @@ def arguments_of(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arg
             given[name] = default
     for name, value in kwargs.items():
         given.setdefault(name, value)
-    kinds: list[Any] = []
-    inputs, names = [], []
-    for name, value in given.items():
-        if isinstance(value, Tensor):
-            if type(value) not in PLAIN_TENSORS or value.is_nested:
-                return None
-            kinds.append((name, value.ndim, value.dtype, value.device))
-            inputs.append(value)
-            names.append(name)
-        elif isinstance(value, PLAIN):
-            kinds.append((name, type(value), value))
-        else:
+    inputs: list[Any] = []
+    sorted_out = {name: _kind_and_slot(name, value, inputs) for name, value in given.items()}
+    if any(made is None for made in sorted_out.values()):
+        return None
+    kinds = tuple((name, made[0]) for name, made in sorted_out.items() if made)
+    return Arguments(kinds, tuple(inputs), {n: made[1] for n, made in sorted_out.items() if made})
+
+
+def _kind_and_slot(name: str, value: Any, inputs: list[Any]) -> tuple[Any, Any] | None:
+    """Return what decides about a plan of an argument, and the argument with slots for inputs.
+
+    None where no plan can take it. Tensors and objects are appended to ``inputs``.
+    """
+    if isinstance(value, Tensor):
+        if type(value) not in PLAIN_TENSORS or value.is_nested:
             return None
-    return Arguments(tuple(kinds), tuple(inputs), tuple(names), given)
+        inputs.append(value)
+        return (value.ndim, value.dtype, value.device), Slot(name, len(inputs) - 1)
+    if isinstance(value, (*PLAIN, torch.dtype, torch.device)):
+        return (type(value), value), value
+    if type(value) in (tuple, list):
+        parts = [_kind_and_slot(f"{name}_{i}", v, inputs) for i, v in enumerate(value)]
+        if any(part is None for part in parts):
+            return None
+        return (type(value), *(p[0] for p in parts if p)), type(value)(p[1] for p in parts if p)
+    inputs.append(value)
+    return type(value), Slot(name, len(inputs) - 1)
 
 
 #: The plans of a class, by the kinds of arguments.
@@ -213,13 +224,13 @@ def _is_watched() -> bool:
 
 
 def _make(module: nn.Module, cls: type, arguments: Arguments) -> Plan:
-    given = {
-        name: value.detach().to("meta") if isinstance(value, Tensor) else value
-        for name, value in arguments.given.items()
-    }
+    inputs = [
+        v.detach().to("meta") if isinstance(v, Tensor) else Opaque(type(v))
+        for v in arguments.inputs
+    ]
     traced = None
     try:
-        traced = trace(module, cls, given, list(arguments.names))
+        traced = trace(module, cls, arguments.given, inputs)
         matches = rewrite(traced, module)
     except CannotTrace as e:
         reads = e.reads if traced is None else traced.reads

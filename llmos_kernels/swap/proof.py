@@ -175,7 +175,7 @@ def outputs_and_gradients(
         outputs = [
             o for o in (y if isinstance(y, (tuple, list)) else (y,)) if isinstance(o, Tensor)
         ]
-        inputs = [v for v in leaves.values if isinstance(v, Tensor) and v.requires_grad]
+        inputs = [t for t in leaves.tensors if t.requires_grad]
         gradients = torch.autograd.grad(
             outputs[0],
             [*inputs, *module.parameters()],

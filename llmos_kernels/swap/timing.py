@@ -159,7 +159,7 @@ def _step(copied: nn.Module, module: nn.Module, call: ModuleCall) -> Callable[[]
         return t.detach().requires_grad_(trained)
 
     leaves = call.map(leaf)
-    trained = [v for v in leaves.values if isinstance(v, Tensor) and v.requires_grad]
+    trained = [t for t in leaves.tensors if t.requires_grad]
     # A tied parameter is two in a copy.
     named = (m.named_parameters(remove_duplicate=False) for m in (copied, module))
     for (_, p), (_, original) in zip(*named, strict=True):

@@ -59,6 +59,18 @@ class Read(NamedTuple):
     value: Any
 
 
+class Slot(NamedTuple):
+    """Stands for an input of a graph among the arguments of a forward.
+
+    Args:
+        name: the name of the argument.
+        place: which of the inputs it is.
+    """
+
+    name: str
+    place: int
+
+
 class Opaque(NamedTuple):
     """An argument that is neither tensor nor plain data, of which methods may be called."""
 
@@ -148,8 +160,10 @@ class AttributeValue(Value):
     def __init__(self, root: Value, name: str) -> None:
         self.root, self.attr, self.tracer = root, name, root.tracer
         self._node: Node | None = None
-        self.meta = UNKNOWN
-        if isinstance(root.meta, Tensor):
+        self.meta: Any = UNKNOWN
+        if isinstance(root.meta, Opaque):
+            self.meta = Opaque(object)
+        elif isinstance(root.meta, Tensor):
             try:
                 self.meta = detached(getattr(root.meta, name))
             except Exception:

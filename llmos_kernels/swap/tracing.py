@@ -10,7 +10,7 @@ import math
 import operator
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
@@ -29,8 +29,10 @@ from llmos_kernels.swap.traced_values import (
     UNKNOWN,
     AttributeValue,
     CannotTrace,
+    Opaque,
     Read,
     Shape,
+    Slot,
     Value,
     any_value,
     check,
@@ -94,25 +96,30 @@ class Traced(NamedTuple):
     has_branches: bool
 
 
-def trace(
-    module: nn.Module, cls: type, arguments: dict[str, Any], placeholders: list[str]
-) -> Traced:
+def trace(module: nn.Module, cls: type, arguments: dict[str, Any], inputs: Sequence[Any]) -> Traced:
     """Return the forward of ``module`` as a graph.
 
     Args:
         module: the module, which is not touched.
         cls: its class, the original one if it was swapped.
-        arguments: the arguments of its forward by name. Of each tensor one on the meta device, of
-            an object that is no plain data an ``Opaque``.
-        placeholders: the names of those that the graph takes as inputs.
+        arguments: the arguments of its forward by name, with a ``Slot`` for each input.
+        inputs: the inputs of the graph: of each tensor one on the meta device, of an object that is
+            no plain data an ``Opaque``.
 
     Raises:
         CannotTrace: it has a side effect, or branches on values.
     """
     tracer = _Tracer(module)
-    inputs = {name: tracer.placeholder(name, arguments[name]) for name in placeholders}
+    values: dict[int, Value] = {}
+
+    def filled(given: Any) -> Any:
+        if type(given) is Slot:
+            values[given.place] = tracer.placeholder(given.name, inputs[given.place])
+            return values[given.place]
+        return type(given)(map(filled, given)) if type(given) in (tuple, list) else given
+
     forward: Any = cls.forward  # type: ignore[attr-defined]
-    args, kwargs = _bound(forward, arguments | inputs)
+    args, kwargs = _bound(forward, {name: filled(given) for name, given in arguments.items()})
     root = tracer.watched(module, cls)
     try:
         with _LOCK, torch.inference_mode(False), tracer.wrapped_functions():
@@ -155,6 +162,15 @@ def _bound(forward: Any, given: dict[str, Any]) -> tuple[list[Any], dict[str, An
         elif name in given:
             kwargs[name] = given.pop(name)
     return args, kwargs
+
+
+def _of_update(kind: str, target: Any, args: Any) -> Any:
+    """Return what a call of ``update`` of a cache returns: longer, and else like what it gets."""
+    if kind == "call_method" and target == "update" and isinstance(args[0].meta, Opaque):
+        metas = [a.meta for a in args[1:3] if isinstance(a, Value)]
+        if len(metas) == 2 and all(isinstance(m, Tensor) for m in metas):
+            return tuple(metas)
+    return UNKNOWN
 
 
 def _is_ours(frame: FrameType) -> bool:
@@ -253,7 +269,7 @@ class _Tracer(GraphAppendingTracer):
                 function = getattr(type(args[0]), target) if kind == "call_method" else target
                 return detached(function(*args, **kwargs))
         except Exception:  # A tensor without numbers cannot be asked for them.
-            return UNKNOWN
+            return _of_update(kind, target, args)
 
     # What the code reads.
 

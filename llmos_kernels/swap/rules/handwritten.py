@@ -119,7 +119,13 @@ def _plan(plans: Plans, module: nn.Module, cls: type, call: ModuleCall) -> Plan 
     if arguments is None:
         return None
     real = tensor_options(module)["device"]
-    kinds = tuple((*k[:3], real) if len(k) == 4 else k for k in arguments.kinds)
+
+    def on_device(kind: Any) -> Any:
+        if isinstance(kind, tuple):
+            return tuple(map(on_device, kind))
+        return real if kind == torch.device("meta") else kind
+
+    kinds = on_device(arguments.kinds)
     return plan_of(plans, module, cls, arguments._replace(kinds=kinds))
 
 
