@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 #: The types of arguments and attributes that are compared and put back as values.
 PLAIN = (type(None), bool, int, float, str)
@@ -71,14 +72,16 @@ class ModuleCall:
         """Return a deep copy; an argument given twice stays one object."""
         return self._with_copies(lambda v: True)
 
-    def _with_copies(self, of: Callable[[Any], bool]) -> "ModuleCall":
+    def _with_copies(
+        self, of: Callable[[Any], bool], copy_of: Callable[[Any], Any] | None = None
+    ) -> "ModuleCall":
         memo: dict[int, Any] = {}
 
         def copied(v: Any) -> Any:
             if isinstance(v, PLAIN) or not of(v):
                 return v
             if id(v) not in memo:
-                memo[id(v)] = _copy(v)
+                memo[id(v)] = (copy_of or _copy)(v)
             return memo[id(v)]
 
         kwargs = {k: copied(v) for k, v in self.kwargs.items()}
@@ -137,6 +140,23 @@ def as_meta(t: Tensor) -> Tensor:
     return torch.empty_like(t, device="meta", requires_grad=False)
 
 
+class _MetaCopies(TorchFunctionMode):
+    """Lets ``copy.deepcopy`` make tensors without memory."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__:
+            return as_meta(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def object_as_meta(value: Any) -> Any:
+    """Return a deep copy of an object whose tensors have no memory."""
+    with _MetaCopies():
+        return _copy(value)
+
+
 def captured_calls(
     model: nn.Module,
     modules: list[nn.Module],
@@ -172,8 +192,8 @@ def captured_calls(
         calls = found.setdefault(module, [])
         rows = [c.rows for c in calls]
         if not calls or given.rows < min(rows) or given.rows > max(rows):
-            given = given.map(copied)
-            calls.append(given if copied is as_meta else given._with_copies(_is_object))
+            copy_object = object_as_meta if copied is as_meta else _copy
+            calls.append(given.map(copied)._with_copies(_is_object, copy_object))
             others = sorted(calls[1:], key=lambda c: c.rows)
             calls[1:] = others[:1] + others[1:][-1:]
 

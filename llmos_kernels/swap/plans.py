@@ -8,6 +8,7 @@ class for which all that is so.
 import functools
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
 
@@ -19,11 +20,11 @@ from llmos_kernels.graph.matcher import Matches, find
 from llmos_kernels.graph.reader import Reader
 from llmos_kernels.graph.site import function_of, insert
 from llmos_kernels.ops.linear import PLAIN_TENSORS
-from llmos_kernels.swap.calls import PLAIN
+from llmos_kernels.swap.calls import PLAIN, object_as_meta
 from llmos_kernels.swap.forwards import frozen
 from llmos_kernels.swap.rules.sequential import activation_of
 from llmos_kernels.swap.traced_values import CannotTrace, Mismatch, Opaque, Read, Slot
-from llmos_kernels.swap.tracing import Constant, Traced, trace
+from llmos_kernels.swap.tracing import Constant, Traced, signature, trace
 
 #: More plans of a class than this are not made: its arguments are of ever new kinds. And more for
 #: one kind of arguments: it branches by ever other sizes.
@@ -43,7 +44,10 @@ class Plan(NamedTuple):
         autocast: whether the plan holds under autocast.
         activations: the activations that were fused.
         dropout: the probabilities of dropout that are no part of a module.
-        has_branches: whether the forward branches on sizes, so that ``run`` may raise Mismatch.
+        has_branches: whether ``run`` may raise Mismatch: the forward branches on sizes, or on parts
+            of what a child returns.
+        children: the ``signature`` of each child that is not one of torch's.
+        known: the modules whose children have these signatures.
     """
 
     run: Callable[..., Any] | None
@@ -55,6 +59,8 @@ class Plan(NamedTuple):
     activations: tuple[str, ...] = ()
     dropout: tuple[float, ...] = ()
     has_branches: bool = False
+    children: dict[str, Any] = {}  # noqa: RUF012  It is never changed.
+    known: Any = None
 
     def holds(self, module: nn.Module) -> bool:
         """Return True if what the old forward would read of ``module`` is as it was then."""
@@ -65,7 +71,14 @@ class Plan(NamedTuple):
                 return False
             if found is not value and not _same(found, value):
                 return False
-        return all(d.get(name) == value for d, name, value in self.globals)
+        if any(d.get(name) != value for d, name, value in self.globals):
+            return False
+        if not self.children or module in self.known:
+            return True
+        same = all(signature(module.get_submodule(n)) == s for n, s in self.children.items())
+        if same:
+            self.known.add(module)
+        return same
 
 
 def _same(found: Any, value: Any) -> bool:
@@ -205,7 +218,11 @@ def run(plans: Plans, module: nn.Module, cls: type, arguments: Arguments) -> Any
         try:
             return plan.run(module, *arguments.inputs)
         except Mismatch:
-            continue
+            if any(not isinstance(v, Tensor) for v in arguments.inputs):
+                raise RuntimeError(
+                    f"a part of this {cls.__name__} returned something else than when it was"
+                    " traced, after an argument was changed: llmos_kernels.restore(model)"
+                ) from None
     return NOT_RUN
 
 
@@ -225,7 +242,7 @@ def _is_watched() -> bool:
 
 def _make(module: nn.Module, cls: type, arguments: Arguments) -> Plan:
     inputs = [
-        v.detach().to("meta") if isinstance(v, Tensor) else Opaque(type(v))
+        v.detach().to("meta") if isinstance(v, Tensor) else Opaque(type(v), object_as_meta(v))
         for v in arguments.inputs
     ]
     traced = None
@@ -247,6 +264,8 @@ def _make(module: nn.Module, cls: type, arguments: Arguments) -> Plan:
         tuple(sorted(names)),
         traced.dropout,
         traced.has_branches,
+        traced.children,
+        weakref.WeakSet([module]),
     )
 
 

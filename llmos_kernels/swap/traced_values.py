@@ -1,5 +1,6 @@
 """What a forward computes while it is traced: values that record what is done with them."""
 
+import copy
 import dis
 import inspect
 import math
@@ -47,6 +48,19 @@ def check(condition: Any, expected: bool) -> None:
         raise Mismatch
 
 
+def kinds_of(result: Any) -> Any:
+    """Return which parts of the result of a module are tensors, None or other things."""
+    if isinstance(result, (tuple, list)):
+        return tuple(map(kinds_of, result))
+    return "tensor" if isinstance(result, Tensor) else "none" if result is None else "other"
+
+
+def check_kinds(result: Any, expected: Any) -> None:
+    """Raise Mismatch unless the parts of ``result`` are as when the graph was traced."""
+    if kinds_of(result) != expected:
+        raise Mismatch
+
+
 class Read(NamedTuple):
     """An attribute that a forward has read.
 
@@ -72,9 +86,15 @@ class Slot(NamedTuple):
 
 
 class Opaque(NamedTuple):
-    """An argument that is neither tensor nor plain data, of which methods may be called."""
+    """An argument that is neither tensor nor plain data, of which methods may be called.
+
+    Args:
+        cls: its class.
+        example: such an object.
+    """
 
     cls: type
+    example: Any = None
 
 
 class Value(Proxy):
@@ -112,6 +132,10 @@ class Value(Proxy):
             return lambda: getattr(meta, name)()
         return AttributeValue(self, name)
 
+    def __getitem__(self, index: Any) -> Any:
+        made = self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
+        return None if made.meta is None else made  # A part of what a module returns.
+
     def __len__(self) -> int:
         meta = self.meta
         if isinstance(meta, tuple):
@@ -124,10 +148,10 @@ class Value(Proxy):
         code = [] if caller is None else dis.get_instructions(caller.f_code)
         found = next((i for i in code if caller and i.offset == caller.f_lasti), None)
         if found is not None and found.opname == "UNPACK_SEQUENCE":
-            return (self[i] for i in range(found.argval))  # type: ignore[index]
+            return (self[i] for i in range(found.argval))
         is_fixed = self.node.op == "call_module" or self.node.target in ("chunk", torch.chunk)
         if isinstance(self.meta, tuple) and is_fixed:
-            return (self[i] for i in range(len(self.meta)))  # type: ignore[index]
+            return (self[i] for i in range(len(self.meta)))
         return self.tracer.iter(self)
 
     def __index__(self) -> int:
@@ -224,6 +248,8 @@ def any_value(given: Any) -> bool:
 def metas(given: Any) -> Any:
     """Return arguments with what they are on the meta device."""
     if type(given) in (Value, AttributeValue):
+        if isinstance(given.meta, Opaque) and given.meta.example is not None:
+            return copy.deepcopy(given.meta.example)
         if given.meta is UNKNOWN or isinstance(given.meta, Opaque):
             raise CannotTrace("unknown")
         return given.meta

@@ -36,7 +36,9 @@ from llmos_kernels.swap.traced_values import (
     Value,
     any_value,
     check,
+    check_kinds,
     detached,
+    kinds_of,
     metas,
 )
 from llmos_kernels.swap.watched_classes import WATCH, watching_class
@@ -85,7 +87,9 @@ class Traced(NamedTuple):
         globals: the plain global variables that were read: dict, name and value.
         asks_for_dtype: whether the code asked for the dtype of a tensor, which autocast changes.
         dropout: the probabilities of dropout that is called as a function.
-        has_branches: whether it branches on sizes, of which the graph checks the outcome.
+        has_branches: whether the graph checks something: the outcome of a branch on sizes, or
+            which parts of a child's result are None.
+        children: the ``signature`` of each child that is not one of torch's.
     """
 
     graph: Graph
@@ -94,6 +98,7 @@ class Traced(NamedTuple):
     asks_for_dtype: bool
     dropout: tuple[float, ...]
     has_branches: bool
+    children: dict[str, Any]
 
 
 def trace(module: nn.Module, cls: type, arguments: dict[str, Any], inputs: Sequence[Any]) -> Traced:
@@ -148,6 +153,7 @@ def trace(module: nn.Module, cls: type, arguments: dict[str, Any], inputs: Seque
         tracer.asks_for_dtype,
         tuple(rates),
         tracer.has_branches,
+        tracer.children,
     )
 
 
@@ -164,9 +170,28 @@ def _bound(forward: Any, given: dict[str, Any]) -> tuple[list[Any], dict[str, An
     return args, kwargs
 
 
+def is_torchs_or_ours(module: nn.Module) -> bool:
+    """Return True if the class of ``module`` is one of torch's, or a drop-in of such a class."""
+    return type(module).__module__.startswith(("torch.nn.", "llmos_kernels.nn"))
+
+
+def signature(module: nn.Module) -> Any:
+    """Return what may decide about the form of the result of ``module``: classes, options."""
+
+    def options(m: nn.Module) -> tuple[Any, ...]:
+        plain = {k: data for k, v in vars(m).items() if (data := frozen(v)) is not MISSING}
+        absent = [n for n, p in m._parameters.items() if p is None]
+        plain = {k: v for k, v in plain.items() if k != "training" and k[0] != "_"}
+        cls = vars(type(m)).get("_replaced", type(m))
+        return cls, tuple(sorted(plain.items(), key=lambda i: i[0])), tuple(absent)
+
+    return tuple((name, *options(m)) for name, m in module.named_modules())
+
+
 def _of_update(kind: str, target: Any, args: Any) -> Any:
     """Return what a call of ``update`` of a cache returns: longer, and else like what it gets."""
-    if kind == "call_method" and target == "update" and isinstance(args[0].meta, Opaque):
+    is_update = kind == "call_method" and target == "update"
+    if is_update and isinstance(getattr(args[0], "meta", None), Opaque):
         metas = [a.meta for a in args[1:3] if isinstance(a, Value)]
         if len(metas) == 2 and all(isinstance(m, Tensor) for m in metas):
             return tuple(metas)
@@ -188,6 +213,7 @@ class _Tracer(GraphAppendingTracer):
         self.recorded: set[tuple[CodeType, int]] = set()
         self.has_effects = False  # Whether a call so far may have changed something.
         self.has_branches = False
+        self.children: dict[str, Any] = {}
         self.is_busy = False  # While it records, what runs is not the forward's own code.
         self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self._metas: dict[str, nn.Module] = {}
@@ -229,6 +255,8 @@ class _Tracer(GraphAppendingTracer):
             made: Any = super().create_proxy(kind, target, args, kwargs, *rest, **more)
             made.meta = self._meta(kind, target, args, kwargs)
             made.node.meta["where"] = _user_line()
+            if kind == "call_module":
+                self._note_child(target, made)
             if isinstance(made.meta, Tensor):
                 made.node.meta["example_value"] = made.meta
             made.node.meta["pure"] = self._is_pure(kind, target, args)
@@ -237,13 +265,29 @@ class _Tracer(GraphAppendingTracer):
             self.is_busy = was_busy
         return made
 
+    def _note_child(self, target: str, made: Any) -> None:
+        """Record what decides about the result of a child, whose code is not looked at."""
+        child = self.module.get_submodule(target)
+        if is_torchs_or_ours(child):
+            return
+        if made.meta is UNKNOWN:
+            raise CannotTrace(f"what its part {target} returns is not known")
+        path = (*target.split("."), "training")
+        self.reads[path] = Read(path, child.training)
+        self.children[target] = signature(child)
+        kinds = kinds_of(made.meta)
+        if not isinstance(kinds, tuple):
+            return
+        node = self.create_node("call_function", check_kinds, (made.node, kinds), {})
+        node.meta["pure"] = False
+        self.has_branches = True
+
     def _is_pure(self, kind: str, target: Any, args: Any) -> bool:
         """Return True if a call changes nothing."""
         if kind == "call_module":
-            place = type(self.module.get_submodule(target)).__module__
-            return place.startswith(("torch.nn.", "llmos_kernels."))
+            return is_torchs_or_ours(self.module.get_submodule(target))
         if kind == "call_method":
-            known = isinstance(args[0].meta, (Tensor, tuple, int, float))
+            known = isinstance(getattr(args[0], "meta", args[0]), (Tensor, tuple, int, float))
             return known and not str(target).endswith("_")
         name = getattr(target, "__name__", "")
         return not (name.endswith("_") or target in _IN_PLACE)
@@ -259,15 +303,15 @@ class _Tracer(GraphAppendingTracer):
     def _meta(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         """Return the result of a call on the meta device, or UNKNOWN."""
         try:
-            args, kwargs = metas(args), metas(kwargs)
+            given, named = metas(args), metas(kwargs)
             with torch.no_grad():
                 if kind == "call_module":
                     if target not in self._metas:
                         child = self.module.get_submodule(target)
                         self._metas[target] = replica(child, device="meta")
-                    return detached(self._metas[target](*args, **kwargs))
-                function = getattr(type(args[0]), target) if kind == "call_method" else target
-                return detached(function(*args, **kwargs))
+                    return detached(self._metas[target](*given, **named))
+                function = getattr(type(given[0]), target) if kind == "call_method" else target
+                return detached(function(*given, **named))
         except Exception:  # A tensor without numbers cannot be asked for them.
             return _of_update(kind, target, args)
 
