@@ -55,6 +55,9 @@ _FORMS: tuple[tuple[str, str, tuple[Callable, ...], tuple[str, ...]], ...] = (
     ("logical_not", "input", (operator.invert, torch.logical_not), ("logical_not",)),
     ("eq", "input other", (operator.eq, torch.eq), ("eq",)),
     ("expand", "input other", (), ("expand_as",)),
+    ("unsqueeze", "input dim", (torch.unsqueeze,), ("unsqueeze",)),
+    ("detach", "input", (torch.detach,), ("detach",)),
+    ("maximum", "input dim keepdim", (torch.amax, torch.max), ("amax", "max")),
     ("getitem", "input index", (operator.getitem,), ()),
     (
         "sdpa",
@@ -72,6 +75,7 @@ _ACTIVATIONS: Mapping[Any, str] = MappingProxyType(
     {F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.silu: "silu"}
     | {"relu": "relu", "relu_": "relu"}
 )
+_VIEWS: frozenset[Any] = frozenset(("view", "reshape", torch.reshape))
 _CASTS = MappingProxyType(
     {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 )
@@ -122,6 +126,10 @@ def operation(node: Any, module: nn.Module | None, activation: str | None) -> Op
         return _of_module(node, module, activation)
     if node.op == "call_function" and node.target is torch.einsum:
         return _einsum(node)
+    if node.target in _VIEWS and not node.kwargs:
+        first, *rest = node.args
+        sizes: Any = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
+        return Op("view", {"input": first, "sizes": tuple(sizes)}, node)
     table: Any = {"call_function": _OF_FUNCTION, "call_method": _OF_METHOD}.get(node.op, {})
     target: Any = node.target
     if target not in table:

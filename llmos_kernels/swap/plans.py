@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llmos_kernels.graph.functional import make_functional
+from llmos_kernels.graph.functional import lift_sizes, make_functional
 from llmos_kernels.graph.matcher import Matches, find
 from llmos_kernels.graph.reader import Reader
 from llmos_kernels.graph.site import function_of, insert
@@ -273,6 +273,7 @@ def rewrite(traced: Traced, module: nn.Module) -> Matches:
     """Replace in a traced forward of ``module`` what patterns know."""
     graph = traced.graph
     make_functional(graph)
+    lift_sizes(graph)
 
     def module_at(target: str) -> nn.Module:
         return module.get_submodule(target)

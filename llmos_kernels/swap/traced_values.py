@@ -6,6 +6,7 @@ import inspect
 import math
 import operator
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +60,20 @@ def check_kinds(result: Any, expected: Any) -> None:
     """Raise Mismatch unless the parts of ``result`` are as when the graph was traced."""
     if kinds_of(result) != expected:
         raise Mismatch
+
+
+def is_check(frame: FrameType | None) -> bool:
+    """Return True if the branch at which ``frame`` is only raises an error."""
+    if frame is None:
+        return False
+    later = [i.opname for i in dis.get_instructions(frame.f_code) if i.offset > frame.f_lasti]
+    jump = next((i for i, name in enumerate(later) if "POP_JUMP" in name), len(later))
+    for name in later[jump + 1 :]:
+        if name in ("RAISE_VARARGS", "LOAD_ASSERTION_ERROR"):
+            return True
+        if name.startswith(("STORE", "RETURN")) or "JUMP" in name:
+            return False
+    return False
 
 
 class Read(NamedTuple):

@@ -38,6 +38,7 @@ from llmos_kernels.swap.traced_values import (
     check,
     check_kinds,
     detached,
+    is_check,
     kinds_of,
     metas,
 )
@@ -227,6 +228,8 @@ class _Tracer(GraphAppendingTracer):
     def placeholder(self, name: str, value: Any) -> "Value":
         made = Value(self.create_node("placeholder", name, (), {}), self)
         made.meta = value
+        if isinstance(value, Tensor):
+            made.node.meta["example_value"] = value
         return made
 
     def create_arg(self, a: Any) -> Any:
@@ -387,6 +390,7 @@ class _Tracer(GraphAppendingTracer):
             return None
         made = Value(self.create_node("get_attr", ".".join(path), (), {}), self)
         made.meta = torch.empty_like(tensor, device="meta", requires_grad=False)
+        made.node.meta["example_value"] = made.meta
         return made
 
     # What does not see a recorded number.
@@ -415,7 +419,7 @@ class _Tracer(GraphAppendingTracer):
     def to_bool(self, obj: Any) -> bool:
         if not isinstance(obj.meta, bool):
             raise CannotTrace("its forward branches on a value of its input")
-        if self.has_effects:
+        if self.has_effects and not is_check(sys._getframe(2)):
             raise CannotTrace("its forward branches on a size after it changed something")
         node = self.create_node("call_function", check, (obj.node, obj.meta), {})
         node.meta["pure"] = False

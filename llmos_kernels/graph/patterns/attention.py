@@ -11,166 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
-from llmos_kernels._core.registry import KERNEL_DTYPES
-from llmos_kernels.graph.einsum import Order, Product, product
-from llmos_kernels.graph.patterns.lazy_weights import lazy_weights
-from llmos_kernels.graph.patterns.pattern import Pattern, dropout_of, is_node, probability
+from llmos_kernels.graph.einsum import Product, product
+from llmos_kernels.graph.patterns.attention_call import AttentionCall, Mask
+from llmos_kernels.graph.patterns.pattern import Pattern, dropout_of, is_node
 from llmos_kernels.graph.reader import NoMatch, Reader, writes
-from llmos_kernels.graph.site import Call, Found, are_plain, is_autocast
+from llmos_kernels.graph.site import Found
 from llmos_kernels.graph.vocabulary import Op
-from llmos_kernels.ops._attention_arguments import MAX_DIM
-from llmos_kernels.ops.attention import scaled_dot_product_attention
-
-
-class Mask(NamedTuple):
-    """A mask of the logits.
-
-    Args:
-        kind: "add" for what is added, "hide" for a bool that is True where a key is hidden, "show"
-            for one that is True where it is seen, "zero" where it is hidden for a mask of 0.
-        factor: what the logits are multiplied by after the addition.
-    """
-
-    kind: str
-    factor: float = 1.0
-
-
-@dataclass(frozen=True)
-class AttentionCall(Call):
-    """Attention with masks and scales as the graph applies them.
-
-    Args:
-        scale: the factor of the logits that is known.
-        scales: "mul" or "div" for each further one, which is an argument.
-        masks: the masks, which are arguments.
-        dim: the dimension of the softmax.
-        casts: whether the graph casts something.
-        transposed: whether the key is given as [..., head_dim, length].
-        orders: the permutations that bring query, key, value and the result to their places.
-        rank: the number of dimensions that ``orders`` and ``dim`` need; 0 for any.
-        with_weights: whether the result is a tuple, with the weights as its second part.
-    """
-
-    scale: float
-    scales: tuple[str, ...]
-    masks: tuple[Mask, ...]
-    dim: int
-    casts: bool
-    transposed: bool
-    orders: tuple[Order, Order, Order, Order]
-    rank: int
-    with_weights: bool
-
-    def fits(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        masks: tuple[Tensor, ...],
-        scales: tuple[Any, ...],
-        dropout: Any,
-    ) -> bool:
-        if not are_plain(query, key, value) or (self.casts and is_autocast(query)):
-            return False
-        p, rank = probability(dropout), query.ndim
-        if p is None or not rank == key.ndim == value.ndim or rank not in (3, 4):
-            return False
-        if self.dim not in (-1, rank - 1) or self.rank not in (0, rank):
-            return False
-        if self.with_weights and not self._may_wait(query, p):
-            return False
-        query, key, value = self._in_place(query, key, value)
-        shapes_fit = query.shape[-1] <= MAX_DIM and value.shape[-1] <= MAX_DIM
-        if rank == 3:
-            shapes_fit = shapes_fit and query.shape[0] == key.shape[0] == value.shape[0]
-        logits = (*_broadcast(query.shape[:-2], key.shape[:-2]), query.shape[-2], key.shape[-2])
-        return (
-            shapes_fit
-            and all(_fits_scale(s) for s in scales)
-            and all(
-                _fits_mask(kind, m, query, logits)
-                for kind, m in zip(self.masks, masks, strict=True)
-            )
-        )
-
-    def _may_wait(self, query: Tensor, p: float) -> bool:
-        """Return True if the weights may be computed later, if at all."""
-        one_dtype = not self.casts or query.dtype == torch.float32
-        return not p and one_dtype and not torch.compiler.is_compiling()
-
-    def _in_place(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """Return the arguments as [..., length, head_dim]."""
-        key = key.transpose(-2, -1) if self.transposed else key
-        orders = zip((query, key, value), self.orders, strict=False)
-        return tuple(t if order is None else t.permute(order) for t, order in orders)
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        masks: tuple[Tensor, ...],
-        scales: tuple[Any, ...],
-        dropout: Any,
-    ) -> Any:
-        query, key, value = self._in_place(query, key, value)
-        scale = self.scale
-        for how, s in zip(self.scales, scales, strict=True):
-            if not isinstance(s, Tensor):
-                scale = scale * s if how == "mul" else scale / s
-            else:
-                query = (query * s if how == "mul" else query / s).to(query.dtype)
-        mask = _combined(self.masks, masks)
-        p = probability(dropout) or 0.0
-        out = scaled_dot_product_attention(query, key, value, mask, p, scale=scale)
-        assert isinstance(out, Tensor)
-        order = self.orders[3]
-        out = out if order is None else out.permute(order)
-        if not self.with_weights:
-            return out
-        return out, lazy_weights(query, key, mask, scale)
-
-
-def _broadcast(a: torch.Size, b: torch.Size) -> tuple[int, ...]:
-    return tuple(n if m == 1 else m for m, n in zip(a, b, strict=True))
-
-
-def _fits_scale(scale: Any) -> bool:
-    """Return True if ``scale`` is a number, or one for each row of the query or more of them."""
-    if not isinstance(scale, Tensor):
-        return isinstance(scale, (int, float, torch.SymInt, torch.SymFloat))
-    return scale.is_floating_point() and all(n == 1 for n in scale.shape[-2:]) and scale.ndim <= 4
-
-
-def _fits_mask(mask: Mask, given: Any, query: Tensor, logits: tuple[int, ...]) -> bool:
-    """Return True if a mask broadcasts to the logits, without broadcasting them."""
-    if not isinstance(given, Tensor) or given.ndim > len(logits) or given.device != query.device:
-        return False
-    if mask.kind in ("hide", "show") and given.dtype != torch.bool:
-        return False
-    if mask.kind == "add" and given.dtype not in KERNEL_DTYPES:
-        return False
-    pairs = zip(reversed(given.shape), reversed(logits), strict=False)
-    return all(m == 1 or m == n for m, n in pairs)
-
-
-def _combined(masks: tuple[Mask, ...], given: tuple[Tensor, ...]) -> Tensor | None:
-    """Return all masks as one: bool, True where a key is seen, or to be added."""
-    seen: Tensor | None = None
-    added: Tensor | None = None
-    for mask, m in zip(masks, given, strict=True):
-        if mask.kind == "add":
-            m = m if mask.factor == 1 else m * mask.factor
-            added = m if added is None else added + m
-        else:
-            shown = m if mask.kind == "show" else m != 0 if mask.kind == "zero" else ~m
-            seen = shown if seen is None else seen & shown
-    if added is None or seen is None:
-        return seen if added is None else added
-    return torch.where(seen, added, -math.inf)
 
 
 @dataclass
@@ -183,6 +31,8 @@ class _Walk:
     masks: list[tuple[Mask, Node]] = field(default_factory=list)
     casts: bool = False
     dropout: Any = None
+    views: list[Op] = field(default_factory=list)
+    is_plain: bool = True  # Whether both products are those of matrices.
 
 
 class Attention(Pattern):
@@ -211,6 +61,9 @@ class Attention(Pattern):
         orders = logits.how.left, logits.how.right, mixed.how.right, mixed.how.result
         if mixed.how.left is not None or logits.how.result is not None:
             raise NoMatch("its logits are in another order than [..., query, key]")
+        leading, flat = _leading(walk, reader, logits.node, mixed.node)
+        if kept is not None and leading and reader.rank(kept) != 4:
+            raise NoMatch("its weights are returned with batch and heads as one dimension")
         call = AttentionCall(
             walk.scale,
             tuple(how for how, _ in walk.scales),
@@ -221,10 +74,11 @@ class Attention(Pattern):
             orders,
             max(logits.how.rank, mixed.how.rank),
             kept is not None,
+            flat,
         )
         masks = tuple(node for _, node in walk.masks)
         scales = tuple(s for _, s in walk.scales)
-        args = query, key, mixed.right, masks, scales, walk.dropout
+        args = query, key, mixed.right, masks, scales, walk.dropout, leading
         outputs = (mixed.node,) if kept is None else (mixed.node, kept)
         return Found(frozenset(walk.nodes), outputs, args, call, op.node, "attention: softmax")
 
@@ -267,6 +121,27 @@ def _without_cast(node: Node, reader: Reader, walk: _Walk) -> Node:
     return cast.get("input")
 
 
+def _leading(
+    walk: _Walk, reader: Reader, logits: Node, mixed: Node
+) -> tuple[tuple[Any, ...], tuple[bool, bool]]:
+    """Return batch and heads where views join and part them, and which products have them as one.
+
+    Raises:
+        NoMatch: the views do something else.
+    """
+    if not walk.views:
+        return (), (False, False)
+    for view in walk.views:
+        before, after = view.get("input").meta, view.node.meta
+        shapes = [m["example_value"].shape if "example_value" in m else () for m in (before, after)]
+        if {3, 4} != {*map(len, shapes)} or shapes[0][-2:] != shapes[1][-2:]:
+            raise NoMatch("its logits are viewed in another shape")
+    leading = next((v.get("sizes")[:-2] for v in walk.views if len(v.get("sizes")) == 4), None)
+    if leading is None or -1 in leading or not walk.is_plain:
+        raise NoMatch("batch and heads of its logits are not known")
+    return leading, (reader.rank(logits) == 3, reader.rank(mixed) == 3)
+
+
 class _Factors(NamedTuple):
     """The operands of a product of matrices."""
 
@@ -278,11 +153,15 @@ class _Factors(NamedTuple):
 
 
 def _product(op: Op | None, inner_rows: bool) -> _Factors | None:
-    if op is None or not is_node(op.get("input"), op.get("other")):
+    if op is None:
         return None
     node, left, right = op.node, op.get("input"), op.get("other")
-    if op.kind == "matmul":
+    if op.kind == "baddbmm":
+        left, right = op.get("batch1"), op.get("batch2")
+    if op.kind in ("matmul", "baddbmm") and is_node(left, right):
         return _Factors(node, left, right, not inner_rows, Product(None, None, None, 0))
+    if op.kind != "einsum" or not is_node(left, right):
+        return None
     how = product(op.get("equation"), inner_rows)
     return None if how is None else _Factors(node, left, right, False, how)
 
@@ -294,9 +173,14 @@ def _up(node: Any, reader: Reader, walk: _Walk, user: Node) -> Op | None:
         if op is None:
             return None
         if op.kind in ("matmul", "einsum"):
+            walk.is_plain = walk.is_plain and op.kind == "matmul"
             return op
+        if op.kind == "baddbmm":
+            return op if _baddbmm(op, reader, walk) else None
         step = {
             "add": _add,
+            "sub": _without_maximum,
+            "view": _view,
             "mul": _scale,
             "div": _scale,
             "masked_fill": _masked_fill,
@@ -322,7 +206,8 @@ def _add(op: Op, reader: Reader, walk: _Walk) -> Any:
         if is_node(op.get(logits), op.get(mask)) and _leads_to_product(op.get(logits), reader):
             if walk.scales:
                 return None  # The mask would have to be scaled by what is not known.
-            walk.masks.append((Mask("add", walk.scale), op.get(mask)))
+            flat = reader.rank(op.node) == 3
+            walk.masks.append((Mask("add", walk.scale, flat), op.get(mask)))
             return op.get(logits)
     return None
 
@@ -345,7 +230,7 @@ def _scale(op: Op, reader: Reader, walk: _Walk) -> Any:
     return logits
 
 
-def _hidden(mask: Any, reader: Reader, walk: _Walk, hides: bool) -> None:
+def _hidden(mask: Any, reader: Reader, walk: _Walk, hides: bool, flat: bool) -> None:
     """Add a bool mask, which hides keys, or shows them, where it is True."""
     expanded = reader.op(mask, "expand")
     if expanded and reader.is_alone(mask):  # The mask broadcasts as it is.
@@ -360,13 +245,45 @@ def _hidden(mask: Any, reader: Reader, walk: _Walk, hides: bool) -> None:
     elif inverted and reader.is_alone(mask):
         walk.nodes.append(mask)
         kind, mask = "show" if hides else "hide", inverted.get("input")
-    walk.masks.append((Mask(kind), mask))
+    walk.masks.append((Mask(kind, 1.0, flat), mask))
+
+
+def _view(op: Op, reader: Reader, walk: _Walk) -> Any:
+    walk.views.append(op)
+    return op.get("input")
+
+
+def _without_maximum(op: Op, reader: Reader, walk: _Walk) -> Any:
+    """Walk through ``logits - logits.amax(-1, keepdim=True)``, which no softmax sees."""
+    logits, maximum, nodes = op.get("input"), op.get("other"), []
+    while found := reader.op(maximum, "unsqueeze", "getitem", "detach"):
+        nodes.append(found.node)
+        maximum = found.get("input")
+    found = reader.op(maximum, "maximum")
+    if not found or found.get("input") is not logits or found.get("dim") not in (-1, (-1,), [-1]):
+        return None
+    walk.nodes += [*nodes, found.node]
+    return logits
+
+
+def _baddbmm(op: Op, reader: Reader, walk: _Walk) -> bool:
+    """Take what is added to a product and its factors; return whether that is possible."""
+    beta, alpha = (reader.number(op.get(name, 1)) for name in ("beta", "alpha"))
+    if beta is None or not alpha or not is_node(op.get("input")):
+        return False
+    added = op.get("input")
+    if added.target is torch.zeros and reader.is_alone(added):
+        walk.nodes.append(added)
+    elif beta:
+        walk.masks.append((Mask("add", beta * walk.scale, reader.rank(op.node) == 3), added))
+    walk.scale *= alpha
+    return True
 
 
 def _masked_fill(op: Op, reader: Reader, walk: _Walk) -> Any:
     if not reader.hides(op.get("value"), walk.scale):
         return None
-    _hidden(op.get("mask"), reader, walk, hides=True)
+    _hidden(op.get("mask"), reader, walk, True, reader.rank(op.node) == 3)
     return op.get("input")
 
 
@@ -377,7 +294,7 @@ def _where(op: Op, reader: Reader, walk: _Walk) -> Any:
         logits, filled = filled, logits
     if not reader.hides(filled, walk.scale):
         return None
-    _hidden(op.get("condition"), reader, walk, hides)
+    _hidden(op.get("condition"), reader, walk, hides, reader.rank(op.node) == 3)
     return logits
 
 
@@ -398,7 +315,7 @@ def _down(node: Node, reader: Reader, walk: _Walk) -> tuple[Node, Node | None, O
     while True:
         followers = []
         for user in node.users:
-            op = reader.op(user, "cast", "dropout", "matmul", "einsum")
+            op = reader.op(user, "cast", "dropout", "matmul", "einsum", "view")
             if op and (op.get("input") is node) and user.users:
                 followers.append(op)
         if len(followers) != 1 or (kept is not None and len(node.users) > 1):
@@ -407,12 +324,15 @@ def _down(node: Node, reader: Reader, walk: _Walk) -> tuple[Node, Node | None, O
         if len(node.users) > 1:
             kept = node
         if op.kind in ("matmul", "einsum"):
+            walk.is_plain = walk.is_plain and op.kind == "matmul"
             return node, kept, op
         walk.nodes.append(op.node)
         if op.kind == "dropout":
             if walk.dropout is not None:
                 return node, kept, None
             walk.dropout = dropout_of(op)
+        elif op.kind == "view":
+            walk.views.append(op)
         else:
             walk.casts = True
         node = op.node

@@ -1,0 +1,205 @@
+"""The fused call that takes the place of attention that is written out."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmos_kernels._core.registry import KERNEL_DTYPES
+from llmos_kernels.graph.einsum import Order
+from llmos_kernels.graph.patterns.lazy_weights import lazy_weights
+from llmos_kernels.graph.patterns.pattern import probability
+from llmos_kernels.graph.site import Call, are_plain, is_autocast
+from llmos_kernels.ops._attention_arguments import MAX_DIM
+from llmos_kernels.ops.attention import scaled_dot_product_attention
+
+
+class Mask(NamedTuple):
+    """A mask of the logits.
+
+    Args:
+        kind: "add" for what is added, "hide" for a bool that is True where a key is hidden, "show"
+            for one that is True where it is seen, "zero" where it is hidden for a mask of 0.
+        factor: what the logits are multiplied by after the addition.
+        flat: whether batch and heads are one dimension where the mask is applied.
+    """
+
+    kind: str
+    factor: float = 1.0
+    flat: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionCall(Call):
+    """Attention with masks and scales as the graph applies them.
+
+    Args:
+        scale: the factor of the logits that is known.
+        scales: "mul" or "div" for each further one, which is an argument.
+        masks: the masks, which are arguments.
+        dim: the dimension of the softmax.
+        casts: whether the graph casts something.
+        transposed: whether the key is given as [..., head_dim, length].
+        orders: the permutations that bring query, key, value and the result to their places.
+        rank: the number of dimensions that ``orders`` and ``dim`` need; 0 for any.
+        with_weights: whether the result is a tuple, with the weights as its second part.
+        flat: whether query and key, and whether value and result have batch and heads as one
+            dimension, which is two where a mask is applied.
+    """
+
+    scale: float
+    scales: tuple[str, ...]
+    masks: tuple[Mask, ...]
+    dim: int
+    casts: bool
+    transposed: bool
+    orders: tuple[Order, Order, Order, Order]
+    rank: int
+    with_weights: bool
+    flat: tuple[bool, bool] = (False, False)
+
+    def fits(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        masks: tuple[Tensor, ...],
+        scales: tuple[Any, ...],
+        dropout: Any,
+        leading: tuple[int, ...],
+    ) -> bool:
+        if leading:
+            flat = [query, key] * self.flat[0] + [value] * self.flat[1]
+            flat += [m for mask, m in zip(self.masks, masks, strict=True) if mask.flat]
+            count = math.prod(leading)
+            if any(t.ndim != 3 or t.shape[0] not in (1, count) for t in flat):
+                return False
+            query, key, value, masks = self._with_heads(query, key, value, masks, leading)
+        if not are_plain(query, key, value) or (self.casts and is_autocast(query)):
+            return False
+        p, rank = probability(dropout), query.ndim
+        if p is None or not rank == key.ndim == value.ndim or rank not in (3, 4):
+            return False
+        if self.dim not in (-1, rank - 1) or self.rank not in (0, rank):
+            return False
+        if self.with_weights and not self._may_wait(query, p):
+            return False
+        query, key, value = self._in_place(query, key, value)
+        shapes_fit = query.shape[-1] <= MAX_DIM and value.shape[-1] <= MAX_DIM
+        if rank == 3:
+            shapes_fit = shapes_fit and query.shape[0] == key.shape[0] == value.shape[0]
+        logits = (*_broadcast(query.shape[:-2], key.shape[:-2]), query.shape[-2], key.shape[-2])
+        return (
+            shapes_fit
+            and all(_fits_scale(s) for s in scales)
+            and all(
+                _fits_mask(kind, m, query, logits)
+                for kind, m in zip(self.masks, masks, strict=True)
+            )
+        )
+
+    def _may_wait(self, query: Tensor, p: float) -> bool:
+        """Return True if the weights may be computed later, if at all."""
+        one_dtype = not self.casts or query.dtype == torch.float32
+        return not p and one_dtype and not torch.compiler.is_compiling()
+
+    def _in_place(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Return the arguments as [..., length, head_dim]."""
+        key = key.transpose(-2, -1) if self.transposed else key
+        orders = zip((query, key, value), self.orders, strict=False)
+        return tuple(t if order is None else t.permute(order) for t, order in orders)
+
+    def _with_heads(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        masks: tuple[Tensor, ...],
+        leading: tuple[int, ...],
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        """Return the arguments with batch and heads as two dimensions."""
+
+        def two(t: Tensor, is_flat: bool) -> Tensor:
+            if not is_flat:
+                return t
+            return t.unsqueeze(0) if t.shape[0] == 1 else t.unflatten(0, leading)
+
+        given = zip(self.masks, masks, strict=True)
+        of_query, of_value = self.flat
+        return (
+            two(query, of_query),
+            two(key, of_query),
+            two(value, of_value),
+            tuple(two(m, mask.flat) for mask, m in given),
+        )
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        masks: tuple[Tensor, ...],
+        scales: tuple[Any, ...],
+        dropout: Any,
+        leading: tuple[int, ...],
+    ) -> Any:
+        if leading:
+            query, key, value, masks = self._with_heads(query, key, value, masks, leading)
+        query, key, value = self._in_place(query, key, value)
+        scale = self.scale
+        for how, s in zip(self.scales, scales, strict=True):
+            if not isinstance(s, Tensor):
+                scale = scale * s if how == "mul" else scale / s
+            else:
+                query = (query * s if how == "mul" else query / s).to(query.dtype)
+        mask = _combined(self.masks, masks)
+        p = probability(dropout) or 0.0
+        out = scaled_dot_product_attention(query, key, value, mask, p, scale=scale)
+        assert isinstance(out, Tensor)
+        order = self.orders[3]
+        out = out if order is None else out.permute(order)
+        out = out.flatten(0, 1) if self.flat[1] else out
+        if not self.with_weights:
+            return out
+        return out, lazy_weights(query, key, mask, scale)
+
+
+def _broadcast(a: torch.Size, b: torch.Size) -> tuple[int, ...]:
+    return tuple(n if m == 1 else m for m, n in zip(a, b, strict=True))
+
+
+def _fits_scale(scale: Any) -> bool:
+    """Return True if ``scale`` is a number, or one for each row of the query or more of them."""
+    if not isinstance(scale, Tensor):
+        return isinstance(scale, (int, float, torch.SymInt, torch.SymFloat))
+    return scale.is_floating_point() and all(n == 1 for n in scale.shape[-2:]) and scale.ndim <= 4
+
+
+def _fits_mask(mask: Mask, given: Any, query: Tensor, logits: tuple[int, ...]) -> bool:
+    """Return True if a mask broadcasts to the logits, without broadcasting them."""
+    if not isinstance(given, Tensor) or given.ndim > len(logits) or given.device != query.device:
+        return False
+    if mask.kind in ("hide", "show") and given.dtype != torch.bool:
+        return False
+    if mask.kind == "add" and given.dtype not in KERNEL_DTYPES:
+        return False
+    pairs = zip(reversed(given.shape), reversed(logits), strict=False)
+    return all(m == 1 or m == n for m, n in pairs)
+
+
+def _combined(masks: tuple[Mask, ...], given: tuple[Tensor, ...]) -> Tensor | None:
+    """Return all masks as one: bool, True where a key is seen, or to be added."""
+    seen: Tensor | None = None
+    added: Tensor | None = None
+    for mask, m in zip(masks, given, strict=True):
+        if mask.kind == "add":
+            m = m if mask.factor == 1 else m * mask.factor
+            added = m if added is None else added + m
+        else:
+            shown = m if mask.kind == "show" else m != 0 if mask.kind == "zero" else ~m
+            seen = shown if seen is None else seen & shown
+    if added is None or seen is None:
+        return seen if added is None else added
+    return torch.where(seen, added, -math.inf)
