@@ -7,6 +7,7 @@ if PathFinder.find_spec("llmos_kernels._C", __path__):
     from llmos_kernels._core import extension  # noqa: F401
 
 from llmos_kernels import integrations, nn  # noqa: F401  integrations adds rules to swap
+from llmos_kernels.integrations.compile.backend import compile_pass, compile_report
 from llmos_kernels.ops import _device  # noqa: F401  defines its op
 from llmos_kernels.ops.attention import scaled_dot_product_attention
 from llmos_kernels.ops.embedding import embedding_layer_norm
@@ -25,6 +26,8 @@ __version__ = "0.1.0"
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "compile_pass",
+    "compile_report",
     "embedding_layer_norm",
     "feed_forward",
     "int8_add_layer_norm",

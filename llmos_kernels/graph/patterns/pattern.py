@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -55,6 +56,7 @@ def probability(dropout: Any) -> float | None:
     """
     if dropout is None:
         return 0.0
+    p: Any
     if isinstance(dropout, nn.Module):
         if not is_plain_dropout(dropout):
             return None
@@ -63,6 +65,8 @@ def probability(dropout: Any) -> float | None:
         p, on = dropout
     if not on:
         return 0.0
+    if isinstance(p, torch.SymFloat):
+        p = float(p)  # Of a compiled graph with dynamic numbers: it is compiled for this one.
     return p if isinstance(p, (int, float)) and 0 <= p < 1 else None
 
 

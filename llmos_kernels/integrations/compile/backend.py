@@ -1,0 +1,160 @@
+"""The backend "llmos" of torch.compile, its report, and its pass for inductor."""
+
+import hashlib
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.fx import Graph, GraphModule
+
+from llmos_kernels.integrations.compile.rewriting import Outcome, rewrite, rewritten
+
+#: The backends that may follow, and all options with their defaults.
+_THEN = ("inductor", "aot_eager", "eager")
+_DEFAULTS: dict[str, Any] = {"then": "inductor", "prove": True, "min_gain": None}
+#: What became of each graph that was compiled, with the parameters among its inputs.
+_COMPILED: "list[tuple[list[weakref.ref[Any]], Outcome]]" = []
+_MOST_COMPILED = 4096
+
+
+def backend(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile a graph of Dynamo: the backend "llmos" of ``torch.compile``.
+
+    Args:
+        gm: the graph.
+        example_inputs: its inputs.
+        options: "then", the backend that gets the rewritten graph: "inductor" (default),
+            "aot_eager" or "eager", which needs no C++ compiler; "prove", whether results and
+            gradients are compared on ``example_inputs`` before (default True); "min_gain", what
+            the time of the graph over that of the rewritten one, both without the next backend, has
+            to be at least (default None: nothing is measured).
+        mode: None or "default".
+
+    Returns:
+        The compiled function.
+
+    Raises:
+        TypeError: an option has a value of another type.
+        ValueError: an option, a backend or a mode has no such name.
+
+    Example:
+        >>> compiled = torch.compile(model, backend="llmos", options={"then": "eager"})
+    """
+    chosen = checked(options or {})
+    if mode not in (None, "default"):
+        raise ValueError(f"mode must be None or 'default' for the backend llmos, got {mode!r}")
+    new, outcome = rewritten(gm, example_inputs, chosen["prove"], chosen["min_gain"])
+    parameters = [v for v in example_inputs if isinstance(v, nn.Parameter)]
+    _COMPILED.append(([weakref.ref(p) for p in parameters], outcome))
+    del _COMPILED[:-_MOST_COMPILED]
+    from torch._dynamo.backends.registry import lookup_backend
+
+    return lookup_backend(chosen["then"])(new, list(example_inputs))
+
+
+def checked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all options of the backend, or raise an error that names the choices."""
+    for name in options:
+        if name not in _DEFAULTS:
+            raise ValueError(
+                f"options of the backend llmos are {', '.join(_DEFAULTS)}, got {name!r}"
+            )
+    chosen = _DEFAULTS | dict(options)
+    if chosen["then"] not in _THEN:
+        raise ValueError(f"then must be one of {', '.join(_THEN)}, got {chosen['then']!r}")
+    if not isinstance(chosen["prove"], bool):
+        raise TypeError(f"prove must be a bool, got {chosen['prove']!r}")
+    gain = chosen["min_gain"]
+    if gain is not None and (isinstance(gain, bool) or not isinstance(gain, (int, float))):
+        raise TypeError(f"min_gain must be a number or None, got {gain!r}")
+    return chosen
+
+
+class CompilePass:
+    """Rewrites graphs inside of inductor: a value for ``pre_grad_custom_pass``."""
+
+    def __call__(self, graph: Graph) -> None:
+        gm = graph.owning_module
+        if gm is not None:
+            rewrite(gm)
+
+    def uuid(self) -> str:
+        """Return the key under which inductor caches what this pass has made."""
+        package = Path(__file__).parents[2]
+        sources = [*(package / "graph").rglob("*.py"), Path(__file__).with_name("rewriting.py")]
+        digest = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(sources)))
+        return f"llmos_kernels {digest.hexdigest()}"
+
+
+def compile_pass() -> CompilePass:
+    """Return a pass for inductor that puts fused calls into graphs before it compiles them.
+
+    Nothing is proved or measured: for that there is the backend "llmos".
+
+    Returns:
+        A callable for ``torch._inductor.config.pre_grad_custom_pass``.
+
+    Example:
+        >>> options = {"pre_grad_custom_pass": llmos_kernels.compile_pass()}
+        >>> compiled = torch.compile(model, options=options)
+    """
+    return CompilePass()
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What the backend "llmos" made of a model's graphs.
+
+    Args:
+        graphs: what became of each graph.
+        breaks: why Dynamo has ended graphs in this process, with how often.
+    """
+
+    graphs: tuple[Outcome, ...]
+    breaks: dict[str, int]
+
+    def __str__(self) -> str:
+        lines = []
+        for i, graph in enumerate(self.graphs):
+            kept = f", kept: {graph.why_not}" if graph.why_not else ""
+            lines.append(f"graph {i}: {len(graph.found)} sites{kept}")
+            lines += [f"  {site}" for site in graph.found]
+            lines += [f"  stays: {why}" for why in graph.missed]
+        lines += [f"graph break, {n} times: {why}" for why, n in self.breaks.items()]
+        return "\n".join(lines) or "nothing was compiled by the backend llmos"
+
+
+def compile_report(model: nn.Module) -> CompileReport:
+    """Return what the backend "llmos" has made of ``model`` so far.
+
+    Args:
+        model: a module that ``torch.compile`` has compiled, or its original; it has run.
+
+    Returns:
+        For each graph the sites with file and line, what was not replaced and why, and the graph
+        breaks that Dynamo has counted.
+
+    Raises:
+        TypeError: ``model`` is no module.
+
+    Example:
+        >>> compiled = torch.compile(model, backend="llmos", options={"then": "eager"})
+        >>> y = compiled(x)
+        >>> print(llmos_kernels.compile_report(compiled))
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    from torch._dynamo.utils import counters
+
+    mine = {id(p) for p in model.parameters()}
+    graphs = [o for owned, o in _COMPILED if not mine or any(id(p()) in mine for p in owned)]
+    return CompileReport(tuple(graphs), dict(counters["graph_break"]))
