@@ -130,7 +130,7 @@ def _are_weights(node: Any) -> bool:
 
 
 def _rank(node: Any) -> int | None:
-    return getattr(node.meta.get("example_value"), "ndim", None)
+    return getattr(getattr(node, "meta", {}).get("example_value"), "ndim", None)
 
 
 def broadcast_size(last: int, *tensors: Tensor) -> int:

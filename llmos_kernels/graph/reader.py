@@ -113,7 +113,7 @@ class Reader:
 
     def rank(self, node: Node) -> int | None:
         """Return the number of dimensions of what ``node`` computes, or None."""
-        return getattr(node.meta.get("example_value"), "ndim", None)
+        return getattr(getattr(node, "meta", {}).get("example_value"), "ndim", None)
 
     def is_alone(self, node: Node) -> bool:
         """Return True if one node uses ``node``, once."""

@@ -27,6 +27,8 @@ _HARMLESS = frozenset(
 )
 #: Modules of Python whose functions change nothing.
 _HARMLESS_MODULES = frozenset(("math", "operator", "_operator", "_functools", "itertools"))
+#: Modules of Python whose code is not looked at.
+_HARMLESS_LIBRARIES = frozenset(("enum", "inspect", "typing"))
 #: What the methods of change nothing, but for those whose names say so.
 _DATA = (*PLAIN, tuple, list, dict, set, frozenset, type)
 
@@ -60,6 +62,8 @@ def watching(is_ours: Callable[[FrameType], bool]) -> Iterator[Effects]:
         if frame is None:
             return False
         top = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if top in _HARMLESS_LIBRARIES:
+            return True
         if top in sys.stdlib_module_names:  # Of torch's if torch calls it.
             return is_foreign(frame.f_back)
         return top == "torch" or is_ours(frame)

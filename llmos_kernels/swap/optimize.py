@@ -108,7 +108,10 @@ def optimize(
         judged = [c.model for c in models if not c.why_not]
         judged += [c.module for c in modules if not c.why_not]
         objects = [c.module for c in modules if isinstance(c.rule, HandwrittenRule)]
-        captured = capture(model, judged, run, with_objects=objects)
+        try:
+            captured = capture(model, judged, run, with_objects=objects)
+        except Exception:  # The model can run but once: its modules get example calls.
+            captured = {}
         judges = _Judges(verify, always, captured)
         of_models = [judges.of_model(c) for c in models]
         # Innermost first: a module is timed with what was decided for those in it.

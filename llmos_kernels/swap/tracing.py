@@ -173,7 +173,7 @@ def _bound(forward: Any, given: dict[str, Any]) -> tuple[list[Any], dict[str, An
 
 def is_torchs_or_ours(module: nn.Module) -> bool:
     """Return True if the class of ``module`` is one of torch's, or a drop-in of such a class."""
-    return type(module).__module__.startswith(("torch.nn.", "llmos_kernels.nn"))
+    return str(type(module).__module__).startswith(("torch.nn.", "llmos_kernels.nn"))
 
 
 def signature(module: nn.Module) -> Any:

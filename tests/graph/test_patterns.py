@@ -61,6 +61,25 @@ def test_a_write_after_attention_is_no_hindrance():
     check(module, *args, extent="inference")
 
 
+@models.attention
+def by_torch(self, q, k, v, mask):
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=0.3)
+
+
+@models.attention
+def causal_by_torch(self, q, k, v, mask):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[-2] > 1)
+
+
+@pytest.mark.parametrize("cls", [by_torch, causal_by_torch], ids=lambda cls: cls.__name__)
+def test_attention_of_torch_is_found(cls):
+    torch.manual_seed(0)
+    module, args = cls(), (torch.randn(2, 9, 32), mask_of())
+    (found,) = plan(module, *args).found
+    assert found.startswith("attention: scaled_dot_product_attention at test_patterns.py:")
+    check(module, *args)
+
+
 def forward(function, **parts):
     """Return a module with ``parts`` whose forward is ``function``."""
     module = type(function.__name__, (nn.Module,), {"forward": function})()

@@ -137,9 +137,10 @@ def _leading(
         if {3, 4} != {*map(len, shapes)} or shapes[0][-2:] != shapes[1][-2:]:
             raise NoMatch("its logits are viewed in another shape")
     leading = next((v.get("sizes")[:-2] for v in walk.views if len(v.get("sizes")) == 4), None)
-    if leading is None or -1 in leading or not walk.is_plain:
+    flat = reader.rank(logits) == 3, reader.rank(mixed) == 3
+    if leading is None or not any(flat) or not walk.is_plain:
         raise NoMatch("batch and heads of its logits are not known")
-    return leading, (reader.rank(logits) == 3, reader.rank(mixed) == 3)
+    return leading, flat
 
 
 class _Factors(NamedTuple):

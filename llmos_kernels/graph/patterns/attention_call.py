@@ -72,6 +72,7 @@ class AttentionCall(Call):
     ) -> bool:
         if leading:
             flat = [query, key] * self.flat[0] + [value] * self.flat[1]
+            leading = _known(leading, flat[0].shape[0])
             flat += [m for mask, m in zip(self.masks, masks, strict=True) if mask.flat]
             count = math.prod(leading)
             if any(t.ndim != 3 or t.shape[0] not in (1, count) for t in flat):
@@ -146,6 +147,7 @@ class AttentionCall(Call):
         leading: tuple[int, ...],
     ) -> Any:
         if leading:
+            leading = _known(leading, (query if self.flat[0] else value).shape[0])
             query, key, value, masks = self._with_heads(query, key, value, masks, leading)
         query, key, value = self._in_place(query, key, value)
         scale = self.scale
@@ -164,6 +166,14 @@ class AttentionCall(Call):
         if not self.with_weights:
             return out
         return out, lazy_weights(query, key, mask, scale)
+
+
+def _known(leading: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """Return batch and heads, of which one may be given as -1, for ``count`` of both together."""
+    if -1 not in leading:
+        return leading
+    others = -math.prod(leading)
+    return tuple(count // others if n == -1 else n for n in leading)
 
 
 def _broadcast(a: torch.Size, b: torch.Size) -> tuple[int, ...]:
