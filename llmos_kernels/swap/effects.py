@@ -7,6 +7,7 @@ looked at, too, whichever library they come from.
 
 import dis
 import functools
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,6 +87,8 @@ def watching(is_ours: Callable[[FrameType], bool]) -> Iterator[Effects]:
             effects.found.extend(_of_builtin(arg))
 
     before = sys.gettrace(), sys.getprofile()
+    collects = gc.isenabled()
+    gc.disable()  # What runs when objects are collected is not the forward's.
     sys.setprofile(profile)
     sys.settrace(trace_call)
     try:
@@ -93,6 +96,8 @@ def watching(is_ours: Callable[[FrameType], bool]) -> Iterator[Effects]:
     finally:
         sys.settrace(before[0])
         sys.setprofile(before[1])
+        if collects:
+            gc.enable()
         for (code, line), variables in lines.items():
             effects.found.extend(_of_line(code, line, (code, line) in effects.recorded))
             effects.read_globals.extend(_globals_of_line(code, line, variables))

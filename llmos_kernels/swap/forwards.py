@@ -98,6 +98,55 @@ def side_effect(module: nn.Module) -> str:
     return next(_effects(module), "")
 
 
+def may_have_effects(module: nn.Module) -> bool:
+    """Return True if a line of the forward of ``module``, or of a method it calls, has an effect.
+
+    Less strict than ``side_effect``: the code may define functions and generators, which are looked
+    at, too.
+    """
+    for function in _functions(module):
+        if function is None:
+            return True
+        if any(not _is_plain(v) for n in _names(function) for v in _instance_values(module, n)):
+            return True
+        codes = [function.__code__]
+        while codes:
+            code = codes.pop()
+            codes += [c for c in code.co_consts if isinstance(c, CodeType)]
+            for instruction in dis.get_instructions(code):
+                name, value = instruction.opname, instruction.argval
+                if name in EFFECTS and name not in ("YIELD_VALUE", "STORE_DEREF"):
+                    return True
+                if name.startswith("INPLACE_") or (
+                    name == "BINARY_OP" and "=" in instruction.argrepr
+                ):
+                    return True
+                if name in _LOADS_ATTRIBUTE and changes(value):
+                    return True
+                if name == "LOAD_GLOBAL" and not _is_harmless(function, value):
+                    return True
+        constants_of_code = function.__code__.co_consts
+        if any("out" in c for c in constants_of_code if isinstance(c, tuple)):
+            return True
+        strings = (c for c in constants_of_code if isinstance(c, str))
+        if {"getattr", "hasattr"} & {*function.__code__.co_names} and any(map(changes, strings)):
+            return True
+    return False
+
+
+def reaches_outside(module: nn.Module) -> bool:
+    """Return True if the forward of ``module`` names something that others may see it change.
+
+    That is a list or dict of its Python module, or what prints or opens files.
+    """
+    for function in filter(None, _functions(module)):
+        for name in _names(function):
+            value = function.__globals__.get(name)
+            if name in ("input", "open", "print") or isinstance(value, (list, dict, set)):
+                return True
+    return False
+
+
 def has_branches(module: nn.Module) -> bool:
     """Return True if the forward of ``module``, or a method it calls, has a branch or a loop."""
     instructions = (i for f in _functions(module) if f for i in dis.get_instructions(f))

@@ -105,6 +105,13 @@ def optimize(
             if (candidate := rules.classify(m, n, ancestors(model, n), seen.get(m, ())))
         ]
         models = [c for c in models if not (c.why_not and _has_attention(c.model, modules))]
+        # Their attention is chosen by name: what the matcher misses in them is no attention.
+        chosen = {m for c in models if not c.why_not for m in c.model.modules()}
+        modules = [
+            c
+            for c in modules
+            if not (c.why_not and c.module in chosen and isinstance(c.rule, HandwrittenRule))
+        ]
         judged = [c.model for c in models if not c.why_not]
         judged += [c.module for c in modules if not c.why_not]
         objects = [c.module for c in modules if isinstance(c.rule, HandwrittenRule)]

@@ -30,7 +30,7 @@ BRANCHES = {
     "dtype": "self.body(x.float() * 2 if x.dtype == torch.float64 else x)",
 }
 #: What a drop-in compares itself.
-DECIDED_AT_EACH_CALL = ("dtype",)
+DECIDED_AT_EACH_CALL = ("dtype", "shape", "size()", "ndim", "dim()", "numel()")
 INPUTS = {
     "long": torch.randn(2, 70, D),
     "many": torch.randn(70, 3, D),

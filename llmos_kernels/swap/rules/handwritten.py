@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from llmos_kernels.swap.calls import ModuleCall
-from llmos_kernels.swap.forwards import names_in
+from llmos_kernels.swap.forwards import may_have_effects, names_in, reaches_outside
 from llmos_kernels.swap.generated_class import GeneratedClass, generate_class
 from llmos_kernels.swap.plans import NOT_RUN, Plan, Plans, arguments_of, plan_of, run
 from llmos_kernels.swap.proof import Replicas, judge
@@ -37,6 +37,8 @@ class FusedForward(GeneratedClass):
     _plans: Plans
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # The backend "llmos" finds the same in the stock code.
+            return self._replaced.forward(self, *args, **kwargs)
         arguments = arguments_of(self._replaced, args, kwargs)
         if arguments is not None:
             result = run(self._plans, self, self._replaced, arguments)
@@ -60,7 +62,7 @@ class HandwrittenRule(Rule):
 
     def match_called(self, module: nn.Module, calls: Sequence[ModuleCall]) -> Match | None:
         cls: Any = type(module)
-        if not has_own_forward(module):
+        if not has_own_forward(module) or reaches_outside(module):
             return None
         drop_in: Any = fused_forward(cls)
         made = (_plan(drop_in._plans, module, cls, call) for call in calls or guesses(module))
@@ -68,10 +70,10 @@ class HandwrittenRule(Rule):
         sites = tuple(dict.fromkeys(s for p in plans for s in p.found))
         if sites:
             return Match(drop_in, sites=sites)
-        if not _ATTENTION & names_in(module):
+        missed = [m for p in plans for m in p.missed]
+        if not missed or not _ATTENTION & names_in(module):
             return None
-        missed = next((m for p in plans for m in p.missed), "its inputs are unknown: pass inputs=")
-        return Match(drop_in, why_not=missed)
+        return Match(drop_in, why_not=missed[0])
 
     def why_not(self, module: Any) -> str:
         rates = [m.p for m in module.children() if isinstance(m, nn.Dropout)]
@@ -151,7 +153,7 @@ def guesses(module: nn.Module, size: tuple[int, int] | None = None) -> Iterator[
         for p in parameters
         if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     ]
-    if not needed or any("mask" in name for name in needed):
+    if not needed or any("mask" in name for name in needed) or may_have_effects(module):
         return
     options = tensor_options(module) | {"device": "meta"}
     copied = replica(module, device="meta")
