@@ -114,9 +114,9 @@ class Report:
         """Return a line for each place in a forward that was found, with file and line.
 
         Example:
-            >>> report = llmos_kernels.optimize(model, inputs=(x, mask))
-            >>> report.sites()[0]
-            'attention in layers.0.attention: softmax at handwritten.py:30'
+            >>> model = torch.nn.Sequential(torch.nn.LayerNorm(64))
+            >>> llmos_kernels.optimize(model, verify=False).sites()  # It has no code of its own.
+            []
         """
         lines = []
         for e in self.entries:

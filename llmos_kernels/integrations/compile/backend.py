@@ -47,7 +47,8 @@ def backend(
         ValueError: an option, a backend or a mode has no such name.
 
     Example:
-        >>> compiled = torch.compile(model, backend="llmos", options={"then": "eager"})
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU())
+        >>> compiled = torch.compile(model, backend=backend, options={"then": "eager"})
     """
     chosen = checked(options or {})
     if mode not in (None, "default"):
@@ -105,7 +106,7 @@ def compile_pass() -> CompilePass:
 
     Example:
         >>> options = {"pre_grad_custom_pass": llmos_kernels.compile_pass()}
-        >>> compiled = torch.compile(model, options=options)
+        >>> compiled = torch.compile(torch.nn.Linear(8, 8), options=options)
     """
     return CompilePass()
 
@@ -147,9 +148,8 @@ def compile_report(model: nn.Module) -> CompileReport:
         TypeError: ``model`` is no module.
 
     Example:
-        >>> compiled = torch.compile(model, backend="llmos", options={"then": "eager"})
-        >>> y = compiled(x)
-        >>> print(llmos_kernels.compile_report(compiled))
+        >>> print(compile_report(torch.nn.Linear(8, 8)))
+        nothing was compiled by the backend llmos
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
