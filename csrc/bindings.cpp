@@ -26,8 +26,6 @@ PYBIND11_MODULE(_C, m) {
       },
       "Return the CPU levels (ISAs) that this machine can run, lowest first.");
   m.def("is_intel", &llmos::is_intel, "Return True if the CPU is made by Intel.");
-  m.def("has_vnni", &llmos::has_vnni,
-        "Return True if int8 kernels read the weight in VNNI layout.");
 
   py::register_exception<llmos::pack::Unusable>(m, "Unusable", PyExc_RuntimeError);
   using llmos::pack::Descriptor, llmos::pack::PackedKernel, llmos::pack::Variant;

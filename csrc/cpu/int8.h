@@ -3,18 +3,19 @@
 //     out[i][j] = activation(input_scale[i] * weight_scale[j] * s[i][j] + bias[j]),
 //     s[i][j] = sum over k of input[i][k] weight[j][k]
 //
-// llmos_kernels/ops/int8.py has the reference. vpdpbusd multiplies uint8 by int8, so with VNNI one
-// operand is stored as uint8 = int8 + 128 (zero point 128), and 128 times the sum of the other
-// operand is subtracted from the result: the zero-point correction.
+// llmos_kernels/ops/int8.py has the reference. vpdpbusd multiplies uint8 by int8, so the weight's
+// VNNI layout has uint8 = int8 + 128 (zero point 128). With VNNI, 128 times the sum of the other
+// operand is subtracted from the result: the zero-point correction. Without it, kernels undo the
+// zero point as they read the weight (kernels/int8_product.h).
 #pragma once
 
 #include "linear.h"
 
 namespace llmos {
 
-// Packs a weight [outer][inner] into the VNNI layout of the ISA in use: micro-panels of columns of
-// out, [micro-panel][word][column]. A word has 32 bits: four int8 or two int16 that follow each
-// other in a row of the weight (kernels/vnni_layout.h).
+// Packs a weight [outer][inner] into VNNI layout, the same for every ISA: micro-panels of 64
+// columns of out, [micro-panel][word][column]. A word has 32 bits: four elements, with their zero
+// point, that follow each other in a row of the weight.
 struct Int8VnniWeightArgs {
   using Task = GemmTask;  // [begin, end) are micro-panels.
   Matrix<int8_t> weight;
@@ -37,7 +38,8 @@ struct Int8GemmArgs {
   Matrix<int8_t> input;
   const void* vnni_weight;
   const float *input_scale, *weight_scale;  // [rows] and [outer].
-  const int32_t* row_corrections;           // Zero-point corrections of the weight, [rows].
+  // Zero-point corrections of the weight, [rows]; unused without VNNI.
+  const int32_t* row_corrections;
   // Zero-point corrections of a uint8 input, [outer]; null for an int8 input.
   const int32_t* column_corrections;
   Int8Outliers outliers;

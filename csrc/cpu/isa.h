@@ -77,8 +77,8 @@ inline Isa isa_in_use() {
   return isa;
 }
 
-// Return true if int8 kernels multiply four int8 pairs per lane (vpdpbusd, AMX). They then read the
-// weight in VNNI layout.
+// Return true if int8 kernels multiply four int8 pairs per lane (vpdpbusd, AMX), which takes
+// zero-point corrections.
 inline bool has_vnni() { return isa_in_use() >= Avx512Bf16; }
 
 }  // namespace llmos

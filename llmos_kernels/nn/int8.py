@@ -32,8 +32,8 @@ class Int8Linear(nn.Linear):
     it, or to its ``data``, quantizes the new values; a write in place raises. Input and bias get
     gradients.
 
-    On CPUs that need the weight in VNNI layout a copy in that layout is stored as well. It is made
-    again when ``weight_int8`` is replaced or written to; a write through ``.data`` is not noticed.
+    On CPUs a copy of the weight in VNNI layout is stored as well. It is made again when
+    ``weight_int8`` is replaced or written to; a write through ``.data`` is not noticed.
     Compiled graphs make it at each call.
 
     Args:

@@ -2,7 +2,8 @@
 
 The weight [out, in] becomes panels of VNNI_OUTPUTS rows. In a panel, VNNI_INPUTS consecutive
 elements of a row stand next to each other, as the dot-product instructions take them. They are
-stored as uint8 = int8 + 128, because those instructions multiply uint8 by int8.
+stored as uint8 = int8 + 128, because those instructions multiply uint8 by int8. CPUs without these
+instructions read the same layout, and take the 128 off again.
 """
 
 import sys
@@ -51,7 +52,7 @@ def int8_vnni_weight(weight_int8: Tensor) -> Tensor | None:
 
     Returns:
         A copy of the weight's size, for this process alone: its layout is not an interface. None on
-        devices other than the CPU, and on CPUs whose ISA has no VNNI.
+        devices other than the CPU, and without the compiled extension.
 
     Raises:
         TypeError: The weight is not int8.
@@ -65,7 +66,6 @@ def int8_vnni_weight(weight_int8: Tensor) -> Tensor | None:
     check_int8(weight_int8=weight_int8)
     if weight_int8.ndim != 2:
         raise ValueError(f"weight_int8 must be [out, in], got {list(weight_int8.shape)}")
-    extension = sys.modules.get("llmos_kernels._C")
-    if weight_int8.device.type != "cpu" or extension is None or not extension.has_vnni():
+    if weight_int8.device.type != "cpu" or "llmos_kernels._C" not in sys.modules:
         return None
     return _to_vnni(weight_int8.detach())

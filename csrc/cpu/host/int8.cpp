@@ -16,10 +16,8 @@ namespace {
 constexpr double kQuantizeWork = 16;
 constexpr float kMaxInt8 = 127, kMaxUint8 = 255;
 
-int64_t words_of(int64_t elements) {
-  const int64_t per_word = has_vnni() ? 4 : 2;
-  return (elements + per_word - 1) / per_word;
-}
+// The words of VNNI layout that hold so many elements.
+int64_t words_of(int64_t elements) { return (elements + 3) / 4; }
 
 int64_t micro_panels_of(int64_t columns) {
   const int64_t micro_panel = task_kernel<Int8VnniWeightArgs>.best()->block;
@@ -33,7 +31,6 @@ void pack_weight(const Matrix<int8_t>& weight, void* vnni_weight, int64_t inner,
 }
 
 Tensor vnni_weight_of(const Tensor& weight_) {
-  STD_TORCH_CHECK(has_vnni(), "int8_vnni_weight: the ISA in use has no VNNI instructions");
   const Tensor weight = llmos::contiguous(weight_);
   const int64_t outer = weight.size(0), inner = weight.size(1);
   const int64_t columns = task_kernel<Int8VnniWeightArgs>.best()->block;
@@ -159,7 +156,7 @@ Tensor int8_matmul(const Tensor& a_, const Tensor& b, const Tensor& a_scale_, co
   }
   const Matrix<int8_t> input{is_unsigned ? shifted.data() : data<int8_t>(a), inner, 1};
   std::vector<int32_t> row_corrections;
-  if (!uses_gemv(rows, vnni_weight.has_value(), false))
+  if (has_vnni() && !uses_gemv(rows, vnni_weight.has_value(), false))
     row_corrections = corrections_of(input, rows);
   for_dtype(dtype, [&](auto t) {
     Int8GemmArgs<decltype(t)> args{};

@@ -4,42 +4,39 @@
 
 #include "epilogue.h"
 #include "gemv.h"
+#include "int8_product.h"
 
 namespace llmos {
 namespace {
 
 using U = WordOf<int8_t>;
-constexpr int64_t kMicroPanel = 4 * kLanes;  // Columns of out in a micro-panel.
-// Rows whose epilogue runs while their sums are in the L1 cache.
-constexpr int64_t kGroup = kUsesAmx<U> ? 32 : 12;
 
 struct Int8VnniWeightKernel {
   static constexpr int64_t kBlock = kMicroPanel;
   const Int8VnniWeightArgs& a;
   const int64_t n;
-  U* row_buffer;
+  Int8x4* row_buffer;
 
   Int8VnniWeightKernel(const Int8VnniWeightArgs& a, Scratch scratch)
-      : a(a), n(words<U>(a.inner)), row_buffer(scratch.take<U>(kLanes * n)) {}
+      : a(a), n(words<Int8x4>(a.inner)), row_buffer(scratch.take<Int8x4>(kLanes * n)) {}
   static int64_t scratch(const Int8VnniWeightArgs& a) {
-    return Scratch::size<U>(kLanes * words<U>(a.inner));
+    return Scratch::size<Int8x4>(kLanes * words<Int8x4>(a.inner));
   }
 
   void run(const GemmTask& task) {
-    constexpr bool kIsPacked = std::is_same_v<Element<U>, int8_t>;
     for (int64_t micro_panel = task.begin; micro_panel < task.end; ++micro_panel) {
-      U* to = static_cast<U*>(a.vnni_weight) + micro_panel * n * kMicroPanel;
+      Int8x4* to = static_cast<Int8x4*>(a.vnni_weight) + micro_panel * n * kMicroPanel;
       for (int64_t j = 0; j < kMicroPanel; j += kLanes) {
-        const U* rows[kLanes];
+        const Int8x4* rows[kLanes];
         for (int64_t i = 0; i < kLanes; ++i) {
           const int64_t row = micro_panel * kMicroPanel + j + i;
           rows[i] = row_buffer + i * n;
           if (row >= a.outer)
-            std::fill_n(row_buffer + i * n, n, U{});
-          else if (kIsPacked && a.inner % kPerWord<U> == 0)
-            rows[i] = reinterpret_cast<const U*>(a.weight.at(row, 0));
+            std::fill_n(row_buffer + i * n, n, Int8x4{});
+          else if (a.inner % kPerWord<Int8x4> == 0)
+            rows[i] = reinterpret_cast<const Int8x4*>(a.weight.at(row, 0));
           else
-            pack_row(a.weight.at(row, 0), a.inner, n * kPerWord<U>, row_buffer + i * n);
+            pack_row(a.weight.at(row, 0), a.inner, n * kPerWord<Int8x4>, row_buffer + i * n);
         }
         transpose_rows(rows, n, to + j, kMicroPanel);
       }
@@ -69,66 +66,51 @@ struct ScaledSums {
 
 template <class T>
 struct Int8GemmKernel {
-  static constexpr int64_t kBlock = kMicroPanel;
-  // An int8 row is in VNNI layout as it is.
-  static constexpr bool kIsPacked = std::is_same_v<Element<U>, int8_t>;
+  static constexpr int64_t kBlock = kMicroPanel, kPanel = Int8Product::kPanel;
+  static constexpr int64_t kRows = Int8Product::kRows, kGroup = Int8Product::kGroup;
   const Int8GemmArgs<T>& a;
-  const int64_t n;
   // Whether to prefetch out: it is too large for the L2 cache, and a group has few rows.
   const bool prefetches;
-  U* left;        // [kBlockRows][word]
-  int32_t* sums;  // [kGroup][kMicroPanel]
+  Int8Product product;
   // Weights of outliers, [outlier][kMicroPanel], and their products, [kGroup][kMicroPanel].
   float *weights, *outlier_sums;
 
   Int8GemmKernel(const Int8GemmArgs<T>& a, Scratch scratch)
       : a(a),
-        n(words<U>(a.inner)),
         prefetches(!kUsesAmx<U> && a.rows * a.outer * int64_t(sizeof(T)) > int64_t(1) << 20),
-        left(scratch.take<U>(kBlockRows * n)),
-        sums(scratch.take<int32_t>(kGroup * kMicroPanel)),
+        product(scratch, a.inner),
         weights(scratch.take(a.outliers.count * kMicroPanel)),
         outlier_sums(scratch.take(kGroup * kMicroPanel)) {}
   static int64_t scratch(const Int8GemmArgs<T>& a) {
-    return Scratch::size<U>(kBlockRows * words<U>(a.inner)) +
-           Scratch::size<int32_t>(kGroup * kMicroPanel) +
-           Scratch::size(a.outliers.count * kMicroPanel) + Scratch::size(kGroup * kMicroPanel);
+    return Int8Product::scratch(a.inner) + Scratch::size(a.outliers.count * kMicroPanel) +
+           Scratch::size(kGroup * kMicroPanel);
   }
 
   void run(const GemmTask& task) {
     with_activation(a.epilogue.activation, [&](auto activation) {
-      for (int64_t row = task.begin; row < task.end; row += kBlockRows)
-        rows<activation>(row, std::min(kBlockRows, task.end - row), task.first_column,
-                         task.columns);
+      for (int64_t row = task.begin; row < task.end; row += kRows)
+        rows<activation>(row, std::min(kRows, task.end - row), task.first_column, task.columns);
     });
   }
 
   template <Activation kActivation>
   void rows(int64_t first_row, int64_t rows, int64_t first, int64_t columns) {
-    const U* from = left;
-    int64_t step = n;
-    if (kIsPacked && (a.inner | a.input.row_stride) % kPerWord<U> == 0) {
-      from = reinterpret_cast<const U*>(a.input.at(first_row, 0));
-      step = a.input.row_stride / kPerWord<U>;
-    } else {
-      for (int64_t r = 0; r < rows; ++r)
-        pack_row(a.input.at(first_row + r, 0), a.inner, n * kPerWord<U>, left + r * n);
-    }
+    product.take_rows(a.input, first_row, rows);
     const Int8Outliers& outliers = a.outliers;
     for (int64_t j = first; j < first + columns; j += kMicroPanel) {
-      const U* right = static_cast<const U*>(a.vnni_weight) + j * n;
+      const auto* panel = static_cast<const Int8x4*>(a.vnni_weight) + j * words<Int8x4>(a.inner);
       const int64_t count = std::min(kMicroPanel, first + columns - j);
-      const int64_t vectors = to_vectors(count) / kLanes;
-      if (outliers.count) unpack_outlier_weights(right);
+      product.take_panel(panel, count);
+      if (outliers.count) unpack_outlier_weights(panel);
       for (int64_t r = 0; r < rows; r += kGroup) {
         const int64_t row = first_row + r, group = std::min(kGroup, rows - r);
         if (prefetches) prefetch_out(row, group, j, count);
-        small_gemm<U, false, Update::Replace>(group, vectors, n, from + r * step, step, right,
-                                              kMicroPanel, sums, kMicroPanel);
+        const int32_t* sums = product.sums(r, group);
         if (outliers.count)
           small_gemm_in_parts<float, false, Update::Replace>(
-              group, vectors, outliers.count, outliers.values + row * outliers.count,
-              outliers.count, weights, kMicroPanel, outlier_sums, kMicroPanel);
+              group, to_vectors(count) / kLanes, outliers.count,
+              outliers.values + row * outliers.count, outliers.count, weights, kMicroPanel,
+              outlier_sums, kMicroPanel);
         apply_epilogue<kActivation>(
             a, row, group, j, count,
             ScaledSums{sums, kMicroPanel, a.input_scale + row, a.weight_scale + j,
@@ -147,15 +129,13 @@ struct Int8GemmKernel {
   }
 
   // Convert a micro-panel's weights of outlier columns to float32.
-  void unpack_outlier_weights(const U* packed) {
-    constexpr int kBits = 32 / kPerWord<U>;
+  void unpack_outlier_weights(const Int8x4* panel) {
     for (int64_t i = 0; i < a.outliers.count; ++i) {
       const int64_t k = a.outliers.index[i];
-      const int shift = 32 - kBits * (1 + int(k % kPerWord<U>));
+      const int shift = 24 - 8 * int(k % 4);
       for (int64_t j = 0; j < kMicroPanel; j += kLanes) {
-        U32 words = load_bits<U32>(packed + k / kPerWord<U> * kMicroPanel + j);
-        if (kZeroPoint) words ^= 0x80808080;
-        const I32 whole = I32(words << shift) >> (32 - kBits);
+        const U32 words = load_bits<U32>(panel + k / 4 * kMicroPanel + j) ^ 0x80808080;
+        const I32 whole = I32(words << shift) >> 24;
         store(weights + i * kMicroPanel + j, __builtin_convertvector(whole, F32));
       }
     }

@@ -20,6 +20,8 @@ template <class Word>
     return acc + U32(_mm512_madd_epi16(__m512i(a), __m512i(b)));
 #elif defined(__AVX2__)
     return acc + U32(_mm256_madd_epi16(__m256i(a), __m256i(b)));
+#elif defined(__SSE2__)
+    return acc + U32(_mm_madd_epi16(__m128i(a), __m128i(b)));
 #else
     const I32 high = (I32(a) >> 16) * (I32(b) >> 16);
     return acc + U32(high + (I32(a << 16) >> 16) * (I32(b << 16) >> 16));

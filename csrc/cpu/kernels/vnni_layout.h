@@ -5,7 +5,8 @@
 //
 //     float32, float16   one float
 //     bfloat16           two bfloat16 with vdpbf16ps or AMX, else one float
-//     int8               four int8 with vpdpbusd or AMX, else two int16; sums are int32
+//     int8               four int8 with vpdpbusd or AMX, else two int16; sums are int32.
+//                        GEMMs read weights of four int8 on every ISA (int8_product.h)
 //
 // Comments give layouts as [word][row] or [row][word], outer dimension first.
 #pragma once
