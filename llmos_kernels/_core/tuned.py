@@ -9,6 +9,8 @@ from pathlib import Path
 
 #: The settings that come with the package.
 FOLDER = Path(__file__).parents[1] / "tuned"
+#: How the names of files begin that hold rules instead of measured times.
+RULES = "products"
 
 
 def folders() -> list[Path]:

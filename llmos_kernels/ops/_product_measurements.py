@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from llmos_kernels._core.tuned import folders
+from llmos_kernels._core.tuned import RULES, folders
 from llmos_kernels.ops._cpu_facts import ATEN, MKL, ONEDNN
 
 __all__: list[str] = []
@@ -119,7 +119,7 @@ def read(path: Path) -> dict:
             raise ValueError(f"commit {table['commit']!r}, expected a string")
         for grid in table["products"]:
             _check_grid(grid)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{path}: {type(e).__name__}: {e}") from e
     return table
 
@@ -129,7 +129,7 @@ def tables() -> list[tuple[Path, dict]]:
     """Return every readable file, the user's first; warn of each that is not."""
     found = []
     for path in (p for folder in folders() for p in sorted((folder / "cpu").glob("*.json"))):
-        if path.name.startswith("products"):  # Rules, which ``_product_policy`` reads.
+        if path.name.startswith(RULES):  # Which ``_product_policy`` reads.
             continue
         try:
             found.append((path, read(path)))

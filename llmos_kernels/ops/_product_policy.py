@@ -24,13 +24,14 @@ import functools
 import itertools
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from llmos_kernels._core.tuned import folders
+from llmos_kernels._core.tuned import RULES, folders
 from llmos_kernels.ops._cpu_facts import ATEN, MKL, ONEDNN, cpu, torch_library
 from llmos_kernels.ops._product_measurements import (
     DIRECTIONS,
@@ -91,7 +92,7 @@ def read(path: Path, kind: str) -> list[dict]:
             raise ValueError(f"format {table['format']}, expected {FORMAT}")
         for entry in table["products"]:
             _check(entry, kind)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{path}: {type(e).__name__}: {e}") from e
     return table["products"]
 
@@ -119,8 +120,14 @@ def _check(entry: dict, kind: str) -> None:
 
 @functools.cache
 def _entries(kind: str) -> list[dict]:
-    paths = [p for folder in folders() for p in sorted((folder / kind).glob("products*.json"))]
-    return [entry for path in paths for entry in read(path, kind)]
+    """Return the rules of every readable file, the user's first; warn of each that is not."""
+    found: list[dict] = []
+    for path in (p for f in folders() for p in sorted((f / kind).glob(f"{RULES}*.json"))):
+        try:
+            found += read(path, kind)
+        except ValueError as e:
+            warnings.warn(f"{e}; its rules are not used", RuntimeWarning, stacklevel=2)
+    return found
 
 
 def _facts(device: torch.device, library: str, threads: int) -> dict:

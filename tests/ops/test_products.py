@@ -382,3 +382,17 @@ def test_tiles_are_left_as_they_were():
         lk.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
         assert torch.equal(F.scaled_dot_product_attention(heads, heads, heads), attention)
         assert torch.equal(_products.linear_forward(x, w, None, NONE, 0.0, None, False)[0], ours)
+
+
+def test_malformed_rules_are_left_out(tmp_path, monkeypatch):
+    """A foreign file, or measured times under the name of rules, change no answer but warn."""
+    anew(monkeypatch)
+    before = _product_policy.choose("forward", torch.float32, CPU, 8, 8, 8)
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "products-times.json").write_text('{"format": 1, "products": [{}]}')
+    (tmp_path / "cpu" / "products-deep.json").write_text("[" * 200_000)
+    monkeypatch.setenv("LLMOS_TUNED", str(tmp_path))
+    anew(monkeypatch)
+    with pytest.warns(RuntimeWarning, match="its rules are not used") as caught:
+        assert _product_policy.choose("forward", torch.float32, CPU, 8, 8, 8) == before
+    assert len(caught) == 2
