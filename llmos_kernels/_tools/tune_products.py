@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llmos_kernels._core import registry
 from llmos_kernels._core.timing import interval, samples
-from llmos_kernels._core.tuned import folders
+from llmos_kernels._core.tuned import RULES, folders
 from llmos_kernels._tools import checksums
 from llmos_kernels.ops import _cpu_facts, _products, linear
 from llmos_kernels.ops import _product_measurements as measurements
@@ -262,7 +262,8 @@ def tune_this_cpu(dtypes: Sequence[torch.dtype], path: Path | None, seconds: flo
         seconds: About how long to measure.
 
     Raises:
-        ValueError: There is no C++ extension, or the folder cannot be written to.
+        ValueError: There is no C++ extension, ``seconds`` is negative or not finite, ``path`` is a
+            folder or named as a file of rules is, or its folder cannot be written to.
     """
     about = machine()
     if about["isa"] == "none" or registry._FORCED:
@@ -270,7 +271,13 @@ def tune_this_cpu(dtypes: Sequence[torch.dtype], path: Path | None, seconds: flo
             "tune --device cpu compares our C++ kernels with torch's: they are not built, or"
             " LLMOS_BACKEND is set"
         )
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"--seconds must be at least 0 and finite, got {seconds}")
     path = path or default_path(about)
+    if path.is_dir() or path.name.startswith(RULES):
+        raise ValueError(
+            f"--output must name a file that does not begin with {RULES!r}, as rules do, got {path}"
+        )
     _check_writable(path.parent)
     columns = TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn()
     try:

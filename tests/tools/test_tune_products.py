@@ -137,6 +137,19 @@ def test_folder_that_is_not_writable(tmp_path):
     assert done.returncode == 2 and f"cannot write to {tmp_path / 'file'}" in done.stderr
 
 
+@pytest.mark.parametrize("name", [".", "products-mine.json"])
+def test_name_that_is_refused(tmp_path, name):
+    """A folder, or the name of a file of rules; nothing is measured or written."""
+    with pytest.raises(ValueError, match="--output must name a file"):
+        tune_products.tune_this_cpu([torch.float32], tmp_path / name, 60.0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_time_that_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="finite, got nan"):
+        tune_products.tune_this_cpu([torch.float32], tmp_path / "a.json", float("nan"))
+
+
 def test_command(tmp_path):
     """The command writes a file that is read again, and ``env`` says so."""
     settings = {"LLMOS_TUNED": str(tmp_path)}
