@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -29,6 +30,10 @@ class Freezable:
         """
         raise NotImplementedError
 
+    def is_one_op(self, src: Tensor) -> bool:
+        """Return whether one op computes ``src`` [batch, length, d]; nothing else is run."""
+        raise NotImplementedError
+
     def train(self, mode: bool = True) -> Any:
         if mode:
             thaw(self)
@@ -39,11 +44,18 @@ def freeze(module: Freezable) -> list[Tensor]:
     """Pack the weights of ``module`` and return the copies; none where it would not read them."""
     weights = [] if module.training else module.weights_to_freeze()
     fit = (w.is_cpu and w.dtype in KERNEL_DTYPES and not w.is_inference() for w in weights)
-    if not weights or not all(fit):
+    if not weights or not all(fit) or not _is_one_op(module, weights[0]):
         return []
     _watch_optimizers()
     panels = _FROZEN.setdefault(module, WeightPanels())
     return panels.of(weights)
+
+
+@torch.no_grad()
+def _is_one_op(module: Freezable, weight: Tensor) -> bool:
+    """Return whether ``module`` runs as one op, which reads the copies, for any of some lengths."""
+    lengths = 1, 16, 128
+    return any(module.is_one_op(weight.new_zeros(1, n, weight.shape[-1])) for n in lengths)
 
 
 @functools.cache

@@ -124,6 +124,9 @@ class TransformerEncoderLayer(Freezable, _Layer, nn.TransformerEncoderLayer):
             return []
         return [together, out.weight, first[0], second[0]]
 
+    def is_one_op(self, src: Tensor) -> bool:
+        return self._whole(src, None) is not None
+
     def _whole(self, src: Tensor, padding: Tensor | None) -> Tensor | None:
         """Return the output by one op, or None where the parts have to be called."""
         attention = self.self_attn

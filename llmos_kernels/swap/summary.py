@@ -64,7 +64,8 @@ class Report:
         entries: the modules.
         model: times of the whole model before and after, where ``inputs`` were given.
         why_no_model: why the whole model could not be timed although they were given.
-        frozen_weights: how many weights have a packed copy (``freeze_weights``).
+        frozen_weights: how many weights have a packed copy; None unless ``freeze_weights`` was
+            asked for.
         frozen_bytes: the memory of these copies.
 
     Example:
@@ -77,7 +78,7 @@ class Report:
     entries: list[Entry] = field(default_factory=list)
     model: list[Timing] = field(default_factory=list)
     why_no_model: str = ""
-    frozen_weights: int = 0
+    frozen_weights: int | None = None
     frozen_bytes: int = 0
 
     @property
@@ -154,7 +155,7 @@ class Report:
         return "\n".join([table(rows), *reasons, *self._last_lines()])
 
     def _last_lines(self) -> Iterator[str]:
-        unchanged = "" if self.swapped else ": the model is as it was"
+        unchanged = "" if self.swapped or self.frozen_weights else ": the model is as it was"
         yield f"{len(self.swapped)} swapped, {len(self.kept)} kept{unchanged}"
         for t in self.model:
             what = "a step of the model, forward and backward" if t.backward else "the model"
@@ -162,6 +163,8 @@ class Report:
         if self.frozen_weights:
             mib = self.frozen_bytes / 2**20
             yield f"packed copies of {self.frozen_weights} weights: {mib:.1f} MiB"
+        elif self.frozen_weights == 0:
+            yield "no packed copies: no encoder layer runs as one op"
         if self.why_no_model:
             yield f"the model could not be timed: {self.why_no_model}"
 

@@ -153,3 +153,12 @@ def test_verified_swap():
     report = lk.optimize(model, inputs=given, always=True, freeze_weights=True)
     assert report.frozen_weights == 8
     torch.testing.assert_close(run(model, given), expected)
+
+
+@pytest.mark.parametrize("options", [{"batch_first": False}, {"heads": 1, "d": 300}])
+def test_no_copies_that_are_not_read(options):
+    heads, d = options.pop("heads", 4), options.pop("d", 64)
+    layer = nn.TransformerEncoderLayer(d, heads, 96, **{"batch_first": True, **options})
+    report = lk.optimize(layer.eval(), verify=False, always=True, freeze_weights=True)
+    assert report.frozen_weights == report.frozen_bytes == 0
+    assert "no packed copies: no encoder layer runs as one op" in str(report)

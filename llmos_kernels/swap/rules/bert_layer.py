@@ -83,6 +83,9 @@ class FusedBertLayer(Freezable, GeneratedClass):
         weights = [parameters[0] for parameters in layers if parameters is not None]
         return weights if len(weights) == len(layers) else []
 
+    def is_one_op(self, src: Tensor) -> bool:
+        return _whole(self, self._layout, src) is not None
+
 
 def _whole(
     layer: Any,
