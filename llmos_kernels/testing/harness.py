@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmos_kernels._core.numerics import Compared, judged_together, make_gradients
+from llmos_kernels._core.numerics import HOPELESS, Compared, judged_together, make_gradients
+from llmos_kernels.testing.accuracy import DRAWS
 from llmos_kernels.testing.cases import Case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -154,11 +155,17 @@ def worst_error(case: Case, shape: tuple, dtype: torch.dtype, device: str) -> fl
         device: "cpu" or "cuda".
 
     Returns:
-        At most 1 where all outputs and gradients are within their budgets.
+        At most 1 where all outputs and gradients are within their budgets. A miss that chance may
+        explain is judged together with more draws, as in the tests.
     """
-    torch.manual_seed(0)
-    draws = draw(case, shape, dtype=dtype, device=device, requires_grad=True)
-    return max(judged_together(compare(case, *draws)).values())
+
+    def judged(count: int | None) -> float:
+        torch.manual_seed(0)
+        draws = draw(case, shape, count, dtype=dtype, device=device, requires_grad=True)
+        return max(judged_together(compare(case, *draws)).values())
+
+    error = judged(None)
+    return judged(DRAWS + 1) if 1 < error <= HOPELESS else error
 
 
 class OpRecorder(TorchDispatchMode):

@@ -31,6 +31,7 @@ ALLOWED = {
 SHARED_WITH_KERNELS = {
     "ops._activations",
     "ops._attention_arguments",
+    "ops._dropout",
     "ops.int8",
     "ops.int8_linear",
 }
