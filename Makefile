@@ -14,7 +14,7 @@ help:
 	@echo 'make test      all tests on this machine; at the end what could not run, and the slowest'
 	@echo 'make test-quick  those that compare numbers in little time: 2 minutes'
 	@echo 'make test-avx2  the same as on a CPU without AVX-512'
-	@echo 'make bench     pytest-benchmark against all that is here, threads pinned (BENCH=--quick: 4 minutes)'
+	@echo 'make bench     pytest-benchmark against all that is here, threads pinned (BENCH=--quick: 10 minutes)'
 	@echo 'make bench-gate  the quick rows against the baseline of this kind of machine, if there is one'
 	@echo 'make page      all results as build/page.html, and the figure of the README from the baselines'
 	@echo 'make peers     zentorch, onnxruntime, torchao, bitsandbytes in an environment of their own'
