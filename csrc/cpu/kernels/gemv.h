@@ -72,35 +72,30 @@ class Gemv {
   }
 
  private:
-  static constexpr int64_t kStep = kLanes * kPerWord<U>;      // Elements in a vector of words.
-  static constexpr int64_t kShortRow = 2048, kAhead = 16384;  // Bytes.
-  static constexpr int64_t kVectorsPerSum = 64;               // Vectors per partial float32 sum.
+  static constexpr int64_t kStep = kLanes * kPerWord<U>;  // Elements in a vector of words.
+  static constexpr int64_t kAhead = 16384, kLine = 64;    // Bytes.
+  static constexpr int64_t kVectorsPerSum = 64;           // Vectors per partial float32 sum.
   using V = AccumulatorVectorOf<U>;
 
   template <int kN>
   void all_rows(const Matrix<W>& weight, int64_t first, S* to) {
-    // The CPU foresees long rows; short ones are fetched while those before are multiplied.
-    const int64_t bytes = inner_ * int64_t(sizeof(W));
-    if (bytes > 0 && bytes <= kShortRow) {
-      const int64_t ahead = (kAhead / bytes + kN) / kN * kN;
-      NextRows{reinterpret_cast<const char*>(weight.at(first + ahead, 0)),
-               weight.row_stride * int64_t(sizeof(W)), bytes}
-          .fetch(0, kN);
-    }
+    // Rows are fetched while others are multiplied: a CPU foresees them within a page alone.
+    const int64_t bytes = std::max<int64_t>(inner_ * int64_t(sizeof(W)), 1);
+    const int64_t ahead = (kAhead / bytes + kN) / kN * kN * weight.row_stride;
     const W* w[kN];
     for (int n = 0; n < kN; ++n) w[n] = weight.at(first + n, 0);
     const U* x = x_;
     int64_t remaining = rows_;
     for (; remaining > 4; remaining -= 4, x += 4 * width_, to += 4 * kBlock)
-      multiply_rows<4, kN>(w, x, to);
-    if (remaining == 4) multiply_rows<4, kN>(w, x, to);
-    if (remaining == 3) multiply_rows<3, kN>(w, x, to);
-    if (remaining == 2) multiply_rows<2, kN>(w, x, to);
-    if (remaining == 1) multiply_rows<1, kN>(w, x, to);
+      multiply_rows<4, kN>(w, ahead, x, to);
+    if (remaining == 4) multiply_rows<4, kN>(w, ahead, x, to);
+    if (remaining == 3) multiply_rows<3, kN>(w, ahead, x, to);
+    if (remaining == 2) multiply_rows<2, kN>(w, ahead, x, to);
+    if (remaining == 1) multiply_rows<1, kN>(w, ahead, x, to);
   }
 
   template <int kM, int kN>
-  [[gnu::noinline]] void multiply_rows(const W* const (&w)[kN], const U* x, S* to) {
+  [[gnu::noinline]] void multiply_rows(const W* const (&w)[kN], int64_t ahead, const U* x, S* to) {
     const int64_t whole = inner_ / kStep * kStep;
     V total[kM][kN] = {}, sum[kM][kN] = {}, zero_point_sum[kN] = {};
     const auto add = [&](int64_t k, auto load) {
@@ -118,7 +113,12 @@ class Gemv {
     };
     for (int64_t k = 0; k < whole;) {
       const int64_t stop = kIsInt<U> ? whole : std::min(k + kVectorsPerSum * kStep, whole);
-      for (; k < stop; k += kStep) add(k, &load_words<U, W>);
+      for (; k < stop; k += kStep) {
+        if (k * int64_t(sizeof(W)) % kLine == 0)
+#pragma GCC unroll 8
+          for (int n = 0; n < kN; ++n) __builtin_prefetch(w[n] + k + ahead, 0, 2);
+        add(k, &load_words<U, W>);
+      }
       if constexpr (!kIsInt<U>) {
         for (int m = 0; m < kM; ++m)
           for (int n = 0; n < kN; ++n) total[m][n] += std::exchange(sum[m][n], V{});
