@@ -119,10 +119,8 @@ for launch in launches:
         compiled = [inspect.resources(launch, sys.argv[1])]
     of = dict(launch.constants)
     given = {name for name, kind in launch.signature if kind != "constexpr"}
-    # With a mask, dropout and a head dim of 128 the registers do not suffice by a few bytes, in the
-    # kernel of the weights with 64, either.
-    spilled = 32 if of.get("D") == 128 else 8 if launch.name.endswith("_weights_kernel") else 0
-    spilled *= {"mask", "seed"} <= given
+    # With a mask, dropout and a head dim of 128 the registers do not suffice by a few bytes.
+    spilled = 32 if of.get("D") == 128 and {"mask", "seed"} <= given else 0
     for r in compiled:
         assert r.spills <= spilled, f"{launch} for {r.arch}: {r.spills} bytes spilled"
         limit = (227 if r.arch in WGMMA_ARCHS else 99) * 1024

@@ -51,6 +51,7 @@ _TILES: dict[str, tuple[tuple, ...]] = {
     "dkey masked": ((16, 128, 8, 2), (16, 64, 8, 2), (16, 16, 8, 1, 255)),
     "dmask": ((32, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
     "weights": ((64, 64, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1)),
+    "weights dropout": ((64, 32, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1)),
 }
 #: The tiles for ``launch.WGMMA_ARCHS``. There are 227 KB of shared memory, and operands in it take
 #: no registers.

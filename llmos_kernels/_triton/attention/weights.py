@@ -112,7 +112,7 @@ def weights(
         return w
     q, k = with_unit_columns(q), with_unit_columns(k)
     out_heads = 1 if mean else heads
-    blocks = tile_arguments("weights", q, d)
+    blocks = tile_arguments("weights", q, d, " dropout" if dropout_p else "")
     tiles = triton.cdiv(q_len, blocks["BLOCK_M"]) * triton.cdiv(k_len, blocks["BLOCK_N"])
     threshold, factor = dropout_arguments(dropout_p)
     _weights_kernel[(tiles * batch * out_heads,)](
