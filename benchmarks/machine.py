@@ -1,5 +1,6 @@
 """Tell which machine is measured, its limits and state, and whether other processes run."""
 
+import ctypes
 import functools
 import os
 import platform
@@ -171,10 +172,28 @@ def copy_rate(device: str, size: int) -> float:
     return round(_rate(2 * source.nbytes, lambda: target.copy_(source)), 1)
 
 
-def limits(device: str) -> dict[str, float]:
-    """Return the rates that this machine reaches: a large copy in GB/s, large GEMMs in GFLOP/s.
+def multiply_add_rate(dtype: torch.dtype) -> float:
+    """Return the GFLOP/s of multiply-adds in registers on torch's threads: the peak of a CPU.
 
-    GEMMs are torch's or ours, whichever is faster, by dtype.
+    The instruction is the one with which our kernels multiply ``dtype`` at the ISA in use.
+
+    Args:
+        dtype: float32, bfloat16 or int8.
+    """
+    library = ctypes.CDLL(str(Path(lk.__file__).with_name("_ops_cpu.so")))
+    run = library.llmos_multiply_adds
+    run.restype, run.argtypes = ctypes.c_int64, [ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    number = (torch.float32, torch.bfloat16, torch.int8).index(dtype)
+    rounds, threads = 200_000, torch.get_num_threads()
+    call = functools.partial(run, number, rounds, threads)
+    return _rate(call(), call)
+
+
+def limits(device: str) -> dict[str, float]:
+    """Return the rates that this machine reaches: a large copy in GB/s, products in GFLOP/s.
+
+    A product's is that of a large GEMM, torch's or ours, or on a CPU that of multiply-adds in
+    registers, whichever is highest, by dtype.
     """
     large, n = (2**31, 8192) if device == "cuda" else (2**29, 2048)
     found = {"copy": copy_rate(device, large)}
@@ -188,4 +207,8 @@ def limits(device: str) -> dict[str, float]:
     scale, packed = torch.ones(n, device=device), lk.int8_vnni_weight(b)
     ours = lambda: lk.int8_matmul(a, b, scale, scale, vnni_weight=packed)
     found["int8"] = _rate(2.0 * n**3, lambda: torch._int_mm(a, b.mT), ours)
+    if device == "cpu":
+        for dtype in (torch.float32, torch.bfloat16, torch.int8):
+            name = str(dtype).removeprefix("torch.")
+            found[name] = max(found[name], multiply_add_rate(dtype))
     return {k: round(v, 1) for k, v in found.items()}

@@ -32,8 +32,8 @@ def operations(fn: Callable[[], object]) -> int:
 def share_of_limits(device: str, seconds: float, moved: int, flop: int | None, rate: str) -> dict:
     """Return rates, and the share of the nearer of two limits.
 
-    One limit is a copy that moves as many bytes, from 1 MiB on, the other a large GEMM in the dtype
-    ``rate``.
+    One limit is a copy that moves as many bytes, from 1 MiB on, the other that of products in the
+    dtype ``rate``.
     """
     found = {"GB/s": round(moved / seconds / 1e9, 2)}
     size = 1 << min(max(moved, 1 << 20), 1 << 29).bit_length() - 1

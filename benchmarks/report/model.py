@@ -175,7 +175,7 @@ class Machine:
 
     @property
     def limits(self) -> dict[str, float]:
-        """The measured limits: ``copy`` in GB/s, GEMMs by dtype in GFLOP/s."""
+        """The measured limits: ``copy`` in GB/s, products by dtype in GFLOP/s."""
         limits = mapping(self.about.get("limits"))
         return {text(k): n for k, v in limits.items() if (n := positive(v))}
 

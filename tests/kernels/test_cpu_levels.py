@@ -65,6 +65,7 @@ AMX_KERNELS = {
     "int8_gemv",
     "int8_vnni_weight",
     "int8_weight_only",
+    "multiply_adds",
 }
 OTHER_KERNELS = {
     "int8_quantize",
@@ -90,7 +91,7 @@ def test_isa_of_each_kernel():
     assert {kernel for kernel, _ in found} == AMX_KERNELS | OTHER_KERNELS
     for (kernel, dtype), isas in found.items():
         expected = ["baseline", "avx2", "avx512"]
-        if dtype == "bfloat16" or kernel in INT8_KERNELS:
+        if dtype in ("bfloat16", "int8") or kernel in INT8_KERNELS:
             expected += ["avx512_bf16"]
             expected += ["amx"] if kernel in AMX_KERNELS and has_amx else []
         assert isas == expected, (kernel, dtype)

@@ -111,3 +111,11 @@ def test_interval_of_a_median():
     inside = sum(low <= 0.5 <= high for low, high in drawn) / len(drawn)
     assert 0.94 < inside < 0.99
     assert interval([3.0, 1.0, 2.0]) == [1.0, 3.0] and interval([5.0]) == [5.0, 5.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_peak(dtype, monkeypatch):
+    """Every thread does all rounds, and each round as many operations."""
+    monkeypatch.setattr(machine, "_rate", lambda operations, call: (operations, call()))
+    once, again = machine.multiply_add_rate(dtype)
+    assert once == again and once % (200_000 * torch.get_num_threads()) == 0 < once

@@ -6,6 +6,7 @@
 #include "../int8.h"
 #include "../layer_norm.h"
 #include "../linear.h"
+#include "../peak.h"
 
 namespace llmos {
 namespace {
@@ -59,6 +60,9 @@ extern "C" [[gnu::visibility("default")]] const char* llmos_kernel_table() {
     add_dtype<float>(listing, "float32");
     add_dtype<bf16>(listing, "bfloat16");
     add_dtype<f16>(listing, "float16");
+    listing.add("multiply_adds", "float32", multiply_adds<float>);
+    listing.add("multiply_adds", "bfloat16", multiply_adds<bf16>);
+    listing.add("multiply_adds", "int8", multiply_adds<int8_t>);
     listing.add("int8_vnni_weight", "int8", task_kernel<Int8VnniWeightArgs>);
     listing.add("int8_zero_point", "int8", task_kernel<Int8ZeroPointArgs>);
     return listing.text;
