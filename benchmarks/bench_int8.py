@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from bench_models import architecture
 from peer_process import add_peer
 from rates import operations
-from rows import DEVICE, Call, Row, relative
+from rows import DEVICE, INT8, Call, Row, relative
 from torch import nn
 
 import llmos_kernels as lk
@@ -151,8 +151,13 @@ def test_bert_layers(op, size, dtype, direction, provider, side_by_side):
     side_by_side(build)
 
 
-def model_row(row, stock, given, rows, wanted, stack):
-    """Add every provider that is asked for, judged by the states; ``rows`` is for ``quantize``."""
+def model_row(row, stock, given, rows, wanted, stack, limits=(INT8, INT8)):
+    """Add every provider that is asked for, judged by the states.
+
+    Args:
+        rows: for ``quantize``.
+        limits: the largest relative errors of ours and of others.
+    """
     swapped = copy.deepcopy(stock)
     lk.optimize(swapped, verify=False)
     model = copy.deepcopy(swapped)
@@ -169,11 +174,11 @@ def model_row(row, stock, given, rows, wanted, stack):
         for name in wanted:
             if name in models:
                 call = functools.partial(models[name], *given)
-                about = relative(states(call()), exact)
+                about = relative(states(call()), exact, limits[0])
                 row.add(name, functools.partial(Call, call, (), about))
             elif name != "onnxruntime_int8" or row.dtype == torch.float32:
                 # onnxruntime has no bfloat16 around its int8 on CPUs.
-                judged = functools.partial(relative, exact=exact)
+                judged = functools.partial(relative, exact=exact, limit=limits[1])
                 add_peer(row, stack, name, stock, given, judged)
     return row
 
@@ -188,6 +193,7 @@ def test_minilm(op, size, dtype, direction, provider, side_by_side):
     def build(wanted, stack):
         stock, (ids, *_) = architecture("minilm", dtype, *size)
         row = Row(op, size, getattr(torch, dtype), direction, 0, goals={"onnxruntime_int8": 1.3})
-        return model_row(row, stock, (ids,), (ids.numel(),), wanted, stack)
+        # Errors add up in six trained layers: ours has 0.06, torch's dynamic int8 0.5.
+        return model_row(row, stock, (ids,), (ids.numel(),), wanted, stack, limits=(0.15, 0.6))
 
     side_by_side(build)

@@ -40,7 +40,7 @@ class Call:
     @property
     def wrong(self) -> str | None:
         """Return why a time would say nothing, or None."""
-        if self.about.get("relative_error", 0.0) > INT8:
+        if self.about.get("relative_error", 0.0) > self.about.get("relative_limit", INT8):
             return f"relative error {self.about['relative_error']:.3g}"
         limit = OURS if self.about.get("ours") else THEIRS
         if self.about.get("error_over_budget", 0.0) > limit:
@@ -105,9 +105,16 @@ def worst(found: dict[str, Tensor], exact: dict[str, Tensor], eager: dict[str, T
     return {"error_over_budget": round(max(errors), 3)}
 
 
-def relative(actual: Tensor, exact: Tensor) -> dict:
-    """Return the error over the norm of the result, for int8, which no budget of roundings fits."""
-    return {"relative_error": round(((actual.double() - exact).norm() / exact.norm()).item(), 5)}
+def relative(actual: Tensor, exact: Tensor, limit: float = INT8) -> dict:
+    """Return the error over the norm of the result, for int8, which no budget of roundings fits.
+
+    Args:
+        actual: the result.
+        exact: what it should be.
+        limit: the largest error allowed.
+    """
+    error = ((actual.double() - exact).norm() / exact.norm()).item()
+    return {"relative_error": round(error, 5), "relative_limit": limit}
 
 
 def peak_bytes(fn: Callable[[], object]) -> int:
