@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from llmos_kernels.graph.vocabulary import operation
+from llmos_kernels.graph.vocabulary import operation, rank_of
 
 #: Operations whose result shares memory with nothing else.
 _FRESH = frozenset(
@@ -87,7 +87,7 @@ def _lifted(graph: Graph, size: Node) -> Any:
     """Return what has the same value as ``size`` and asks other tensors, or None."""
     tensor: Any = size.args[0]
     place: Any = size.args[1]
-    op, rank = operation(tensor, None, None), _rank(tensor)
+    op, rank = operation(tensor, None, None), rank_of(tensor)
     if op is None or rank is None:
         return None
     last = place - rank if place >= 0 else place  # Counted from the last dimension.
@@ -99,7 +99,7 @@ def _lifted(graph: Graph, size: Node) -> Any:
     if op.kind in ("matmul", "baddbmm"):
         names = ("input", "other") if op.kind == "matmul" else ("batch1", "batch2")
         left, right = (op.get(name) for name in names)
-        if _rank(left) != rank or _rank(right) != rank or _are_weights(left):
+        if rank_of(left) != rank or rank_of(right) != rank or _are_weights(left):
             return None  # The size of a result of attention hinders nobody.
         if last >= -2:
             return graph.call_method("size", (left if last == -2 else right, last))
@@ -113,7 +113,7 @@ def _lifted(graph: Graph, size: Node) -> Any:
                 return graph.call_method("size", (op.get(name), operand.index(result[last])))
     if op.kind in ("add", "sub", "mul", "div", "masked_fill"):
         others = [op.get("input"), op.get("mask" if op.kind == "masked_fill" else "other")]
-        tensors = [t for t in others if isinstance(t, Node) and _rank(t) is not None]
+        tensors = [t for t in others if isinstance(t, Node) and rank_of(t) is not None]
         return graph.call_function(broadcast_size, (last, *tensors))
     return None
 
@@ -127,10 +127,6 @@ def _are_weights(node: Any) -> bool:
         is_step = node.op == "call_module" or (op and op.kind in ("cast", "dropout", "view"))
         node = node.args[0] if is_step and node.args else None
     return False
-
-
-def _rank(node: Any) -> int | None:
-    return getattr(getattr(node, "meta", {}).get("example_value"), "ndim", None)
 
 
 def broadcast_size(last: int, *tensors: Tensor) -> int:

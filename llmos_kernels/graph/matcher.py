@@ -1,13 +1,14 @@
 """The matcher: finds what patterns know in a graph, and replaces it by fused calls."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
+from llmos_kernels.graph.functional import lift_sizes, make_functional
 from llmos_kernels.graph.patterns import PATTERNS
 from llmos_kernels.graph.reader import NoMatch, Reader, where, writes
-from llmos_kernels.graph.site import Found
+from llmos_kernels.graph.site import Found, insert
 
 
 class Matches(NamedTuple):
@@ -20,6 +21,27 @@ class Matches(NamedTuple):
 
     found: list[Found]
     missed: list[str]
+
+
+def rewrite(
+    graph: Graph, fits: Callable[[Found], bool] | None = None, **known: Callable[..., Any]
+) -> Matches:
+    """Replace in ``graph`` what patterns know.
+
+    Args:
+        graph: the graph, which is changed.
+        fits: says of a match whether its call takes its arguments; None where that is known only
+            when the graph runs, which then may run the stock nodes.
+        known: what a ``Reader`` is told.
+    """
+    make_functional(graph)
+    lift_sizes(graph)
+    matches = find(Reader(graph, **known), fits or (lambda found: True))
+    replaced: dict[Node, Node] = {}
+    for found in matches.found:
+        insert(found, replaced, checked=fits is not None)
+    graph.lint()
+    return matches
 
 
 def find(reader: Reader, fits: Callable[[Found], bool] = lambda found: True) -> Matches:

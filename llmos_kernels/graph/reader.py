@@ -111,10 +111,6 @@ class Reader:
         is_min = isinstance(value, Node) and value.target is getattr and value.args[1] == "min"
         return is_min and getattr(value.args[0], "target", None) is torch.finfo
 
-    def rank(self, node: Node) -> int | None:
-        """Return the number of dimensions of what ``node`` computes, or None."""
-        return getattr(getattr(node, "meta", {}).get("example_value"), "ndim", None)
-
     def is_alone(self, node: Node) -> bool:
         """Return True if one node uses ``node``, once."""
         return len(node.users) == 1

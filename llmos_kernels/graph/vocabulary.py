@@ -44,14 +44,12 @@ _FORMS: tuple[tuple[str, str, tuple[Callable, ...], tuple[str, ...]], ...] = (
     ("where", "input condition other", (), ("where",)),
     ("linear", "input weight bias", (F.linear,), ()),
     ("layer_norm", "input normalized_shape weight bias eps", (F.layer_norm,), ()),
+    ("rms_norm", "input normalized_shape weight eps", (F.rms_norm, torch.rms_norm), ()),
     ("activation", "input inplace", (F.relu, F.silu), ()),
     ("activation", "input approximate", (F.gelu,), ()),
     ("activation", "input", (torch.relu, torch.relu_), ("relu", "relu_")),
-    ("tanh", "input", (torch.tanh, F.tanh), ("tanh",)),
     ("cast", "input dtype", (), ("to", "type", "float", "half", "bfloat16", "type_as")),
-    ("contiguous", "input", (), ("contiguous",)),
     ("transpose", "input dim0 dim1", (torch.transpose,), ("transpose", "swapaxes")),
-    ("repeat", "input repeats dim", (torch.repeat_interleave,), ("repeat_interleave",)),
     ("logical_not", "input", (operator.invert, torch.logical_not), ("logical_not",)),
     ("eq", "input other", (operator.eq, torch.eq), ("eq",)),
     ("expand", "input other", (), ("expand_as",)),
@@ -110,6 +108,11 @@ class Op(NamedTuple):
     def get(self, name: str, default: Any = None) -> Any:
         """Return an argument, or ``default`` where the call does not give it."""
         return self.args.get(name, default)
+
+
+def rank_of(node: Any) -> int | None:
+    """Return the number of dimensions of what ``node`` computes, or None."""
+    return getattr(getattr(node, "meta", {}).get("example_value"), "ndim", None)
 
 
 def operation(node: Any, module: nn.Module | None, activation: str | None) -> Op | None:

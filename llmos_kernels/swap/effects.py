@@ -9,7 +9,7 @@ import dis
 import functools
 import gc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import CodeType, FrameType, ModuleType
 from typing import Any
@@ -40,13 +40,14 @@ class Effects:
     Args:
         found: a verb and its object for each effect, such as "sets an attribute (hidden)".
         read_globals: the plain values of global variables that were read, with their dicts.
-        recorded: the lines where a traced value was changed in place, which the graph repeats.
+        recorded: what the graph repeats, by line: "" for a change in place of a traced value, and
+            the names of attributes that were set.
     """
 
     def __init__(self) -> None:
         self.found: list[str] = []
         self.read_globals: list[tuple[dict[str, Any], str, Any]] = []
-        self.recorded: set[tuple[CodeType, int]] = set()
+        self.recorded: dict[tuple[CodeType, int], set[str]] = {}
 
 
 @contextmanager
@@ -99,7 +100,7 @@ def watching(is_ours: Callable[[FrameType], bool]) -> Iterator[Effects]:
         if collects:
             gc.enable()
         for (code, line), variables in lines.items():
-            effects.found.extend(_of_line(code, line, (code, line) in effects.recorded))
+            effects.found.extend(_of_line(code, line, effects.recorded.get((code, line), ())))
             effects.read_globals.extend(_globals_of_line(code, line, variables))
 
 
@@ -137,8 +138,9 @@ def _lines(code: CodeType) -> dict[int, list[dis.Instruction]]:
     return found
 
 
-def _of_line(code: CodeType, line: int, is_recorded: bool) -> Iterator[str]:
+def _of_line(code: CodeType, line: int, recorded: Collection[str]) -> Iterator[str]:
     instructions = _lines(code).get(line, ())
+    set_here = [i.argval for i in instructions if i.opname == "STORE_ATTR"]
     names = {i.argval for i in instructions if isinstance(i.argval, str)}
     if "is_tensor" in names or ("isinstance" in names and names & {"Tensor", "Parameter"}):
         yield "asks for the class of a tensor"  # A value that is traced has another one.
@@ -146,9 +148,11 @@ def _of_line(code: CodeType, line: int, is_recorded: bool) -> Iterator[str]:
         name, value = instruction.opname, instruction.argval
         if name == "YIELD_VALUE" or (name == "STORE_DEREF" and value in code.co_cellvars):
             continue  # The generators that ran were looked at; the variable is the code's own.
+        if name == "STORE_ATTR" and value in recorded and set_here.count(value) == 1:
+            continue
         if name in EFFECTS:
             yield f"{EFFECTS[name]} ({value})" if isinstance(value, str) else EFFECTS[name]
-        elif is_recorded:
+        elif "" in recorded:
             continue
         elif name.startswith("INPLACE_") or (name == "BINARY_OP" and "=" in instruction.argrepr):
             yield f"changes a value in place ({instruction.argrepr or name})"

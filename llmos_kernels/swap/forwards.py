@@ -1,4 +1,4 @@
-"""Inspection of the code of a forward, for side effects and branches that a run does not show.
+"""Inspection of the code of a forward, for side effects that a run does not show.
 
 A fused forward takes the place of one that was watched on a few inputs. It must not lose what that
 does besides: an attribute that is set, a list that grows, a printed line, a profiler's range. Nor
@@ -8,22 +8,27 @@ may it miss that an attribute by which the code branches has changed since.
 import builtins
 import dis
 import functools
-import inspect
 import math
-import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from llmos_kernels.swap.calls import PLAIN
-
-#: Names of attributes and their values at the time of a swap; () where there are none.
-Constants = tuple[()] | tuple[tuple[str, ...], tuple[Any, ...]]
+from llmos_kernels.swap.code import (
+    classes_of,
+    definitions_of,
+    function_of,
+    functions_of,
+    has_branches,
+    instance_values,
+    is_torchs,
+    names_of,
+)
+from llmos_kernels.swap.constants import MISSING
 
 _BUILTINS = frozenset(
     (
@@ -60,8 +65,6 @@ STATES = frozenset(
 )
 #: What code may ask of its input that a drop-in does not compare.
 _UNSEEN = frozenset(("Parameter", "device", "is_cpu", "is_cuda", "is_meta"))
-#: What code may ask of a parameter, to branch by it.
-_PARAMETER_STATES = ("dtype", "requires_grad")
 #: Where the names of attributes and methods without an effect come from, besides the module's own.
 _PURE = (torch, F, nn, nn.Module, Tensor, math, torch.dtype, list, dict, tuple, str)
 _LOADS_ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
@@ -104,10 +107,10 @@ def may_have_effects(module: nn.Module) -> bool:
     Less strict than ``side_effect``: the code may define functions and generators, which are looked
     at, too.
     """
-    for function in _functions(module):
+    for function in functions_of(module):
         if function is None:
             return True
-        if any(not _is_plain(v) for n in _names(function) for v in _instance_values(module, n)):
+        if any(not _is_plain(v) for n in names_of(function) for v in instance_values(module, n)):
             return True
         codes = [function.__code__]
         while codes:
@@ -139,204 +142,25 @@ def reaches_outside(module: nn.Module) -> bool:
 
     That is a list or dict of its Python module, or what prints or opens files.
     """
-    for function in filter(None, _functions(module)):
-        for name in _names(function):
+    for function in filter(None, functions_of(module)):
+        for name in names_of(function):
             value = function.__globals__.get(name)
             if name in ("input", "open", "print") or isinstance(value, (list, dict, set)):
                 return True
     return False
 
 
-def has_branches(module: nn.Module) -> bool:
-    """Return True if the forward of ``module``, or a method it calls, has a branch or a loop."""
-    instructions = (i for f in _functions(module) if f for i in dis.get_instructions(f))
-    return any("JUMP" in i.opname or i.opname == "FOR_ITER" for i in instructions)
-
-
-def has_slices(module: nn.Module) -> bool:
-    """Return True if the forward of ``module``, or a method it calls, takes a slice."""
-    instructions = (i for f in _functions(module) if f for i in dis.get_instructions(f))
-    return any("SLICE" in i.opname or isinstance(i.argval, slice) for i in instructions)
-
-
-def names_in(module: nn.Module) -> set[str]:
-    """Return the names that the forward of ``module`` and the methods it calls use."""
-    return {n for f in _functions(module) if f for n in _names(f)}
-
-
-def constants(module: nn.Module) -> Constants:
-    """Return what the forward of ``module`` may branch or choose by, with its values.
-
-    These are the attributes that its code names, of the module and of those inside, that hold plain
-    data or lists and dicts of it, and, if the code names them, dtype and requires_grad of the
-    parameters. ``training`` is not among them. A drop-in that was made for these values holds for
-    no others, see ``have_changed``.
-    """
-    functions = [f for f in _functions(module) if f]
-    instructions = (i for f in functions for i in dis.get_instructions(f))
-    chooses = any(i.opname == "BINARY_SUBSCR" or i.argrepr == "[]" for i in instructions)
-    if not (chooses or has_branches(module)):
-        return ()
-    names = sorted({n for f in functions for n in _names(f)} - {"training"})
-    found = []
-    for place, part in module.named_modules():
-        prefix = f"{place}." if place else ""
-        values = ((n, frozen(_attribute(part, n))) for n in names)
-        found += [(prefix + n, v) for n, v in values if v is not MISSING]
-    for place, p in module.named_parameters():
-        states = ((f"{place}.{n}", getattr(p, n)) for n in _PARAMETER_STATES if n in names)
-        found += states
-    return tuple(zip(*found, strict=True))  # type: ignore[return-value]
-
-
-def have_changed(module: nn.Module, then: Constants) -> bool:
-    """Return True if an attribute of ``module`` has another value than it had ``then``."""
-    if not then:
-        return False
-    names, values = then
-    try:
-        found = _read(module, names)
-    except AttributeError:
-        return True
-    return found != values and tuple(map(frozen, found)) != values
-
-
-def _read(module: nn.Module, names: tuple[str, ...]) -> tuple:
-    if torch.compiler.is_compiling():  # torch.compile cannot follow an attrgetter made elsewhere
-        return tuple(functools.reduce(getattr, n.split("."), module) for n in names)
-    found = _reader(names)(module)
-    return found if len(names) > 1 else (found,)
-
-
-@functools.cache
-def _reader(names: tuple[str, ...]) -> Callable[[Any], Any]:
-    return operator.attrgetter(*names)
-
-
-def frozen(value: Any) -> Any:
-    """Return plain data in a form that can be hashed and does not change; MISSING for others."""
-    if isinstance(value, (*PLAIN, torch.dtype, torch.device)):
-        return value
-    if type(value) in (list, tuple):
-        items = tuple(map(frozen, value))
-    elif type(value) is dict:
-        items = tuple((frozen(k), frozen(v)) for k, v in value.items())
-    else:
-        return MISSING
-    return MISSING if _holds_missing(items) else items
-
-
 def _is_data(value: Any) -> bool:
     return isinstance(value, (*PLAIN, list, dict))
 
 
-def _holds_missing(items: tuple) -> bool:
-    return any(i is MISSING or (isinstance(i, tuple) and MISSING in i) for i in items)
-
-
-class Reads(TorchFunctionMode):
-    """Records what code asks of tensors that are no parameters, other than to compute with them.
-
-    Such a read, of a shape or a value, may decide what the code does. Reads of dtype and device are
-    left out: ``constants`` has the dtype, and ``side_effect`` tells of branches on the device.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.any_read = False
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        tensors = result if isinstance(result, (tuple, list)) else (result,)
-        computes = all(isinstance(t, Tensor) for t in tensors)
-        self.any_read |= not computes and not is_harmless_read(func, args)
-        return result
-
-
-def is_harmless_read(func: Any, args: tuple) -> bool:
-    """Return True if a call of torch reads a dtype or device, or any attribute of a parameter."""
-    if getattr(func, "__name__", "") != "__get__":
-        return False
-    return isinstance(args[0], nn.Parameter) or func.__self__.__name__ in ("dtype", "device")
-
-
-MISSING = object()
-
-
-def _functions(module: nn.Module) -> Iterator[FunctionType | None]:
-    """Yield the forward of ``module`` and what it calls of its own; None for what is no function.
-
-    Those are functions and methods of its class and of the classes of the modules inside that the
-    code names, but for their forwards.
-    """
-    classes = _classes(module)
-    seen: set[CodeType] = set()
-
-    def follow(function: Any) -> Iterator[FunctionType | None]:
-        if not isinstance(function, FunctionType):
-            yield None
-            return
-        if function.__code__ in seen:
-            return
-        seen.add(function.__code__)
-        yield function
-        for name in _names(function):
-            for cls in classes[:1] if name == "forward" else classes:
-                for found in map(_function_of, _definitions(cls, name)):
-                    if isinstance(found, FunctionType):
-                        yield from follow(found)
-            for value in _instance_values(module, name):
-                if isinstance(value, MethodType) and not _is_torchs(value):
-                    yield from follow(value.__func__)
-
-    cls: Any = type(module)
-    yield from follow(cls.forward)
-
-
-def _names(function: FunctionType) -> list[str]:
-    """Return the names that the code of ``function`` uses, also those in strings for ``getattr``.
-
-    A name that holds no attribute is harmless here.
-    """
-    code = function.__code__
-    strings = (c for c in code.co_consts if isinstance(c, str) and c.isidentifier())
-    return list(dict.fromkeys([*code.co_names, *strings]))
-
-
-def _definitions(cls: type, name: str) -> list[Any]:
-    """Return what ``cls`` and its bases define under ``name``, but for torch's classes."""
-    users = (c for c in cls.__mro__ if c is not object and not _is_torchs(c))
-    return [vars(c)[name] for c in users if name in vars(c)]
-
-
-def _function_of(found: Any) -> Any:
-    """Return the function behind a method or property of a class."""
-    if isinstance(found, property):
-        return found.fget
-    if isinstance(found, (staticmethod, classmethod)):
-        return found.__func__
-    return found.func if isinstance(found, functools.cached_property) else found
-
-
-def _instance_values(module: nn.Module, name: str) -> list[Any]:
-    """Return the values of an attribute ``name`` of ``module`` and of the modules inside."""
-    return [vars(m)[name] for m in module.modules() if name in vars(m)]
-
-
-def _attribute(module: nn.Module, name: str) -> Any:
-    """Return the value of an attribute, of the instance or of its class, without running code."""
-    return vars(module).get(name, inspect.getattr_static(type(module), name, MISSING))
-
-
 def _effects(module: nn.Module) -> Iterator[str]:
     branches = has_branches(module)
-    for found in _functions(module):
+    for found in functions_of(module):
         if found is None:
             yield "is no plain function"
             return
-        names = _names(found)
+        names = names_of(found)
         for name in names:
             yield from _effects_of_attribute(module, name)
         yield from _effects_of_strings(module, found)
@@ -370,10 +194,10 @@ def _effects_of_attribute(module: nn.Module, name: str) -> Iterator[str]:
     """Yield what using an attribute ``name`` of ``module``, or of a module inside, may do."""
     if name in STATES:
         yield f"asks for {name}"
-    defined = [_function_of(d) for cls in _classes(module) for d in _definitions(cls, name)]
+    defined = [function_of(d) for cls in classes_of(module) for d in definitions_of(cls, name)]
     # The code of methods is looked at itself.
     values = [d for d in defined if not isinstance(d, FunctionType)]
-    for value in [*_instance_values(module, name), *values]:
+    for value in [*instance_values(module, name), *values]:
         if not _is_plain(value):
             yield f"uses {name}, a {type(value).__name__}"
 
@@ -409,19 +233,14 @@ def _is_known(module: nn.Module, name: str) -> bool:
 def _has(module: nn.Module, name: str) -> bool:
     """Return True if ``name`` is an attribute of ``module`` or of a module inside."""
     return (
-        bool(_instance_values(module, name))
-        or any(_definitions(cls, name) for cls in _classes(module))
+        bool(instance_values(module, name))
+        or any(definitions_of(cls, name) for cls in classes_of(module))
         or any(
             name in members
             for m in module.modules()
             for members in (m._modules, m._parameters, m._buffers)
         )
     )
-
-
-def _classes(module: nn.Module) -> list[type]:
-    """Return the classes of ``module`` and of the modules inside; its own is the first."""
-    return list(dict.fromkeys(type(m) for m in module.modules()))
 
 
 def _is_plain(value: Any) -> bool:
@@ -432,11 +251,7 @@ def _is_plain(value: Any) -> bool:
         return True
     if type(value) in (list, tuple, dict):
         return True
-    return isinstance(value, MethodType) or (callable(value) and _is_torchs(value))
-
-
-def _is_torchs(value: Any) -> bool:
-    return (getattr(value, "__module__", None) or "").split(".")[0] in ("torch", "math")
+    return isinstance(value, MethodType) or (callable(value) and is_torchs(value))
 
 
 def _is_harmless(function: FunctionType, name: str) -> bool:

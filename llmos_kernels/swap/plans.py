@@ -15,16 +15,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llmos_kernels.graph.functional import lift_sizes, make_functional
-from llmos_kernels.graph.matcher import Matches, find
-from llmos_kernels.graph.reader import Reader
-from llmos_kernels.graph.site import function_of, insert
+from llmos_kernels.graph.matcher import rewrite
+from llmos_kernels.graph.site import function_of
 from llmos_kernels.ops.linear import PLAIN_TENSORS
 from llmos_kernels.swap.calls import PLAIN, object_as_meta
-from llmos_kernels.swap.forwards import frozen
+from llmos_kernels.swap.constants import frozen
 from llmos_kernels.swap.rules.sequential import activation_of
 from llmos_kernels.swap.traced_values import CannotTrace, Mismatch, Opaque, Read, Slot
-from llmos_kernels.swap.tracing import Constant, Traced, signature, trace
+from llmos_kernels.swap.tracer import constant_of, signature
+from llmos_kernels.swap.tracing import trace
 
 #: More plans of a class than this are not made: its arguments are of ever new kinds. And more for
 #: one kind of arguments: it branches by ever other sizes.
@@ -248,14 +247,20 @@ def _make(module: nn.Module, cls: type, arguments: Arguments) -> Plan:
     traced = None
     try:
         traced = trace(module, cls, arguments.given, inputs)
-        matches = rewrite(traced, module)
+        matches = rewrite(
+            traced.graph,
+            module_at=module.get_submodule,
+            activation_of=activation_of,
+            constant_at=constant_of,
+        )
     except CannotTrace as e:
         reads = e.reads if traced is None else traced.reads
         return Plan(None, missed=(str(e),), reads=reads)
     calls = [f.call for f in matches.found]
     names = {a for c in calls if (a := getattr(c, "activation", None)) is not None}
+    runs = function_of(traced.graph) if calls or traced.has_branches else None
     return Plan(
-        function_of(traced.graph) if calls or traced.has_branches else None,
+        _on_its_owner(runs) if runs and traced.takes_owner else runs,
         tuple(f.where for f in matches.found),
         tuple(matches.missed),
         traced.reads,
@@ -269,22 +274,6 @@ def _make(module: nn.Module, cls: type, arguments: Arguments) -> Plan:
     )
 
 
-def rewrite(traced: Traced, module: nn.Module) -> Matches:
-    """Replace in a traced forward of ``module`` what patterns know."""
-    graph = traced.graph
-    make_functional(graph)
-    lift_sizes(graph)
-
-    def module_at(target: str) -> nn.Module:
-        return module.get_submodule(target)
-
-    def constant_at(node: torch.fx.Node) -> Tensor | None:
-        return node.target.value if isinstance(node.target, Constant) else None
-
-    reader = Reader(graph, module_at, activation_of, constant_at)
-    matches = find(reader)
-    replaced: dict[torch.fx.Node, torch.fx.Node] = {}
-    for found in matches.found:
-        insert(found, replaced)
-    graph.lint()
-    return matches
+def _on_its_owner(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``run``, which takes the module as an argument, too, without that argument."""
+    return lambda module, *inputs: run(module, module, *inputs)

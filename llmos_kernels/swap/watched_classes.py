@@ -9,6 +9,8 @@ from llmos_kernels.swap.traced_values import Value
 WATCH = "_llmos_watch"
 #: Attributes of modules that hold no data of the model.
 _INNER = frozenset(vars(nn.Module())) - {"training"}
+#: What ``nn.Module.__setattr__`` keeps elsewhere than in plain attributes.
+_REGISTERED = ("_parameters", "_buffers", "_modules")
 _CLASSES: dict[tuple[type, bool], type] = {}
 
 
@@ -29,7 +31,14 @@ def watching_class(cls: Any, is_leaf: bool = False) -> Any:
         return tracer.read((*path, name), value)
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
-        tracer, _ = object.__getattribute__(self, "__dict__")[WATCH]
+        own = object.__getattribute__(self, "__dict__")
+        tracer, path = own[WATCH]
+        is_new = not hasattr(cls, name) and not any(name in own[kind] for kind in _REGISTERED)
+        is_plain = is_new and cls.__setattr__ is nn.Module.__setattr__
+        if is_plain and not path and isinstance(value, Value):
+            tracer.set_attribute(name, value)
+            own[name] = value
+            return
         tracer.effects.append(f"sets an attribute ({name})")
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,5 +1,6 @@
 """What patterns find in forwards, what they leave alone, and that both compute the same."""
 
+import copy
 import itertools
 
 import handwritten_models as models
@@ -215,3 +216,30 @@ def test_weights_that_are_returned_are_computed_when_used():
     args[1].add_(1)
     with pytest.raises(RuntimeError, match="changed in place"):
         again.sum()
+
+
+@pytest.mark.parametrize("cls", models.LAYER_NORMS + models.RMS_NORMS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norms_are_found(cls, dtype):
+    torch.manual_seed(0)
+    module, x = cls().to(dtype), torch.randn(2, 9, 32, dtype=dtype)
+    (found,) = plan(module, x).found
+    kind = "layer norm" if cls in models.LAYER_NORMS else "RMS norm"
+    assert found.startswith(f"{kind}: ") and " at handwritten_models.py:" in found
+    check(module, x)
+
+
+@pytest.mark.parametrize("cls", models.NO_NORMS, ids=lambda cls: cls.__name__)
+def test_what_only_looks_like_a_norm_stays(cls):
+    found = plan(cls(), torch.randn(2, 9, 32))
+    assert not found.found and found.run is None
+
+
+def test_a_norm_whose_dtype_would_change_stays_stock():
+    """A weight in float32 makes the result float32; the fused norm would keep bfloat16."""
+    module = models.root_mean_square()
+    x = torch.randn(2, 9, 32, dtype=torch.bfloat16)
+    fused = copy.deepcopy(module)
+    fused.__class__ = fused_forward(type(module))
+    assert plan(module, x).found
+    torch.testing.assert_close(fused(x), module(x), rtol=0, atol=0)

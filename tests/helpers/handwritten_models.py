@@ -1,5 +1,6 @@
 """Attention, feed-forwards and norms as people write them by hand, in many spellings."""
 
+import copy
 import math
 
 import torch
@@ -26,8 +27,8 @@ class Attention(nn.Module):
         scores = torch.matmul(q, k.transpose(-2, -1)) / scale
         if mask is not None:
             scores = scores.masked_fill(mask == 0, -1e9)
-        out = torch.matmul(self.drop(F.softmax(scores, dim=-1)), v)
-        return self.to_out(out.transpose(1, 2).contiguous().view(batch, -1, self.heads * 8))
+        out = torch.matmul(self.drop(F.softmax(scores, dim=-1)), v).transpose(1, 2)
+        return self.to_out(out.contiguous().view(batch, -1, self.heads * self.head_dim))
 
 
 class FeedForward(nn.Module):
@@ -42,9 +43,9 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, width=32, p=0.1):
+    def __init__(self, width=32, heads=4, inner=64, p=0.1):
         super().__init__()
-        self.attention, self.feed_forward = Attention(width), FeedForward(width)
+        self.attention, self.feed_forward = Attention(width, heads), FeedForward(width, inner)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.drop1, self.drop2 = nn.Dropout(p), nn.Dropout(p)
 
@@ -80,9 +81,9 @@ class CausalBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, layers=2, width=32):
+    def __init__(self, layers=2, width=32, heads=4, inner=64):
         super().__init__()
-        self.layers = nn.ModuleList(Layer(width) for _ in range(layers))
+        self.layers = nn.ModuleList(Layer(width, heads, inner) for _ in range(layers))
 
     def forward(self, x, mask=None):
         for layer in self.layers:
@@ -210,3 +211,96 @@ def writes_between(self, q, k, v, mask):
 
 
 STAYS = (over_queries, scaled_weights, fills_with_little, uses_scores, writes_between)
+
+
+class Norm(nn.Module):
+    """Base of norms that differ in how they are written."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.rand(width)), nn.Parameter(torch.rand(width))
+        self.eps = 1e-5
+
+
+def norm(forward):
+    """Return a class of norms with this forward."""
+    return type(forward.__name__, (Norm,), {"forward": forward})
+
+
+@norm
+def squares_of_differences(self, x):
+    mean = x.mean(-1, keepdim=True)
+    variance = (x - mean).pow(2).mean(-1, keepdim=True)
+    return self.weight * ((x - mean) / torch.sqrt(variance + self.eps)) + self.bias
+
+
+@norm
+def variance_of_torch(self, x):
+    difference = x - x.mean(dim=-1, keepdim=True)
+    variance = x.var(dim=-1, keepdim=True, unbiased=False)
+    return difference * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+
+
+@norm
+def root_mean_square(self, x):
+    wide = x.to(torch.float32)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+    return self.weight * wide.to(x.dtype)
+
+
+@norm
+def root_mean_square_of_products(self, x):
+    return self.weight * (x / torch.sqrt((x * x).mean(2, keepdim=True) + self.eps))
+
+
+@norm
+def without_weight(self, x):
+    return x * (x.square().mean([-1], True) + self.eps).sqrt().reciprocal()
+
+
+@norm
+def unbiased(self, x):
+    difference = x - x.mean(-1, keepdim=True)
+    return difference / (x.var(-1, keepdim=True) + self.eps).sqrt() * self.weight
+
+
+@norm
+def epsilon_outside(self, x):
+    difference = x - x.mean(-1, keepdim=True)
+    return self.weight * difference / (x.std(-1, keepdim=True) + self.eps) + self.bias
+
+
+@norm
+def over_another_dimension(self, x):
+    return x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + self.eps)
+
+
+@norm
+def of_something_else(self, x):
+    return (x + 1) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+#: Norms that are found, and what only looks like them.
+LAYER_NORMS = [squares_of_differences, variance_of_torch]
+RMS_NORMS = [root_mean_square, root_mean_square_of_products, without_weight]
+NO_NORMS = [unbiased, epsilon_outside, over_another_dimension, of_something_else]
+
+
+def check_gradients(model, fuse, args, stock=None):
+    """Check the gradients of ``model`` in train mode, without dropout, as ``fuse`` returns it.
+
+    They are those of ``stock``, by default a copy of ``model``.
+    """
+    stock = copy.deepcopy(model) if stock is None else stock
+    for m in (*model.modules(), *stock.modules()):
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0
+        elif isinstance(getattr(m, "dropout", None), float):
+            m.dropout = 0.0
+    for m in (fuse(model.train()), stock.train()):
+        torch.manual_seed(1)
+        out = m(*args)
+        (out * torch.randn_like(out)).sum().backward()
+    largest = max(p.grad.abs().max() for p in stock.parameters())
+    for (n, p), (_, q) in zip(model.named_parameters(), stock.named_parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6 * largest.item(), msg=n)

@@ -18,7 +18,7 @@ from llmos_kernels.graph.patterns.attention_call import AttentionCall, Mask
 from llmos_kernels.graph.patterns.pattern import Pattern, dropout_of, is_node
 from llmos_kernels.graph.reader import NoMatch, Reader, writes
 from llmos_kernels.graph.site import Found
-from llmos_kernels.graph.vocabulary import Op
+from llmos_kernels.graph.vocabulary import Op, rank_of
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Attention(Pattern):
         logits = _product(_up(op.get("input"), reader, walk, op.node), False)
         if logits is None:
             return None
-        rank = reader.rank(op.node)
+        rank = rank_of(op.node)
         if not isinstance(dim, int) or dim < -1 or (rank and dim not in (-1, rank - 1)):
             raise NoMatch("its softmax is not over the keys")
         weights, kept, second = _down(op.node, reader, walk)
@@ -62,7 +62,7 @@ class Attention(Pattern):
         if mixed.how.left is not None or logits.how.result is not None:
             raise NoMatch("its logits are in another order than [..., query, key]")
         leading, flat = _leading(walk, reader, logits.node, mixed.node)
-        if kept is not None and leading and reader.rank(kept) != 4:
+        if kept is not None and leading and rank_of(kept) != 4:
             raise NoMatch("its weights are returned with batch and heads as one dimension")
         call = AttentionCall(
             walk.scale,
@@ -137,7 +137,7 @@ def _leading(
         if {3, 4} != {*map(len, shapes)} or shapes[0][-2:] != shapes[1][-2:]:
             raise NoMatch("its logits are viewed in another shape")
     leading = next((v.get("sizes")[:-2] for v in walk.views if len(v.get("sizes")) == 4), None)
-    flat = reader.rank(logits) == 3, reader.rank(mixed) == 3
+    flat = rank_of(logits) == 3, rank_of(mixed) == 3
     if leading is None or not any(flat) or not walk.is_plain:
         raise NoMatch("batch and heads of its logits are not known")
     return leading, flat
@@ -207,7 +207,7 @@ def _add(op: Op, reader: Reader, walk: _Walk) -> Any:
         if is_node(op.get(logits), op.get(mask)) and _leads_to_product(op.get(logits), reader):
             if walk.scales:
                 return None  # The mask would have to be scaled by what is not known.
-            flat = reader.rank(op.node) == 3
+            flat = rank_of(op.node) == 3
             walk.masks.append((Mask("add", walk.scale, flat), op.get(mask)))
             return op.get(logits)
     return None
@@ -276,7 +276,7 @@ def _baddbmm(op: Op, reader: Reader, walk: _Walk) -> bool:
     if added.target is torch.zeros and reader.is_alone(added):
         walk.nodes.append(added)
     elif beta:
-        walk.masks.append((Mask("add", beta * walk.scale, reader.rank(op.node) == 3), added))
+        walk.masks.append((Mask("add", beta * walk.scale, rank_of(op.node) == 3), added))
     walk.scale *= alpha
     return True
 
@@ -284,7 +284,7 @@ def _baddbmm(op: Op, reader: Reader, walk: _Walk) -> bool:
 def _masked_fill(op: Op, reader: Reader, walk: _Walk) -> Any:
     if not reader.hides(op.get("value"), walk.scale):
         return None
-    _hidden(op.get("mask"), reader, walk, True, reader.rank(op.node) == 3)
+    _hidden(op.get("mask"), reader, walk, True, rank_of(op.node) == 3)
     return op.get("input")
 
 
@@ -295,7 +295,7 @@ def _where(op: Op, reader: Reader, walk: _Walk) -> Any:
         logits, filled = filled, logits
     if not reader.hides(filled, walk.scale):
         return None
-    _hidden(op.get("condition"), reader, walk, hides, reader.rank(op.node) == 3)
+    _hidden(op.get("condition"), reader, walk, hides, rank_of(op.node) == 3)
     return logits
 
 

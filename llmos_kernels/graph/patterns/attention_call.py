@@ -10,7 +10,7 @@ from torch import Tensor
 from llmos_kernels._core.registry import KERNEL_DTYPES
 from llmos_kernels.graph.einsum import Order
 from llmos_kernels.graph.patterns.lazy_weights import lazy_weights
-from llmos_kernels.graph.patterns.pattern import probability
+from llmos_kernels.graph.patterns.pattern import broadcasts, probability
 from llmos_kernels.graph.site import Call, are_plain, is_autocast
 from llmos_kernels.ops._attention_arguments import MAX_DIM
 from llmos_kernels.ops.attention import scaled_dot_product_attention
@@ -29,6 +29,28 @@ class Mask(NamedTuple):
     kind: str
     factor: float = 1.0
     flat: bool = False
+
+
+class Given(NamedTuple):
+    """The arguments of ``AttentionCall``, as the graph has them.
+
+    Args:
+        query: as ``AttentionCall`` says.
+        key: so, too.
+        value: so, too.
+        masks: what hides keys or is added to the logits.
+        scales: further factors or divisors of the logits.
+        dropout: that of the weights, as ``dropout_of`` returns it; None for none.
+        leading: batch and heads, where one of the tensors has them as one dimension.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    masks: tuple[Tensor, ...]
+    scales: tuple[Any, ...]
+    dropout: Any
+    leading: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -60,27 +82,14 @@ class AttentionCall(Call):
     with_weights: bool
     flat: tuple[bool, bool] = (False, False)
 
-    def fits(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        masks: tuple[Tensor, ...],
-        scales: tuple[Any, ...],
-        dropout: Any,
-        leading: tuple[int, ...],
-    ) -> bool:
-        if leading:
-            flat = [query, key] * self.flat[0] + [value] * self.flat[1]
-            leading = _known(leading, flat[0].shape[0])
-            flat += [m for mask, m in zip(self.masks, masks, strict=True) if mask.flat]
-            count = math.prod(leading)
-            if any(t.ndim != 3 or t.shape[0] not in (1, count) for t in flat):
-                return False
-            query, key, value, masks = self._with_heads(query, key, value, masks, leading)
+    def fits(self, *args: Any) -> bool:
+        given = self._with_heads(Given(*args))
+        if given is None:
+            return False
+        query, key, value = given[:3]
         if not are_plain(query, key, value) or (self.casts and is_autocast(query)):
             return False
-        p, rank = probability(dropout), query.ndim
+        p, rank = probability(given.dropout), query.ndim
         if p is None or not rank == key.ndim == value.ndim or rank not in (3, 4):
             return False
         if self.dim not in (-1, rank - 1) or self.rank not in (0, rank):
@@ -94,10 +103,10 @@ class AttentionCall(Call):
         logits = (*_broadcast(query.shape[:-2], key.shape[:-2]), query.shape[-2], key.shape[-2])
         return (
             shapes_fit
-            and all(_fits_scale(s) for s in scales)
+            and all(_fits_scale(s) for s in given.scales)
             and all(
                 _fits_mask(kind, m, query, logits)
-                for kind, m in zip(self.masks, masks, strict=True)
+                for kind, m in zip(self.masks, given.masks, strict=True)
             )
         )
 
@@ -112,52 +121,43 @@ class AttentionCall(Call):
         orders = zip((query, key, value), self.orders, strict=False)
         return tuple(t if order is None else t.permute(order) for t, order in orders)
 
-    def _with_heads(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        masks: tuple[Tensor, ...],
-        leading: tuple[int, ...],
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-        """Return the arguments with batch and heads as two dimensions."""
+    def _with_heads(self, given: Given) -> Given | None:
+        """Return the arguments with batch and heads as two dimensions; None if they are not."""
+        if not given.leading:
+            return given
+        of_query, of_value = self.flat
+        flat = [given.query, given.key] * of_query + [given.value] * of_value
+        leading = _known(given.leading, flat[0].shape[0])
+        masks = tuple(zip(self.masks, given.masks, strict=True))
+        flat += [m for mask, m in masks if mask.flat]
+        if any(t.ndim != 3 or t.shape[0] not in (1, math.prod(leading)) for t in flat):
+            return None
 
         def two(t: Tensor, is_flat: bool) -> Tensor:
             if not is_flat:
                 return t
             return t.unsqueeze(0) if t.shape[0] == 1 else t.unflatten(0, leading)
 
-        given = zip(self.masks, masks, strict=True)
-        of_query, of_value = self.flat
-        return (
-            two(query, of_query),
-            two(key, of_query),
-            two(value, of_value),
-            tuple(two(m, mask.flat) for mask, m in given),
+        return given._replace(
+            query=two(given.query, of_query),
+            key=two(given.key, of_query),
+            value=two(given.value, of_value),
+            masks=tuple(two(m, mask.flat) for mask, m in masks),
         )
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        masks: tuple[Tensor, ...],
-        scales: tuple[Any, ...],
-        dropout: Any,
-        leading: tuple[int, ...],
-    ) -> Any:
-        if leading:
-            leading = _known(leading, (query if self.flat[0] else value).shape[0])
-            query, key, value, masks = self._with_heads(query, key, value, masks, leading)
+    def __call__(self, *args: Any) -> Any:
+        given = self._with_heads(Given(*args))
+        assert given is not None
+        query, key, value = given[:3]
         query, key, value = self._in_place(query, key, value)
         scale = self.scale
-        for how, s in zip(self.scales, scales, strict=True):
+        for how, s in zip(self.scales, given.scales, strict=True):
             if not isinstance(s, Tensor):
                 scale = scale * s if how == "mul" else scale / s
             else:
                 query = (query * s if how == "mul" else query / s).to(query.dtype)
-        mask = _combined(self.masks, masks)
-        p = probability(dropout) or 0.0
+        mask = _combined(self.masks, given.masks)
+        p = probability(given.dropout) or 0.0
         out = scaled_dot_product_attention(query, key, value, mask, p, scale=scale)
         assert isinstance(out, Tensor)
         order = self.orders[3]
@@ -188,15 +188,12 @@ def _fits_scale(scale: Any) -> bool:
 
 
 def _fits_mask(mask: Mask, given: Any, query: Tensor, logits: tuple[int, ...]) -> bool:
-    """Return True if a mask broadcasts to the logits, without broadcasting them."""
-    if not isinstance(given, Tensor) or given.ndim > len(logits) or given.device != query.device:
+    """Return True if a mask broadcasts to the logits, and has a dtype that its kind asks for."""
+    if not broadcasts(given, query, logits):
         return False
-    if mask.kind in ("hide", "show") and given.dtype != torch.bool:
-        return False
-    if mask.kind == "add" and given.dtype not in KERNEL_DTYPES:
-        return False
-    pairs = zip(reversed(given.shape), reversed(logits), strict=False)
-    return all(m == 1 or m == n for m, n in pairs)
+    if mask.kind in ("hide", "show"):
+        return given.dtype == torch.bool
+    return mask.kind != "add" or given.dtype in KERNEL_DTYPES
 
 
 def _combined(masks: tuple[Mask, ...], given: tuple[Tensor, ...]) -> Tensor | None:

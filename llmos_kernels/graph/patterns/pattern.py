@@ -1,6 +1,7 @@
 """The base class of patterns, and what several of them ask about their arguments."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -102,6 +103,20 @@ def norm_parameters(norm: Any) -> tuple[tuple[int, ...], Any, Any, float] | None
         return None
     module: Any = norm
     return module.normalized_shape, module.weight, module.bias, module.eps
+
+
+def broadcasts(mask: Any, query: Tensor, logits: Sequence[int]) -> bool:
+    """Return True if ``mask`` broadcasts to ``logits``, whose shape it leaves as it is.
+
+    Args:
+        mask: anything.
+        query: a tensor on the device that it has to be on.
+        logits: the shape.
+    """
+    if not isinstance(mask, Tensor) or mask.ndim > len(logits) or mask.device != query.device:
+        return False
+    pairs = zip(reversed(mask.shape), reversed(logits), strict=False)
+    return all(m == 1 or m == n for m, n in pairs)
 
 
 def is_node(*values: Any) -> bool:

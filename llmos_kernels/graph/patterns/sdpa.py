@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llmos_kernels._core.registry import KERNEL_DTYPES
-from llmos_kernels.graph.patterns.pattern import Pattern, is_node
+from llmos_kernels.graph.patterns.pattern import Pattern, broadcasts, is_node
 from llmos_kernels.graph.reader import NoMatch, Reader
 from llmos_kernels.graph.site import Call, Found, are_plain
 from llmos_kernels.graph.vocabulary import Op
@@ -42,29 +42,16 @@ class SdpaCall(Call):
         shapes_fit = query.shape[-1] <= MAX_DIM and value.shape[-1] <= MAX_DIM
         return shapes_fit and (scale is None or isinstance(scale, (int, float)))
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Any,
-        dropout_p: Any,
-        is_causal: Any,
-        scale: Any,
-    ) -> Any:
-        return scaled_dot_product_attention(
-            query, key, value, mask, dropout_p, is_causal, scale, self.enable_gqa
-        )
+    def __call__(self, *args: Any) -> Any:
+        attend: Any = scaled_dot_product_attention
+        return attend(*args, self.enable_gqa)
 
 
 def _takes(mask: Any, query: Tensor, key: Tensor) -> bool:
-    """Return True if ``mask`` broadcasts to the logits."""
-    if not isinstance(mask, Tensor) or mask.ndim > 4:
+    """Return True if kernels take ``mask`` with these tensors."""
+    if not broadcasts(mask, query, (*query.shape[:-1], key.shape[-2])):
         return False
-    full = (*query.shape[:-1], key.shape[-2])
-    pairs = zip(reversed(mask.shape), reversed(full), strict=False)
-    known = mask.dtype == torch.bool or mask.dtype in KERNEL_DTYPES
-    return known and all(m == 1 or m == n for m, n in pairs)
+    return mask.dtype == torch.bool or mask.dtype in KERNEL_DTYPES
 
 
 class Sdpa(Pattern):

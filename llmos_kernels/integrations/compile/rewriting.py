@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from llmos_kernels._core.numerics import Compared, make_gradients
 from llmos_kernels._core.timing import interval, samples
-from llmos_kernels.graph.functional import lift_sizes, make_functional
-from llmos_kernels.graph.matcher import Matches, find
-from llmos_kernels.graph.reader import Reader
-from llmos_kernels.graph.site import Found, insert
+from llmos_kernels.graph import matcher
+from llmos_kernels.graph.matcher import Matches
+from llmos_kernels.graph.site import Found
 from llmos_kernels.graph.vocabulary import ModuleRef, operation
 from llmos_kernels.swap.calls import ModuleCall, perturbed
 from llmos_kernels.swap.proof import DRAWS, largest_of
@@ -89,19 +88,10 @@ def _copy(gm: GraphModule) -> GraphModule:
 
 def rewrite(gm: GraphModule) -> Matches:
     """Replace in ``gm`` what patterns know, and return what that was."""
-    graph = gm.graph
-    make_functional(graph)
-    lift_sizes(graph)
-
-    def module_at(target: str) -> nn.Module | None:
-        return gm.get_submodule(target)
-
-    reader = Reader(graph, module_at, activation_of)
-    matches = find(reader, partial(_fits, gm))
-    replaced: dict[Node, Node] = {}
-    for found in matches.found:
-        insert(found, replaced, checked=True)
-    graph.lint()
+    fits = partial(_fits, gm)
+    matches = matcher.rewrite(
+        gm.graph, fits, module_at=gm.get_submodule, activation_of=activation_of
+    )
     gm.recompile()
     return matches
 

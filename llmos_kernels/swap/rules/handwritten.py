@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from llmos_kernels.swap.calls import ModuleCall
-from llmos_kernels.swap.forwards import may_have_effects, names_in, reaches_outside
+from llmos_kernels.swap.code import names_in
+from llmos_kernels.swap.forwards import may_have_effects, reaches_outside
 from llmos_kernels.swap.generated_class import GeneratedClass, generate_class
 from llmos_kernels.swap.plans import NOT_RUN, Plan, Plans, arguments_of, plan_of, run
 from llmos_kernels.swap.proof import Replicas, judge
@@ -170,7 +171,7 @@ def guesses(module: nn.Module, size: tuple[int, int] | None = None) -> Iterator[
 
 
 def _widths(module: nn.Module) -> Iterator[int]:
-    """Yield the widths of input that the parts of ``module`` have."""
+    """Yield the widths of input that the parts of ``module`` have, and its own parameters."""
     found: dict[int, None] = {}
     for part in module.modules():
         width = getattr(part, "in_features", None)
@@ -180,3 +181,5 @@ def _widths(module: nn.Module) -> Iterator[int]:
         if isinstance(width, int) and width not in found:
             found[width] = None
             yield width
+    own = (p.shape[0] for p in module.parameters(recurse=False) if p.ndim == 1)
+    yield from (width for width in dict.fromkeys(own) if width not in found)

@@ -12,7 +12,8 @@ import llmos_kernels.nn as fused
 from llmos_kernels.nn.fusible import is_fusible
 from llmos_kernels.nn.norm import add_and_norm, are_plain
 from llmos_kernels.swap.calls import ModuleCall, set_training
-from llmos_kernels.swap.forwards import Constants, constants, have_changed, side_effect
+from llmos_kernels.swap.constants import Constants, constants, have_changed
+from llmos_kernels.swap.forwards import side_effect
 from llmos_kernels.swap.generated_class import GeneratedClass, generate_class
 from llmos_kernels.swap.rules.rule import Candidate, Match, Rule, example_rows, tensor_options
 

@@ -10,15 +10,9 @@ from llmos_kernels._core import numerics
 from llmos_kernels.ops.linear import PLAIN_TENSORS
 from llmos_kernels.ops.rms_norm import rms_norm, rms_norm_reference
 from llmos_kernels.swap.calls import ModuleCall, set_training
-from llmos_kernels.swap.forwards import (
-    Constants,
-    Reads,
-    constants,
-    has_branches,
-    has_slices,
-    have_changed,
-    side_effect,
-)
+from llmos_kernels.swap.code import has_branches, has_slices
+from llmos_kernels.swap.constants import Constants, Reads, constants, have_changed
+from llmos_kernels.swap.forwards import side_effect
 from llmos_kernels.swap.generated_class import GeneratedClass, generate_class
 from llmos_kernels.swap.proof import Replicas
 from llmos_kernels.swap.replica import replica

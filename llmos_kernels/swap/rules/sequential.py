@@ -21,15 +21,15 @@ from llmos_kernels.ops import _activations
 from llmos_kernels.ops.feed_forward import feed_forward
 from llmos_kernels.ops.linear import PLAIN_TENSORS, linear
 from llmos_kernels.swap.calls import ModuleCall, set_training
-from llmos_kernels.swap.forwards import (
+from llmos_kernels.swap.code import has_branches
+from llmos_kernels.swap.constants import (
     Constants,
     Reads,
     constants,
-    has_branches,
     have_changed,
     is_harmless_read,
-    side_effect,
 )
+from llmos_kernels.swap.forwards import side_effect
 from llmos_kernels.swap.generated_class import GeneratedClass, generate_class
 from llmos_kernels.swap.replica import replica
 from llmos_kernels.swap.rules._kinks import largest_error_without_kinks
