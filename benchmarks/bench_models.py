@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 
+import handwritten_models
 import peers
 import pytest
 import torch
@@ -26,10 +27,20 @@ GOALS = {
     (LAYERS, LAYER_SIZES[0]): (2.3, 1.4),
     (LAYERS, LAYER_SIZES[1]): (2.3, 1.6),
     ("minilm", (64, 128)): (2.0, 1.5),
+    ("handwritten_encoder", (8, 256)): (1.15, 1.15),
+    ("handwritten_block", (8, 256)): (1.15, 1.15),
+}
+#: Models written by hand: 512 wide, two layers or blocks.
+HANDWRITTEN = {
+    "handwritten_encoder": lambda: handwritten_models.Encoder(2, 512, 8, 2048),
+    "handwritten_block": lambda: nn.Sequential(
+        *(handwritten_models.CausalBlock(512, 8, 512) for _ in range(2))
+    ),
 }
 ARCHITECTURES = ("minilm", "bert_base", "opt_125m", "t5_small", "gpt2")
 #: Sentences and tokens: one sentence, short and long; a small batch, and a large one.
 MINILM_SIZES = ((1, 12), (1, 122), (8, 102), (64, 128))
+SIZES = {"minilm": MINILM_SIZES} | dict.fromkeys(HANDWRITTEN, ((8, 256),))
 GRID = ((1, 128), (8, 128)) if DEVICE == "cpu" else ((1, 128), (32, 128), (8, 512))
 
 
@@ -46,11 +57,11 @@ def without_fastpath():
         torch.backends.mha.set_fastpath_enabled(True)
 
 
-def compiled(model, freezing):
+def compiled(model, freezing=False, **backend):
     from torch._inductor import config
 
     torch._dynamo.reset()
-    model = torch.compile(copy.deepcopy(model))
+    model = torch.compile(copy.deepcopy(model), **backend)
 
     def run(*args, **kwargs):
         with config.patch(freezing=freezing), without_fastpath(), torch.no_grad():
@@ -59,8 +70,22 @@ def compiled(model, freezing):
     return run
 
 
+def handwritten(name, dtype, batch, length):
+    """Return a model that is written by hand, and its inputs."""
+    torch.manual_seed(0)
+    model = HANDWRITTEN[name]().to(DEVICE, getattr(torch, dtype)).eval()
+    model.second = ""  # As ``peers.FirstOutput`` has it.
+    given = [torch.randn(batch, length, 512, device=DEVICE, dtype=getattr(torch, dtype))]
+    if name == "handwritten_encoder":
+        given.append(torch.ones(batch, 1, 1, length, device=DEVICE))
+        given[1][0, ..., length // 2 :] = 0
+    return model, tuple(given)
+
+
 def architecture(name, dtype, batch, length):
     """Return a model, with trained weights for minilm, and the tensors of a batch."""
+    if name in HANDWRITTEN:
+        return handwritten(name, dtype, batch, length)
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config, model = {
@@ -101,6 +126,11 @@ def swapped(stock, given, **options):
     return model
 
 
+def by_backend(then):
+    """Return what tells torch.compile to use our backend, and then another one."""
+    return {"backend": "llmos", "options": {"then": then}}
+
+
 def inference_row(row, stock, given, wanted, stack):
     """Add every provider that is asked for to the row, judged by its result."""
     with torch.no_grad():
@@ -119,7 +149,9 @@ def inference_row(row, stock, given, wanted, stack):
             "kernel": lambda: swapped(stock, given),
             "eager": lambda: stock,
             "frozen": lambda: swapped(stock, given, freeze_weights=True),
-            "compile": lambda: compiled(stock, freezing=False),
+            "compile": lambda: compiled(stock),
+            "backend": lambda: compiled(stock, **by_backend("inductor")),
+            "backend_eager": lambda: compiled(stock, **by_backend("eager")),
             "freezing": lambda: compiled(stock, freezing=True),
         }
         for name in wanted:
@@ -139,7 +171,7 @@ def row_of(op, size, dtype, direction, stock, **options):
 
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
-PROVIDERS = ("kernel", "eager", "frozen", "compile", "freezing")
+PROVIDERS = ("kernel", "eager", "frozen", "compile", "freezing", "backend", "backend_eager")
 inference = pytest.mark.parametrize("direction", ("inference",))
 
 
@@ -174,10 +206,10 @@ MODEL_GRID = [
         name,
         size,
         id=f"{name}-{size[0]}x{size[1]}",
-        marks=[pytest.mark.quick] if name == "minilm" else [],
+        marks=[pytest.mark.quick] if name in SIZES else [],
     )
-    for name in ARCHITECTURES
-    for size in (MINILM_SIZES if name == "minilm" else GRID)
+    for name in (*ARCHITECTURES, *HANDWRITTEN)
+    for size in SIZES.get(name, GRID)
 ]
 
 
@@ -208,10 +240,14 @@ def gradients(model, given):
     }
 
 
-@pytest.mark.parametrize("provider", ("kernel", "eager", "compile"))
+@pytest.mark.parametrize("provider", ("kernel", "eager", "compile", "backend"))
 @pytest.mark.parametrize("direction", ("training",))
 @each_dtype
-@pytest.mark.parametrize("op, size", [(name, (4, 128)) for name in ARCHITECTURES], ids=str)
+@pytest.mark.parametrize(
+    "op, size",
+    [(name, (4, 128)) for name in ARCHITECTURES] + [(name, (8, 256)) for name in HANDWRITTEN],
+    ids=str,
+)
 def test_training(op, size, dtype, direction, provider, side_by_side):
     """Time forward and backward of a training step, with the model's own dropout.
 
@@ -230,7 +266,8 @@ def test_training(op, size, dtype, direction, provider, side_by_side):
             about = worst(gradients(model, given), exact, theirs)
             model.train()
             torch._dynamo.reset()
-            run = torch.compile(model) if name == "compile" else model
+            compilers = {"compile": {}, "backend": by_backend("inductor")}
+            run = torch.compile(model, **compilers[name]) if name in compilers else model
             return Call(functools.partial(step, model, run, given), (), about)
 
         for name in wanted:
