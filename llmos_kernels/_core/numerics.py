@@ -6,11 +6,14 @@ An error is the largest distance to the float64 reference. Tests and the proofs 
 functions.
 """
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 #: An error that is so many times its budget is not chance, and is not judged again.
 HOPELESS = 4.0
@@ -45,6 +48,60 @@ def generator(seed: int) -> torch.Generator:
         The generator.
     """
     return torch.Generator().manual_seed(shifted(seed))
+
+
+class Wide(TorchFunctionMode):
+    """Lets code that casts to a narrower dtype between its operations be exact in float64.
+
+    A cast of a tensor in float64 leaves it as it is, whichever floating point dtype is asked for,
+    and so does the ``dtype`` of a softmax or sum. Numbers become tensors in float64.
+
+    Example:
+        >>> x = torch.rand(4, dtype=torch.float64)
+        >>> with Wide():
+        ...     x.float().softmax(-1, dtype=torch.float32).dtype
+        torch.float64
+    """
+
+    _NARROW = frozenset((torch.float32, torch.float16, torch.bfloat16))
+    _CASTS = frozenset((Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.type_as))
+    _NUMBERS = frozenset((torch.full, torch.tensor, torch.scalar_tensor))
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in self._NUMBERS and isinstance(args[-1], float):
+            kwargs = {"dtype": torch.float64} | kwargs
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func in self._CASTS and all(self._is_narrow(a) for a in args[1:]):
+                return args[0]
+            args = (args[0], *map(self._widened, args[1:]))
+            kwargs = {k: self._widened(v) for k, v in kwargs.items()}
+        return func(*args, **kwargs)
+
+    def _is_narrow(self, value: Any) -> bool:
+        return getattr(value, "dtype", value) in self._NARROW
+
+    def _widened(self, value: Any) -> Any:
+        is_dtype = isinstance(value, torch.dtype) and value in self._NARROW
+        return torch.float64 if is_dtype else value
+
+
+def exactly(dtype: torch.dtype | None) -> contextlib.AbstractContextManager[object]:
+    """Return ``Wide()`` where ``dtype`` is float64, else a context that does nothing.
+
+    Args:
+        dtype: the dtype in which something runs; None for its own.
+
+    Returns:
+        A context manager.
+    """
+    return Wide() if dtype == torch.float64 else contextlib.nullcontext()
 
 
 def make_gradients(outputs: Sequence[Tensor], seed: int = 1) -> tuple[Tensor, ...]:

@@ -15,7 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from llmos_kernels._core.numerics import HOPELESS, Compared, judged_together, make_gradients
+from llmos_kernels._core.numerics import (
+    HOPELESS,
+    Compared,
+    exactly,
+    judged_together,
+    make_gradients,
+)
 from llmos_kernels.swap.calls import ModuleCall, perturbed, set_training
 from llmos_kernels.swap.replica import replica
 
@@ -35,9 +41,9 @@ class Replicas:
     ours: nn.Module
 
     @classmethod
-    def of(cls, module: nn.Module, drop_in: type, exact: type | None = None) -> "Replicas":
-        """Return the copies of ``module``; the one in float64 has the class ``exact``, if given."""
-        wide = replica(module, exact, dtype=torch.float64)
+    def of(cls, module: nn.Module, drop_in: type) -> "Replicas":
+        """Return the copies of ``module``."""
+        wide = replica(module, dtype=torch.float64)
         return cls(wide, replica(module), replica(module, drop_in))
 
 
@@ -130,7 +136,7 @@ def _inference(replicas: Replicas, call: ModuleCall) -> Compared | None:
     def outputs(module: nn.Module, dtype: torch.dtype | None = None) -> list[Tensor]:
         set_training(module, False)
         given = call.map(lambda t: t.to(dtype) if dtype and t.is_floating_point() else t)
-        with torch.no_grad():
+        with torch.no_grad(), exactly(dtype):
             y = given.on(module)
         return [o for o in (y if isinstance(y, (tuple, list)) else (y,)) if isinstance(o, Tensor)]
 
@@ -171,7 +177,8 @@ def outputs_and_gradients(
     set_training(module, training)
     with torch.enable_grad():
         leaves = call.map(leaf)
-        y = leaves.on(module)
+        with exactly(dtype):
+            y = leaves.on(module)
         outputs = [
             o for o in (y if isinstance(y, (tuple, list)) else (y,)) if isinstance(o, Tensor)
         ]

@@ -2,6 +2,10 @@
 
 import copy
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import handwritten_models as models
 import pytest
@@ -9,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from llmos_kernels._core.numerics import Wide
 from llmos_kernels.swap.calls import ModuleCall
 from llmos_kernels.swap.plans import arguments_of, plan_of
 from llmos_kernels.swap.proof import Replicas, judge
@@ -243,3 +248,41 @@ def test_a_norm_whose_dtype_would_change_stays_stock():
     fused.__class__ = fused_forward(type(module))
     assert plan(module, x).found
     torch.testing.assert_close(fused(x), module(x), rtol=0, atol=0)
+
+
+@models.norm
+def in_float32(self, x):
+    """Computes in float32 whatever the input: a copy in float64 is exact only in ``Wide``."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+    return (wide * (1.0 + self.weight.float())).type_as(x)
+
+
+def test_the_reference_of_a_proof_is_exact():
+    torch.manual_seed(0)
+    x = 100 * torch.randn(3, 4, 32, dtype=torch.float64)
+    module = in_float32().double()
+    right = F.rms_norm(x, (32,), 1 + module.weight, module.eps)
+    with Wide():
+        assert module(x).dtype == torch.float64
+        assert (module(x) - right).abs().max() < 1e-13
+        assert x.softmax(-1, dtype=torch.float32).dtype == torch.float64
+        assert F.softmax(x, -1, dtype=torch.bfloat16).dtype == torch.float64
+        assert x.to(torch.float16) is not None and x.to("cpu", torch.float32).dtype == x.dtype
+        assert torch.full((), torch.finfo(torch.float64).min).dtype == torch.float64
+        assert x.float().to(torch.int64).dtype == torch.int64
+    assert (module(x) - right).abs().max() > 1e-8
+    check(in_float32(), torch.randn(3, 4, 32))
+
+
+def test_compilers_see_torchs_own_functions():
+    """They keep what ``torch.tensor`` is when they are imported, which may be while we trace."""
+    code = """
+import torch, public_structures, llmos_kernels
+model, args = public_structures.nano_gpt()
+llmos_kernels.optimize(model, inputs=args, verify=False)
+compiled = torch.compile(lambda x: x * torch.tensor(2.0), backend="eager", fullgraph=True)
+compiled(torch.ones(2))
+"""
+    path = os.pathsep.join([str(Path(models.__file__).parent), *sys.path])
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, check=True)

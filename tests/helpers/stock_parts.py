@@ -17,11 +17,13 @@ def stock_parts(model, args=(), kwargs=None):
     """Return how many parts of each kind run in torch when ``model`` is called, without gradients.
 
     A part counts by an op that it has once: a softmax, an activation, a layer norm or the inverse
-    or deviation of one that is written out.
+    or deviation of one that is written out. Matrices do not count: they are those of routers,
+    experts and poolers.
     """
     with torch.no_grad():
         model(*args, **(kwargs or {}))  # The first call may trace.
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
             model(*args, **(kwargs or {}))
-    calls = Counter(event.name for event in seen.events())
+    events = (e for e in seen.events() if e.input_shapes and len(e.input_shapes[0]) > 2)
+    calls = Counter(event.name for event in events)
     return {part: sum(calls[op] for op in ops) for part, ops in _PARTS.items()}

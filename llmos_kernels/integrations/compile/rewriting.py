@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from llmos_kernels._core.numerics import Compared, make_gradients
+from llmos_kernels._core.numerics import Compared, exactly, make_gradients
 from llmos_kernels._core.timing import interval, samples
 from llmos_kernels.graph import matcher
 from llmos_kernels.graph.matcher import Matches
@@ -185,7 +185,7 @@ def _results(
         return made.to(dtype) if dtype and t.is_floating_point() else made
 
     given = call.map(copied).args
-    with torch.set_grad_enabled(bool(draw)):
+    with torch.set_grad_enabled(bool(draw)), exactly(dtype):
         for value, is_trained in zip(given, trained, strict=True):
             if draw and is_trained:
                 value.requires_grad_()

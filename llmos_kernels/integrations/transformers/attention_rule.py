@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from llmos_kernels._core.numerics import Compared
+from llmos_kernels._core.numerics import Compared, Wide
 from llmos_kernels._core.registry import KERNEL_DTYPES
 from llmos_kernels.integrations.transformers.attention import NAME, attention
 from llmos_kernels.swap.calls import ModelRun, ModuleCall, tensors_in
@@ -135,7 +135,9 @@ def largest_error(model: Any, calls: list[ModuleCall]) -> float:
 
     def results(call: ModuleCall) -> Compared:
         model.set_attn_implementation("eager")  # All copies share the config.
-        expected, eager = _outputs(exact, call.map(_double)), _outputs(stock, call)
+        with Wide():
+            expected = _outputs(exact, call.map(_double))
+        eager = _outputs(stock, call)
         model.set_attn_implementation(NAME)
         actual = _outputs(stock, call)
         if not len(actual) == len(eager) == len(expected):

@@ -14,7 +14,6 @@ from llmos_kernels.swap.code import has_branches, has_slices
 from llmos_kernels.swap.constants import Constants, Reads, constants, have_changed
 from llmos_kernels.swap.forwards import side_effect
 from llmos_kernels.swap.generated_class import GeneratedClass, generate_class
-from llmos_kernels.swap.proof import Replicas
 from llmos_kernels.swap.replica import replica
 from llmos_kernels.swap.rules.rule import Candidate, Match, Rule, example_rows, tensor_options
 
@@ -77,14 +76,6 @@ class ModelRMSNormRule(Rule):
         width = len(next(candidate.module.parameters()))
         options = tensor_options(candidate.module)
         return [ModuleCall((torch.randn(example_rows(size), width, **options),))]
-
-    def replicas(self, candidate: Candidate) -> Replicas:
-        """Return the copies to compare. The one in float64 has the class of the drop-in.
-
-        A model's own RMS norm casts to float32, so it cannot be exact. That it computes what
-        ``rms_norm_reference`` does was checked by ``epsilon_name``.
-        """
-        return Replicas.of(candidate.module, candidate.drop_in, exact=candidate.drop_in)
 
 
 def epsilon_name(module: nn.Module) -> str:
