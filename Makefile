@@ -4,7 +4,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip --disable-pip-version-check
 CSRC := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
-LINTED := llmos_kernels benchmarks tests tools setup.py
+LINTED := llmos_kernels benchmarks docs/examples tests tools setup.py
 JOBS := $(shell nproc)
 
 .PHONY: help demo test test-quick test-avx2 bench bench-gate page peers lint format build sanitize wheel test-wheels gpu gpu-carry mutants clean
@@ -59,14 +59,14 @@ page: build
 lint: $(VENV)/.ready
 	$(PYTHON) -m ruff check $(LINTED)
 	$(PYTHON) -m ruff format --check $(LINTED)
-	find csrc tests -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	find csrc docs/examples tests -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 	$(PYTHON) -m mypy
 
 format: $(VENV)/.ready
 	$(PYTHON) -m ruff format $(LINTED)
 	$(PYTHON) -m ruff check --fix $(LINTED)
 	$(PYTHON) -m ruff format $(LINTED)
-	find csrc tests -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format -i
+	find csrc docs/examples tests -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format -i
 
 build: $(VENV)/.ready $(VENV)/.built
 

@@ -8,6 +8,7 @@ if PathFinder.find_spec("llmos_kernels._C", __path__):
 
 from llmos_kernels import integrations, nn  # noqa: F401  integrations adds rules to swap
 from llmos_kernels.integrations.compile.backend import compile_pass, compile_report
+from llmos_kernels.integrations.export import native_decompositions
 from llmos_kernels.ops import _device  # noqa: F401  defines its op
 from llmos_kernels.ops.attention import scaled_dot_product_attention
 from llmos_kernels.ops.embedding import embedding_layer_norm
@@ -40,6 +41,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "load_quantized",
+    "native_decompositions",
     "nn",
     "optimize",
     "quantize",
