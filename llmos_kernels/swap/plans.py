@@ -25,9 +25,12 @@ from llmos_kernels.swap.traced_values import CannotTrace, Mismatch, Opaque, Read
 from llmos_kernels.swap.tracer import constant_of, signature
 from llmos_kernels.swap.tracing import trace
 
-#: More plans of a class than this are not made: its arguments are of ever new kinds. And more for
-#: one kind of arguments: it branches by ever other sizes.
-_MAX_PLANS, _MAX_BRANCHES = 64, 8
+#: More plans of a class than this are not made: its arguments are of ever new kinds, or each of its
+#: modules has other attributes. And more for one module and kind of arguments: it branches by ever
+#: other sizes.
+_MAX_PLANS, _MAX_BRANCHES = 1024, 8
+#: The plan that took the last call of a module, by the kinds of arguments: it is tried first.
+_LAST: "weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Plan]]" = weakref.WeakKeyDictionary()
 _LOCK = threading.RLock()
 
 
@@ -180,19 +183,29 @@ def plan_of(plans: Plans, module: nn.Module, cls: type, arguments: Arguments) ->
 
 def _plans_of(plans: Plans, module: nn.Module, cls: type, arguments: Arguments) -> Iterator[Plan]:
     """Yield the plans that may fit a call, the last of them a new one if it is to be made."""
-    known = plans.get(arguments.kinds, ())
-    for plan in known:
+    last = _LAST.get(module)
+    if last is None:
+        last = _LAST[module] = {}
+    first = last.get(arguments.kinds)
+    if first is not None and first.holds(module):
+        yield first
+    fitting = 0
+    for plan in plans.get(arguments.kinds, ()):
         if plan.holds(module):
-            yield plan
+            fitting += 1
+            if plan is not first:
+                last[arguments.kinds] = plan
+                yield plan
     if torch.compiler.is_compiling() or _is_watched():
         yield Plan(None, missed=("it was not traced before",))
         return
     with _LOCK:
-        if sum(map(len, plans.values())) >= _MAX_PLANS or len(known) >= _MAX_BRANCHES:
+        if sum(map(len, plans.values())) >= _MAX_PLANS or fitting >= _MAX_BRANCHES:
             yield Plan(None, missed=("its arguments are of too many kinds",))
             return
         plan = _make(module, cls, arguments)
         plans.setdefault(arguments.kinds, []).append(plan)
+    last[arguments.kinds] = plan
     yield plan
 
 

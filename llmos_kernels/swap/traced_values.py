@@ -227,7 +227,7 @@ class Shape(tuple):
         """Return the shape of ``tensor``. A size that a parameter or a constant has is a number."""
         if tensor.node.op == "get_attr":
             path = (*str(tensor.node.target).split("."), "shape")
-            tensor.tracer.reads[path] = Read(path, tuple(meta.shape))
+            tensor.tracer.reads[path] = Read(path, meta.shape)
             return cls(meta.shape)
         return cls(_size(tensor, i, n) for i, n in enumerate(meta.shape))
 

@@ -24,7 +24,9 @@ def watching_class(cls: Any, is_leaf: bool = False) -> Any:
         if name[:2] == "__" or name == WATCH or name in _INNER:
             return value
         tracer, path = object.__getattribute__(self, "__dict__")[WATCH]
-        if getattr(value, "__self__", None) is self or isinstance(value, Value):
+        owner = getattr(value, "__self__", None)
+        is_class_method = isinstance(owner, type) and isinstance(self, owner)
+        if owner is self or is_class_method or isinstance(value, Value):
             return value  # Its own method.
         if WATCH in getattr(value, "__dict__", ()):
             return value
