@@ -13,8 +13,13 @@ from llmos_kernels.ops.linear import PLAIN_TENSORS
 _PLAIN_PARAMETERS = PLAIN_TENSORS | {type(None)}
 
 
-def is_fusible(module: torch.nn.Module) -> bool:
-    """Return True if a fused computation may replace calling ``module``."""
+def is_fusible(module: torch.nn.Module, ignore_forward_hooks: bool = False) -> bool:
+    """Return True if a fused computation may replace calling ``module``.
+
+    Args:
+        module: the module.
+        ignore_forward_hooks: whether its own forward hooks are known to do nothing now.
+    """
     # Every fused call asks this for each of its parts, so it is written out.
     state = module.__dict__
     if (
@@ -22,7 +27,7 @@ def is_fusible(module: torch.nn.Module) -> bool:
         or torch_module._global_forward_pre_hooks
         or torch_module._global_backward_hooks
         or torch_module._global_backward_pre_hooks
-        or state["_forward_hooks"]
+        or (state["_forward_hooks"] and not ignore_forward_hooks)
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]

@@ -114,6 +114,22 @@ def test_error_budget(dtype):
     assert_within_budget(results, "BertLayer")
 
 
+@torch.no_grad()
+def test_after_hidden_states_were_asked_for():
+    """transformers leaves hooks on layers and attentions, which record nothing later."""
+    stock, ours = swapped()
+    for options in ({"output_hidden_states": True}, {"output_attentions": True}):
+        found = [
+            m.set_attn_implementation("eager") or m(**tokens(), **options) for m in (stock, ours)
+        ]
+        for a, b in zip(*(f.hidden_states or f.attentions for f in found), strict=True):
+            keep = tokens()["attention_mask"].bool()
+            a, b = (a[keep], b[keep]) if a.ndim == 3 else (a[0], b[0])
+            torch.testing.assert_close(a, b)
+    assert whole_layers(ours, **tokens())[0] == 2
+    close(ours, stock, **tokens())
+
+
 def hook(module):
     module.register_forward_hook(lambda *args: None)
 

@@ -6,6 +6,7 @@ They are known by their parts, not by name: BERT, RoBERTa, ELECTRA, CamemBERT an
 """
 
 import functools
+import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -50,6 +51,8 @@ _LINEAR_LAYERS = (
     "output.dense",
 )
 _MODELS = "transformers.models."
+#: The module of transformers whose hooks record hidden states and attention weights.
+_CAPTURING = "transformers.utils.output_capturing"
 #: Attributes of the attention. Without ``is_causal`` its attention function decides what it is.
 _ATTRIBUTES = ("config", "is_causal", "num_attention_heads", "scaling")
 #: Attention functions that compute plain attention with the mask that they are given.
@@ -110,7 +113,7 @@ def _whole(
     attention = children["attention"]
     attend, attended = (attention._modules.get(name) for name in ("self", "output"))
     inner: list[Any] = [attention, attend, attended, intermediate, output]
-    if tuple(map(_class_of, (layer, *inner))) != layout.classes or not all(map(is_fusible, inner)):
+    if tuple(map(_class_of, (layer, *inner))) != layout.classes or not all(map(_is_fusible, inner)):
         return None
     if not _is_plain_attention(attend, attention_mask) or layer.chunk_size_feed_forward:
         return None
@@ -144,6 +147,18 @@ def _masks(mask: Any) -> LayerMasks | None:
     if alike and mask.dtype == torch.bool:
         return LayerMasks(None, ~mask[:, 0, 0])
     return LayerMasks(mask)
+
+
+def _is_fusible(module: nn.Module) -> bool:
+    """Return ``is_fusible``, also where transformers has left hooks that record nothing now.
+
+    A model that was once asked for its hidden states or attention weights keeps such hooks.
+    """
+    hooks = module._forward_hooks.values()
+    if not hooks or any(getattr(h, "__module__", None) != _CAPTURING for h in hooks):
+        return is_fusible(module)
+    collector = getattr(sys.modules[_CAPTURING], "_active_collector", None)
+    return is_fusible(module, collector is not None and not collector.get())
 
 
 def _is_harmless(argument: tuple[str, Any]) -> bool:
