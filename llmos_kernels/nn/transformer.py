@@ -132,11 +132,16 @@ class TransformerEncoderLayer(Freezable, _Layer, nn.TransformerEncoderLayer):
         attention = self.self_attn
         if type(self) is not TransformerEncoderLayer or type(attention) is not MultiheadAttention:
             return None
+        weight = getattr(self.linear1, "weight", None)
+        if not isinstance(weight, Tensor):
+            return None
         if padding is None or padding.dtype == torch.bool:
             masks = LayerMasks(None, padding)
+        elif not padding.is_floating_point():
+            return None  # The attention refuses it.
         else:
             masks = LayerMasks(*merge_masks(None, padding, attention.num_heads, 0))
-        if not may_fuse(src, masks, self.linear1.weight) or not is_fusible(attention):
+        if not may_fuse(src, masks, weight) or not is_fusible(attention):
             return None
         if not attention.batch_first or (attention.training and attention.dropout):
             return None

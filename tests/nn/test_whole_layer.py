@@ -228,3 +228,22 @@ def test_errors_are_those_of_the_parts():
         ours(torch.randn(2, 5, D + 1))
     with pytest.raises(AssertionError, match="key_padding_mask"):
         ours(torch.randn(2, 5, D), src_key_padding_mask=torch.zeros(2, 6, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_part_of_another_class_is_called(training):
+    """It has no weight of its own."""
+    stock, ours = (m.train(training) for m in layer(dropout=0.0))
+    for m in (stock, ours):
+        m.linear1 = nn.Sequential(m.linear1)
+    x = torch.randn(2, 9, D)
+    torch.testing.assert_close(ours(x), stock(x))
+    with torch.no_grad():
+        assert not is_whole(ours, x)
+
+
+@torch.no_grad()
+def test_padding_of_integers_is_refused():
+    for m in layer():
+        with pytest.raises((AssertionError, RuntimeError, TypeError, ValueError)):
+            m(torch.randn(2, 9, D), src_key_padding_mask=torch.zeros(2, 9, dtype=torch.int64))
