@@ -138,6 +138,7 @@ def cpu() -> dict:
         "family": first("cpu family"),
         "model": first("model"),
         "isa": extension.cpu_level() if extension else "reference",
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
     }
 
 

@@ -17,3 +17,9 @@ def folders() -> list[Path]:
     """Return the folders with settings, the user's (``LLMOS_TUNED``) before that of the package."""
     user_folder = os.environ.get("LLMOS_TUNED")
     return [*([Path(user_folder)] if user_folder else []), FOLDER]
+
+
+def missing_folder() -> str:
+    """Return the user's folder if there is none of that name, else an empty string."""
+    user_folder = os.environ.get("LLMOS_TUNED", "")
+    return "" if not user_folder or Path(user_folder).is_dir() else user_folder

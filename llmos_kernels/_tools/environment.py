@@ -150,9 +150,10 @@ def _measured(direction: str, grid: Grid) -> str:
     )
     counts = collections.Counter(point.faster for point in grid.points)
     days = (datetime.date.today() - grid.date).days
+    age = f"{days} days old" if days >= 0 else "of the future"
     return (
         f"{theirs} faster at {counts[TORCH]} of {len(grid.points)} sizes, ours at {counts[OURS]};"
-        f" {grid.path.name} of {grid.date}, {days} days old, {grid.commit}"
+        f" {grid.path.name} of {grid.date}, {age}, {grid.commit}"
     )
 
 

@@ -6,10 +6,13 @@ of the ratio decides who is faster. Sizes come in order of their multiply-accumu
 that only the largest are missing if the time is over; then the nearest that was measured answers.
 """
 
+import functools
 import itertools
 import math
+import os
 import re
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -43,6 +46,9 @@ _CLEAR_ROUNDS, _CLEAR_FACTOR, _INTERVAL_ROUNDS = 3, 1.15, 6
 #: A slower side that is left behind by so much and takes so long is not timed at larger sizes.
 _HOPELESS_FACTOR, _HOPELESS_SECONDS = 3.0, 20e-3
 
+#: The load above which somebody else uses the machine.
+_BUSY = 0.5
+
 Call = Callable[[], object]
 
 
@@ -62,6 +68,12 @@ def _verdict(ours: Sequence[float], theirs: Sequence[float]) -> str | None:
         return None
     low, high = interval(ratios)
     return "ours" if low > 1 else "torch" if high < 1 else None
+
+
+def _is_hopeless(found: Comparison) -> bool:
+    """Return True if one side is so slow that it is not timed at larger sizes."""
+    low, high = sorted((found.ours, found.torch))
+    return high > max(_HOPELESS_FACTOR * low, _HOPELESS_SECONDS)
 
 
 def compare(ours: Call, theirs: Call) -> Comparison:
@@ -172,14 +184,16 @@ class _Grid:
         self.is_complete = False
         self.points: list[tuple] = []
 
-    def add(self, size: tuple[int, int, int], found: Comparison) -> None:
-        """Add a point; the last one is that at which a side is slow beyond hope."""
+    def add(self, size: tuple[int, int, int], measured: Callable[[], Comparison]) -> None:
+        """Add a point; the last one is that at which a side is slow beyond hope, twice."""
+        found = measured()
+        if _is_hopeless(found):
+            found = min(found, measured(), key=lambda c: c.ours + c.torch)
         self.points.append(
             (*size, round(found.ours * 1e6, 2), round(found.torch * 1e6, 2), found.faster)
         )
         self.provider = self.library if found.faster == TORCH else OURS
-        low, high = sorted((found.ours, found.torch))
-        self.is_complete = high > max(_HOPELESS_FACTOR * low, _HOPELESS_SECONDS)
+        self.is_complete = _is_hopeless(found)
 
     def content(self) -> dict[str, Any]:
         """Return the grid as a file has it."""
@@ -210,8 +224,9 @@ def measure(
         for grid in grids:
             if not grid.is_complete:
                 answers = {g.direction: g.provider for g in grids if g.dtype == grid.dtype}
+                calls = DIRECTIONS[grid.direction](inputs[grid.dtype])
                 with override(answers):
-                    grid.add(size, compare(*DIRECTIONS[grid.direction](inputs[grid.dtype])))
+                    grid.add(size, functools.partial(compare, *calls))
         step()
         if time.perf_counter() > end:
             break
@@ -252,8 +267,45 @@ def _check_writable(folder: Path) -> None:
         ) from e
 
 
+def _measured_before(path: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the grids of a file that is there already.
+
+    Raises:
+        ValueError: They were measured on another machine, or with torch limited to another ISA.
+    """
+    if not path.exists():
+        return []
+    try:
+        found = measurements.read(path)
+    except ValueError:
+        return []  # It is of no use to anybody, and replaced.
+    other = {k: v for k in measurements.FACTS if (v := found["machine"][k]) != about[k]}
+    if other:
+        theirs = ", ".join(f"{k} {v}, here {about[k]}" for k, v in other.items())
+        raise ValueError(f"{path} is of another machine ({theirs}): --output names another file")
+    return found["products"]
+
+
+def _merged(before: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the grids ``new``, and what was there ``before`` and was not measured again."""
+
+    def key(grid: dict[str, Any]) -> tuple[str, ...]:
+        return grid["dtype"], grid["direction"], grid["torch_library"]
+
+    merged = {key(grid): grid for grid in before}
+    for grid in new:
+        points = {tuple(p[:3]): p for p in merged.get(key(grid), {}).get("points", ())}
+        points |= {tuple(p[:3]): p for p in grid["points"]}
+        merged[key(grid)] = grid | {
+            "points": sorted(points.values(), key=lambda p: math.prod(p[:3]))
+        }
+    return list(merged.values())
+
+
 def tune_this_cpu(dtypes: Sequence[torch.dtype], path: Path | None, seconds: float) -> bool:
     """Measure the products of this CPU and write them. Return False if Ctrl-C ended it early.
+
+    What a file has of this machine already is kept where nothing new is measured.
 
     Args:
         dtypes: The dtypes of the products.
@@ -263,7 +315,8 @@ def tune_this_cpu(dtypes: Sequence[torch.dtype], path: Path | None, seconds: flo
 
     Raises:
         ValueError: There is no C++ extension, ``seconds`` is negative or not finite, ``path`` is a
-            folder or named as a file of rules is, or its folder cannot be written to.
+            folder, a file of another machine, or named as a file of rules is, or its folder cannot
+            be written to.
     """
     about = machine()
     if about["isa"] == "none" or registry._FORCED:
@@ -279,6 +332,11 @@ def tune_this_cpu(dtypes: Sequence[torch.dtype], path: Path | None, seconds: flo
             f"--output must name a file that does not begin with {RULES!r}, as rules do, got {path}"
         )
     _check_writable(path.parent)
+    before = _measured_before(path, about)
+    if (load := os.getloadavg()[0]) > _BUSY:
+        print(
+            f"others use this machine (load {load:.1f}): times will be disturbed", file=sys.stderr
+        )
     columns = TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn()
     try:
         with torch.no_grad(), Progress(*columns) as progress:
@@ -287,6 +345,7 @@ def tune_this_cpu(dtypes: Sequence[torch.dtype], path: Path | None, seconds: flo
     except KeyboardInterrupt:
         print("interrupted; nothing is written")
         return False
+    grids = _merged(before, grids)
     measurements.write(path, about, checksums.commit().removeprefix("of "), grids)
     print(path)
     return True

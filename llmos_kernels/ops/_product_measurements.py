@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from llmos_kernels._core.tuned import RULES, folders
+from llmos_kernels._core.tuned import RULES, folders, missing_folder
 from llmos_kernels.ops._cpu_facts import ATEN, MKL, ONEDNN
 
 __all__: list[str] = []
@@ -61,8 +61,17 @@ class Grid:
 
     def faster(self, rows: int, depth: int, width: int) -> str | None:
         """Return "ours" or "torch", whichever was faster at the nearest point; None for a tie."""
+        return self._nearest(rows, depth, width).faster
+
+    def times(self, rows: int, depth: int, width: int) -> tuple[float, float]:
+        """Return about how many microseconds ours takes, and torch's, by the nearest point."""
+        point = self._nearest(rows, depth, width)
+        scale = rows * depth * width / math.prod(point[:3])
+        return point.ours_us * scale, point.torch_us * scale
+
+    def _nearest(self, rows: int, depth: int, width: int) -> Point:
         sizes = (round(math.log2(max(n, 1)) * _PARTS) for n in (rows, depth, width))
-        return _nearest(self, *sizes).faster
+        return _nearest(self, *sizes)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -128,6 +137,9 @@ def read(path: Path) -> dict:
 def tables() -> list[tuple[Path, dict]]:
     """Return every readable file, the user's first; warn of each that is not."""
     found = []
+    if missing := missing_folder():
+        text = f"LLMOS_TUNED: {missing} is no folder; the settings of the package are used"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
     for path in (p for folder in folders() for p in sorted((folder / "cpu").glob("*.json"))):
         if path.name.startswith(RULES):  # Which ``_product_policy`` reads.
             continue

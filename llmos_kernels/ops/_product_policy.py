@@ -281,8 +281,9 @@ def are_ours(
 ) -> bool:
     """Return True if ours is the choice for the forward products with some weights, in one op.
 
-    That is where ``choose`` answers OURS, or where a call from Python takes as long as the product:
-    the op saves these calls.
+    That is where ours takes no longer for all of them together, by what was measured, than torch's
+    products and their calls from Python, which the op saves. Elsewhere, where ``choose`` answers
+    OURS for each, or the product takes no longer than its call.
 
     Args:
         dtype: The dtype of both factors.
@@ -297,7 +298,7 @@ def are_ours(
 
 
 #: A product of so many MACs takes about 10 us on one core, as two calls from Python do.
-_SMALL_MACS = 1 << 19
+_SMALL_MACS, _CALL_US = 1 << 19, 5.0
 
 
 @functools.lru_cache(4096)
@@ -310,6 +311,10 @@ def _are_ours(
     onednn_enabled: bool,
 ) -> bool:
     """Return ``are_ours`` for what ``choose`` looks up by itself: threads, and oneDNN's switch."""
+    grid = _table(dtype, device, threads, onednn_enabled).measured.get(FORWARD)
+    if grid is not None:
+        times = [grid.times(rows, depth, width) for width, depth in shapes]
+        return sum(ours - (theirs + _CALL_US) for ours, theirs in times) <= 0
     return all(
         rows * width * depth <= _SMALL_MACS
         or choose(FORWARD, dtype, device, rows, depth, width) == OURS

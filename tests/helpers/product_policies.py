@@ -15,6 +15,7 @@ CACHED = (
     (_product_policy, "_entries"),
     (_product_policy, "_table"),
     (_product_policy, "_answer"),
+    (_product_policy, "_are_ours"),
 )
 
 

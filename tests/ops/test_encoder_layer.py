@@ -3,8 +3,10 @@
 import pytest
 import torch
 from guards import Guards
+from product_policies import anew, put
 
 from llmos_kernels._core.registry import DEFINED
+from llmos_kernels.ops import _cpu_facts
 from llmos_kernels.ops._encoder_layer import LayerMasks, encoder_layer, may_fuse, reference
 from llmos_kernels.ops._product_policy import are_ours
 from llmos_kernels.testing import DTYPES, assert_within_budget
@@ -189,18 +191,30 @@ def test_the_policy_is_asked(monkeypatch):
         asked.append((rows, depth, width))
         return "ours" if width < 40 else "mkl"
 
+    anew(monkeypatch)
     monkeypatch.setattr(_product_policy, "choose", choose)
     monkeypatch.setattr(_product_policy, "_SMALL_MACS", 0)
-    _product_policy._are_ours.cache_clear()
-    try:
-        assert not are_ours(torch.float32, device, 14, shapes)
-        assert are_ours(torch.float32, device, 14, shapes[:1])
-        assert asked[:2] == [(14, 24, 24), (14, 24, 40)]
-        assert encoder_layer(*given) is None
-        count = len(asked)
-        assert encoder_layer(*given) is None and len(asked) == count, "asked once for each size"
-    finally:
-        _product_policy._are_ours.cache_clear()
+    assert not are_ours(torch.float32, device, 14, shapes)
+    assert are_ours(torch.float32, device, 14, shapes[:1])
+    assert asked[:2] == [(14, 24, 24), (14, 24, 40)]
+    assert encoder_layer(*given) is None
+    count = len(asked)
+    assert encoder_layer(*given) is None and len(asked) == count, "asked once for each size"
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [([(100, 96), (400, 420)], True), ([(100, 80), (400, 405)], False), ([(9, 5), (9, 5)], True)],
+)
+def test_measured_products_are_judged_together(monkeypatch, tmp_path, times, expected):
+    """One slow product does not keep a layer whose products are faster together."""
+    sizes = (14, 24, 24), (14, 24, 40)
+    points = [[*size, *us, None] for size, us in zip(sizes, times, strict=True)]
+    library = _cpu_facts.torch_library(torch.float32, torch._C._get_mkldnn_enabled())
+    put(tmp_path, "here.json", [("forward", "float32", library, points)])
+    anew(monkeypatch, tmp_path)
+    shapes = (24, 24), (40, 24)
+    assert are_ours(torch.float32, torch.device("cpu"), 14, shapes) is expected
 
 
 def test_the_cpu_has_a_kernel():

@@ -87,6 +87,39 @@ def test_what_is_hopeless_is_not_measured_at_larger_sizes(small, monkeypatch):
     assert len(tune_products.measure([torch.float32], 60.0)[0]["points"]) == len(SIZES)
 
 
+def test_one_disturbed_size_is_not_hopeless(small, monkeypatch):
+    timed(monkeypatch, (1e-3, 100e-3, "ours"), (1e-3, 1e-3, None), (1e-3, 1e-3, None))
+    (grid, *_) = tune_products.measure([torch.float32], 60.0)
+    assert len(grid["points"]) == len(SIZES)
+
+
+def test_what_was_measured_before_is_kept(small, tmp_path, monkeypatch):
+    path = tmp_path / "here.json"
+    timed(monkeypatch, (2e-6, 1e-6, "torch"))
+    assert tune_products.tune_this_cpu([torch.float32, torch.bfloat16], path, 60.0)
+    timed(monkeypatch, (1e-6, 2e-6, "ours"))
+    assert tune_products.tune_this_cpu([torch.float32], path, 0.0)
+    grids = {
+        (g["dtype"], g["direction"]): [p[5] for p in g["points"]]
+        for g in _product_measurements.read(path)["products"]
+    }
+    assert len(grids) == 10
+    assert grids["bfloat16", "forward"] == ["torch"] * 3
+    assert grids["float32", "forward"] == ["ours", "torch", "torch"]
+
+
+def test_a_file_of_another_machine_is_not_replaced(small, tmp_path, monkeypatch):
+    path = tmp_path / "there.json"
+    about = tune_products.machine() | {"torch_isa": "AVX9"}
+    point = [1, 8, 16, 1.0, 2.0, "ours"]
+    grid = {"direction": "forward", "dtype": "float32", "torch_library": "mkl", "points": [point]}
+    _product_measurements.write(path, about, "", [grid])
+    before = path.read_text()
+    with pytest.raises(ValueError, match=r"torch_isa AVX9, here .*--output"):
+        tune_products.tune_this_cpu([torch.float32], path, 1.0)
+    assert path.read_text() == before
+
+
 @pytest.mark.parametrize(
     "ours, theirs, verdict",
     [
