@@ -131,10 +131,15 @@ def by_backend(then):
     return {"backend": "llmos", "options": {"then": then}}
 
 
+def widened(given):
+    """Return inputs in float64 where they are no integers."""
+    return [t.double() if t.is_floating_point() else t for t in given]
+
+
 def inference_row(row, stock, given, wanted, stack):
     """Add every provider that is asked for to the row, judged by its result."""
     with torch.no_grad():
-        wide = [t.double() if t.is_floating_point() else t for t in given]
+        wide = widened(given)
         with without_fastpath():
             exact = {"output": filled(stock, given, copy.deepcopy(stock).double()(*wide))}
             row.flop = operations(functools.partial(stock, *given))
@@ -258,7 +263,7 @@ def test_training(op, size, dtype, direction, provider, side_by_side):
         stock, given = architecture(op, dtype, *size)
         row = row_of(op, size, dtype, direction, stock, gradients=True)
         row.flop = 3 * operations(functools.partial(stock, *given))
-        exact = gradients(copy.deepcopy(stock).double(), given)
+        exact = gradients(copy.deepcopy(stock).double(), widened(given))
         theirs = gradients(copy.deepcopy(stock), given)
 
         def add(name):
