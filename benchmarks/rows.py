@@ -191,11 +191,11 @@ def measure(row: Row, rounds: int, max_seconds: float, busy: bool) -> dict[str, 
         }
         watch = machine.Watch([os.getpid(), *row.pids])
         found, details = times(row, rounds, max_seconds)
-        if not busy and (why := watch.disturbed(DEVICE)) is not None:
+        if not busy and (why := watch.disturbed_on(DEVICE)) is not None:
             why = machine.wait_until_idle(DEVICE)
             watch = machine.Watch([os.getpid(), *row.pids])
             found, details = times(row, rounds, max_seconds)
-            why = why or watch.disturbed(DEVICE)
+            why = why or watch.disturbed_on(DEVICE)
             if why is not None:
                 raise machine.Busy(f"not measured: {why} (--busy measures all the same)")
     about = {"row": row.name, "op": row.op, "size": list(row.size), "bytes": row.moved}

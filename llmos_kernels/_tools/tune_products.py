@@ -27,7 +27,7 @@ from torch import Tensor
 from llmos_kernels._core import registry
 from llmos_kernels._core.timing import interval, samples
 from llmos_kernels._core.tuned import RULES, folders
-from llmos_kernels._tools import checksums
+from llmos_kernels._tools import checksums, other_processes
 from llmos_kernels.ops import _cpu_facts, _products, linear
 from llmos_kernels.ops import _product_measurements as measurements
 from llmos_kernels.ops._activations import NONE, RELU
@@ -46,8 +46,6 @@ _CLEAR_ROUNDS, _CLEAR_FACTOR, _INTERVAL_ROUNDS = 3, 1.15, 6
 #: A slower side that is left behind by so much and takes so long is not timed at larger sizes.
 _HOPELESS_FACTOR, _HOPELESS_SECONDS = 3.0, 20e-3
 
-#: The load above which somebody else uses the machine.
-_BUSY = 0.5
 
 Call = Callable[[], object]
 
@@ -333,10 +331,10 @@ def tune_this_cpu(dtypes: Sequence[torch.dtype], path: Path | None, seconds: flo
         )
     _check_writable(path.parent)
     before = _measured_before(path, about)
-    if (load := os.getloadavg()[0]) > _BUSY:
-        print(
-            f"others use this machine (load {load:.1f}): times will be disturbed", file=sys.stderr
-        )
+    watch = other_processes.Watch([os.getpid()])
+    time.sleep(0.5)
+    if (why := watch.disturbed()) is not None:
+        print(f"times will be wrong: {why}", file=sys.stderr)
     columns = TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn()
     try:
         with torch.no_grad(), Progress(*columns) as progress:

@@ -62,7 +62,7 @@ def test_measured(monkeypatch):
     taken = {"kernel": [1.0, 2.0, 3.0], "eager": [2.0, 5.0, 6.0]}
     monkeypatch.setattr(rows, "times", lambda *_: (taken, {}))
     monkeypatch.setattr(rows.rates, "share_of_limits", lambda *_: {"GB/s": 1.0, "share": 0.5})
-    monkeypatch.setattr(rows.machine.Watch, "disturbed", lambda *_: None)
+    monkeypatch.setattr(rows.machine.Watch, "disturbed_on", lambda *_: None)
     row = made_row(kernel=answer(0.9), eager=answer(0.5), odd=fails)
     found = rows.measure(row, 3, 1.0, busy=False)
     kernel = found["kernel"]["extra"]
@@ -71,7 +71,7 @@ def test_measured(monkeypatch):
     assert "ours" not in kernel
     assert found["eager"]["samples"] == taken["eager"] and "goal" not in found["eager"]["extra"]
     assert found["odd"]["wrong"].startswith("NotImplementedError")
-    monkeypatch.setattr(rows.machine.Watch, "disturbed", lambda *_: "others")
+    monkeypatch.setattr(rows.machine.Watch, "disturbed_on", lambda *_: "others")
     monkeypatch.setattr(rows.machine, "wait_until_idle", lambda *_: None)
     with pytest.raises(rows.machine.Busy, match=r"not measured: others \(--busy"):
         rows.measure(row, 3, 1.0, busy=False)

@@ -11,6 +11,7 @@ import rates
 import torch
 import torch.nn.functional as F
 
+from llmos_kernels._tools import other_processes
 from llmos_kernels.testing import interval
 
 
@@ -30,8 +31,8 @@ def test_others_are_seen():
 
 def test_our_own_work_is_not_others(monkeypatch):
     times = iter([100.0, 10.0, 102.05, 11.5])
-    monkeypatch.setattr(machine, "_all_seconds", lambda: next(times))
-    monkeypatch.setattr(machine, "_seconds_of", lambda pid: next(times))
+    monkeypatch.setattr(other_processes, "_all_seconds", lambda: next(times))
+    monkeypatch.setattr(other_processes, "_seconds_of", lambda pid: next(times))
     watch = machine.Watch([1])
     watch._start -= 10.0
     assert watch.others() == pytest.approx(0.05, rel=0.01)
