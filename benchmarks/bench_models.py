@@ -184,13 +184,8 @@ inference = pytest.mark.parametrize("direction", ("inference",))
 @inference
 @each_dtype
 @pytest.mark.parametrize("op", (LAYERS,))
-@pytest.mark.parametrize(
-    "size",
-    [
-        pytest.param(size, id="x".join(map(str, size)), marks=[pytest.mark.quick] if i == 0 else [])
-        for i, size in enumerate(LAYER_SIZES)
-    ],
-)
+@pytest.mark.quick
+@pytest.mark.parametrize("size", LAYER_SIZES, ids=lambda size: "x".join(map(str, size)))
 def test_encoder_layers(op, size, dtype, direction, provider, side_by_side):
     """Time two post-norm encoder layers, without padding."""
 

@@ -34,17 +34,19 @@ def _sizes(case):
     return case.benchmark_shapes if DEVICE == "cpu" else case.gpu_benchmark_shapes
 
 
-#: --quick measures the first size of each op, and the forward of these in every size.
-QUICK_FORWARD = ("attention", "attention-causal", "layer_norm", "add_layer_norm", "linear")
+#: --quick measures the first size of each op, and the forward or backward of these in every size.
+QUICK = {
+    FORWARD: ("attention", "attention-causal", "layer_norm", "add_layer_norm", "linear"),
+    BACKWARD: ("layer_norm", "add_layer_norm"),
+    BOTH: (),
+}
 GRID = [
     pytest.param(
         case.name,
         size,
         direction,
         id=f"{case}-{'x'.join(map(str, size))}-{direction}",
-        marks=[pytest.mark.quick]
-        if i == 0 or (case.name in QUICK_FORWARD and direction == FORWARD)
-        else [],
+        marks=[pytest.mark.quick] if i == 0 or case.name in QUICK[direction] else [],
     )
     for case in CASES
     for i, size in enumerate(_sizes(case))
@@ -177,6 +179,15 @@ def op_row(op, size, dtype, direction, wanted):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op, size, direction", GRID)
 def test_op(op, size, dtype, direction, provider, side_by_side):
+    side_by_side(lambda wanted, stack: op_row(op, size, dtype, direction, wanted))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("provider", ("kernel", "eager"))
+@pytest.mark.parametrize("dtype", ("float16",))
+@pytest.mark.parametrize("op, size, direction", [("linear", (2048, 384, 384), FORWARD)], ids=str)
+def test_float16(op, size, dtype, direction, provider, side_by_side):
+    """Time a product in the dtype for which no CPU has one."""
     side_by_side(lambda wanted, stack: op_row(op, size, dtype, direction, wanted))
 
 

@@ -80,6 +80,7 @@ BENCHMARK_SHAPES = ((1024, 768, 3072), (128, 384, 1536), (1, 4096, 16384))
 #: Layers of a small encoder, of a base model, and of a small one on a single sentence.
 LAYER_SHAPES = (
     (2048, 384, 1536),
+    (2048, 384, 384),
     (2048, 1536, 384),
     (1024, 768, 768),
     (64, 384, 1536),
