@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import llmos_kernels as lk
 from llmos_kernels._core.numerics import Wide
 from llmos_kernels.swap.calls import ModuleCall
 from llmos_kernels.swap.plans import arguments_of, plan_of
@@ -286,3 +287,38 @@ compiled(torch.ones(2))
 """
     path = os.pathsep.join([str(Path(models.__file__).parent), *sys.path])
     subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, check=True)
+
+
+class PlusOne(nn.LayerNorm):
+    """Has its weight around 0."""
+
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
+
+class Doubled(nn.LayerNorm):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Printed(nn.LayerNorm):
+    def forward(self, x):
+        print(x.shape)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("cls", [PlusOne, Doubled])
+def test_a_subclass_of_a_norm_is_swapped_by_what_it_computes(cls):
+    torch.manual_seed(0)
+    model = nn.Sequential(cls(32))
+    stock, x = copy.deepcopy(model), torch.randn(3, 32)
+    report = lk.optimize(model, inputs=(x,), always=True)
+    assert [s.partition(" in ")[0] for s in report.sites()] == ["layer norm"]
+    torch.testing.assert_close(model(x), stock(x))
+    assert isinstance(model[0], cls) and type(lk.restore(model) or model[0]) is cls
+
+
+def test_a_subclass_with_another_effect_is_kept_as_a_subclass():
+    report = lk.optimize(nn.Sequential(Printed(32)), always=True)
+    (entry,) = report.kept
+    assert entry.reason == "Printed is a subclass of LayerNorm and may compute something else"

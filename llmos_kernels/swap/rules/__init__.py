@@ -18,7 +18,7 @@ from llmos_kernels.swap.calls import ModuleCall
 from llmos_kernels.swap.generated_class import GeneratedClass
 from llmos_kernels.swap.rules.attention import AttentionRule
 from llmos_kernels.swap.rules.bert_layer import BertLayerRule
-from llmos_kernels.swap.rules.handwritten import HandwrittenRule
+from llmos_kernels.swap.rules.handwritten import HandwrittenRule, has_own_forward
 from llmos_kernels.swap.rules.linear import LinearRule
 from llmos_kernels.swap.rules.norm import NormRule
 from llmos_kernels.swap.rules.residual import ResidualRule
@@ -85,10 +85,16 @@ def classify(
     lazy = any(map(is_lazy, module.parameters()))
     if lazy and not isinstance(module, LazyModuleMixin):
         return None  # Its parts are looked at one by one.
+    kept: Candidate | None = None
     for rule in RULES:
         try:
             match = rule.match_called(module, calls)
             if match is not None:
+                subclass = _is_subclass(module, rule)
+                if subclass and has_own_forward(module):
+                    # What its forward computes is for the last rule to see.
+                    kept = Candidate(name, module, rule, match.drop_in, subclass)
+                    continue
                 why = match.why_not or why_not(module, rule, around)
                 why = why or _why_no_instance(module, match.drop_in)
                 width, sites = match.input_width, match.sites
@@ -96,7 +102,7 @@ def classify(
         except Exception as e:  # Whatever a user's class does is a reason to keep it.
             why = f"could not be examined: {type(e).__name__}: {first_line(e)}"
             return Candidate(name, module, rule, type(module), why)
-    return None
+    return kept
 
 
 def why_not(module: nn.Module, rule: Rule, around: Sequence[nn.Module] = ()) -> str:
@@ -110,12 +116,11 @@ def why_not(module: nn.Module, rule: Rule, around: Sequence[nn.Module] = ()) -> 
     Returns:
         The reason as the report shows it, or an empty string.
     """
-    cls, known = type(module), tuple(_drop_ins())
+    known = tuple(_drop_ins())
     if isinstance(module, LazyModuleMixin):
         return "it has no shape before it has run: run the model once, then optimize"
-    original = next((c for c in known if isinstance(module, c)), None)
-    if original is not None and cls is not original:
-        return f"{cls.__name__} is a subclass of {original.__name__} and may compute something else"
+    if why := _is_subclass(module, rule):
+        return why
     if "forward" in module.__dict__:
         return "its forward has been replaced on the instance"
     why = why_untouchable(module, around)
@@ -126,6 +131,18 @@ def why_not(module: nn.Module, rule: Rule, around: Sequence[nn.Module] = ()) -> 
         if p.dtype not in KERNEL_DTYPES:
             return f"no kernel for {p.dtype}"
     return rule.why_not(module)
+
+
+def _is_subclass(module: nn.Module, rule: Rule) -> str:
+    """Return why a subclass of a class that rules know is no such class; else an empty string.
+
+    The rule for code written by hand goes by what the code does.
+    """
+    cls = type(module)
+    original = next((c for c in _drop_ins() if isinstance(module, c)), None)
+    if original is None or cls is original or isinstance(rule, HandwrittenRule):
+        return ""
+    return f"{cls.__name__} is a subclass of {original.__name__} and may compute something else"
 
 
 def set_class(module: nn.Module, cls: type) -> None:
