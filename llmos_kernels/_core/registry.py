@@ -112,7 +112,8 @@ def define_composite(
 ) -> torch._ops.OpOverload:
     """Register ``llmos::<name>``, which runs other ops and has no kernel; return its overload."""
     name = schema.partition("(")[0]
-    _LIB.define(schema)
+    # What a fake returns depends on the strides of its arguments: compilers have to keep these.
+    _LIB.define(schema, tags=(torch.Tag.needs_exact_strides,))
     _LIB.impl(name, torch.no_grad()(run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"llmos::{name}", fake, lib=_LIB)
     overload = getattr(torch.ops.llmos, name).default
