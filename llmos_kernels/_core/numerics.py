@@ -75,7 +75,9 @@ class Wide(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in self._NUMBERS and isinstance(args[-1], float):
+        named = (kwargs[name] for name in ("fill_value", "data", "s") if name in kwargs)
+        number = next(named, args[-1] if args else None)
+        if func in self._NUMBERS and isinstance(number, float):
             kwargs = {"dtype": torch.float64} | kwargs
         if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             if func in self._CASTS and all(self._is_narrow(a) for a in args[1:]):

@@ -46,7 +46,6 @@ _CLEAR_ROUNDS, _CLEAR_FACTOR, _INTERVAL_ROUNDS = 3, 1.15, 6
 #: A slower side that is left behind by so much and takes so long is not timed at larger sizes.
 _HOPELESS_FACTOR, _HOPELESS_SECONDS = 3.0, 20e-3
 
-
 Call = Callable[[], object]
 
 

@@ -270,7 +270,10 @@ def test_the_reference_of_a_proof_is_exact():
         assert x.softmax(-1, dtype=torch.float32).dtype == torch.float64
         assert F.softmax(x, -1, dtype=torch.bfloat16).dtype == torch.float64
         assert x.to(torch.float16) is not None and x.to("cpu", torch.float32).dtype == x.dtype
-        assert torch.full((), torch.finfo(torch.float64).min).dtype == torch.float64
+        lowest = torch.finfo(torch.float64).min
+        assert torch.full((), lowest).dtype == torch.float64
+        assert torch.full(size=(), fill_value=lowest).dtype == torch.float64
+        assert torch.full((2,), 1.0, dtype=torch.float32).dtype == torch.float32
         assert x.float().to(torch.int64).dtype == torch.int64
     assert (module(x) - right).abs().max() > 1e-8
     check(in_float32(), torch.randn(3, 4, 32))
