@@ -52,7 +52,8 @@ _FORMS: tuple[tuple[str, str, tuple[Callable, ...], tuple[str, ...]], ...] = (
     ("transpose", "input dim0 dim1", (torch.transpose,), ("transpose", "swapaxes")),
     ("logical_not", "input", (operator.invert, torch.logical_not), ("logical_not",)),
     ("eq", "input other", (operator.eq, torch.eq), ("eq",)),
-    ("expand", "input other", (), ("expand_as",)),
+    ("expand_as", "input other", (), ("expand_as",)),
+    ("repeat_interleave", "input repeats dim", (torch.repeat_interleave,), ("repeat_interleave",)),
     ("unsqueeze", "input dim", (torch.unsqueeze,), ("unsqueeze",)),
     ("detach", "input", (torch.detach,), ("detach",)),
     ("maximum", "input dim keepdim", (torch.amax, torch.max), ("amax", "max")),
@@ -73,7 +74,10 @@ _ACTIVATIONS: Mapping[Any, str] = MappingProxyType(
     {F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.silu: "silu"}
     | {"relu": "relu", "relu_": "relu"}
 )
-_VIEWS: frozenset[Any] = frozenset(("view", "reshape", torch.reshape))
+#: Those that take sizes, each as an argument of its own or all as one.
+_SIZED: Mapping[Any, str] = MappingProxyType(
+    {"view": "view", "reshape": "view", torch.reshape: "view", "expand": "expand"}
+)
 _CASTS = MappingProxyType(
     {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 )
@@ -129,10 +133,12 @@ def operation(node: Any, module: nn.Module | None, activation: str | None) -> Op
         return _of_module(node, module, activation)
     if node.op == "call_function" and node.target is torch.einsum:
         return _einsum(node)
-    if node.target in _VIEWS and not node.kwargs:
+    if node.target is getattr and node.args[1] == "mT":
+        return Op("transpose", {"input": node.args[0], "dim0": -2, "dim1": -1}, node)
+    if node.target in _SIZED and not node.kwargs:
         first, *rest = node.args
         sizes: Any = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
-        return Op("view", {"input": first, "sizes": tuple(sizes)}, node)
+        return Op(_SIZED[node.target], {"input": first, "sizes": tuple(sizes)}, node)
     table: Any = {"call_function": _OF_FUNCTION, "call_method": _OF_METHOD}.get(node.op, {})
     target: Any = node.target
     if target not in table:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import llmos_kernels as lk
 from llmos_kernels._core.numerics import Wide
@@ -54,6 +55,29 @@ def test_attention_is_found(cls):
     found = plan(module, *args).found
     assert len(found) == 1 and found[0].startswith("attention: softmax at handwritten_models.py:")
     check(module, *args)
+
+
+class Called(TorchFunctionMode):
+    """Records the names of the functions of torch that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.add(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cls", (*models.SHARED, models.tiled_heads), ids=lambda c: c.__name__)
+def test_heads_are_repeated_only_where_kernels_cannot_share_them(cls):
+    module, args = cls(), (torch.randn(2, 9, 32), mask_of())
+    fused = Replicas.of(module, fused_forward(cls)).ours
+    fused(*args)  # The first call is traced.
+    with Called() as called:
+        fused(*args)
+    repeats = called.names & {"repeat_interleave", "expand"}
+    assert bool(repeats) == (cls is models.tiled_heads)
 
 
 @pytest.mark.parametrize("cls", models.STAYS, ids=lambda cls: cls.__name__)

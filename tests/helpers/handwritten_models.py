@@ -165,13 +165,40 @@ def one_key_head(self, q, k, v, mask):
 
 
 @attention
+def interleaved_heads(self, q, k, v, mask):
+    k, v = (t[:, ::2].repeat_interleave(2, dim=1) for t in (k, v))
+    return (q @ k.mT / 3 + mask).softmax(-1) @ v
+
+
+def expanded(t, times):
+    batch, heads, length, dim = t.shape
+    t = t[:, :, None, :, :].expand(batch, heads, times, length, dim)
+    return t.reshape(batch, heads * times, length, dim)
+
+
+@attention
+def expanded_heads(self, q, k, v, mask):
+    k, v = expanded(k[:, :2], 2), expanded(v[:, :2], 2)
+    return torch.matmul(F.softmax(q @ k.transpose(2, 3) + mask, dim=-1), v)
+
+
+@attention
+def tiled_heads(self, q, k, v, mask):
+    k, v = (t[:, :2].unsqueeze(1).expand(-1, 2, -1, -1, -1).reshape(q.shape) for t in (k, v))
+    return (q @ k.mT + mask).softmax(-1) @ v
+
+
+@attention
 def returns_weights(self, q, k, v, mask):
     weights = (q @ k.mT / 3 + mask).softmax(-1)
     return weights @ v, weights
 
 
 FOUND = (additive, softmax_in_float32, scaled_query, written_in_place, einsum_by_length)
-FOUND += (batches_of_heads, learned_scale, one_key_head, returns_weights)
+FOUND += (batches_of_heads, learned_scale, one_key_head, returns_weights, tiled_heads)
+#: Those whose keys and values are shared by heads of the query, as kernels take them.
+SHARED = (one_key_head, interleaved_heads, expanded_heads)
+FOUND += SHARED[1:]
 
 
 @attention

@@ -13,9 +13,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch.fx import Node
 
-from llmos_kernels.graph.einsum import Product, product
+from llmos_kernels.graph.einsum import Order, Product, product
 from llmos_kernels.graph.patterns.attention_call import AttentionCall, Mask
 from llmos_kernels.graph.patterns.pattern import Pattern, dropout_of, is_node
+from llmos_kernels.graph.patterns.repeated_heads import repeated_heads
 from llmos_kernels.graph.reader import NoMatch, Reader, writes
 from llmos_kernels.graph.site import Found
 from llmos_kernels.graph.vocabulary import Op, rank_of
@@ -64,6 +65,7 @@ class Attention(Pattern):
         leading, flat = _leading(walk, reader, logits.node, mixed.node)
         if kept is not None and leading and rank_of(kept) != 4:
             raise NoMatch("its weights are returned with batch and heads as one dimension")
+        key, value, repeats = _shared(key, mixed.right, reader, walk, orders, leading, kept)
         call = AttentionCall(
             walk.scale,
             tuple(how for how, _ in walk.scales),
@@ -78,7 +80,7 @@ class Attention(Pattern):
         )
         masks = tuple(node for _, node in walk.masks)
         scales = tuple(s for _, s in walk.scales)
-        args = query, key, mixed.right, masks, scales, walk.dropout, leading
+        args = query, key, value, masks, scales, walk.dropout, leading, repeats
         outputs = (mixed.node,) if kept is None else (mixed.node, kept)
         return Found(frozenset(walk.nodes), outputs, args, call, op.node, "attention: softmax")
 
@@ -105,7 +107,8 @@ def _without_transpose(logits: "_Factors", reader: Reader, walk: _Walk) -> tuple
     transpose = reader.op(logits.right, "transpose") if logits.transposed else None
     if not transpose or not reader.is_alone(logits.right):
         return logits.right, logits.transposed
-    if {transpose.get("dim0"), transpose.get("dim1")} != {-1, -2}:
+    dims, rank = {transpose.get("dim0"), transpose.get("dim1")}, rank_of(logits.right)
+    if dims != {-1, -2} and (rank is None or dims != {rank - 1, rank - 2}):
         return logits.right, True
     walk.nodes.append(logits.right)
     return transpose.get("input"), False
@@ -119,6 +122,23 @@ def _without_cast(node: Node, reader: Reader, walk: _Walk) -> Node:
     walk.nodes.append(node)
     walk.casts = True
     return cast.get("input")
+
+
+def _shared(
+    key: Node,
+    value: Node,
+    reader: Reader,
+    walk: _Walk,
+    orders: tuple[Order, ...],
+    leading: tuple[Any, ...],
+    kept: Node | None,
+) -> tuple[Node, Node, tuple[Any, ...]]:
+    """Return keys and values before their heads are repeated for the queries', and how often."""
+    found = repeated_heads(key, reader), repeated_heads(value, reader)
+    if any(orders) or leading or kept is not None or found[0] is None or found[1] is None:
+        return key, value, ()
+    walk.nodes += [*found[0].nodes, *found[1].nodes]
+    return found[0].tensor, found[1].tensor, (found[0].times, found[1].times)
 
 
 def _leading(
@@ -233,7 +253,7 @@ def _scale(op: Op, reader: Reader, walk: _Walk) -> Any:
 
 def _hidden(mask: Any, reader: Reader, walk: _Walk, hides: bool, flat: bool) -> None:
     """Add a bool mask, which hides keys, or shows them, where it is True."""
-    expanded = reader.op(mask, "expand")
+    expanded = reader.op(mask, "expand_as")
     if expanded and reader.is_alone(mask):  # The mask broadcasts as it is.
         walk.nodes.append(mask)
         mask = expanded.get("input")

@@ -42,6 +42,8 @@ class Given(NamedTuple):
         scales: further factors or divisors of the logits.
         dropout: that of the weights, as ``dropout_of`` returns it; None for none.
         leading: batch and heads, where one of the tensors has them as one dimension.
+        repeats: how many heads of the query share one of key, and one of value; () where each has
+            its own.
     """
 
     query: Tensor
@@ -51,6 +53,7 @@ class Given(NamedTuple):
     scales: tuple[Any, ...]
     dropout: Any
     leading: tuple[int, ...]
+    repeats: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,12 @@ class AttentionCall(Call):
         shapes_fit = query.shape[-1] <= MAX_DIM and value.shape[-1] <= MAX_DIM
         if rank == 3:
             shapes_fit = shapes_fit and query.shape[0] == key.shape[0] == value.shape[0]
-        logits = (*_broadcast(query.shape[:-2], key.shape[:-2]), query.shape[-2], key.shape[-2])
+        shared = key.shape[:-2]
+        if given.repeats:
+            if not _are_shared(given.repeats, query, key, value):
+                return False
+            shared = query.shape[:-2]
+        logits = (*_broadcast(query.shape[:-2], shared), query.shape[-2], key.shape[-2])
         return (
             shapes_fit
             and all(_fits_scale(s) for s in given.scales)
@@ -158,7 +166,8 @@ class AttentionCall(Call):
                 query = (query * s if how == "mul" else query / s).to(query.dtype)
         mask = _combined(self.masks, given.masks)
         p = probability(given.dropout) or 0.0
-        out = scaled_dot_product_attention(query, key, value, mask, p, scale=scale)
+        gqa = bool(given.repeats)
+        out = scaled_dot_product_attention(query, key, value, mask, p, False, scale, gqa)
         assert isinstance(out, Tensor)
         order = self.orders[3]
         out = out if order is None else out.permute(order)
@@ -166,6 +175,15 @@ class AttentionCall(Call):
         if not self.with_weights:
             return out
         return out, lazy_weights(query, key, mask, scale)
+
+
+def _are_shared(repeats: tuple[int, ...], query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Return True if that many heads of ``query`` share each one of ``key`` and ``value``."""
+    if not all(isinstance(n, (int, torch.SymInt)) and n > 0 for n in repeats):
+        return False
+    of_query = query.shape[:2]
+    given = zip((key, value), repeats, strict=True)
+    return all(of_query == (t.shape[0], t.shape[1] * n) for t, n in given)
 
 
 def _known(leading: tuple[int, ...], count: int) -> tuple[int, ...]:
