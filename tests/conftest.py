@@ -192,3 +192,12 @@ def our_forward():
     """Let the policy choose our GEMM for forward products, also where torch's was faster."""
     with _product_policy.override({_product_policy.FORWARD: _product_policy.OURS}):
         yield
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """Be the only process of a group."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    yield
+    torch.distributed.destroy_process_group()

@@ -100,6 +100,19 @@ def test_float64_and_torch_func_stay():
     assert not lk.compile_report(made).graphs[0].found
 
 
+def test_sharded_parameters_stay(process_group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import parallel
+
+    model, x = models.FeedForward(), torch.randn(2, 9, 32)
+    expected = model(x)
+    plan = {"up": parallel.ColwiseParallel(), "down": parallel.RowwiseParallel()}
+    parallel.parallelize_module(model, init_device_mesh("cpu", (1,)), plan)
+    made = torch.compile(model, backend=backend, options=EAGER)
+    torch.testing.assert_close(made(x), expected)
+    assert not any(graph.found for graph in lk.compile_report(made).graphs)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "choices"),
     [

@@ -217,14 +217,6 @@ def test_low_precision(x, dtype):
     torch.testing.assert_close(model(x.to(dtype)), expected, atol=0.05, rtol=0.02)
 
 
-@pytest.fixture
-def process_group(tmp_path):
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def test_ddp(x, process_group):
     model = nn.parallel.DistributedDataParallel(Model(p=0.0))
     expected = torch.autograd.grad(model(x).sum(), model.module.embed.weight)[0]
