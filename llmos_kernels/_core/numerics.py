@@ -17,8 +17,12 @@ from torch.overrides import TorchFunctionMode
 
 #: An error that is so many times its budget is not chance, and is not judged again.
 HOPELESS = 4.0
-#: Tensors to be judged, by name: the result, the float64 reference, and torch's result.
-Compared = dict[str, tuple[Tensor, Tensor, Tensor]]
+#: What is judged: the result, the float64 reference, and torch's result.
+Triple = tuple[Tensor, Tensor, Tensor]
+#: Several of them, by name.
+Compared = dict[str, Triple]
+#: An exact value that is so much smaller than torch's error is 0 but for the rounding of float64.
+_ZERO = 2.0**-20
 #: The largest errors of a result and of torch's, in ulp of the largest exact value.
 Errors = tuple[float, float]
 
@@ -125,6 +129,39 @@ def make_gradients(outputs: Sequence[Tensor], seed: int = 1) -> tuple[Tensor, ..
         )
         for o in outputs
     )
+
+
+def with_scale(gradients: Sequence[Triple]) -> list[Triple]:
+    """Return what is judged of ``gradients``, so that each of them has a scale.
+
+    A softmax does not see what is added to all logits of a row, so that the gradient of a bias of
+    keys is 0. What is computed of it is rounding alone, in float64 too, and has no unit in the last
+    place. Such a gradient is judged together with the others of as many dimensions, or with all.
+
+    Args:
+        gradients: of the parameters and inputs of one module.
+
+    Returns:
+        As many: those that are 0 flattened and joined with others.
+    """
+
+    def joined(i: int) -> Triple:
+        rank = gradients[i][1].ndim
+        others = [g for k, g in enumerate(gradients) if k != i and not zero[k]]
+        others = [g for g in others if g[1].ndim == rank] or others
+        a, b, c = (
+            torch.cat([t.flatten() for t in ts]) for ts in zip(gradients[i], *others, strict=True)
+        )
+        return a, b, c
+
+    def is_zero(exact: Tensor, eager: Tensor) -> bool:
+        if eager.shape != exact.shape or not exact.numel():
+            return False
+        error = (eager.double() - exact).abs().max()
+        return bool(exact.abs().max() < _ZERO * error) and bool(error.isfinite())
+
+    zero = [is_zero(exact, eager) for _, exact, eager in gradients]
+    return [joined(i) if zero[i] else g for i, g in enumerate(gradients)]
 
 
 def error_over_budget(actual: Tensor, exact: Tensor, eager: Tensor) -> float:

@@ -21,6 +21,7 @@ from llmos_kernels._core.numerics import (
     exactly,
     judged_together,
     make_gradients,
+    with_scale,
 )
 from llmos_kernels.swap.calls import ModuleCall, perturbed, set_training
 from llmos_kernels.swap.replica import replica
@@ -112,16 +113,19 @@ def _results(replicas: Replicas, call: ModuleCall, extent: Extent, draw: int) ->
         )
         eager, eager_gradients = outputs_and_gradients(replicas.stock, call, training, gradient_of)
         actual, actual_gradients = outputs_and_gradients(replicas.ours, call, training, gradient_of)
-        if extent == "outputs without NaN":
-            actual = _but_nan(actual, eager)
-        elif extent == "all":
-            exact, eager = exact + exact_gradients, eager + eager_gradients
-            actual = actual + actual_gradients
         if not len(actual) == len(eager) == len(exact):
             return None
+        if extent == "outputs without NaN":
+            actual = _but_nan(actual, eager)
+        triples = list(zip(actual, exact, eager, strict=True))
+        if extent == "all":
+            if not len(actual_gradients) == len(eager_gradients) == len(exact_gradients):
+                return None
+            triples += with_scale(
+                list(zip(actual_gradients, exact_gradients, eager_gradients, strict=True))
+            )
         mode = "train" if training else "eval"
-        for i, triple in enumerate(zip(actual, exact, eager, strict=True)):
-            found[f"{mode} {i}"] = triple
+        found |= {f"{mode} {i}": triple for i, triple in enumerate(triples)}
     return found
 
 

@@ -112,3 +112,24 @@ def test_the_rig_judges_again(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert "test_rig.py::test_fault" in done.stdout and "17 runs" in done.stdout, done.stdout
     assert "1 failed, 1 passed" in done.stdout, done.stdout
+
+
+def test_a_gradient_that_is_rounding_alone_is_judged_beside_others():
+    """Such as that of a bias of keys: ten times torch's error, but within an ulp of the others."""
+    zero = EXACT * 1e-17
+    gradients = [
+        (with_error(2), EXACT, with_error(1)),
+        ((zero + 0.5 * ULP).float(), zero, (zero + 0.05 * ULP).float()),
+        (with_error(0).view(2, 2), EXACT.view(2, 2), with_error(0).view(2, 2)),
+    ]
+    alone = numerics.judged_together([dict(zip("abc", gradients, strict=True))])
+    assert alone["b"] > 4
+    judged = numerics.judged_together(
+        [dict(zip("abc", numerics.with_scale(gradients), strict=True))]
+    )
+    assert judged["b"] == judged["a"] == alone["a"] and judged["c"] == alone["c"]
+    gradients[1] = ((zero + 40 * ULP).float(), *gradients[1][1:])
+    wrong = numerics.judged_together(
+        [dict(zip("abc", numerics.with_scale(gradients), strict=True))]
+    )
+    assert wrong["b"] > 10

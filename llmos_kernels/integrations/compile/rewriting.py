@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from llmos_kernels._core.numerics import Compared, exactly, make_gradients
+from llmos_kernels._core.numerics import Compared, exactly, make_gradients, with_scale
 from llmos_kernels._core.timing import interval, samples
 from llmos_kernels.graph import matcher
 from llmos_kernels.graph.matcher import Matches
@@ -139,7 +139,8 @@ def _error(stock: GraphModule, inputs: Sequence[Any], gradients: bool) -> float:
         results = [_results(graph, call, dtype, draw * gradients) for graph, dtype in runs]
         if len({len(r) for r in results}) > 1:
             return None
-        return {str(i): t for i, t in enumerate(zip(*results, strict=True))}
+        triples = [(a, b, c) for a, b, c in zip(*results, strict=True)]
+        return {str(i): t for i, t in enumerate(with_scale(triples) if gradients else triples)}
 
     call = ModuleCall(tuple(map(_concrete, inputs)))
     more = (compared(perturbed(call), i + 2) for i in range(DRAWS))
