@@ -83,13 +83,13 @@ $(VENV)/.ready: requirements/tests.txt requirements/bench.txt $(VENV)/.demo
 
 $(VENV)/.built: $(VENV)/.demo $(CSRC)
 	@echo 'compiling the C++ kernels: one to three minutes on two cores'
-	@LLMOS_BUILD_EXT=1 $(PIP) install -q --no-build-isolation --no-deps -e .
+	@LLMOS_BUILD_EXT=1 LLMOS_EMULATE=1 $(PIP) install -q --no-build-isolation --no-deps -e .
 	@touch $@
 
 # The whole package, built anew with sanitizers, beside the tests that run on it.
 sanitize: $(VENV)/.ready
 	rm -rf build/sanitized
-	LLMOS_BUILD_EXT=1 LLMOS_SANITIZE=1 $(PIP) install -q --no-build-isolation --no-deps --target build/sanitized .
+	LLMOS_BUILD_EXT=1 LLMOS_SANITIZE=1 LLMOS_EMULATE=1 $(PIP) install -q --no-build-isolation --no-deps --target build/sanitized .
 	LLMOS_SANITIZED=$(CURDIR)/build/sanitized PYTHONPATH=$(CURDIR)/build/sanitized \
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	OMP_WAIT_POLICY=passive LLMOS_SKIP_TRITON=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \

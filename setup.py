@@ -8,6 +8,7 @@ Environment variables:
     TORCH_CUDA_ARCH_LIST: The GPUs that CUDA C++ and the pack are compiled for, such as "8.0;9.0".
         By default CUDA C++ is compiled for the GPUs of this machine, if any.
     LLMOS_SANITIZE: 1 builds with AddressSanitizer and UndefinedBehaviorSanitizer.
+    LLMOS_EMULATE: 1 adds the CUDA kernels as C++ for the CPU, which tests run.
     MAX_JOBS: The number of parallel compilers.
 """
 
@@ -138,6 +139,7 @@ class CMakeBuild(build_ext):
             shutil.rmtree(found)
         configure = ["cmake", "-S", ROOT, "-B", tree, "-G", "Ninja"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DLLMOS_SANITIZE={SANITIZE:d}"]
+        configure += [f"-DLLMOS_EMULATE={os.environ.get('LLMOS_EMULATE') == '1':d}"]
         modules = "" if self.inplace else pack_modules()
         configure += [f"-DLLMOS_PACK={modules}", f"-DLLMOS_JOBS={jobs()}"]
         subprocess.check_call(configure)

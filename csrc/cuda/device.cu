@@ -1,11 +1,11 @@
-// The op built_for: tells which of the compiled GPU architectures runs on a device. It exercises
-// all that a CUDA op needs: loading, dispatch, device guard, stream and launch.
+// Questions about devices: which of the compiled GPU architectures runs on one, if any; and where
+// Triton's launchers take over.
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 
-#include "../tensor_view.h"
+#include <array>
+#include <atomic>
+
+#include "choice.h"
 
 namespace llmos {
 namespace {
@@ -19,18 +19,31 @@ __global__ void built_for_kernel(int32_t* out) {
 // Return [1] int32, as 90 if code for sm_90 ran. like: any tensor on the device.
 Tensor built_for(const Tensor& like) {
   Tensor out = output(like, {1}, ScalarType::Int);
-  const int32_t device = like.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  built_for_kernel<<<1, 1, 0, cudaStream_t(stream)>>>(
-      static_cast<int32_t*>(out.mutable_data_ptr()));
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, "built_for: ", cudaGetErrorString(error));
+  Device(like).launch(built_for_kernel, dim3(1), dim3(1), mutable_data<int32_t>(out));
   return out;
 }
 
 }  // namespace
+
+int arch_of(AtenTensorHandle tensor) {
+  constexpr int kUnknown = 0, kNoCode = -1;
+  static std::array<std::atomic<int>, 64> known{};
+  int32_t device = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor, &device));
+  STD_TORCH_CHECK(device >= 0 && size_t(device) < known.size(), "no such device: ", device);
+  std::atomic<int>& answer = known[size_t(device)];
+  if (answer != kUnknown) return answer;
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  cudaFuncAttributes attributes;
+  int major = 0, minor = 0;
+  if (cudaFuncGetAttributes(&attributes, built_for_kernel) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
+    cudaGetLastError();  // It must not be the error of the next launch.
+    return answer = kNoCode;
+  }
+  return answer = 10 * major + minor;
+}
 
 STABLE_TORCH_LIBRARY_IMPL(llmos, CUDA, m) { m.impl("built_for", TORCH_BOX(&built_for)); }
 

@@ -1,8 +1,9 @@
 """Registration of ops: each is declared once, with its schema, reference, fake and Triton launcher.
 
 PyTorch's dispatcher chooses the implementation by device. The C++ kernels of ``csrc/`` register
-themselves for the CPU and the Triton launcher for CUDA; every other device, and a build without the
-extension, runs the reference.
+themselves for the CPU and, where the CUDA part is built, for CUDA: they hand to Triton, as the op
+``<name>_triton``, what it is better at. The Triton launcher has the other ops on CUDA. Every other
+device, and a build without the extension, runs the reference.
 """
 
 import functools
@@ -95,7 +96,8 @@ def define(
         schema: The op's name, arguments and results, in the syntax of ``torch.library``.
         reference: Computes the results where no kernel is registered. Takes the schema's arguments.
         fake: Returns empty results of the right shape and dtype, for tracing.
-        triton: ``"module:launcher"`` under ``llmos_kernels._triton``, the implementation for CUDA.
+        triton: ``"module:launcher"`` under ``llmos_kernels._triton``, the implementation for CUDA,
+            or what a C++ implementation hands to.
         flops: Returns the FLOPs of the op's matrix products, for torch's counter. Takes the
             schema's arguments.
     """
@@ -103,6 +105,9 @@ def define(
     name = schema.partition("(")[0]
     op = DEFINED[f"llmos::{name}"] = Op(reference, triton)
     if triton:
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"llmos::{name}", "CUDA"):
+            name, of = f"{name}_triton", name
+            _LIB.define(schema.replace(of, name, 1), tags=(torch.Tag.needs_exact_strides,))
         _LIB.impl(name, _on_device(op), "CUDA")
     return overload
 

@@ -2,6 +2,7 @@
 
 import os
 
+import emulated_cuda
 import pytest
 import torch
 from guards import Guards, bits
@@ -29,13 +30,15 @@ def kernels(op):
     """Yield (name, device, callable) of each kernel of ``op`` on this machine."""
     if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CPU"):
         yield "cpp", "cpu", lambda *args: op._op_dk(KEYS["cpu"], *args)
+    if emulated := emulated_cuda.kernel(op):
+        yield "emulated", "cpu", emulated
     if DEFINED[op.name()].triton and HAS_TRITON and not os.environ.get("LLMOS_SKIP_TRITON"):
         yield "triton", "cuda" if GPU else "cpu", DEFINED[op.name()].launch
 
 
 def is_interpreted(name):
-    """Return True if Triton's interpreter runs the kernel, which is slow."""
-    return name.endswith("triton") and not GPU
+    """Return True if Triton's interpreter or the emulation of CUDA runs the kernel: it is slow."""
+    return name.endswith("emulated") or (name.endswith("triton") and not GPU)
 
 
 def draws_of_calls(case, shape, dtype, count=None):
@@ -54,6 +57,8 @@ def draws_of_calls(case, shape, dtype, count=None):
                 if dtype != torch.float32 and shape[-1] > 1 << 16:
                     continue  # The loop over a wide row does not depend on the dtype.
                 arguments = arguments[:2]
+            if name == "emulated" and not emulated_cuda.takes(op, arguments[0]):
+                continue
             yield f"{op.name()} {name}", kernel, DEFINED[op.name()].reference, arguments
 
 
@@ -71,7 +76,7 @@ def outputs(fn, args):
 @each_case
 def test_every_backend_is_here(case):
     names = {name.split()[1] for name, *_ in calls(case, case.shapes[-1], torch.float32)}
-    assert names == {"cpp", "triton"}, "make build provides both"
+    assert names - {"emulated"} == {"cpp", "triton"}, "make build provides both"
 
 
 def guarded(name, kernel, args):
@@ -132,7 +137,7 @@ def test_same_bits_on_every_repeat(case):
     for name, kernel, _, args in calls(case, case.multi_block_shape, torch.bfloat16):
         first = outputs(kernel, args)
         # Triton's interpreter is as deterministic as numpy.
-        for _ in range(5 if GPU or name.endswith("cpp") else 1):
+        for _ in range(5 if GPU or not name.endswith("triton") else 1):
             for a, b in zip(outputs(kernel, args), first, strict=True):
                 assert torch.equal(a, b)
 

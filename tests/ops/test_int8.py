@@ -1,5 +1,6 @@
 """int8 quantization and products give the integers of the reference, in any layout."""
 
+import emulated_cuda
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,13 @@ import llmos_kernels as lk
 from llmos_kernels._core.registry import DEFINED
 from llmos_kernels.ops.int8 import MAX_INNER, MAX_UNSIGNED, quantize_reference
 from llmos_kernels.testing import DTYPES
+
+
+@pytest.fixture(params=emulated_cuda.DEVICES)
+def device(request):
+    with emulated_cuda.device_of(request.param) as device:
+        yield device
+
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

@@ -1,5 +1,6 @@
 """Linear layers with an int8 weight: outliers, weight-only, VNNI layout, strides, derivatives."""
 
+import emulated_cuda
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,14 @@ from llmos_kernels.ops.int8_linear import WEIGHT_ONLY_ROWS, int8_linear_referenc
 from llmos_kernels.testing import DTYPES, assert_accurate, cast
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, None: lambda z: z}
+
+
+@pytest.fixture(params=emulated_cuda.DEVICES)
+def device(request):
+    with emulated_cuda.device_of(request.param) as device:
+        yield device
+
+
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 

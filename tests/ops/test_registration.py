@@ -1,5 +1,8 @@
 """Every op has one kernel for each device, a case, and is defined once."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -17,6 +20,29 @@ NO_CASE = {"llmos::built_for", "llmos::encoder_layer", "llmos::linear_panels", *
 def test_one_owner(name):
     # A second kernel replaces the first without a warning; the dump shows the first as inactive.
     assert "(inactive)" not in torch._C._dispatch_dump(name)
+
+
+#: What the CUDA part does when it is loaded, before ops are defined.
+CUDA_PART = """
+import torch
+library = torch.library.Library("llmos", "IMPL")
+library.impl("layer_norm_forward", lambda *args: None, "CUDA")
+import llmos_kernels
+for op in ("llmos::layer_norm_forward", "llmos::layer_norm_forward_triton"):
+    print(op, torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA"))
+    assert "(inactive)" not in torch._C._dispatch_dump(op)
+print(torch._C._dispatch_dump("llmos::layer_norm_backward_triton"))
+"""
+
+
+def test_one_owner_beside_the_cuda_part():
+    done = subprocess.run([sys.executable, "-c", CUDA_PART], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:2] == [
+        "llmos::layer_norm_forward True",
+        "llmos::layer_norm_forward_triton True",
+    ]
+    assert "schema" not in done.stdout  # Of an op that the CUDA part does not have.
 
 
 def test_every_op_has_a_case():

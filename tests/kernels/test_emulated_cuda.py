@@ -1,0 +1,139 @@
+"""The emulation of CUDA finds planted faults, and its kernels read and write each byte once."""
+
+import emulated_cuda
+import pytest
+import torch
+
+from llmos_kernels._core import cuda_part
+
+FAULTS = {
+    "not written": "shared memory is read before it is written",
+    "no barrier": "shared memory is read ",  # Before its write, or without a barrier after it.
+    "two writers": "two threads write to one word of shared memory",
+    # By the order in which both run.
+    "write after read": "shared memory is (read|written) without a barrier",
+    "outside": "index [0-9]+ of shared memory \\[64\\]",
+    "part of a barrier": "threads disagree about the barrier",
+    "another barrier": "threads disagree about the barrier",
+    "absent lanes": "(is in a mask, but absent|waits for absent lanes)",
+    "two meetings": "lanes of a warp meet at different places",
+    "misaligned": "a load of 8 bytes is not aligned",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found_in_any_order(fault):
+    for seed in range(5):
+        emulated_cuda.seed(seed)
+        with pytest.raises(RuntimeError, match=FAULTS[fault]):
+            emulated_cuda.plant(fault)
+
+
+def test_a_kernel_without_fault_runs():
+    for seed in range(5):
+        emulated_cuda.seed(seed)
+        emulated_cuda.plant("")
+
+
+@pytest.mark.parametrize("rows", [4, 5])
+def test_calls_of_more_rows_are_handed_to_triton(rows):
+    op = torch.ops.llmos_emulated
+    args = torch.randn(rows, 8), None, None, 8, 1e-5, True
+    with emulated_cuda.most_rows("layer_norm_forward", 4):
+        emulated_cuda.accesses()
+        y, _ = op.layer_norm_forward(*args)
+    torch.testing.assert_close(y, torch.nn.functional.layer_norm(args[0], (8,)))
+    assert any(emulated_cuda.accesses()[0].values()) == (rows == 4)
+
+
+def test_wide_gradients_are_triton_s():
+    wide = emulated_cuda.WIDEST_BACKWARD + 1
+    dy, h, stats = torch.randn(2, wide), torch.randn(2, wide), torch.rand(2, 2)
+    args = dy, None, h, None, stats, wide, True, 0.0, None, False, False
+    emulated_cuda.accesses()
+    torch.ops.llmos_emulated.layer_norm_backward(*args)
+    assert not any(emulated_cuda.accesses()[0].values())
+
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+#: Arguments of calls and the bytes that they have to load and store, each once. Statistics, scales
+#: and indices are not counted in 16 bytes; parameters are read again for each row.
+NORM_CALLS = [(rows, d, dtype) for rows, d in ((8, 768), (3, 4096)) for dtype in (F32, BF16)]
+
+
+def wide(counts):
+    """Return the bytes that are read or written 16 at a time, and all others."""
+    return 16 * counts[16], sum(size * n for size, n in counts.items() if size < 16)
+
+
+@pytest.mark.parametrize(("rows", "d", "dtype"), NORM_CALLS, ids=str)
+def test_norms_read_and_write_each_byte_once(rows, d, dtype):
+    x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((rows, d), (d,), (d,)))
+    row = d * x.itemsize
+    emulated_cuda.accesses()
+    torch.ops.llmos_emulated.layer_norm_forward(x, weight, bias, d, 1e-5, True)
+    loads, stores = map(wide, emulated_cuda.accesses())
+    assert loads == (3 * rows * row, 0) and stores == (rows * row, 2 * rows * 4)
+    args = x, x, weight, bias, d, 1e-5, True, 0.5, torch.tensor([1, 2])
+    _, h, stats = torch.ops.llmos_emulated.add_layer_norm_forward(*args)
+    loads, stores = map(wide, emulated_cuda.accesses())
+    threads = emulated_cuda.threads(rows, d)
+    assert loads == (4 * rows * row, threads * 16) and stores == (2 * rows * row, 2 * rows * 4)
+    torch.ops.llmos_emulated.layer_norm_backward(
+        x, None, h, weight, stats, d, True, 0.0, None, True, True
+    )
+    loads, stores = map(wide, emulated_cuda.accesses())
+    # dy, h, weight; one sum for each row and gradient is written and read in float32.
+    assert loads == (3 * rows * row, threads * 8 + 2 * rows * d * 4)
+    assert stores == (rows * row + 2 * rows * d * 4, 2 * d * x.itemsize)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_products_read_the_weight_once(dtype):
+    rows, inner, outer = 4, 1024, 64
+    x, weight, scale = (
+        torch.randn(rows, inner).to(dtype),
+        torch.ones(outer, inner).char(),
+        torch.ones(outer),
+    )
+    blocks = outer // 4
+    emulated_cuda.accesses()
+    torch.ops.llmos_emulated.int8_weight_only(x, weight, scale, None, 0)
+    loads, stores = map(wide, emulated_cuda.accesses())
+    # Every block of four columns reads the input, from the L2 cache.
+    assert loads == (outer * inner + blocks * rows * inner * x.itemsize, rows * outer * 4)
+    assert stores == (0, rows * outer * x.itemsize)
+    torch.ops.llmos_emulated.int8_linear(x, weight, scale, None, None, 0, 0.0)
+    loads, stores = map(wide, emulated_cuda.accesses())
+    quantized, read = rows * inner, rows * inner * x.itemsize
+    assert loads[0] == read + outer * inner + blocks * quantized
+
+
+def test_who_computes_is_read_from_files_and_the_environment(tmp_path, monkeypatch):
+    (tmp_path / "gpu").mkdir()
+    file = tmp_path / "gpu" / "cuda-sm_90.json"
+    file.write_text('{"sm_90": {"layer_norm_forward": 7}, "sm_80": {"layer_norm_forward": 1}}')
+    monkeypatch.setenv("LLMOS_TUNED", str(tmp_path))
+    x = torch.randn(8, 8)
+
+    def runs_here(rows):
+        emulated_cuda.accesses()
+        torch.ops.llmos_emulated.layer_norm_forward(x[:rows], None, None, 8, 1e-5, True)
+        return any(emulated_cuda.accesses()[0].values())
+
+    with emulated_cuda.most_rows("layer_norm_forward", 100):
+        cuda_part.configure(emulated_cuda.LIBRARY)
+        assert runs_here(7) and not runs_here(8)
+        monkeypatch.setenv("LLMOS_CUDA", "triton")
+        cuda_part.configure(emulated_cuda.LIBRARY)
+        assert not runs_here(1)
+        monkeypatch.setenv("LLMOS_CUDA", "cpp")
+        cuda_part.configure(emulated_cuda.LIBRARY)
+        assert runs_here(8)
+        monkeypatch.setenv("LLMOS_CUDA", "ptx")
+        with pytest.raises(ValueError, match="LLMOS_CUDA must be cpp or triton, got 'ptx'"):
+            cuda_part.configure(emulated_cuda.LIBRARY)
+        monkeypatch.delenv("LLMOS_CUDA")
+        file.write_text('{"sm_90": {"layer_norm_forward": "many"}}')
+        with pytest.warns(RuntimeWarning, match="rows of layer_norm_forward must be a number"):
+            cuda_part.configure(emulated_cuda.LIBRARY)
