@@ -5,16 +5,17 @@
 
 namespace llmos {
 
-// The most elements that a thread holds, in packs of 16 bytes or of one element.
+// The most elements that a thread holds, in packs of 16 bytes. Single elements are not held: their
+// addresses alone would take the registers.
 constexpr int kHeld = 16;
 // A row gets more threads until each has no more elements than this.
 constexpr int kPreferred = 8;
 
-// The packs of one thread in a row of d elements. Those beyond the registers are read again.
+// The packs of one thread in a row of d elements. Those that are not held are read again.
 template <int kPack>
 struct Row {
-  static constexpr int kPacks = kHeld / kPack;
-  float held[kPacks][kPack];
+  static constexpr int kPacks = kPack > 1 ? kHeld / kPack : 0;
+  float held[kPacks ? kPacks : 1][kPack];
   int64_t first, step, d;
 
   LLMOS_DEVICE explicit Row(int64_t d)
