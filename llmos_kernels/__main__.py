@@ -27,14 +27,16 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """Print registers, memory and instructions of every Triton kernel, compiled ahead of time."""
+    """Print registers, memory and instructions of every GPU kernel, compiled ahead of time."""
     try:
-        from llmos_kernels._tools import inspect
+        from llmos_kernels._tools import inspect, inspect_cuda
     except ImportError as e:
         print(f"inspect needs Triton: {e}", file=sys.stderr)
         return 2
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    inspect.print_table(args.arch, dtype, args.kernels)
+    if not args.kernels.startswith("cuda:"):
+        inspect.print_table(args.arch, dtype, args.kernels)
+    inspect_cuda.print_table(args.arch, args.kernels)
     return 0
 
 
@@ -117,7 +119,7 @@ def main() -> int:
             sub.add_argument("--arch", default="sm_90", help="sm_80, 86, 89, 90, 100 or 120")
             sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
             sub.add_argument(
-                "--kernels", default="*", help="a pattern of kernel names, such as 'norm.*'"
+                "--kernels", default="*", help="a pattern of kernel names: 'norm.*', 'cuda:*'"
             )
         if command is tune:
             _add_tune_arguments(sub)

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
@@ -33,17 +34,6 @@ struct Shared {
   __device__ T& operator[](int i) { return values[i]; }
 };
 
-template <class To>
-LLMOS_DEVICE To load_global(const void* from) {
-  return *static_cast<const To*>(from);
-}
-
-template <class From>
-LLMOS_DEVICE void store_global(void* to, const From& value) {
-  *static_cast<From*>(to) = value;
-}
-#else
-using simt::load_global, simt::store_global;
 #endif
 
 constexpr int kWidest = 16;  // The bytes of the widest access.
@@ -54,17 +44,37 @@ struct alignas(kBytes) Bytes {
   unsigned char at[kBytes];
 };
 template <>
-struct alignas(16) Bytes<16> {
-  uint32_t at[4];
+struct Bytes<4> {
+  uint32_t at[1];
 };
 template <>
 struct alignas(8) Bytes<8> {
   uint32_t at[2];
 };
 template <>
-struct Bytes<4> {
-  uint32_t at[1];
+struct alignas(16) Bytes<16> {
+  uint32_t at[4];
 };
+
+#if defined(__CUDACC__)
+template <class To>
+LLMOS_DEVICE To load_global(const void* from) {
+  return *static_cast<const To*>(from);
+}
+
+// Functions of the runtime write 8 and 16 bytes by one instruction; nvcc splits assignments.
+template <class From>
+LLMOS_DEVICE void store_global(void* to, const From& value) {
+  if constexpr (std::is_same_v<From, Bytes<16>>)
+    __stcg(static_cast<uint4*>(to), make_uint4(value.at[0], value.at[1], value.at[2], value.at[3]));
+  else if constexpr (std::is_same_v<From, Bytes<8>>)
+    __stcg(static_cast<uint2*>(to), make_uint2(value.at[0], value.at[1]));
+  else
+    *static_cast<From*>(to) = value;
+}
+#else
+using simt::load_global, simt::store_global;
+#endif
 
 // Read kCount elements, by the widest accesses there are for them.
 template <int kCount, class T>

@@ -85,12 +85,7 @@ class Resources:
     @property
     def vectors(self) -> str:
         """Bits per thread of global loads, then of stores: ``128 x 4, 32 x 1; 128 x 2``."""
-        kinds = ("LDG", "LDGSTS"), ("STG",)
-        widths = (machine_code.widths(self.instructions, *kind) for kind in kinds)
-        return "; ".join(
-            ", ".join(f"{bits} x {count}" for bits, count in sorted(of.items(), reverse=True))
-            for of in widths
-        )
+        return machine_code.vectors(self.instructions)
 
 
 def resources(launch: Launch, arch: str) -> Resources:

@@ -58,7 +58,20 @@ def registers_and_spills(cubin: bytes, ptx: str) -> tuple[int, int]:
 
 def instructions(cubin: bytes) -> Counter[str]:
     """Count the instructions by kind: ``LDG.128`` (loads of 128 bits per thread), ``HGMMA``."""
-    return Counter(map(_kind, _INSTRUCTION.findall(_dump(cubin, "-sass"))))
+    return counted(_dump(cubin, "-sass"))
+
+
+def counted(sass: str) -> Counter[str]:
+    """Count the instructions in the output of cuobjdump, as ``instructions`` does."""
+    return Counter(map(_kind, _INSTRUCTION.findall(sass)))
+
+
+def vectors(counts: Counter[str]) -> str:
+    """Return the bits per thread of global loads, then of stores: ``128 x 4, 32 x 1; 128 x 2``."""
+    return "; ".join(
+        ", ".join(f"{bits} x {count}" for bits, count in sorted(of.items(), reverse=True))
+        for of in (widths(counts, "LDG", "LDGSTS"), widths(counts, "STG"))
+    )
 
 
 def _kind(opcode: str) -> str:

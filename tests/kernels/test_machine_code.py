@@ -1,16 +1,22 @@
-"""Machine code of Triton kernels for sm_90: tensor core instructions, load widths, prefetch.
+"""Machine code of GPU kernels for sm_90: tensor core instructions, load widths, prefetch, spills.
 
 No GPU is needed.
 """
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
+
+from llmos_kernels._tools import machine_code
 
 BEGIN = """
 import itertools, torch
@@ -178,3 +184,30 @@ def test_waited_for():
     assert (
         machine_code.unpipelined_loads(IR.replace("tt.dot", "dot").replace("group_dot", "g")) == []
     )
+
+
+CSRC = Path(__file__).parents[2] / "csrc" / "cuda"
+FAMILIES = ("embedding", "int8", "int8_norm", "norm", "norm_backward")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cuda_kernels_use_whole_words_and_no_local_memory(family, tmp_path):
+    """In CUDA C++ packs are read and written 16 bytes at a time, and nothing is spilled."""
+    from llmos_kernels._tools import inspect_cuda
+
+    cubin, headers = tmp_path / "kernels.cubin", Path(torch.__file__).parent / "include"
+    options = ["-std=c++20", "-O3", "-arch=sm_90", "-cubin", "-DUSE_CUDA"]
+    options += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(headers)]
+    command = ["nvcc", *options, "-o", str(cubin), str(CSRC / f"{family}.cu")]
+    subprocess.run(command, check=True)
+    kernels = list(inspect_cuda.kernels(cubin, "sm_90"))
+    assert len(kernels) >= 10
+    for kernel in kernels:
+        assert kernel.stack == 0, f"{kernel.name} spills {kernel.stack} bytes"
+        if "<" not in kernel.name:
+            continue  # The symbol: there is no c++filt.
+        pack = next((int(n) for n in re.findall(r", (\d+)[,>]", kernel.name)[-1:]), 1)
+        stores = machine_code.widths(kernel.instructions, "STG")
+        if family in ("embedding", "norm", "norm_backward") and pack > 1:
+            assert stores.get(128, 0) > 1 and sum(stores.values()) - stores[128] <= 2, kernel
