@@ -26,8 +26,10 @@ class Choice {
   // width_at: the argument with the number of elements of a row; -1 for the last size of the first
   //     argument, 0 for rows of one element.
   // widest: the widest rows that are computed here.
-  constexpr Choice(const char* name, int64_t most_rows, int width_at, int64_t widest = kNoLimit)
-      : name_(name), most_rows_(most_rows), width_at_(width_at), widest_(widest) {}
+  // fits: what else must be true of the arguments, or null.
+  constexpr Choice(const char* name, int64_t most_rows, int width_at, int64_t widest = kNoLimit,
+                   bool (*fits)(const StableIValue*) = nullptr)
+      : name_(name), most_rows_(most_rows), width_at_(width_at), widest_(widest), fits_(fits) {}
 
   // Set the number of rows up to which calls of an op, or of "*", are computed here on an
   // architecture, such as 90, or on every one, 0, in place of what was said of single ones before.
@@ -75,7 +77,7 @@ class Choice {
     else if (width_at_ < 0 && dims > 0)
       TORCH_ERROR_CODE_CHECK(aoti_torch_get_size(tensor, dims - 1, &width));
     const int64_t rows = elements / std::max<int64_t>(width, 1);
-    return rows <= most_rows(arch_of(tensor)) && width <= widest_;
+    return rows <= most_rows(arch_of(tensor)) && width <= widest_ && (!fits_ || fits_(stack));
   }
 
   // Return the rows that are computed here; none on a GPU that this library was not compiled for.
@@ -98,6 +100,7 @@ class Choice {
   std::array<Rows, 8> measured_;
   int width_at_;
   int64_t widest_;
+  bool (*fits_)(const StableIValue*);
   Choice* next_ = nullptr;
   static inline Choice* first_ = nullptr;
 };

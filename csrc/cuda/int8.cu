@@ -5,6 +5,7 @@
 
 #include "activations.h"
 #include "choice.h"
+#include "list_where.h"
 #include "row.h"
 
 namespace llmos {
@@ -77,29 +78,17 @@ struct OutlierArgs {
 // One block lists the outliers of few rows.
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads) outlier_kernel(OutlierArgs<T> a) {
-  __shared__ Shared<int, kWarp> counts;
-  const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
-  int before = 0;  // Those of the columns so far.
-  for (int64_t first = 0; first < a.d; first += blockDim.x) {
-    const int64_t column = first + threadIdx.x;
-    bool is_outlier = false;
-    for (int64_t r = 0; r < a.rows && column < a.d; ++r)
-      is_outlier |= fabsf(float(load_global<T>(a.input + r * a.stride + column))) >= a.threshold;
-    if (column < a.d) store_global(a.outliers + column, uint8_t(is_outlier));
-    const unsigned found = __ballot_sync(kAllLanes, is_outlier);
-    if (lane == 0) counts[warp] = __popc(found);
-    __syncthreads();
-    int at = before;
-    for (int w = 0; w < int(blockDim.x) / kWarp; ++w) {
-      const int count = counts[w];
-      at += w < warp ? count : 0;
-      before += count;
-    }
-    at += __popc(found & ((1u << lane) - 1));
-    if (is_outlier) store_global(a.list + 1 + at, int32_t(column));
-    __syncthreads();  // Before the counts are written again.
-  }
-  if (threadIdx.x == 0) store_global(a.list, int32_t(before));
+  const auto is_outlier = [&](int64_t column) {
+    bool is_one = false;
+    for (int64_t r = 0; r < a.rows; ++r)
+      is_one |= fabsf(float(load_global<T>(a.input + r * a.stride + column))) >= a.threshold;
+    store_global(a.outliers + column, uint8_t(is_one));
+    return is_one;
+  };
+  const int count = list_where(a.d, is_outlier, [&](int i, int64_t column) {
+    store_global(a.list + 1 + i, int32_t(column));
+  });
+  if (threadIdx.x == 0) store_global(a.list, int32_t(count));
 }
 
 constexpr int64_t kMostRows = 16;

@@ -1,5 +1,6 @@
-// The forward of LayerNorm and RMSNorm, with a fused residual and dropout. A row is read once, if it
-// can be read 16 bytes at a time and fits into the registers of a block; else again for each pass.
+// The forward of LayerNorm and RMSNorm, with a fused residual and dropout. A row is read once, if
+// it can be read 16 bytes at a time and fits into the registers of a block; else again for each
+// pass.
 #include "norm.h"
 
 #include <tuple>

@@ -210,8 +210,10 @@ activation_backward = define(
     triton="gemm.activation:backward",
 )
 
-#: Up to so many rows a weight with contiguous columns is read only where the input is not zero.
+#: Up to so many rows a weight with contiguous columns is read only where the input is not zero: on
+#: CPUs, and on GPUs by the CUDA part, which leaves the rest to Triton.
 _SPARSE_ROWS = 4
+_SPARSE_ON_GPUS = hasattr(torch.ops.llmos, "linear_forward_triton")
 
 #: The activations that oneDNN fuses, as it names them and their algorithm.
 _ONEDNN_NAMES = {
@@ -255,7 +257,8 @@ def forward(
             )
             return y, None
         n, (width, depth) = rows.shape[0], weight.shape
-        if n <= _SPARSE_ROWS and weight.stride(0) == 1 < weight.stride(1) and not rows.is_cuda:
+        is_sparse = n <= _SPARSE_ROWS and weight.stride(0) == 1 < weight.stride(1)
+        if is_sparse and (_SPARSE_ON_GPUS or not rows.is_cuda):
             provider = OURS
         else:
             provider = choose(FORWARD, rows.dtype, rows.device, n, depth, width, layer)

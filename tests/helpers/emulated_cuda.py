@@ -31,9 +31,10 @@ OPS = (
     "int8_weight_only",
     "layer_norm_backward",
     "layer_norm_forward",
+    "linear_forward",
 )
-#: Those of them that multiply matrices.
-PRODUCTS = ("int8_linear", "int8_matmul", "int8_weight_only")
+#: Those of them that multiply matrices, and the most rows that they take.
+PRODUCTS = {"int8_linear": 16, "int8_matmul": 16, "int8_weight_only": 16, "linear_forward": 4}
 
 
 @functools.cache
@@ -57,7 +58,7 @@ def _library():
 
 def _set_all_rows(library):
     for name in OPS:
-        _set_rows(library, name, 16 if name in PRODUCTS else 2**62)
+        _set_rows(library, name, PRODUCTS.get(name, 2**62))
 
 
 def _set_rows(library, name, rows):
@@ -77,6 +78,8 @@ def kernel(op):
 
 def takes(op, args):
     """Return True if CUDA C++ computes a call itself."""
+    if op.name() == "llmos::linear_forward":
+        return len(args[0]) <= 4 and args[1].stride(0) == 1 < args[1].stride(1) and not args[6]
     return "norm_backward" not in op.name() or args[5] <= WIDEST_BACKWARD
 
 

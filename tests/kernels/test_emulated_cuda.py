@@ -137,3 +137,29 @@ def test_who_computes_is_read_from_files_and_the_environment(tmp_path, monkeypat
         file.write_text('{"sm_90": {"layer_norm_forward": "many"}}')
         with pytest.warns(RuntimeWarning, match="rows of layer_norm_forward must be a number"):
             cuda_part.configure(emulated_cuda.LIBRARY)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "inner", "outer"), [(1, 700, 264), (4, 513, 33), (2, 0, 8), (3, 1, 5)]
+)
+def test_sparse_products_read_only_what_they_need(rows, inner, outer, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(rows, inner).relu().to(dtype)
+    x[:, ::3] = 0
+    weight = torch.randn(inner, outer).to(dtype).mT
+    weight[:, ::3] = float("nan")  # Of columns that are not needed.
+    bias = torch.randn(outer).to(dtype)
+    emulated_cuda.accesses()
+    for b, activation in ((bias, 1), (None, 0)):
+        args = x, weight, b, activation, 0.0, None, False
+        out, _ = torch.ops.llmos_emulated.linear_forward(*args)
+        clean = weight.nan_to_num(0.0)
+        exact = x.double() @ clean.double().mT + (0 if b is None else b.double())
+        exact = exact.relu() if activation else exact
+        tolerance = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=tolerance * 32)
+    needed = int((x != 0).any(0).sum())
+    if inner == 700:
+        pack = 16 // x.itemsize
+        assert emulated_cuda.accesses()[0][16] == 2 * needed * outer // pack
