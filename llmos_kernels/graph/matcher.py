@@ -7,7 +7,7 @@ from torch.fx import Graph, Node
 
 from llmos_kernels.graph.functional import lift_sizes, make_functional
 from llmos_kernels.graph.patterns import PATTERNS
-from llmos_kernels.graph.reader import NoMatch, Reader, where, writes
+from llmos_kernels.graph.reader import NoMatch, Reader, where
 from llmos_kernels.graph.site import Found, insert
 
 
@@ -89,8 +89,10 @@ def _check(found: Found, reader: Reader) -> None:
     last = min(*users, max(order[n] for n in found.nodes) + 1)
     if max(inputs, default=-1) >= last:
         raise NoMatch("what it needs is computed after its result is used")
+    # Where the call goes depends on who uses its results: nothing may be written in all its range.
+    last = max(order[n] for n in found.nodes)
     for node in reader.graph.nodes:
-        if first < order[node] < last and node not in found.nodes and writes(node):
+        if first < order[node] < last and node not in found.nodes and reader.writes(node):
             raise NoMatch(f"{node.name} changes a tensor in place meanwhile")
 
 

@@ -1,5 +1,7 @@
 """A graph as patterns read it: operations, numbers that are constant, and the order of nodes."""
 
+import functools
+import inspect
 import math
 import operator
 from collections.abc import Callable
@@ -40,6 +42,7 @@ class Reader:
         module_at: returns the module that a "call_module" node calls, by its target.
         activation_of: returns the name of the activation that a module computes, or None.
         constant_at: returns the tensor of a "get_attr" node if it is constant, else None.
+        module_writes: says of a module whether calling it may change a tensor in place.
     """
 
     def __init__(
@@ -48,8 +51,10 @@ class Reader:
         module_at: Callable[[str], nn.Module | None],
         activation_of: Callable[[nn.Module], str | None],
         constant_at: Callable[[Node], Tensor | None] = lambda node: None,
+        module_writes: Callable[[nn.Module], bool] | None = None,
     ) -> None:
         self.graph = graph
+        self._module_writes = module_writes or _module_writes
         self._module_at, self._activation_of = module_at, activation_of
         self._constant_at = constant_at
         self._ops: dict[Node, Op | None] = {}
@@ -91,6 +96,13 @@ class Reader:
         except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError):
             return _NOT_CONSTANT
 
+    def writes(self, node: Node) -> bool:
+        """Return True if ``node`` may change a tensor in place."""
+        if node.op != "call_module":
+            return writes(node)
+        module = self._module_at(str(node.target))
+        return module is None or self._module_writes(module)
+
     def number(self, value: Any) -> float | None:
         """Return ``value`` as a number if it is one, or a tensor of one, that is constant."""
         found = self.constant(value)
@@ -129,16 +141,62 @@ def where(node: Node) -> str:
     return ""
 
 
+#: Functions that change their first argument, and methods with their names.
+_IN_PLACE = frozenset(
+    getattr(operator, name)
+    for name in (
+        *("iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior"),
+        *("ipow", "irshift", "isub", "itruediv", "ixor", "setitem", "delitem"),
+    )
+)
+_IN_PLACE_METHODS = frozenset(f"__{function.__name__}__" for function in _IN_PLACE)
+#: Functions that change what later calls compute.
+_SWITCHES = frozenset(
+    ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode")
+    + ("_exit_inference_mode", "manual_seed", "set_default_dtype")
+)
+#: Packages whose functions say by name, argument or schema that they change something.
+_KNOWN = frozenset(
+    ("torch", "_operator", "operator", "math", "builtins", "llmos_kernels", "_llmos_kernels")
+)
+
+
 def writes(node: Node) -> bool:
-    """Return True if ``node`` may change a tensor in place."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    """Return True if a function or method that ``node`` calls may change a tensor in place."""
+    target: Any = node.target
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    ends = name.endswith("_") and not name.endswith("__")
     if node.op == "call_method":
-        return name.endswith("_") and not name.endswith("__")
-    if node.op == "call_function":
-        return (
-            (name.endswith("_") and not name.endswith("__"))
-            or name in ("iadd", "imul", "isub", "itruediv", "setitem")
-            or node.kwargs.get("inplace") is True
-            or "out" in node.kwargs
-        )
-    return False
+        return ends or name in _IN_PLACE_METHODS
+    if node.op != "call_function":
+        return False
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    if ends or target in _IN_PLACE or name in _SWITCHES or "out" in node.kwargs:
+        return True
+    place = _place_of_inplace(target)
+    if place is not None:
+        given = node.args[place] if place < len(node.args) else node.kwargs.get("inplace", False)
+        if given is not False:
+            return True
+    origin = getattr(target, "__module__", None) or type(target).__module__
+    return str(origin).partition(".")[0] not in _KNOWN
+
+
+@functools.cache
+def _place_of_inplace(function: Any) -> int | None:
+    """Return where ``function`` takes the argument ``inplace``, if it does."""
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return None
+    return names.index("inplace") if "inplace" in names else None
+
+
+def _module_writes(module: nn.Module) -> bool:
+    """Return True if calling ``module`` may change a tensor in place: of others' classes it may."""
+    return any(
+        getattr(m, "inplace", False) is True
+        or str(type(m).__module__).partition(".")[0] not in _KNOWN
+        for m in module.modules()
+    )

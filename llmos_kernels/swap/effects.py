@@ -9,13 +9,15 @@ import dis
 import functools
 import gc
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from types import CodeType, FrameType, ModuleType
+from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
+from llmos_kernels.swap import outside
 from llmos_kernels.swap.calls import PLAIN
 from llmos_kernels.swap.forwards import EFFECTS, STATES, changes
+from llmos_kernels.swap.outside import Outside
 
 #: Functions of Python that change nothing and depend on their arguments alone.
 _HARMLESS = frozenset(
@@ -30,6 +32,14 @@ _HARMLESS = frozenset(
 _HARMLESS_MODULES = frozenset(("math", "operator", "_operator", "_functools", "itertools"))
 #: Modules of Python whose code is not looked at.
 _HARMLESS_LIBRARIES = frozenset(("enum", "inspect", "typing"))
+#: What a function of these modules does for the code that it calls: all of them, or those named.
+_AROUND: dict[str, tuple[str, tuple[str, ...]]] = {
+    "torch.utils.checkpoint": ("saves memory by torch.utils.checkpoint", ()),
+    "torch.amp.autocast_mode": ("changes autocast", ()),
+    "torch.autograd.graph": ("changes what is saved for gradients", ()),
+    "torch.utils._contextlib": ("has a with block as a decorator", ("decorate_context",)),
+    "contextlib": ("has a with block as a decorator", ("inner",)),
+}
 #: What the methods of change nothing, but for those whose names say so.
 _DATA = (*PLAIN, tuple, list, dict, set, frozenset, type)
 
@@ -39,23 +49,26 @@ class Effects:
 
     Args:
         found: a verb and its object for each effect, such as "sets an attribute (hidden)".
-        read_globals: the plain values of global variables that were read, with their dicts.
+        outside: what was read from outside of the module.
         recorded: what the graph repeats, by line: "" for a change in place of a traced value, and
             the names of attributes that were set.
     """
 
     def __init__(self) -> None:
         self.found: list[str] = []
-        self.read_globals: list[tuple[dict[str, Any], str, Any]] = []
+        self.outside: list[Outside] = []
         self.recorded: dict[tuple[CodeType, int], set[str]] = {}
 
 
 @contextmanager
-def watching(is_ours: Callable[[FrameType], bool]) -> Iterator[Effects]:
+def watching(
+    is_ours: Callable[[FrameType], bool], functions: Mapping[CodeType, FunctionType]
+) -> Iterator[Effects]:
     """Watch what the code in a ``with`` block does, in this thread.
 
     Args:
         is_ours: says of a frame whether its code is ours and not looked at. Nor is torch's.
+        functions: the functions that are known, by their code, for their closures.
     """
     effects = Effects()
     lines: dict[tuple[CodeType, int], dict[str, Any]] = {}
@@ -72,6 +85,8 @@ def watching(is_ours: Callable[[FrameType], bool]) -> Iterator[Effects]:
 
     def trace_call(frame: FrameType, event: str, arg: Any) -> Any:
         name, caller = frame.f_code.co_name, frame.f_back
+        if not is_ours(frame):
+            effects.found.extend(_of_context(frame))
         if is_foreign(frame):
             if caller is not None and not is_foreign(caller) and _is_torchs(frame):
                 effects.found.extend(_of_name(name))
@@ -101,7 +116,8 @@ def watching(is_ours: Callable[[FrameType], bool]) -> Iterator[Effects]:
             gc.enable()
         for (code, line), variables in lines.items():
             effects.found.extend(_of_line(code, line, effects.recorded.get((code, line), ())))
-            effects.read_globals.extend(_globals_of_line(code, line, variables))
+            instructions = _lines(code).get(line, ())
+            effects.outside.extend(outside.of_line(instructions, code, variables, functions))
 
 
 def _is_torchs(frame: FrameType) -> bool:
@@ -113,6 +129,13 @@ def _of_name(name: str) -> Iterator[str]:
         yield f"asks for {name}"
     elif changes(name):
         yield f"calls {name}"
+
+
+def _of_context(frame: FrameType) -> Iterator[str]:
+    """Yield what a function does for the code that it calls, such as a decorator of it."""
+    what, names = _AROUND.get(str(frame.f_globals.get("__name__")), ("", ("",)))
+    if what and (not names or frame.f_code.co_name in names):
+        yield what
 
 
 def _of_builtin(function: Any) -> Iterator[str]:
@@ -156,13 +179,3 @@ def _of_line(code: CodeType, line: int, recorded: Collection[str]) -> Iterator[s
             continue
         elif name.startswith("INPLACE_") or (name == "BINARY_OP" and "=" in instruction.argrepr):
             yield f"changes a value in place ({instruction.argrepr or name})"
-
-
-def _globals_of_line(
-    code: CodeType, line: int, variables: dict[str, Any]
-) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    for instruction in _lines(code).get(line, ()):
-        if instruction.opname == "LOAD_GLOBAL":
-            value = variables.get(instruction.argval)
-            if isinstance(value, (bool, int, float, str)):
-                yield variables, instruction.argval, value

@@ -20,9 +20,10 @@ from llmos_kernels.graph.site import function_of
 from llmos_kernels.ops.linear import PLAIN_TENSORS
 from llmos_kernels.swap.calls import PLAIN, object_as_meta
 from llmos_kernels.swap.constants import frozen
+from llmos_kernels.swap.outside import Outside
 from llmos_kernels.swap.rules.sequential import activation_of
 from llmos_kernels.swap.traced_values import CannotTrace, Mismatch, Opaque, Read, Slot
-from llmos_kernels.swap.tracer import constant_of, signature
+from llmos_kernels.swap.tracer import constant_of, module_writes, signature
 from llmos_kernels.swap.tracing import trace
 
 #: More plans of a class than this are not made: its arguments are of ever new kinds, or each of its
@@ -42,7 +43,7 @@ class Plan(NamedTuple):
         found: what was replaced, as the report shows it.
         missed: what looks like a pattern and stays, with the reason; or why there is no forward.
         reads: what the old forward has read of the module, for which the plan holds.
-        globals: the same of global variables.
+        outside: the same of what it has read from outside of the module.
         autocast: whether the plan holds under autocast.
         activations: the activations that were fused.
         dropout: the probabilities of dropout that are no part of a module.
@@ -56,7 +57,7 @@ class Plan(NamedTuple):
     found: tuple[str, ...] = ()
     missed: tuple[str, ...] = ()
     reads: tuple[Read, ...] = ()
-    globals: tuple[tuple[dict[str, Any], str, Any], ...] = ()
+    outside: tuple[Outside, ...] = ()
     autocast: bool = True
     activations: tuple[str, ...] = ()
     dropout: tuple[float, ...] = ()
@@ -73,7 +74,7 @@ class Plan(NamedTuple):
                 return False
             if found is not value and not _same(found, value):
                 return False
-        if any(d.get(name) != value for d, name, value in self.globals):
+        if not all(o.holds() for o in self.outside):
             return False
         if not self.children or module in self.known:
             return True
@@ -265,6 +266,7 @@ def _make(module: nn.Module, cls: type, arguments: Arguments) -> Plan:
             module_at=module.get_submodule,
             activation_of=activation_of,
             constant_at=constant_of,
+            module_writes=module_writes,
         )
     except CannotTrace as e:
         reads = e.reads if traced is None else traced.reads
@@ -277,7 +279,7 @@ def _make(module: nn.Module, cls: type, arguments: Arguments) -> Plan:
         tuple(f.where for f in matches.found),
         tuple(matches.missed),
         traced.reads,
-        traced.globals,
+        traced.outside,
         not traced.asks_for_dtype,
         tuple(sorted(names)),
         traced.dropout,

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
+from llmos_kernels.graph.reader import writes
 from llmos_kernels.swap.calls import PLAIN
 from llmos_kernels.swap.constants import MISSING, frozen
+from llmos_kernels.swap.forwards import may_have_effects
 from llmos_kernels.swap.replica import replica
 from llmos_kernels.swap.traced_values import (
     UNKNOWN,
@@ -51,7 +53,6 @@ _NOT_IN_PLACE: dict[Any, Any] = {
     operator.imul: operator.mul,
     operator.itruediv: operator.truediv,
 }
-_IN_PLACE = frozenset(_NOT_IN_PLACE)
 
 
 class Constant:
@@ -80,6 +81,13 @@ def _wrapped() -> list[Any]:
 def is_torchs_or_ours(module: nn.Module) -> bool:
     """Return True if the class of ``module`` is one of torch's, or a drop-in of such a class."""
     return str(type(module).__module__).startswith(("torch.nn.", "llmos_kernels.nn"))
+
+
+def module_writes(module: nn.Module) -> bool:
+    """Return True if calling ``module`` may change a tensor in place."""
+    if any(getattr(m, "inplace", False) is True for m in module.modules()):
+        return True
+    return not is_torchs_or_ours(module) and may_have_effects(module)
 
 
 def signature(module: nn.Module) -> Any:
@@ -180,7 +188,7 @@ class Tracer(GraphAppendingTracer):
                 self._note_child(target, made)
             if isinstance(made.meta, Tensor):
                 made.node.meta["example_value"] = made.meta
-            made.node.meta["pure"] = self._is_pure(kind, target, args)
+            made.node.meta["pure"] = self._is_pure(made.node, args)
             self.has_effects |= not made.node.meta["pure"]
         finally:
             self.is_busy = was_busy
@@ -203,15 +211,15 @@ class Tracer(GraphAppendingTracer):
         node.meta["pure"] = False
         self.has_branches = True
 
-    def _is_pure(self, kind: str, target: Any, args: Any) -> bool:
+    def _is_pure(self, node: Node, args: Any) -> bool:
         """Return True if a call changes nothing."""
-        if kind == "call_module":
-            return is_torchs_or_ours(self.module.get_submodule(target))
-        if kind == "call_method":
+        if node.op == "call_module":
+            child = self.module.get_submodule(str(node.target))
+            return is_torchs_or_ours(child) and not module_writes(child)
+        if node.op == "call_method":
             known = isinstance(getattr(args[0], "meta", args[0]), (Tensor, tuple, int, float))
-            return known and not str(target).endswith("_")
-        name = getattr(target, "__name__", "")
-        return not (name.endswith("_") or target in _IN_PLACE)
+            return known and not writes(node)
+        return not writes(node)
 
     def in_place(self, function: Any, value: Value, other: Any) -> Any:
         """Record ``value += other`` or the like."""

@@ -15,7 +15,9 @@ from torch import nn
 from torch.fx import Graph
 
 from llmos_kernels.graph.vocabulary import operation
+from llmos_kernels.swap.code import functions_of
 from llmos_kernels.swap.effects import watching
+from llmos_kernels.swap.outside import Outside
 from llmos_kernels.swap.traced_values import CannotTrace, Read, Slot, Value
 from llmos_kernels.swap.tracer import Tracer, is_ours
 
@@ -28,7 +30,7 @@ class Traced(NamedTuple):
     Args:
         graph: its placeholders are the tensors and objects among the arguments.
         reads: what was read of the module.
-        globals: the plain global variables that were read: dict, name and value.
+        outside: what was read from outside of the module.
         asks_for_dtype: whether the code asked for the dtype of a tensor, which autocast changes.
         dropout: the probabilities of dropout that is called as a function.
         has_branches: whether the graph checks something: the outcome of a branch on sizes, or
@@ -39,7 +41,7 @@ class Traced(NamedTuple):
 
     graph: Graph
     reads: tuple[Read, ...]
-    globals: tuple[tuple[dict[str, Any], str, Any], ...]
+    outside: tuple[Outside, ...]
     asks_for_dtype: bool
     dropout: tuple[float, ...]
     has_branches: bool
@@ -75,7 +77,8 @@ def trace(module: nn.Module, cls: type, arguments: dict[str, Any], inputs: Seque
     try:
         with _LOCK, torch.inference_mode(False), tracer.wrapped_functions():
             tracer.modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-            with watching(lambda frame: tracer.is_busy or is_ours(frame)) as effects:
+            functions = {f.__code__: f for f in functions_of(module) if f}
+            with watching(lambda frame: tracer.is_busy or is_ours(frame), functions) as effects:
                 tracer.recorded = effects.recorded
                 result = forward(root, *args, **kwargs)
         if found := [*tracer.effects, *effects.found]:
@@ -88,14 +91,13 @@ def trace(module: nn.Module, cls: type, arguments: dict[str, Any], inputs: Seque
         why.reads = tuple(tracer.reads.values())
         raise why from e
     _remove_dead(tracer.graph)
-    variables = {(id(d), name): (d, name, v) for d, name, v in effects.read_globals}
-    reads, read_globals = tuple(tracer.reads.values()), tuple(variables.values())
+    outside = {(id(o.holder), o.path): o for o in effects.outside}
     dropped = [operation(n, None, None) for n in tracer.graph.nodes]
     rates = {op.get("p", 0.5) for op in dropped if op and op.kind == "dropout"}
     return Traced(
         tracer.graph,
-        reads,
-        read_globals,
+        tuple(tracer.reads.values()),
+        tuple(outside.values()),
         tracer.asks_for_dtype,
         tuple(rates),
         tracer.has_branches,
