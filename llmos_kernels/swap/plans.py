@@ -9,6 +9,7 @@ import functools
 import inspect
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
 
@@ -27,11 +28,9 @@ from llmos_kernels.swap.tracer import constant_of, module_writes, signature
 from llmos_kernels.swap.tracing import trace
 
 #: More plans of a class than this are not made: its arguments are of ever new kinds, or each of its
-#: modules has other attributes. And more for one module and kind of arguments: it branches by ever
-#: other sizes.
-_MAX_PLANS, _MAX_BRANCHES = 1024, 8
-#: The plan that took the last call of a module, by the kinds of arguments: it is tried first.
-_LAST: "weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Plan]]" = weakref.WeakKeyDictionary()
+#: modules has other attributes. And more for one module and form of arguments: it branches by ever
+#: other sizes, or a number among its arguments or attributes is another at each call.
+_MAX_PLANS, _MAX_OF_MODULE = 1024, 8
 _LOCK = threading.RLock()
 
 
@@ -170,6 +169,28 @@ def _kind_and_slot(name: str, value: Any, inputs: list[Any]) -> tuple[Any, Any] 
 Plans = dict[Hashable, list[Plan]]
 
 
+class _Known:
+    """What is known of the calls of one module.
+
+    Args:
+        last: the plan that took the last call with arguments of a kind: it is tried first.
+        made: how many plans were made for it, by the kinds of arguments without their numbers.
+    """
+
+    def __init__(self) -> None:
+        self.last: dict[Hashable, Plan] = {}
+        self.made: Counter[Hashable] = Counter()
+
+
+_KNOWN: "weakref.WeakKeyDictionary[nn.Module, _Known]" = weakref.WeakKeyDictionary()
+
+
+def _without_numbers(kind: Any) -> Any:
+    if isinstance(kind, tuple):
+        return tuple(map(_without_numbers, kind))
+    return type(kind) if isinstance(kind, (int, float)) else kind
+
+
 def plan_of(plans: Plans, module: nn.Module, cls: type, arguments: Arguments) -> Plan:
     """Return the plan for a call, which is made where there is none yet.
 
@@ -184,29 +205,29 @@ def plan_of(plans: Plans, module: nn.Module, cls: type, arguments: Arguments) ->
 
 def _plans_of(plans: Plans, module: nn.Module, cls: type, arguments: Arguments) -> Iterator[Plan]:
     """Yield the plans that may fit a call, the last of them a new one if it is to be made."""
-    last = _LAST.get(module)
-    if last is None:
-        last = _LAST[module] = {}
-    first = last.get(arguments.kinds)
+    known = _KNOWN.get(module)
+    if known is None:
+        known = _KNOWN[module] = _Known()
+    kinds = arguments.kinds
+    first = known.last.get(kinds)
     if first is not None and first.holds(module):
         yield first
-    fitting = 0
-    for plan in plans.get(arguments.kinds, ()):
-        if plan.holds(module):
-            fitting += 1
-            if plan is not first:
-                last[arguments.kinds] = plan
-                yield plan
+    for plan in plans.get(kinds, ()):
+        if plan is not first and plan.holds(module):
+            known.last[kinds] = plan
+            yield plan
     if torch.compiler.is_compiling() or _is_watched():
         yield Plan(None, missed=("it was not traced before",))
         return
+    form = _without_numbers(kinds)
     with _LOCK:
-        if sum(map(len, plans.values())) >= _MAX_PLANS or fitting >= _MAX_BRANCHES:
+        if known.made[form] >= _MAX_OF_MODULE or sum(map(len, plans.values())) >= _MAX_PLANS:
             yield Plan(None, missed=("its arguments are of too many kinds",))
             return
+        known.made[form] += 1
         plan = _make(module, cls, arguments)
-        plans.setdefault(arguments.kinds, []).append(plan)
-    last[arguments.kinds] = plan
+        plans.setdefault(kinds, []).append(plan)
+    known.last[kinds] = plan
     yield plan
 
 

@@ -349,3 +349,26 @@ def test_a_subclass_with_another_effect_is_kept_as_a_subclass():
     report = lk.optimize(nn.Sequential(Printed(32)), always=True)
     (entry,) = report.kept
     assert entry.reason == "Printed is a subclass of LayerNorm and may compute something else"
+
+
+@pytest.mark.parametrize("how", ["retain_grad", "register_hook"])
+def test_returned_weights_say_that_no_gradient_passes_through_them(how):
+    ours = Replicas.of(models.returns_weights(), fused_forward(models.returns_weights)).ours
+    _, weights = ours(torch.randn(2, 9, 32), mask_of())
+    with pytest.raises(RuntimeError, match=f"{how} of attention weights.*restore"):
+        getattr(weights, how)(*[lambda g: g] * (how == "register_hook"))
+
+
+def test_returned_weights_in_inference_mode_are_of_the_call():
+    class Direct(nn.Module):
+        def forward(self, x):
+            weights = (x @ x.mT).softmax(-1)
+            return weights @ x, weights
+
+    ours = Replicas.of(Direct(), fused_forward(Direct)).ours
+    with torch.inference_mode():
+        x = torch.randn(2, 9, 32)
+        expected = Direct()(x)[1]
+        _, weights = ours(x)
+        x.zero_()
+        torch.testing.assert_close(weights.clone(), expected)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 #: What may be asked of weights that are not computed.
 _KNOWN = frozenset(("device", "dtype", "is_nested", "layout", "ndim", "shape"))
+#: What waits for a gradient of the output by the weights, which were not there.
+_OF_GRADIENTS = frozenset(("register_hook", "retain_grad"))
 
 
 class LazyWeights(torch.Tensor):
@@ -51,9 +53,15 @@ class LazyWeights(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if getattr(func, "__name__", "") == "__get__" and func.__self__.__name__ in _KNOWN:
+        name = getattr(func, "__name__", "")
+        if name == "__get__" and func.__self__.__name__ in _KNOWN:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        if name in _OF_GRADIENTS:
+            raise RuntimeError(
+                f"{name} of attention weights: fused attention has computed its output without"
+                " them, so that no gradient passes through; llmos_kernels.restore(model) first"
+            )
         return func(*_computed(args), **_computed(kwargs or {}))
 
     @classmethod
@@ -79,7 +87,14 @@ def lazy_weights(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) 
         key: [..., k_len, head_dim].
         mask: None, bool, True where a key is seen, or what is added to the logits.
         scale: the factor of the logits.
+
+    Returns:
+        A ``LazyWeights``. It raises RuntimeError where its arguments were changed in place until
+        it is used; in inference mode, where that is not seen, it keeps copies of them.
     """
+    if query.is_inference():  # Nothing would tell of a later change.
+        query, key = query.clone(), key.clone()
+        mask = None if mask is None else mask.clone()
     given = [t for t in (query, key, mask) if t is not None]
     versions = [_version(t) for t in given]
     recorded = torch.is_grad_enabled()
