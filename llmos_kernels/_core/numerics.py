@@ -58,7 +58,8 @@ class Wide(TorchFunctionMode):
     """Lets code that casts to a narrower dtype between its operations be exact in float64.
 
     A cast of a tensor in float64 leaves it as it is, whichever floating point dtype is asked for,
-    and so does the ``dtype`` of a softmax or sum. Numbers become tensors in float64.
+    and so does the ``dtype`` of a softmax or sum. Numbers become tensors in float64. Of this
+    package's ops, which kernels have for narrower dtypes alone, the reference runs.
 
     Example:
         >>> x = torch.rand(4, dtype=torch.float64)
@@ -79,6 +80,8 @@ class Wide(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, torch._ops.OpOverload) and func.namespace == "llmos":
+            return self._by_reference(func, args, kwargs)
         named = (kwargs[name] for name in ("fill_value", "data", "s") if name in kwargs)
         number = next(named, args[-1] if args else None)
         if func in self._NUMBERS and isinstance(number, float):
@@ -89,6 +92,17 @@ class Wide(TorchFunctionMode):
             args = (args[0], *map(self._widened, args[1:]))
             kwargs = {k: self._widened(v) for k, v in kwargs.items()}
         return func(*args, **kwargs)
+
+    def _by_reference(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        from llmos_kernels._core.registry import DEFINED
+
+        name = op.name()
+        chosen = name.endswith("_by_policy")  # With an argument more for the policy.
+        known = DEFINED.get(name.removesuffix("_by_policy"))
+        is_wide = any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args)
+        if known is None or not is_wide:
+            return op(*args, **kwargs)
+        return known.reference(*(args[:-1] if chosen else args), **kwargs)
 
     def _is_narrow(self, value: Any) -> bool:
         return getattr(value, "dtype", value) in self._NARROW

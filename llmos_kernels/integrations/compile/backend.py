@@ -1,6 +1,7 @@
 """The backend "llmos" of torch.compile, its report, and its pass for inductor."""
 
 import hashlib
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,8 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
     gain = chosen["min_gain"]
     if gain is not None and (isinstance(gain, bool) or not isinstance(gain, (int, float))):
         raise TypeError(f"min_gain must be a number or None, got {gain!r}")
+    if gain is not None and not 0 <= gain < math.inf:
+        raise ValueError(f"min_gain must be 0 or more and finite, got {gain!r}")
     return chosen
 
 
