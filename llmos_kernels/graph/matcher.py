@@ -8,7 +8,7 @@ from torch.fx import Graph, Node
 from llmos_kernels.graph.functional import lift_sizes, make_functional
 from llmos_kernels.graph.patterns import PATTERNS
 from llmos_kernels.graph.reader import NoMatch, Reader, where
-from llmos_kernels.graph.site import Found, insert
+from llmos_kernels.graph.site import Found, Site, insert
 
 
 class Matches(NamedTuple):
@@ -17,10 +17,12 @@ class Matches(NamedTuple):
     Args:
         found: the matches, none of which overlap.
         missed: what looks like a pattern, with the reason why it stays.
+        sites: what runs in the place of each match, where that is decided when it runs.
     """
 
     found: list[Found]
     missed: list[str]
+    sites: tuple[Site, ...] = ()
 
 
 def rewrite(
@@ -38,10 +40,9 @@ def rewrite(
     lift_sizes(graph)
     matches = find(Reader(graph, **known), fits or (lambda found: True))
     replaced: dict[Node, Node] = {}
-    for found in matches.found:
-        insert(found, replaced, checked=fits is not None)
+    made = [insert(found, replaced, checked=fits is not None) for found in matches.found]
     graph.lint()
-    return matches
+    return matches._replace(sites=tuple(site for site in made if site is not None))
 
 
 def find(reader: Reader, fits: Callable[[Found], bool] = lambda found: True) -> Matches:

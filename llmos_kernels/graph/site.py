@@ -98,17 +98,21 @@ class Site:
 
     Args:
         found: the match.
+
+    Attributes:
+        has_fused: whether the fused call has run so far.
     """
 
     __module__ = "llmos_kernels.graph"
 
     def __init__(self, found: Found) -> None:
         self.__name__ = re.sub(r"\W+", "_", found.shown.partition(":")[0])
-        self.call = found.call
+        self.call, self.has_fused = found.call, False
         self.stock_args, self._stock = _stock(found)
 
     def __call__(self, args: tuple[Any, ...], stock_args: tuple[Any, ...]) -> Any:
         if self.call.fits(*args):
+            self.has_fused = True
             return self.call(*args)
         return self._stock(None, *stock_args)
 
@@ -158,7 +162,7 @@ def function_of(graph: Graph) -> Callable[..., Any]:
     return scope["forward"]
 
 
-def insert(found: Found, replaced: dict[Node, Node], checked: bool = False) -> None:
+def insert(found: Found, replaced: dict[Node, Node], checked: bool = False) -> Site | None:
     """Replace the nodes of ``found`` in its graph by its call.
 
     Args:
@@ -166,6 +170,9 @@ def insert(found: Found, replaced: dict[Node, Node], checked: bool = False) -> N
         replaced: what took the place of nodes that matches before this one have replaced; those of
             this one are added.
         checked: whether the call is known to fit, so that the stock nodes are not needed.
+
+    Returns:
+        What runs there; None if that is the call.
     """
     graph = found.outputs[0].graph
     order = {node: i for i, node in enumerate(graph.nodes)}
@@ -184,10 +191,10 @@ def insert(found: Found, replaced: dict[Node, Node], checked: bool = False) -> N
             return tuple(map(at_run_time, value)) if isinstance(value, tuple) else value
 
         args = at_run_time(found.args)
-        if checked:
+        site = None if checked else Site(found)
+        if site is None:
             new = graph.call_function(_Named(found.call), args)
         else:
-            site = Site(found)
             new = graph.call_function(site, (args, at_run_time(site.stock_args)))
         new.meta["where"] = where(found.anchor)
         results = [new]
@@ -200,6 +207,7 @@ def insert(found: Found, replaced: dict[Node, Node], checked: bool = False) -> N
     for node in reversed(list(graph.nodes)):
         if node in found.nodes:
             graph.erase_node(node)
+    return site
 
 
 def item(results: tuple[Any, ...], i: int) -> Any:

@@ -235,7 +235,11 @@ class _Judges:
         if candidate.why_not:
             return Entry(candidate.name, cls.__name__, False, candidate.why_not)
         entry = self._judge(candidate.name, cls.__name__, partial(self._prove, candidate))
-        entry = replace(entry, sites=candidate.sites)
+        sites = candidate.sites if entry.error is None else candidate.rule.used_sites(candidate)
+        entry = replace(entry, sites=sites)
+        if entry.swapped and candidate.sites and not sites:
+            reason = f"no kernel takes these inputs: {candidate.sites[0]}"
+            entry = replace(entry, swapped=False, reason=reason)
         if entry.swapped:
             self.classes[module] = candidate.drop_in
             self.groups.setdefault(module, (cls, candidate.drop_in))

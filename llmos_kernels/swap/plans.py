@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmos_kernels.graph.matcher import rewrite
-from llmos_kernels.graph.site import function_of
+from llmos_kernels.graph.site import Site, function_of
 from llmos_kernels.ops.linear import PLAIN_TENSORS
 from llmos_kernels.swap.calls import PLAIN, object_as_meta
 from llmos_kernels.swap.constants import frozen
@@ -40,6 +40,7 @@ class Plan(NamedTuple):
     Args:
         run: the new forward, a function of the module and of its tensors; None to keep the old.
         found: what was replaced, as the report shows it.
+        sites: what runs there.
         missed: what looks like a pattern and stays, with the reason; or why there is no forward.
         reads: what the old forward has read of the module, for which the plan holds.
         outside: the same of what it has read from outside of the module.
@@ -54,6 +55,7 @@ class Plan(NamedTuple):
 
     run: Callable[..., Any] | None
     found: tuple[str, ...] = ()
+    sites: tuple[Site, ...] = ()
     missed: tuple[str, ...] = ()
     reads: tuple[Read, ...] = ()
     outside: tuple[Outside, ...] = ()
@@ -298,6 +300,7 @@ def _make(module: nn.Module, cls: type, arguments: Arguments) -> Plan:
     return Plan(
         _on_its_owner(runs) if runs and traced.takes_owner else runs,
         tuple(f.where for f in matches.found),
+        matches.sites,
         tuple(matches.missed),
         traced.reads,
         traced.outside,

@@ -8,6 +8,7 @@ import handwritten_models as models
 import pytest
 import torch
 from torch import nn
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import llmos_kernels as lk
 from llmos_kernels.integrations.compile import rewriting
@@ -149,12 +150,17 @@ def test_graph_breaks_are_named():
     made = torch.compile(Breaks(), backend=backend, options=EAGER)
     made(torch.randn(2, 32))
     assert "graph break, " in str(lk.compile_report(made))
+    other = compiled(models.FeedForward())
+    other(torch.randn(2, 32))
+    assert "graph break" not in str(lk.compile_report(other))
+    assert str(lk.compile_report(models.FeedForward())).startswith("nothing was compiled")
 
 
 def test_the_pass_rewrites_graphs():
     gm = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)))
     lk.compile_pass()(gm.graph)
     assert lk.compile_pass().uuid() == lk.compile_pass().uuid()
+    assert isinstance(lk.compile_pass(), CustomGraphPass)  # Else inductor caches nothing.
     with pytest.raises(TypeError, match="model must be"):
         lk.compile_report(gm.graph)
 

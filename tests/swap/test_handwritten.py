@@ -367,3 +367,16 @@ def test_modules_of_one_class_with_other_attributes():
     x, stock = torch.randn(2, 9, 32), copy.deepcopy(model)
     lk.optimize(model, inputs=(x,), always=True)
     torch.testing.assert_close(model(x), stock(x))
+
+
+def test_sites_that_no_kernel_takes_are_not_reported():
+    class Wide(nn.Module):
+        def forward(self, q):  # Kernels have heads of at most 256.
+            return (q @ q.mT).softmax(-1) @ q
+
+    model = Wide()
+    report = lk.optimize(model, inputs=(torch.randn(1, 2, 5, 300),), always=True)
+    (entry,) = report.kept
+    assert entry.reason.startswith("no kernel takes these inputs: attention: softmax at test_hand")
+    report = lk.optimize(model, inputs=(torch.randn(1, 2, 5, 32),), always=True)
+    assert len(report.sites()) == 1

@@ -1,24 +1,26 @@
 """The backend "llmos" of torch.compile, its report, and its pass for inductor."""
 
-import hashlib
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from llmos_kernels.integrations.compile.rewriting import Outcome, rewrite, rewritten
+from llmos_kernels.integrations.compile.rewriting import Outcome, rewritten
 
 #: The backends that may follow, and all options with their defaults.
 _THEN = ("inductor", "aot_eager", "eager")
 _DEFAULTS: dict[str, Any] = {"then": "inductor", "prove": True, "min_gain": None}
-#: What became of each graph that was compiled, with the parameters among its inputs.
-_COMPILED: "list[tuple[list[weakref.ref[Any]], Outcome]]" = []
+#: What became of each graph that was compiled, with the parameters among its inputs, and the graph
+#: breaks that Dynamo had met since the one before.
+_COMPILED: "list[tuple[list[weakref.ref[Any]], Outcome, Counter[str]]]" = []
 _MOST_COMPILED = 4096
+#: The graph breaks that belong to a graph already.
+_breaks_so_far: Counter[str] = Counter()
 
 
 def backend(
@@ -56,11 +58,24 @@ def backend(
         raise ValueError(f"mode must be None or 'default' for the backend llmos, got {mode!r}")
     new, outcome = rewritten(gm, example_inputs, chosen["prove"], chosen["min_gain"])
     parameters = [v for v in example_inputs if isinstance(v, nn.Parameter)]
-    _COMPILED.append(([weakref.ref(p) for p in parameters], outcome))
+    _COMPILED.append(([weakref.ref(p) for p in parameters], outcome, _new_breaks()))
     del _COMPILED[:-_MOST_COMPILED]
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(chosen["then"])(new, list(example_inputs))
+
+
+def _new_breaks() -> Counter[str]:
+    """Return the graph breaks since the last call."""
+    from torch._dynamo.utils import counters
+
+    found = Counter({why.strip(): n for why, n in counters["graph_break"].items()})
+    if any(found[why] < n for why, n in _breaks_so_far.items()):
+        _breaks_so_far.clear()  # Dynamo has been reset.
+    new = found - _breaks_so_far
+    _breaks_so_far.clear()
+    _breaks_so_far.update(found)
+    return new
 
 
 def checked(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,34 +98,20 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
     return chosen
 
 
-class CompilePass:
-    """Rewrites graphs inside of inductor: a value for ``pre_grad_custom_pass``."""
-
-    def __call__(self, graph: Graph) -> None:
-        gm = graph.owning_module
-        if gm is not None:
-            rewrite(gm)
-
-    def uuid(self) -> str:
-        """Return the key under which inductor caches what this pass has made."""
-        package = Path(__file__).parents[2]
-        sources = [*(package / "graph").rglob("*.py"), Path(__file__).with_name("rewriting.py")]
-        digest = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(sources)))
-        return f"llmos_kernels {digest.hexdigest()}"
-
-
-def compile_pass() -> CompilePass:
+def compile_pass() -> Callable[[Graph], None]:
     """Return a pass for inductor that puts fused calls into graphs before it compiles them.
 
     Nothing is proved or measured: for that there is the backend "llmos".
 
     Returns:
-        A callable for ``torch._inductor.config.pre_grad_custom_pass``.
+        A value for ``torch._inductor.config.pre_grad_custom_pass``, with a key for its cache.
 
     Example:
         >>> options = {"pre_grad_custom_pass": llmos_kernels.compile_pass()}
         >>> compiled = torch.compile(torch.nn.Linear(8, 8), options=options)
     """
+    from llmos_kernels.integrations.compile.inductor_pass import CompilePass
+
     return CompilePass()
 
 
@@ -120,7 +121,7 @@ class CompileReport:
 
     Args:
         graphs: what became of each graph.
-        breaks: why Dynamo has ended graphs in this process, with how often.
+        breaks: why Dynamo has ended graphs of the model, with how often.
     """
 
     graphs: tuple[Outcome, ...]
@@ -145,7 +146,8 @@ def compile_report(model: nn.Module) -> CompileReport:
 
     Returns:
         For each graph the sites with file and line, what was not replaced and why, and the graph
-        breaks that Dynamo has counted.
+        breaks that Dynamo met before it. A graph belongs to a model whose parameters it takes; one
+        without parameters to models that have none.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -156,8 +158,10 @@ def compile_report(model: nn.Module) -> CompileReport:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    from torch._dynamo.utils import counters
-
     mine = {id(p) for p in model.parameters()}
-    graphs = [o for owned, o in _COMPILED if not mine or any(id(p()) in mine for p in owned)]
-    return CompileReport(tuple(graphs), dict(counters["graph_break"]))
+    graphs, breaks = [], Counter[str]()
+    for owned, outcome, before in _COMPILED:
+        if any(id(p()) in mine for p in owned) if mine else not owned:
+            graphs.append(outcome)
+            breaks += before
+    return CompileReport(tuple(graphs), dict(breaks))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmos_kernels.graph.site import Site
 from llmos_kernels.swap.calls import ModuleCall
 from llmos_kernels.swap.code import names_in
 from llmos_kernels.swap.forwards import may_have_effects, reaches_outside
@@ -96,10 +97,23 @@ class HandwrittenRule(Rule):
         """Return the largest error; gradients are compared away from kinks of an activation."""
         drop_in: Any = candidate.drop_in
         plan = _plan(drop_in._plans, candidate.module, type(candidate.module), call)
+        for _, site in self._sites(candidate):
+            site.has_fused = False
         has_kink = plan is not None and "relu" in plan.activations
         if has_kink and next(guesses(candidate.module), None) is not None:
             return largest_error_without_kinks(candidate, call)
         return judge(self.replicas(candidate), call)
+
+    def used_sites(self, candidate: Candidate) -> tuple[str, ...]:
+        """Return the sites whose arguments the fused call takes."""
+        used = {where for where, site in self._sites(candidate) if site.has_fused}
+        return tuple(s for s in candidate.sites if s in used)
+
+    def _sites(self, candidate: Candidate) -> list[tuple[str, Site]]:
+        """Return the sites of all modules of the class, among them the copies that are compared."""
+        drop_in: Any = candidate.drop_in
+        plans = [p for ps in drop_in._plans.values() for p in ps]
+        return [pair for p in plans for pair in zip(p.found, p.sites, strict=True)]
 
     def replicas(self, candidate: Candidate) -> Replicas:
         """Return the copies to compare, without dropout, also where it is called as a function."""

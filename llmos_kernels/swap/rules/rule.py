@@ -134,6 +134,10 @@ class Rule:
         """
         return judge(self.replicas(candidate), call)
 
+    def used_sites(self, candidate: Candidate) -> tuple[str, ...]:
+        """Return those of the candidate's sites where the fused call ran in the last proof."""
+        return candidate.sites
+
     def replicas(self, candidate: Candidate) -> Replicas:
         """Return the copies that a proof compares: in float64, as it is, and the drop-in."""
         return Replicas.of(candidate.module, candidate.drop_in)
