@@ -135,6 +135,8 @@ def operation(node: Any, module: nn.Module | None, activation: str | None) -> Op
         return _einsum(node)
     if node.target is getattr and node.args[1] == "mT":
         return Op("transpose", {"input": node.args[0], "dim0": -2, "dim1": -1}, node)
+    if node.target is getattr and node.args[1] == "values":  # Of ``max`` and the like.
+        return Op("getitem", {"input": node.args[0], "index": 0}, node)
     if node.target in _SIZED and not node.kwargs:
         first, *rest = node.args
         sizes: Any = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest

@@ -183,6 +183,18 @@ def expanded_heads(self, q, k, v, mask):
 
 
 @attention
+def without_maximum(self, q, k, v, mask):
+    logits = q @ k.mT + mask
+    return (logits - logits.max(-1, keepdim=True).values).softmax(-1) @ v
+
+
+@attention
+def without_expanded_maximum(self, q, k, v, mask):
+    logits = q @ k.mT + mask
+    return (logits - logits.amax(-1)[..., None]).softmax(-1) @ v
+
+
+@attention
 def tiled_heads(self, q, k, v, mask):
     k, v = (t[:, :2].unsqueeze(1).expand(-1, 2, -1, -1, -1).reshape(q.shape) for t in (k, v))
     return (q @ k.mT + mask).softmax(-1) @ v
@@ -198,7 +210,7 @@ FOUND = (additive, softmax_in_float32, scaled_query, written_in_place, einsum_by
 FOUND += (batches_of_heads, learned_scale, one_key_head, returns_weights, tiled_heads)
 #: Those whose keys and values are shared by heads of the query, as kernels take them.
 SHARED = (one_key_head, interleaved_heads, expanded_heads)
-FOUND += SHARED[1:]
+FOUND += (*SHARED[1:], without_maximum, without_expanded_maximum)
 
 
 @attention
@@ -223,6 +235,12 @@ def uses_scores(self, q, k, v, mask):
 
 
 @attention
+def without_maximum_of_queries(self, q, k, v, mask):
+    logits = q @ k.mT
+    return (logits - logits.amax(-1).unsqueeze(-2)).softmax(-1) @ v
+
+
+@attention
 def writes_to_value(self, q, k, v, mask):
     weights = (q @ k.mT).softmax(-1)
     out = weights @ v
@@ -237,7 +255,14 @@ def writes_between(self, q, k, v, mask):
     return scores.softmax(-1) @ v + q
 
 
-STAYS = (over_queries, scaled_weights, fills_with_little, uses_scores, writes_between)
+STAYS = (
+    without_maximum_of_queries,
+    over_queries,
+    scaled_weights,
+    fills_with_little,
+    uses_scores,
+    writes_between,
+)
 
 
 class Norm(nn.Module):
@@ -266,6 +291,19 @@ def variance_of_torch(self, x):
     difference = x - x.mean(dim=-1, keepdim=True)
     variance = x.var(dim=-1, keepdim=True, unbiased=False)
     return difference * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+
+
+@norm
+def weighted_before(self, x):
+    mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
+    return self.weight * (x - mean) / torch.sqrt(variance + self.eps) + self.bias
+
+
+@norm
+def root_as_power(self, x):
+    difference = x - x.mean(-1, keepdim=True)
+    variance = difference.pow(2).mean(-1, keepdim=True)
+    return difference / (variance + self.eps) ** 0.5 * self.weight + self.bias
 
 
 @norm
@@ -308,7 +346,7 @@ def of_something_else(self, x):
 
 
 #: Norms that are found, and what only looks like them.
-LAYER_NORMS = [squares_of_differences, variance_of_torch]
+LAYER_NORMS = [squares_of_differences, variance_of_torch, weighted_before, root_as_power]
 RMS_NORMS = [root_mean_square, root_mean_square_of_products, without_weight]
 NO_NORMS = [unbiased, epsilon_outside, over_another_dimension, of_something_else]
 

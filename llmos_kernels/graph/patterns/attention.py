@@ -276,12 +276,21 @@ def _view(op: Op, reader: Reader, walk: _Walk) -> Any:
 
 def _without_maximum(op: Op, reader: Reader, walk: _Walk) -> Any:
     """Walk through ``logits - logits.amax(-1, keepdim=True)``, which no softmax sees."""
-    logits, maximum, nodes = op.get("input"), op.get("other"), []
+    logits, maximum, nodes, is_kept = op.get("input"), op.get("other"), [], False
     while found := reader.op(maximum, "unsqueeze", "getitem", "detach"):
+        last = rank_of(logits)
+        if found.kind == "unsqueeze" and found.get("dim") not in (-1, last and last - 1):
+            return None
+        index = found.get("index")
+        is_kept |= found.kind == "unsqueeze" or index == (Ellipsis, None)
+        if found.kind == "getitem" and index not in (0, (Ellipsis, None)):
+            return None
         nodes.append(found.node)
         maximum = found.get("input")
     found = reader.op(maximum, "maximum")
     if not found or found.get("input") is not logits or found.get("dim") not in (-1, (-1,), [-1]):
+        return None
+    if is_kept == (found.get("keepdim") is True):
         return None
     walk.nodes += [*nodes, found.node]
     return logits

@@ -123,9 +123,14 @@ class NormOfTorch(Pattern):
 class Norm(Pattern):
     """A layer norm or an RMS norm, of the operations that it consists of."""
 
-    anchors: ClassVar = ("rsqrt", "sqrt")
+    anchors: ClassVar = ("pow", "rsqrt", "sqrt")
 
     def find(self, op: Op, reader: Reader) -> Found | None:
+        if op.kind == "pow":
+            root = {0.5: "sqrt", -0.5: "rsqrt"}.get(reader.number(op.get("exponent")) or 0)
+            if root is None:
+                return None
+            op = op._replace(kind=root)
         walk = _Walk(reader, [op.node])
         total = walk.op(op.get("input"), "add")
         eps, variance = _eps(total, reader) if total else (None, None)
@@ -136,6 +141,7 @@ class Norm(Pattern):
             return None
         scaled, numerator = _scaled(op, walk)
         source, widens = _without_cast(x, walk)
+        numerator, weight = _without_weight(numerator, walk)
         divided = _centered(numerator, walk) if center else numerator
         if divided is not x and (center or divided is not source):
             raise NoMatch("it divides something else than what was squared")
@@ -144,13 +150,27 @@ class Norm(Pattern):
         elif widens:
             walk.nodes.append(x)
         last, narrows = _narrowed(scaled, source, walk, None)
-        last, weight = _with_vector(last, "mul", walk)
+        if weight is None:
+            last, weight = _with_vector(last, "mul", walk)
         last, bias = _with_vector(last, "add", walk) if center else (last, None)
         last, narrows = _narrowed(last, source, walk, narrows)
         call = NormCall(center, eps, widens, narrows)
         shown = f"{'layer norm' if center else 'RMS norm'}: {op.kind}"
         args = source, weight, bias
         return Found(frozenset(walk.nodes), (last,), args, call, op.node, shown)
+
+
+def _without_weight(numerator: Any, walk: _Walk) -> tuple[Any, Node | None]:
+    """Return what is divided before it is multiplied by a weight, and that, if there is one."""
+    product = walk.reader.op(numerator, "mul")
+    if not product or not walk.reader.is_alone(product.node):
+        return numerator, None
+    for weight, other in (("input", "other"), ("other", "input")):
+        vector, rest = product.get(weight), product.get(other)
+        if is_node(vector, rest) and rank_of(vector) == 1 and rank_of(rest) != 1:
+            walk.nodes.append(product.node)
+            return rest, vector
+    return numerator, None
 
 
 def _without_cast(x: Node, walk: _Walk) -> tuple[Node, bool]:
