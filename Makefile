@@ -93,8 +93,8 @@ sanitize: $(VENV)/.ready
 	LLMOS_SANITIZED=$(CURDIR)/build/sanitized PYTHONPATH=$(CURDIR)/build/sanitized \
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	OMP_WAIT_POLICY=passive LLMOS_SKIP_TRITON=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-	$(PYTHON) -P -m pytest -n $(JOBS) --dist worksteal tests/kernels/test_sanitize.py tests/kernels/test_kernels.py tests/ops/test_ops.py tests/ops/test_int8.py tests/ops/test_int8_linear.py \
-	  -k "sanitize or guard or matches_reference or layouts or strided or integers or extreme or outliers or rows_of or vnni_weight"
+	$(PYTHON) -P -m pytest -n $(JOBS) --dist worksteal tests/kernels/test_sanitize.py tests/kernels/test_emulated_cuda.py tests/kernels/test_kernels.py tests/ops/test_ops.py tests/ops/test_int8.py tests/ops/test_int8_linear.py \
+	  -k "sanitize or emulated_cuda or emulated or guard or matches_reference or layouts or strided or integers or extreme or outliers or rows_of or vnni_weight"
 
 wheel: $(VENV)/.ready
 	$(PYTHON) tools/wheel.py

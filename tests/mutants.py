@@ -35,6 +35,7 @@ class Mutant:
 
 KERNELS = ("tests/kernels/test_kernels.py", "tests/ops/test_ops.py")
 NORMS = ("tests/kernels/test_kernels.py", "-k", "norm")
+CUDA = ("tests/kernels/test_emulated_cuda.py", *NORMS[:1], "-k", "emulated or norm")
 MUTANTS = (
     Mutant(
         "drop the mask",
@@ -125,6 +126,27 @@ MUTANTS = (
         "  for (; i + 1 < d; ++i) body(Part<float, 0>{}, i);\n",
         NORMS,
     ),
+    Mutant(
+        "missing barrier",
+        "csrc/cuda/kernel.h",
+        "partial[i * kWarp + warp] = v[i];\n  }\n  __syncthreads();\n",
+        "partial[i * kWarp + warp] = v[i];\n  }\n",
+        CUDA,
+    ),
+    Mutant(
+        "wrong lane in a shuffle",
+        "csrc/cuda/kernel.h",
+        "__shfl_xor_sync(kAllLanes, v[i], with)",
+        "__shfl_xor_sync(kAllLanes, v[i], with ^ 1)",
+        CUDA,
+    ),
+    Mutant(
+        "tail not masked",
+        "csrc/cuda/row.h",
+        "      if (first + k * step < d) body(first + k * step, held[k]);\n",
+        "      body(first + k * step, held[k]);\n",
+        CUDA,
+    ),
 )
 
 
@@ -138,7 +160,7 @@ def run(*command: object, cwd: Path, **env: str) -> subprocess.CompletedProcess[
 def build(tree: Path) -> None:
     """Build the C++ extension of ``tree``. Unchanged object files are not compiled again."""
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    done = run(*command, cwd=tree, LLMOS_BUILD_EXT="1", TORCH_CUDA_ARCH_LIST="9.0")
+    done = run(*command, cwd=tree, LLMOS_BUILD_EXT="1", LLMOS_EMULATE="1")
     if done.returncode:
         raise SystemExit(f"the copy cannot be built:\n{done.stderr[-4000:]}")
 

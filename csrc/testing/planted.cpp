@@ -27,6 +27,7 @@ void kernel(const std::string& fault, const float* in, float* out) {
   v += __shfl_xor_sync(kAll, v, 1);
   if (fault == "two meetings" && i % 2) v += __shfl_xor_sync(kAll, v, 1);
   if (fault == "two meetings" && i % 2 == 0) v += __shfl_xor_sync(kAll, v, 1);
+  if (fault == "over-read" && i == 0) v += simt::load_global<float>(in + kThreads);
   if (fault == "misaligned") v = simt::load_global<double>(in + 1 + 2 * (i / 4)) > 0;
   out[i] = v;
 }
@@ -39,11 +40,12 @@ extern "C" {
 // Run the kernel with a fault; write the message of the error to `message`, an empty one if there
 // is none.
 [[gnu::visibility("default")]] void llmos_simt_plant(const char* fault, char* message, int size) {
-  alignas(16) float in[llmos::kThreads] = {}, out[llmos::kThreads];
+  const std::vector<float> in(llmos::kThreads);  // On the heap, where a sanitizer sees over-reads.
+  float out[llmos::kThreads];
   message[0] = 0;
   try {
     const std::string name = fault;
-    llmos::simt::run(dim3(1), dim3(llmos::kThreads), [&] { llmos::kernel(name, in, out); });
+    llmos::simt::run(dim3(1), dim3(llmos::kThreads), [&] { llmos::kernel(name, in.data(), out); });
   } catch (const std::runtime_error& e) {
     std::strncpy(message, e.what(), size_t(size) - 1);
     message[size - 1] = 0;

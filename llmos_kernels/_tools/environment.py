@@ -35,7 +35,10 @@ KEYS = ("CPU", "CUDA")
 
 
 def owner(op: str, key: str) -> str:
-    """Return the source file of the kernel of ``op`` on dispatch key ``key``, or "reference"."""
+    """Return the source file of the kernel of ``op`` on dispatch key ``key``, or "reference".
+
+    An op of the CUDA part has two: its own, and that of the launcher to which it hands more rows.
+    """
     if _FORCED == "reference":
         return "reference"
     for line in torch._C._dispatch_dump(op).splitlines():
@@ -44,9 +47,12 @@ def owner(op: str, key: str) -> str:
             triton = DEFINED[op].triton
             if triton and not HAS_TRITON:
                 break
+            launcher = f"_triton/{(triton or '').partition(':')[0].replace('.', '/')}.py"
             if triton and "_core/registry.py" in where:
-                return f"_triton/{triton.partition(':')[0].replace('.', '/')}.py"
-            return re.sub(r"^.*?csrc/", "csrc/", where.partition(" ::")[0].partition(":")[0])
+                return launcher
+            source = re.sub(r"^.*?csrc/", "csrc/", where.partition(" ::")[0].partition(":")[0])
+            hands_over = hasattr(torch.ops.llmos, f"{op.partition('::')[2]}_triton")
+            return f"{source}, else {launcher}" if hands_over and key == "CUDA" else source
     return "reference"
 
 

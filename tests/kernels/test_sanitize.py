@@ -34,3 +34,12 @@ def test_sanitize_catches_a_planted_overread(where):
     else:
         assert done.returncode != 0
         assert "heap-buffer-overflow" in done.stderr and "overread" in done.stderr
+
+
+def test_sanitize_catches_an_overread_of_an_emulated_kernel():
+    code = (
+        f"import sys; sys.path[:0] = {sys.path!r}; import emulated_cuda as e; e.plant('over-read')"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr and "load_global" in done.stderr
