@@ -10,7 +10,9 @@
 Each step is rounded as the op of that step rounds. Vaswani et al. 2017, arXiv:1706.03762; pre-norm:
 Xiong et al. 2020, arXiv:2002.04745. Few tokens take less time to compute than some ten calls from
 Python, so modules ask ``encoder_layer`` first. It computes nothing where a gradient, a trace,
-autocast, another device or the product policy is in the way; then their parts do.
+autocast, another device or the product policy is in the way; then their parts do. On GPUs the CUDA
+part computes few tokens: norms by its kernels, products by cuBLAS, attention by torch, or where
+there is a mask by Triton's launcher, without Python between them.
 """
 
 import functools
@@ -31,6 +33,8 @@ from llmos_kernels.ops.layer_norm import add_layer_norm_reference, layer_norm_re
 __all__: list[str] = []
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
+#: On GPUs the launches of more tokens than this hide what Python does between them.
+_MOST_ON_GPUS = 256
 
 
 class LayerParameters(NamedTuple):
@@ -149,8 +153,11 @@ _op = define(
 
 
 @functools.cache
-def _is_built() -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key("llmos::encoder_layer", "CPU")
+def _is_built(device_type: str) -> bool:
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "llmos::encoder_layer", key
+    )
 
 
 def may_fuse(src: Tensor, masks: LayerMasks, weight: Tensor) -> bool:
@@ -162,9 +169,12 @@ def may_fuse(src: Tensor, masks: LayerMasks, weight: Tensor) -> bool:
         weight: one of its weights.
     """
     # Nothing after the first line may enter a traced graph.
-    if _products.is_traced(src) or torch._C._get_tracing_state() is not None or not _is_built():
+    if _products.is_traced(src) or torch._C._get_tracing_state() is not None:
         return False
-    if needs_grad(src, masks.attn_mask, weight) or torch.is_autocast_enabled("cpu"):
+    kind = src.device.type
+    if not _is_built(kind) or needs_grad(src, masks.attn_mask, weight):
+        return False
+    if torch.is_autocast_enabled(kind):
         return False
     return _is_input(src) and _are_masks(masks, src)
 
@@ -191,10 +201,10 @@ def encoder_layer(
     Raises:
         RuntimeError: a bias or the weight of a norm has another size than its layer.
     """
-    tensors, dtype = parameters.tensors(), src.dtype
+    tensors, dtype, device = parameters.tensors(), src.dtype, src.device
     if needs_grad(*tensors):
         return None
-    if any(type(t) not in _PLAIN or t.dtype is not dtype or not t.is_cpu for t in tensors):
+    if any(type(t) not in _PLAIN or t.dtype is not dtype or t.device != device for t in tensors):
         return None
     batch, length, d = src.shape
     weights = parameters.weights()
@@ -203,7 +213,10 @@ def encoder_layer(
         return None
     if masks.attn_mask is not None and masks.attn_mask.shape[1] not in (1, options.heads):
         return None
-    if not are_ours(dtype, src.device, batch * length, shapes):
+    if src.is_cuda:
+        few = batch * length <= _MOST_ON_GPUS
+        return _op(src, *masks, *parameters, *options, []) if few else None
+    if not are_ours(dtype, device, batch * length, shapes):
         return None
     if panels is None or any(w.is_inference() for w in weights):
         return _op(src, *masks, *parameters, *options, [])
@@ -213,7 +226,6 @@ def encoder_layer(
 def _is_input(src: Tensor) -> bool:
     return (
         type(src) in _PLAIN
-        and src.is_cpu
         and src.layout == torch.strided
         and not src.is_nested
         and src.dim() == 3
@@ -227,12 +239,12 @@ def _are_masks(masks: LayerMasks, src: Tensor) -> bool:
     mask, padding = masks
     if padding is not None:
         is_padding = padding.dtype == torch.bool and padding.shape == src.shape[:2]
-        if not (type(padding) in _PLAIN and padding.is_cpu and is_padding):
+        if not (type(padding) in _PLAIN and padding.device == src.device and is_padding):
             return False
     if mask is None:
         return True
     batch, length, _ = src.shape
-    if type(mask) not in _PLAIN or not mask.is_cpu or mask.dim() != 4:
+    if type(mask) not in _PLAIN or mask.device != src.device or mask.dim() != 4:
         return False
     fits = mask.shape[0] in (1, batch) and {*mask.shape[2:]} <= {1, length}
     return fits and (mask.dtype == torch.bool or mask.dtype in KERNEL_DTYPES)

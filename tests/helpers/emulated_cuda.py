@@ -33,6 +33,8 @@ OPS = (
     "layer_norm_forward",
     "linear_forward",
 )
+#: An op that calls others, and hands nothing on.
+WHOLE_LAYER = "encoder_layer"
 #: Those of them that multiply matrices, and the most rows that they take.
 PRODUCTS = {"int8_linear": 16, "int8_matmul": 16, "int8_weight_only": 16, "linear_forward": 4}
 
@@ -50,6 +52,8 @@ def _library():
         definitions.define(schema.replace(name, f"{name}_triton", 1))
         reference = torch.no_grad()(DEFINED[f"llmos::{name}"].reference)
         definitions.impl(f"{name}_triton", reference, "CPU")
+    schema = str(getattr(torch.ops.llmos, WHOLE_LAYER).default._schema)
+    definitions.define(schema.removeprefix("llmos::"))
     torch.ops.load_library(LIBRARY)
     library = ctypes.CDLL(str(LIBRARY))
     _set_all_rows(library)
@@ -68,7 +72,7 @@ def _set_rows(library, name, rows):
 def kernel(op):
     """Return the emulated kernel of an overload of ``torch.ops.llmos``, or None."""
     name = op.name().partition("::")[2].partition(".")[0]
-    if name not in OPS:
+    if name not in (*OPS, WHOLE_LAYER):
         return None
     _library()
     overload = getattr(torch.ops.llmos_emulated, name).default

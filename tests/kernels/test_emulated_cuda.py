@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from llmos_kernels._core import cuda_part
+from llmos_kernels._core.registry import DEFINED
+from llmos_kernels.testing import assert_within_budget, cast
 
 FAULTS = {
     "not written": "shared memory is read before it is written",
@@ -163,3 +165,36 @@ def test_sparse_products_read_only_what_they_need(rows, inner, outer, dtype):
     if inner == 700:
         pack = 16 // x.itemsize
         assert emulated_cuda.accesses()[0][16] == 2 * needed * outer // pack
+
+
+def layer_arguments(dtype, together, bias):
+    """Return the parameters of an encoder layer 32 wide."""
+    torch.manual_seed(0)
+    draw = lambda *shape: (torch.randn(*shape) / 5).to(dtype)
+    vector = lambda n: draw(n) if bias else None
+    shapes = [(96, 32)] if together else [(32, 32)] * 3
+    weights = [draw(*shape) for shape in shapes]
+    biases = [draw(shape[0]) for shape in shapes] if bias else []
+    rest = draw(32, 32), vector(32), draw(32), vector(32), draw(64, 32), vector(64)
+    return weights, biases, *rest, draw(32, 64), vector(32), draw(32), vector(32)
+
+
+@pytest.mark.parametrize("masked", ["", "padding", "mask"])
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_whole_layer_calls_norms_products_and_attention(dtype, norm_first, masked):
+    op = DEFINED["llmos::encoder_layer"]
+    emulated = emulated_cuda.kernel(torch.ops.llmos.encoder_layer.default)
+    src = torch.randn(2, 5, 32).to(dtype)
+    padding = torch.arange(5)[None] >= torch.tensor([[3], [5]]) if masked == "padding" else None
+    mask = torch.randn(1, 4, 5, 5).to(dtype) if masked == "mask" else None
+    for together, activation in ((True, 1), (False, 3), (False, 4), (True, 2), (False, 5)):
+        parameters = layer_arguments(dtype, together, bias=activation != 5)
+        options = 4, 8**-0.5, activation, norm_first, 1e-5, 1e-6, []
+        args = src, mask, padding, *parameters, *options
+        emulated_cuda.accesses()
+        made = emulated(*args)
+        assert any(emulated_cuda.accesses()[0].values()), "the norms ran elsewhere"
+        exact = op.reference(*cast(args, torch.float64))
+        compared = {"output": (made, exact, op.reference(*args))}
+        assert_within_budget([compared], f"encoder_layer, activation {activation}")
