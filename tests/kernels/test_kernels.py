@@ -30,6 +30,8 @@ def kernels(op):
     """Yield (name, device, callable) of each kernel of ``op`` on this machine."""
     if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CPU"):
         yield "cpp", "cpu", lambda *args: op._op_dk(KEYS["cpu"], *args)
+    if GPU and hasattr(torch.ops.llmos, f"{op.name().partition('::')[2]}_triton"):
+        yield "cuda", "cuda", lambda *args: op._op_dk(KEYS["cuda"], *args)
     if emulated := emulated_cuda.kernel(op):
         yield "emulated", "cpu", emulated
     if DEFINED[op.name()].triton and HAS_TRITON and not os.environ.get("LLMOS_SKIP_TRITON"):
@@ -76,7 +78,7 @@ def outputs(fn, args):
 @each_case
 def test_every_backend_is_here(case):
     names = {name.split()[1] for name, *_ in calls(case, case.shapes[-1], torch.float32)}
-    assert names - {"emulated"} == {"cpp", "triton"}, "make build provides both"
+    assert names - {"cuda", "emulated"} == {"cpp", "triton"}, "make build provides both"
 
 
 def guarded(name, kernel, args):

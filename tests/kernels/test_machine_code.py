@@ -187,7 +187,7 @@ def test_waited_for():
 
 
 CSRC = Path(__file__).parents[2] / "csrc" / "cuda"
-FAMILIES = ("embedding", "int8", "int8_norm", "norm", "norm_backward")
+FAMILIES = ("embedding", "int8", "int8_norm", "norm", "norm_backward", "sparse")
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
@@ -202,7 +202,7 @@ def test_cuda_kernels_use_whole_words_and_no_local_memory(family, tmp_path):
     command = ["nvcc", *options, "-o", str(cubin), str(CSRC / f"{family}.cu")]
     subprocess.run(command, check=True)
     kernels = list(inspect_cuda.kernels(cubin, "sm_90"))
-    assert len(kernels) >= 10
+    assert len(kernels) >= 9
     for kernel in kernels:
         assert kernel.stack == 0, f"{kernel.name} spills {kernel.stack} bytes"
         if "<" not in kernel.name:

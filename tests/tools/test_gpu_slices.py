@@ -225,6 +225,7 @@ def test_the_slices(out, rehearse, carried):
         "tune",
         "tests",
         "sanitizer",
+        "cuda",
         "ops-backward",
         "models",
         "stress",

@@ -93,6 +93,7 @@ _NOT_HERE = (
     "test_gpu_resume.py",
     "test_gpu_carry.py",
 )
+_INT8 = ("test_int8.py", "test_int8_linear.py")
 _PACKED = ("test_kernels.py", "test_ops.py", "test_attention.py", "test_int8.py", "test_layers.py")
 #: Tests that compile for any GPU.
 _NEED_NO_GPU = (
@@ -135,6 +136,7 @@ def slices(out: Path, rehearse: bool, carried: bool = False) -> dict[str, list[S
         "tune": _tune(out, rehearse, "bfloat16"),
         "tests": _tests(out, rehearse, carried),
         "sanitizer": _sanitizer(rehearse),
+        "cuda": _cuda(out, rehearse),
         "ops-backward": _benchmark(out, "ops-backward", rehearse),
         "models": _benchmark(out, "models", rehearse),
         "stress": [
@@ -220,6 +222,27 @@ _BENCHMARKS = {
     "ops-backward": (["bench_ops.py", "bench_int8.py"], "backward,forward+backward,training"),
     "models": (["bench_models.py"], None),
 }
+
+
+def _cuda(out: Path, rehearse: bool) -> list[Step]:
+    """Return steps for CUDA C++ alone: tests, each tool of the sanitizer, and the policy file."""
+    env = {"LLMOS_CUDA": "cpp", "LLMOS_SKIP_TRITON": "1"}
+    chosen = "layer_norm-2d and same_bits" if rehearse else "(norm or embedding) and not backend"
+    files = [_test("test_kernels.py"), *([] if rehearse else map(_test, _INT8))]
+    steps = [
+        _pytest(out, "cuda", 90, [*files, "-k", chosen if rehearse else "not opcheck"], env=env)
+    ]
+    small = f"{_SMALL} and ({chosen})"
+    for name in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        tool = [] if rehearse else _tool(name)
+        command = [*tool, *_python(_test("test_kernels.py"), "-k", small)]
+        alone = name in ("memcheck", "initcheck")
+        more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if alone else {}
+        steps.append(Step(f"cuda-{name}", 50, command, env | more))
+    rows: list[str | Path] = [sys.executable, "benchmarks/cuda_rows.py", out / "cuda-rows.json"]
+    if rehearse:
+        rows = [sys.executable, "-c", "import runpy; runpy.run_path('benchmarks/cuda_rows.py')"]
+    return [*steps, Step("cuda-rows", 60, rows, {}, MEASURED)]
 
 
 def _benchmark(out: Path, name: str, rehearse: bool) -> list[Step]:

@@ -1,0 +1,93 @@
+"""Measure up to how many rows CUDA C++ is faster than Triton's launcher, and write that down.
+
+    python benchmarks/cuda_rows.py FILE
+
+A call is timed as its user meets it, the host's part with the GPU's: in a stream that is never
+empty, for 16 calls at once. FILE is then one for ``tuned/gpu`` (``_core/cuda_part.py``), with the
+largest number of rows at which C++ was not slower, for this GPU's architecture. Torch's own time is
+printed beside both, and the time of the GPU alone. Without a GPU or the CUDA part it says so.
+"""
+
+import json
+import os
+import statistics
+import sys
+from functools import partial
+from pathlib import Path
+
+os.environ["LLMOS_CUDA"] = "cpp"  # All calls of the ops themselves go to C++.
+
+import torch
+import torch.nn.functional as F
+
+import llmos_kernels  # noqa: F401  It registers the ops.
+from llmos_kernels._core.timing import samples
+from llmos_kernels._tools.device_time import captured, seconds
+
+WIDTH, OUT, CALLS = 1024, 4096, 16
+ROWS = tuple(2**i for i in range(13))
+
+
+def calls(rows, device, dtype=torch.bfloat16):
+    """Yield the name of each op, its arguments for so many rows, and what torch has instead."""
+    draw = lambda *shape: torch.randn(*shape, device=device, dtype=dtype)
+    x, w = draw(rows, WIDTH), draw(WIDTH)
+    norm = partial(F.layer_norm, x, (WIDTH,), w, w)
+    yield "layer_norm_forward", (x, w, w, WIDTH, 1e-5, True), norm
+    add = lambda: F.layer_norm(x + x, (WIDTH,), w, w)
+    yield "add_layer_norm_forward", (x, x, w, w, WIDTH, 1e-5, True, 0.0, None), add
+    stats = torch.rand(2, rows, device=device)
+    gradients = x, None, x, w, stats, WIDTH, True, 0.0, None, True, True
+    yield "layer_norm_backward", gradients, None
+    yield "int8_norm", (x, None, w, w, WIDTH, 1e-5, True), None
+    yield "int8_quantize", (x,), None
+    index, table = torch.randint(0, 99, (rows,), device=device), draw(99, WIDTH)
+    embed = lambda: F.layer_norm(F.embedding(index, table), (WIDTH,), w, w)
+    given = index, None, None, table, None, None, w, w, 1e-5, 0.0, None
+    yield "embedding_layer_norm_forward", given, embed
+    if rows <= 16:
+        weight = torch.ones(OUT, WIDTH, device=device, dtype=torch.int8)
+        scale, dense = torch.ones(OUT, device=device), draw(OUT, WIDTH)
+        linear = partial(F.linear, x, dense)
+        yield "int8_linear", (x, weight, scale, None, None, 0, 0.0), linear
+        yield "int8_weight_only", (x, weight, scale, None, 0), linear
+
+
+def as_called(call):
+    """Return a function that calls often enough for the host to be seen, and waits."""
+
+    def run():
+        for _ in range(CALLS):
+            call()
+        torch.cuda.synchronize()
+
+    return run
+
+
+def main() -> int:
+    """Measure, print and write; return 1 where that cannot be done here."""
+    if not torch.cuda.is_available() or not hasattr(torch.ops.llmos, "layer_norm_forward_triton"):
+        print("no GPU, or no CUDA part (TORCH_CUDA_ARCH_LIST): nothing is measured")
+        return 1
+    largest: dict[str, int] = {}
+    for rows in ROWS:
+        for name, args, torchs in calls(rows, "cuda"):
+            ops = [getattr(torch.ops.llmos, name), getattr(torch.ops.llmos, f"{name}_triton")]
+            timed = [partial(op, *args) for op in ops] + ([torchs] if torchs else [])
+            for call in timed:
+                call()
+            found = samples([as_called(call) for call in timed], 30, 0.0, 1.0, 3)
+            us = [statistics.median(times) / CALLS * 1e6 for times in found]
+            device = [seconds(captured([call] * CALLS).replay) / CALLS * 1e6 for call in timed]
+            shown = (f"{a:7.2f} ({b:6.2f})" for a, b in zip(us, device, strict=True))
+            print(f"{name:30} {rows:5} rows, us a call (on the GPU): " + ", ".join(shown))
+            if us[0] <= us[1] and largest.get(name, rows // 2) == rows // 2:
+                largest[name] = rows
+    major, minor = torch.cuda.get_device_capability()
+    arch = f"sm_{major}{minor}"
+    Path(sys.argv[1]).write_text(json.dumps({arch: largest}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
