@@ -122,8 +122,9 @@ def optimize(
         judges = _Judges(verify, always, captured)
         of_models = [judges.of_model(c) for c in models]
         # Innermost first: a module is timed with what was decided for those in it.
-        of_modules = [judges.of_module(c) for c in reversed(modules)][::-1]
-        report = Report(of_models + of_modules)
+        decided = [(c, judges.of_module(c)) for c in reversed(modules)][::-1]
+        modules = [c for c, entry in decided if entry is not None]
+        report = Report(of_models + [entry for _, entry in decided if entry is not None])
         if strict and (not_swapped := [e for e in report.kept if not e.slower]):
             raise ValueError(f"modules that cannot be swapped:\n{Report(not_swapped).details()}")
         candidates: list[Candidate | ModelCandidate] = [*models, *modules]
@@ -229,8 +230,8 @@ class _Judges:
         prove = partial(candidate.rule.prove, model, self.captured.get(model, []))
         return self._judge(candidate.name, candidate.shown, prove)
 
-    def of_module(self, candidate: Candidate) -> Entry:
-        """Return what becomes of a candidate of a ``Rule``."""
+    def of_module(self, candidate: Candidate) -> Entry | None:
+        """Return what becomes of a candidate of a ``Rule``; None where nothing of it is fused."""
         module, cls = candidate.module, type(candidate.module)
         if candidate.why_not:
             return Entry(candidate.name, cls.__name__, False, candidate.why_not)
@@ -238,6 +239,8 @@ class _Judges:
         sites = candidate.sites if entry.error is None else candidate.rule.used_sites(candidate)
         entry = replace(entry, sites=sites)
         if entry.swapped and candidate.sites and not sites:
+            if not any(site.startswith("attention") for site in candidate.sites):
+                return None  # Such as a sum that broadcasts, before a norm that is swapped itself.
             reason = f"no kernel takes these inputs: {candidate.sites[0]}"
             entry = replace(entry, swapped=False, reason=reason)
         if entry.swapped:
