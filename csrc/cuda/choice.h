@@ -26,7 +26,7 @@ class Choice {
   // width_at: the argument with the number of elements of a row; -1 for the last size of the first
   //     argument, 0 for rows of one element.
   // widest: the widest rows that are computed here.
-  // fits: what else must be true of the arguments, or null.
+  // fits: what else must be true of the arguments, whatever was measured; or null.
   constexpr Choice(const char* name, int64_t most_rows, int width_at, int64_t widest = kNoLimit,
                    bool (*fits)(const StableIValue*) = nullptr)
       : name_(name), most_rows_(most_rows), width_at_(width_at), widest_(widest), fits_(fits) {}
@@ -63,7 +63,7 @@ class Choice {
            uint64_t results) const {
     if (is_here(stack)) return here(stack, arguments, results);
     const std::string triton = std::string(LLMOS_NAMESPACE "::") + name_ + "_triton";
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(triton.c_str(), "", stack, TORCH_ABI_VERSION));
+    check_call(torch_call_dispatcher(triton.c_str(), "", stack, TORCH_ABI_VERSION), triton.c_str());
   }
 
  private:

@@ -26,7 +26,7 @@ Tensor built_for(const Tensor& like) {
 }  // namespace
 
 int arch_of(AtenTensorHandle tensor) {
-  constexpr int kUnknown = 0, kNoCode = -1;
+  constexpr int kUnknown = 0, kNone = -1;
   static std::array<std::atomic<int>, 64> known{};
   int32_t device = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor, &device));
@@ -40,7 +40,7 @@ int arch_of(AtenTensorHandle tensor) {
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
     cudaGetLastError();  // It must not be the error of the next launch.
-    return answer = kNoCode;
+    return kNone;        // Not for ever: the reason may be another than that there is no code.
   }
   return answer = 10 * major + minor;
 }

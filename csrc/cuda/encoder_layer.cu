@@ -22,7 +22,7 @@ template <size_t kResults = 1, class... Args>
 std::array<Tensor, kResults> call(const char* name, const Args&... args) {
   static_assert(kResults <= sizeof...(Args));
   std::array<StableIValue, sizeof...(Args)> stack{from(args)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  check_call(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION), name);
   std::array<Tensor, kResults> results;
   for (size_t i = 0; i < kResults; ++i) results[i] = to<Tensor>(stack[i]);
   return results;

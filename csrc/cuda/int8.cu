@@ -312,10 +312,17 @@ Tensor int8_linear(const Tensor& input_, const Tensor& weight_, const Tensor& sc
   return out;
 }
 
+bool has_few_rows(const StableIValue* stack) {
+  int64_t rows = 0;
+  const auto input = torch::stable::detail::to<AtenTensorHandle>(stack[0]);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_size(input, 0, &rows));
+  return rows <= kMostRows;
+}
+
 Choice choose_int8_linear("int8_linear", kMostRows, -1);
 Choice choose_int8_matmul("int8_matmul", kMostRows, -1);
 Choice choose_int8_quantize("int8_quantize", kFewRows, -1);
-Choice choose_int8_weight_only("int8_weight_only", kMostRows, -1);
+Choice choose_int8_weight_only("int8_weight_only", kMostRows, -1, kNoLimit, has_few_rows);
 
 }  // namespace
 

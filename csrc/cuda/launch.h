@@ -34,6 +34,23 @@ int arch_of(AtenTensorHandle tensor);
 inline int arch_of(AtenTensorHandle) { return 90; }
 #endif
 
+}  // namespace llmos
+
+// Of torch 2.13 and later; weak, since the rest here works with torch 2.10.
+extern "C" [[gnu::weak]] const char* torch_exception_get_what_without_backtrace();
+
+namespace llmos {
+
+// Raise an error with the text of the one that a call of another op has raised, if it has. The
+// stable ABI does not tell its class.
+inline void check_call(AOTITorchError error, const char* op) {
+  if (error == 0) return;
+  const bool is_known = torch_exception_get_what_without_backtrace != nullptr;
+  STD_TORCH_CHECK(false, op, ": ",
+                  is_known ? torch_exception_get_what_without_backtrace()
+                           : "an error whose text this torch does not pass on");
+}
+
 template <class T>
 const T* data(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());

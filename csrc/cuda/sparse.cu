@@ -125,9 +125,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input_, const Tensor& weight,
   return {out, z};
 }
 
-// Return true for a weight that is stored by columns, without dropout and where z is not saved.
+// Return true for few rows and a weight that is stored by columns, without dropout and where z is
+// not saved.
 bool is_sparse(const StableIValue* stack) {
   using torch::stable::detail::to;
+  int64_t rows = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_size(to<AtenTensorHandle>(stack[0]), 0, &rows));
+  if (rows > kMostRows) return false;
   const auto weight = to<AtenTensorHandle>(stack[1]);
   int64_t down = 0, across = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_stride(weight, 0, &down));

@@ -52,8 +52,9 @@ def _checked(given: object) -> Iterator[tuple[str, dict[str, int]]]:
         if not (arch.startswith("sm_") and arch[3:].isdigit() and isinstance(of_op, dict)):
             raise ValueError(f"expected architectures such as sm_90, got {arch!r}")
         for op, rows in of_op.items():
-            if not isinstance(rows, int) or isinstance(rows, bool) or rows < 0:
-                raise ValueError(f"rows of {op} must be a number of 0 or more, got {rows!r}")
+            is_number = isinstance(rows, int) and not isinstance(rows, bool)
+            if not is_number or not 0 <= rows <= _NO_LIMIT:
+                raise ValueError(f"rows of {op} must be a number of 0 to 2^62, got {rows!r}")
         yield arch, of_op
 
 

@@ -137,7 +137,9 @@ def test_who_computes_is_read_from_files_and_the_environment(tmp_path, monkeypat
             cuda_part.configure(emulated_cuda.LIBRARY)
         monkeypatch.delenv("LLMOS_CUDA")
         file.write_text('{"sm_90": {"layer_norm_forward": "many"}}')
-        with pytest.warns(RuntimeWarning, match="rows of layer_norm_forward must be a number"):
+        with pytest.warns(
+            RuntimeWarning, match="rows of layer_norm_forward must be a number of 0 to"
+        ):
             cuda_part.configure(emulated_cuda.LIBRARY)
 
 
@@ -198,3 +200,40 @@ def test_a_whole_layer_calls_norms_products_and_attention(dtype, norm_first, mas
         exact = op.reference(*cast(args, torch.float64))
         compared = {"output": (made, exact, op.reference(*args))}
         assert_within_budget([compared], f"encoder_layer, activation {activation}")
+
+
+@pytest.mark.parametrize(("rows", "d"), [(600, 264), (530, 7)])
+def test_gradients_of_more_rows_than_groups(rows, d):
+    """A group takes several rows, and its threads meet again for each."""
+    torch.manual_seed(0)
+    x, dy, weight = torch.randn(rows, d), torch.randn(rows, d), torch.randn(d)
+    _, stats = torch.ops.llmos.layer_norm_forward(x, weight, None, d, 1e-5, True)
+    args = dy, None, x, weight, stats, d, True, 0.0, None, True, True
+    op = DEFINED["llmos::layer_norm_backward"]
+    names = "dresidual", "dx", "dweight", "dbias"
+    made = torch.ops.llmos_emulated.layer_norm_backward(*args)
+    exact, eager = op.reference(*cast(args, torch.float64)), op.reference(*args)
+    compared = dict(zip(names, zip(made, exact, eager, strict=True), strict=True))
+    assert_within_budget([compared], "more rows than groups")
+
+
+def test_no_policy_gives_a_kernel_more_rows_than_it_has(monkeypatch):
+    torch.manual_seed(0)
+    x, weight = torch.randn(8, 32).relu(), torch.randn(32, 16).mT
+    int8, scale, rows = torch.ones(16, 32).char(), torch.ones(16), torch.randn(17, 32)
+    monkeypatch.setenv("LLMOS_CUDA", "cpp")
+    with emulated_cuda.most_rows("linear_forward", 4):
+        cuda_part.configure(emulated_cuda.LIBRARY)
+        out, _ = torch.ops.llmos_emulated.linear_forward(x, weight, None, 0, 0.0, None, False)
+        many = torch.ops.llmos_emulated.int8_weight_only(rows, int8, scale, None, 0)
+    torch.testing.assert_close(out, x @ weight.mT)
+    torch.testing.assert_close(many, rows.sum(1, keepdim=True).expand(17, 16), atol=1e-5, rtol=1e-5)
+
+
+def test_an_error_of_what_a_call_was_handed_to_keeps_its_text():
+    args = torch.randn(2, 5, 32), None, None, *layer_arguments(F32, True, True)
+    wrong = list(args)
+    wrong[5] = torch.randn(32, 31)  # The weight of the output projection.
+    emulated = emulated_cuda.kernel(torch.ops.llmos.encoder_layer.default)
+    with pytest.raises(RuntimeError, match=r"aten::linear: .*32.*31"):
+        emulated(*wrong, 4, 0.3, 1, False, 1e-5, 1e-5, [])

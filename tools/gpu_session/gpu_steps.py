@@ -232,10 +232,10 @@ def _cuda(out: Path, rehearse: bool) -> list[Step]:
     steps = [
         _pytest(out, "cuda", 90, [*files, "-k", chosen if rehearse else "not opcheck"], env=env)
     ]
-    small = f"{_SMALL} and ({chosen})"
+    small = f"({_SMALL} and ({chosen})) or test_outliers_and_weight_only or test_same_integers"
     for name in ("memcheck", "racecheck", "initcheck", "synccheck"):
         tool = [] if rehearse else _tool(name)
-        command = [*tool, *_python(_test("test_kernels.py"), "-k", small)]
+        command = [*tool, *_python(*files, "-k", chosen if rehearse else f"({small}) and not cpu")]
         alone = name in ("memcheck", "initcheck")
         more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if alone else {}
         steps.append(Step(f"cuda-{name}", 50, command, env | more))
