@@ -237,3 +237,33 @@ def test_an_error_of_what_a_call_was_handed_to_keeps_its_text():
     emulated = emulated_cuda.kernel(torch.ops.llmos.encoder_layer.default)
     with pytest.raises(RuntimeError, match=r"aten::linear: .*32.*31"):
         emulated(*wrong, 4, 0.3, 1, False, 1e-5, 1e-5, [])
+
+
+@pytest.mark.parametrize(("rows", "d", "dtype"), NORM_CALLS, ids=str)
+def test_other_kernels_of_rows_read_each_byte_once(rows, d, dtype):
+    op = torch.ops.llmos_emulated
+    x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((rows, d), (d,), (d,)))
+    row, threads = d * x.itemsize, emulated_cuda.threads(rows, d)
+    emulated_cuda.accesses()
+    op.int8_quantize(x)
+    loads, stores = map(wide, emulated_cuda.accesses())
+    assert loads == (rows * row, 0) and stores == (0, rows * d + rows * 4)
+    op.int8_norm(x, None, weight, bias, d, 1e-5, True)
+    loads, stores = map(wide, emulated_cuda.accesses())
+    # Weight and bias for the largest magnitude, and again for the levels.
+    assert loads == (5 * rows * row, 0) and stores == (0, rows * d + rows * 4)
+    index, none = torch.arange(rows) % 2, None
+    op.embedding_layer_norm_forward(index, none, none, x, none, none, weight, bias, 1e-5, 0.0, none)
+    loads, stores = map(wide, emulated_cuda.accesses())
+    assert loads == (3 * rows * row, threads * 8) and stores == (rows * row, 2 * rows * 4)
+
+
+def test_quantized_products_read_the_weight_once():
+    rows, inner, outer = 4, 1024, 64
+    a, b = torch.ones(rows, inner).char(), torch.ones(outer, inner).char()
+    emulated_cuda.accesses()
+    ones = torch.ones(outer)
+    torch.ops.llmos_emulated.int8_matmul(a, b, ones[:rows], ones, None, None, 0, F32)
+    loads, stores = map(wide, emulated_cuda.accesses())
+    assert loads == (outer * inner + outer // 4 * rows * inner, 2 * rows * outer * 4)
+    assert stores == (0, rows * outer * 4)
