@@ -17,6 +17,33 @@ namespace llmos {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+template <class T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// Call body(T{}) with the element type of dtype; BFloat16 and Half are those of the kernels.
+template <class BFloat16, class Half, class Body>
+void for_dtype_of(ScalarType dtype, Body body) {
+  if (dtype == ScalarType::Float) return body(float{});
+  if (dtype == ScalarType::BFloat16) return body(BFloat16{});
+  if (dtype == ScalarType::Half) return body(Half{});
+  STD_TORCH_CHECK(false, "no kernel for dtype ", int(dtype));
+}
+
+// Raise an error unless seed is the two int64 of a dropout mask: the Philox seed and offset.
+inline void check_seed(const Tensor& seed) {
+  STD_TORCH_CHECK(
+      seed.numel() == 2 && seed.scalar_type() == ScalarType::Long && seed.is_contiguous(),
+      "seed must be 2 contiguous int64, got ", seed.numel(), " elements");
+}
 
 constexpr int64_t kMaxDims = 64;  // The same limit as in torch.
 

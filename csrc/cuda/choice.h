@@ -27,9 +27,14 @@ class Choice {
   //     argument, 0 for rows of one element.
   // widest: the widest rows that are computed here.
   // fits: what else must be true of the arguments, whatever was measured; or null.
-  constexpr Choice(const char* name, int64_t most_rows, int width_at, int64_t widest = kNoLimit,
-                   bool (*fits)(const StableIValue*) = nullptr)
-      : name_(name), most_rows_(most_rows), width_at_(width_at), widest_(widest), fits_(fits) {}
+  Choice(const char* name, int64_t most_rows, int width_at, int64_t widest = kNoLimit,
+         bool (*fits)(const StableIValue*) = nullptr)
+      : name_(name),
+        triton_(std::string(LLMOS_NAMESPACE "::") + name + "_triton"),
+        most_rows_(most_rows),
+        width_at_(width_at),
+        widest_(widest),
+        fits_(fits) {}
 
   // Set the number of rows up to which calls of an op, or of "*", are computed here on an
   // architecture, such as 90, or on every one, 0, in place of what was said of single ones before.
@@ -62,8 +67,8 @@ class Choice {
   void run(void (*here)(StableIValue*, uint64_t, uint64_t), StableIValue* stack, uint64_t arguments,
            uint64_t results) const {
     if (is_here(stack)) return here(stack, arguments, results);
-    const std::string triton = std::string(LLMOS_NAMESPACE "::") + name_ + "_triton";
-    check_call(torch_call_dispatcher(triton.c_str(), "", stack, TORCH_ABI_VERSION), triton.c_str());
+    const char* triton = triton_.c_str();
+    check_call(torch_call_dispatcher(triton, "", stack, TORCH_ABI_VERSION), triton);
   }
 
  private:
@@ -96,6 +101,7 @@ class Choice {
   };
 
   const char* name_;
+  std::string triton_;  // The op of Triton's launcher.
   int64_t most_rows_;
   std::array<Rows, 8> measured_;
   int width_at_;

@@ -1,5 +1,4 @@
-// Questions about devices: which of the compiled GPU architectures runs on one, if any; and where
-// Triton's launchers take over.
+// Which of the compiled GPU architectures runs on a device, if any.
 #include <cuda_runtime.h>
 
 #include <array>

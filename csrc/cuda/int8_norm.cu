@@ -14,31 +14,14 @@ std::tuple<Tensor, Tensor, Tensor> int8_norm(const Tensor& x_, const Optional& r
   Tensor scale = output(x_, {rows}, ScalarType::Float);
   Tensor h = residual_ ? output_like(x_) : output(x_, {0}, x_.scalar_type());
   if (rows == 0) return {quantized, scale, h};
-  const RowView x(x_, d), residual(residual_ ? *residual_ : x_, d);
-  const NormParameter weight(weight_, d), bias(bias_, d);
+  const NormInputs inputs(x_, residual_ ? &*residual_ : nullptr, weight_, bias_, d, eps, center);
   const Device device(x_);
   for_dtypes(x_.scalar_type(), weight_, bias_, [&](auto t, auto w) {
     using T = decltype(t);
-    using W = decltype(w);
-    const NormArgs<T, W> args{
-        .x = data<T>(*x.tensor),
-        .residual = residual_ ? data<T>(*residual.tensor) : nullptr,
-        .x_stride = x.stride,
-        .residual_stride = residual.stride,
-        .weight = weight.of<W>(),
-        .bias = bias.of<W>(),
-        .y = nullptr,
-        .h = residual_ ? mutable_data<T>(h) : nullptr,
-        .quantized = mutable_data<int8_t>(quantized),
-        .scale = mutable_data<float>(scale),
-        .mean = nullptr,
-        .rstd = nullptr,
-        .rows = rows,
-        .d = d,
-        .center = center,
-        .eps = float(eps),
-        .dropout = {},
-    };
+    auto args = inputs.of<T, decltype(w)>();
+    args.h = residual_ ? mutable_data<T>(h) : nullptr;
+    args.quantized = mutable_data<int8_t>(quantized);
+    args.scale = mutable_data<float>(scale);
     launch_norm<true>(device, args);
   });
   return {quantized, scale, h};

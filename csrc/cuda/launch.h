@@ -24,8 +24,6 @@
 
 namespace llmos {
 
-using Optional = std::optional<Tensor>;
-
 // Return the architecture of the GPU of a tensor, such as 90; -1 if this library was not compiled
 // for it.
 #if defined(__CUDACC__)
@@ -49,16 +47,6 @@ inline void check_call(AOTITorchError error, const char* op) {
   STD_TORCH_CHECK(false, op, ": ",
                   is_known ? torch_exception_get_what_without_backtrace()
                            : "an error whose text this torch does not pass on");
-}
-
-template <class T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-template <class T>
-T* mutable_data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
 }
 
 // Makes the device of a tensor the current one, and launches kernels on its current stream.
@@ -94,18 +82,13 @@ class Device {
 // Call body(T{}) with the element type of dtype.
 template <class Body>
 void for_dtype(ScalarType dtype, Body body) {
-  if (dtype == ScalarType::Float) return body(float{});
-  if (dtype == ScalarType::BFloat16) return body(bf16{});
-  if (dtype == ScalarType::Half) return body(f16{});
-  STD_TORCH_CHECK(false, "no kernel for dtype ", int(dtype));
+  for_dtype_of<bf16, f16>(dtype, body);
 }
 
 // Return the dropout parameters. seed [2] is int64: the Philox seed and offset.
 inline Dropout dropout_of(double p, const Optional& seed) {
   if (p == 0 || !seed) return {};
-  STD_TORCH_CHECK(
-      seed->numel() == 2 && seed->scalar_type() == ScalarType::Long && seed->is_contiguous(),
-      "seed must be 2 contiguous int64, got ", seed->numel(), " elements");
+  check_seed(*seed);
   return {data<int64_t>(*seed), uint32_t(p * 0x1p32), float(1 / (1 - p))};
 }
 

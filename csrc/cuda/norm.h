@@ -14,16 +14,16 @@ struct NormArgs {
   int64_t x_stride, residual_stride;
   const W* weight;  // Null: ones.
   const W* bias;    // Null: zeros.
-  T* y;
-  T* h;
-  int8_t* quantized;  // Null: y is written, and statistics; else this and scale.
-  float* scale;
-  float* mean;  // Null: RMSNorm, or no statistics are wanted.
-  float* rstd;
   int64_t rows, d;
   bool center;
   float eps;
-  Dropout dropout;
+  T* y = nullptr;
+  T* h = nullptr;
+  int8_t* quantized = nullptr;  // Null: y is written, and statistics; else this and scale.
+  float* scale = nullptr;
+  float* mean = nullptr;  // Null: RMSNorm, or no statistics are wanted.
+  float* rstd = nullptr;
+  Dropout dropout = {};
 };
 
 // Return (v - mean) * rstd * weight + bias of the kPack elements at `at`, rounded to T.
@@ -115,6 +115,42 @@ struct NormParameter {
   template <class W>
   const W* of() const {
     return dense ? data<W>(*dense) : nullptr;
+  }
+};
+
+// What a norm is computed of, checked; there is at least one row.
+struct NormInputs {
+  RowView x, residual;
+  NormParameter weight, bias;
+  bool has_residual, center;
+  int64_t rows, d;
+  double eps;
+
+  NormInputs(const Tensor& x_, const Tensor* residual_, const Optional& weight_,
+             const Optional& bias_, int64_t d, double eps, bool center)
+      : x(x_, d),
+        residual(residual_ ? *residual_ : x_, d),
+        weight(weight_, d),
+        bias(bias_, d),
+        has_residual(residual_),
+        center(center),
+        rows(x_.numel() / d),
+        d(d),
+        eps(eps) {}
+
+  // Return the arguments of the kernel, without its results.
+  template <class T, class W>
+  NormArgs<T, W> of() const {
+    return {data<T>(*x.tensor),
+            has_residual ? data<T>(*residual.tensor) : nullptr,
+            x.stride,
+            residual.stride,
+            weight.of<W>(),
+            bias.of<W>(),
+            rows,
+            d,
+            center,
+            float(eps)};
   }
 };
 

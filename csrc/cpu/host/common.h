@@ -14,24 +14,10 @@
 
 namespace llmos {
 
-using Optional = std::optional<Tensor>;
-
-template <class T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-template <class T>
-T* mutable_data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
 // Return the dropout parameters. seed [2] is int64: the Philox seed and offset.
 inline Dropout dropout_of(double p, const Optional& seed) {
   if (p == 0 || !seed) return {};
-  STD_TORCH_CHECK(
-      seed->numel() == 2 && seed->scalar_type() == ScalarType::Long && seed->is_contiguous(),
-      "seed must be 2 contiguous int64, got ", seed->numel(), " elements");
+  check_seed(*seed);
   const int64_t* value = data<int64_t>(*seed);
   Dropout dropout{
       .offset = uint64_t(value[1]), .threshold = uint32_t(p * 0x1p32), .scale = float(1 / (1 - p))};
@@ -46,10 +32,7 @@ inline Dropout dropout_of(double p, const Optional& seed) {
 // Call body(T{}) with the element type of dtype.
 template <class Body>
 void for_dtype(ScalarType dtype, Body body) {
-  if (dtype == ScalarType::Float) return body(float{});
-  if (dtype == ScalarType::BFloat16) return body(bf16{});
-  if (dtype == ScalarType::Half) return body(f16{});
-  STD_TORCH_CHECK(false, "no kernel for dtype ", int(dtype));
+  for_dtype_of<bf16, f16>(dtype, body);
 }
 
 using Floats = std::unique_ptr<float[]>;

@@ -6,7 +6,7 @@
 #include <tuple>
 #include <type_traits>
 
-#include "../../tensor_view.h"
+#include "../../norm_forward.h"
 #include "norm_common.h"
 
 namespace llmos {
@@ -28,8 +28,7 @@ namespace {
 
 int64_t rows_of(const Tensor& x, int64_t d) { return d ? x.numel() / d : 0; }
 
-// Fill y and, with a residual, h (both like x); return stats: mean and rstd [2, rows], or rstd [1,
-// rows].
+// As norm_forward.h has it.
 Tensor normalize(const Tensor& x_, const Tensor* residual_, const Optional& weight_,
                  const Optional& bias_, int64_t d, double eps, bool center, double dropout_p,
                  const Optional& seed, const Tensor& y, const Tensor* h) {
@@ -60,24 +59,6 @@ Tensor normalize(const Tensor& x_, const Tensor* residual_, const Optional& weig
     run_norm(args, rows);
   });
   return stats;
-}
-
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const Optional& weight, const Optional& bias,
-                                   int64_t d, double eps, bool center) {
-  Tensor y = output_like(x);
-  Tensor stats = normalize(x, nullptr, weight, bias, d, eps, center, 0, {}, y, nullptr);
-  return {y, stats};
-}
-
-std::tuple<Tensor, Tensor, Tensor> add_forward(const Tensor& x, const Tensor& residual,
-                                               const Optional& weight, const Optional& bias,
-                                               int64_t d, double eps, bool center, double dropout_p,
-                                               const Optional& seed) {
-  STD_TORCH_CHECK(residual.numel() == x.numel() && residual.scalar_type() == x.scalar_type(),
-                  "add_layer_norm: residual must have the shape and dtype of input");
-  Tensor y = output_like(x), h = output_like(x);
-  Tensor stats = normalize(x, &residual, weight, bias, d, eps, center, dropout_p, seed, y, &h);
-  return {y, h, stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy_, const Optional& dh_,
@@ -128,8 +109,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy_, const Opt
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(llmos, CPU, m) {
-  m.impl("layer_norm_forward", TORCH_BOX(&forward));
-  m.impl("add_layer_norm_forward", TORCH_BOX(&add_forward));
+  m.impl("layer_norm_forward", TORCH_BOX(&norm_of<&normalize>));
+  m.impl("add_layer_norm_forward", TORCH_BOX(&norm_of_sum<&normalize>));
   m.impl("layer_norm_backward", TORCH_BOX(&backward));
 }
 
