@@ -110,23 +110,24 @@ def _along(holder: Any, path: list[str]) -> Iterator[Outside]:
         value = _variable(holder, path[0])
     except (KeyError, ValueError):
         return
-    for depth in range(1, len(path) + 1):
-        data = frozen(value)
-        if data is not MISSING:
-            yield Outside(holder, tuple(path[:depth]), data)
-            return
-        if isinstance(value, Tensor):
-            yield Outside(holder, tuple(path[:depth]), value, _version(value))
-            return
-        if _is_fixed(value):
-            return
-        yield Outside(holder, tuple(path[:depth]), value)
-        if depth == len(path):
-            break
+    depth = 1
+    while depth < len(path) and frozen(value) is MISSING and not isinstance(value, Tensor):
         found = inspect.getattr_static(value, path[depth], MISSING)
-        if found is MISSING or isinstance(found, property):
+        if _is_fixed(value) or found is MISSING or isinstance(found, property):
             break
         value = getattr(value, path[depth])
+        depth += 1
+    reached = tuple(path[:depth])
+    data = frozen(value)
+    if data is not MISSING:
+        yield Outside(holder, reached, data)
+        return
+    if isinstance(value, Tensor):
+        yield Outside(holder, reached, value, _version(value))
+        return
+    if _is_fixed(value):
+        return
+    yield Outside(holder, reached, value)
     # Whoever has the object may read any of its plain attributes.
     if isinstance(value, (FunctionType, ModuleType, nn.Module)) or not hasattr(value, "__dict__"):
         return
@@ -134,7 +135,7 @@ def _along(holder: Any, path: list[str]) -> Iterator[Outside]:
     if len(attributes) <= _MOST_ATTRIBUTES:
         for name, attribute in attributes.items():
             if frozen(attribute) is not MISSING:
-                yield Outside(holder, (*path[:depth], name), frozen(attribute))
+                yield Outside(holder, (*reached, name), frozen(attribute))
 
 
 @functools.cache
