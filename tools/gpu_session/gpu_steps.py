@@ -227,22 +227,21 @@ _BENCHMARKS = {
 def _cuda(out: Path, rehearse: bool) -> list[Step]:
     """Return steps for CUDA C++ alone: tests, each tool of the sanitizer, and the policy file."""
     env = {"LLMOS_CUDA": "cpp", "LLMOS_SKIP_TRITON": "1"}
-    chosen = "layer_norm-2d and same_bits" if rehearse else "(norm or embedding) and not backend"
-    files = [_test("test_kernels.py"), *([] if rehearse else map(_test, _INT8))]
-    steps = [
-        _pytest(out, "cuda", 90, [*files, "-k", chosen if rehearse else "not opcheck"], env=env)
-    ]
-    small = f"({_SMALL} and ({chosen})) or test_outliers_and_weight_only or test_same_integers"
-    for name in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        tool = [] if rehearse else _tool(name)
-        command = [*tool, *_python(*files, "-k", chosen if rehearse else f"({small}) and not cpu")]
-        alone = name in ("memcheck", "initcheck")
-        more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if alone else {}
-        steps.append(Step(f"cuda-{name}", 50, command, env | more))
-    rows: list[str | Path] = [sys.executable, "benchmarks/cuda_rows.py", out / "cuda-rows.json"]
+    files = [*map(_test, ("test_kernels.py", *_INT8))]
+    small = f"({_SMALL} and (norm or embedding)) or outliers_and_weight_only or same_integers"
+    chosen, measure = f"({small}) and not cpu and not emulated", "benchmarks/cuda_rows.py"
+    rows: list[str | Path] = [sys.executable, measure, out / "cuda-rows.json"]
     if rehearse:
-        rows = [sys.executable, "-c", "import runpy; runpy.run_path('benchmarks/cuda_rows.py')"]
-    return [*steps, Step("cuda-rows", 60, rows, {}, MEASURED)]
+        files, chosen = files[:1], "layer_norm-2d and same_bits"
+        rows = [sys.executable, "-c", f"import runpy; runpy.run_path({measure!r})"]
+    tests = [*files, "-k", chosen if rehearse else "not opcheck"]
+    names = ("memcheck", "racecheck", "initcheck", "synccheck")
+    commands = dict.fromkeys(names, _python(*files, "-k", chosen))
+    return [
+        _pytest(out, "cuda", 90, tests, env=env),
+        *_tooled(commands, 50, rehearse, "cuda-", env),
+        Step("cuda-rows", 60, rows, {}, MEASURED),
+    ]
 
 
 def _benchmark(out: Path, name: str, rehearse: bool) -> list[Step]:
@@ -307,10 +306,22 @@ def _sanitizer(rehearse: bool) -> list[Step]:
         "initcheck": _RACECHECKED,
         "synccheck": _SMALL,
     }
-    for name, chosen in tools.items():
-        command = [*([] if rehearse else _tool(name)), *tests(chosen)]
+    return [*steps, *_tooled({k: tests(v) for k, v in tools.items()}, 70, rehearse)]
+
+
+def _tooled(
+    commands: dict[str, list],
+    seconds: int,
+    rehearse: bool,
+    prefix: str = "",
+    env: dict | None = None,
+) -> list[Step]:
+    """Return a step for each tool of compute-sanitizer with its command."""
+    steps = []
+    for name, command in commands.items():
         # Without this torch's allocator hides where tensors end.
         alone = name in ("memcheck", "initcheck")
-        env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if alone else {}
-        steps.append(Step(name, 70, command, env))
+        more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if alone else {}
+        tool = [] if rehearse else _tool(name)
+        steps.append(Step(f"{prefix}{name}", seconds, [*tool, *command], {**(env or {}), **more}))
     return steps
