@@ -11,14 +11,12 @@
 
 #include <cstdint>
 
+#include "../activation.h"
 #include "dropout.h"
 #include "isa_table.h"
 #include "task_kernel.h"
 
 namespace llmos {
-
-// In the order of NAMES in llmos_kernels/ops/_activations.py.
-enum class Activation : int64_t { None, Relu, Relu2, Gelu, GeluTanh, Silu };
 
 // A matrix with any strides, counted in elements.
 template <class T>

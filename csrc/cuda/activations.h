@@ -1,12 +1,10 @@
-// The activations of linear layers; llmos_kernels/ops/_activations.py defines them.
+// The activations of linear layers, of one number.
 #pragma once
 
+#include "../activation.h"
 #include "kernel.h"
 
 namespace llmos {
-
-// The indices of NAMES there.
-enum class Activation : int64_t { None, Relu, Relu2, Gelu, GeluTanh, Silu };
 
 // Return the activation of z. NaN stays NaN.
 LLMOS_DEVICE float activate(Activation activation, float z) {

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <limits>
 #include <string>
+#include <utility>
 
 #include "launch.h"
 
@@ -36,18 +37,21 @@ class Choice {
         widest_(widest),
         fits_(fits) {}
 
-  // Set the number of rows up to which calls of an op, or of "*", are computed here on an
-  // architecture, such as 90, or on every one, 0, in place of what was said of single ones before.
-  // Return false if there is no such op, or its table is full.
-  static bool set_most_rows(const char* name, int arch, int64_t rows) {
+  // Let calls of an op, or of "*", be computed here up to a number of rows on an architecture, such
+  // as 90, or on every one, 0, in place of what was said of single ones before. This is for rows of
+  // up to `width` elements, as far as nothing was said of narrower ones; what was said of the
+  // widest counts for all that are wider. Return false if there is no such op, or its table is
+  // full.
+  static bool set_most_rows(const char* name, int arch, int64_t width, int64_t rows) {
     bool is_set = false;
     for (Choice* choice = first_; choice; choice = choice->next_) {
       if (std::strcmp(name, "*") && std::strcmp(choice->name_, name)) continue;
       for (Rows& known : choice->measured_)
         if (arch == kEvery || known.arch == kEvery) known.arch = kNone;
       for (Rows& known : choice->measured_) {
-        if (known.arch != kNone && known.arch != arch) continue;
+        if (known.arch != kNone && (known.arch != arch || known.width != width)) continue;
         known.rows = rows;
+        known.width = width;
         known.arch = arch;
         is_set = true;
         break;
@@ -82,28 +86,36 @@ class Choice {
     else if (width_at_ < 0 && dims > 0)
       TORCH_ERROR_CODE_CHECK(aoti_torch_get_size(tensor, dims - 1, &width));
     const int64_t rows = elements / std::max<int64_t>(width, 1);
-    return rows <= most_rows(arch_of(tensor)) && width <= widest_ && (!fits_ || fits_(stack));
+    return rows <= most_rows(arch_of(tensor), width) && width <= widest_ &&
+           (!fits_ || fits_(stack));
   }
 
-  // Return the rows that are computed here; none on a GPU that this library was not compiled for.
-  int64_t most_rows(int arch) const {
+  // Return how many rows of a width are computed here; none on a GPU that this library was not
+  // compiled for.
+  int64_t most_rows(int arch, int64_t width) const {
     if (arch == kNone) return -1;
-    int64_t rows = most_rows_;
+    // The narrowest of those that were measured as wide or wider, else the widest.
+    const auto order = [&](const Rows& known) -> std::pair<bool, int64_t> {
+      if (known.width < width) return {true, -known.width};
+      return {false, known.width};
+    };
+    const Rows* best = nullptr;
     for (const Rows& known : measured_)
-      if (known.arch == arch || known.arch == kEvery) rows = known.rows;
-    return rows;
+      if ((known.arch == arch || known.arch == kEvery) && (!best || order(known) < order(*best)))
+        best = &known;
+    return best ? best->rows.load() : most_rows_;
   }
 
   static constexpr int kNone = -1, kEvery = 0;
   struct Rows {
     std::atomic<int> arch{kNone};
-    std::atomic<int64_t> rows{0};
+    std::atomic<int64_t> width{0}, rows{0};
   };
 
   const char* name_;
   std::string triton_;  // The op of Triton's launcher.
   int64_t most_rows_;
-  std::array<Rows, 8> measured_;
+  std::array<Rows, 32> measured_;
   int width_at_;
   int64_t widest_;
   bool (*fits_)(const StableIValue*);

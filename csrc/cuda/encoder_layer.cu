@@ -5,9 +5,11 @@
 // Products are torch's (cuBLAS). Attention without a mask is torch's, too; with one it is Triton's
 // launcher, which is Python: torch's own gives NaN, not 0, to a query that sees no key.
 #include <array>
+#include <atomic>
 #include <string>
 #include <vector>
 
+#include "../encoder_layer.h"
 #include "activations.h"
 #include "choice.h"
 
@@ -50,6 +52,9 @@ Tensor activated(const Tensor& z, Activation activation) {
   }
   return z;
 }
+
+// How many layers' attention was torch's and Triton's.
+std::atomic<int64_t> attention_calls[2];
 
 struct Norm {
   const Optional& weight;
@@ -94,11 +99,13 @@ Tensor attend(const Tensor& x, const Optional& mask, const Optional& padding,
                             0.0, false, std::optional<double>(scale), false)[0];
     return torch::stable::transpose(out, 1, 2);
   };
+  const bool is_masked = mask || padding;
+  ++attention_calls[is_masked];
   // Ours is [batch, length, heads, d / heads].
-  const Tensor out = mask || padding ? call<2>("llmos::attention_forward", query, key, value, mask,
-                                               padding, Optional{}, Optional{}, Optional{}, scale,
-                                               int64_t(0), 0.0, 0.0, Optional{})[0]
-                                     : by_torch();
+  const Tensor out =
+      is_masked ? call<2>("llmos::attention_forward", query, key, value, mask, padding, Optional{},
+                          Optional{}, Optional{}, scale, int64_t(0), 0.0, 0.0, Optional{})[0]
+                : by_torch();
   const int64_t sizes[] = {batch, length, d};
   return torch::stable::reshape(out, {sizes, 3});
 }
@@ -111,16 +118,8 @@ Tensor encoder_layer(const Tensor& src, const Optional& mask, const Optional& pa
                      const Optional& bias2, const Optional& norm2_weight,
                      const Optional& norm2_bias, int64_t heads, double scale, int64_t activation,
                      bool norm_first, double eps1, double eps2, std::vector<Tensor>) {
-  STD_TORCH_CHECK(src.dim() == 3 && src.is_contiguous(),
-                  "encoder_layer: src must be contiguous [batch, length, d], got ", src.dim(),
-                  " dimensions");
+  check_encoder_layer(src, mask, padding, in_weights, in_biases, heads, Activation(activation));
   const int64_t d = src.size(2);
-  STD_TORCH_CHECK(heads > 0 && d % heads == 0, "encoder_layer: ", heads, " heads cannot share ", d,
-                  " features");
-  STD_TORCH_CHECK((in_weights.size() == 1 || in_weights.size() == 3) &&
-                      (in_biases.empty() || in_biases.size() == in_weights.size()),
-                  "encoder_layer: expected 1 or 3 input projections, got ", in_weights.size(),
-                  " with ", in_biases.size(), " biases");
   if (src.numel() == 0) return output_like(src);
   const Norm norm1{norm1_weight, norm1_bias, eps1, d}, norm2{norm2_weight, norm2_bias, eps2, d};
   const auto attention = [&](const Tensor& x) {
@@ -143,3 +142,11 @@ Tensor encoder_layer(const Tensor& src, const Optional& mask, const Optional& pa
 LLMOS_CUDA_OPS(m) { m.impl("encoder_layer", TORCH_BOX(&encoder_layer)); }
 
 }  // namespace llmos
+
+extern "C" {
+
+// Write how many calls of the encoder layer have left attention to torch and to Triton's launcher.
+[[gnu::visibility("default")]] void llmos_cuda_attention_calls(int64_t* calls) {
+  for (int i = 0; i < 2; ++i) calls[i] = llmos::attention_calls[i];
+}
+}

@@ -88,7 +88,10 @@ def _cuda_part(device: int, arch: str) -> str:
         code = torch.ops.llmos.built_for(torch.empty(0, device=f"cuda:{device}")).item()
     except RuntimeError:  # No kernel image is available for execution on the device.
         return f"CUDA part: not built for {arch}; its ops raise"
-    return f"CUDA part runs its sm_{code} code" if code else "CUDA part: not built"
+    if not code:
+        return "CUDA part: not built"
+    layer = "whole layers: attention by torch, with a mask by Triton's launcher"
+    return f"CUDA part runs its sm_{code} code; {layer}"
 
 
 def triton_kernels(arch: str) -> str:

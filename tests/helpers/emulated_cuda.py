@@ -66,7 +66,7 @@ def _set_all_rows(library):
 
 
 def _set_rows(library, name, rows):
-    assert library.llmos_cuda_rows(name.encode(), 90, ctypes.c_int64(rows))
+    assert library.llmos_cuda_rows(name.encode(), 90, ctypes.c_int64(2**62), ctypes.c_int64(rows))
 
 
 def kernel(op):

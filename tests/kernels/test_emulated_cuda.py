@@ -116,11 +116,11 @@ def test_who_computes_is_read_from_files_and_the_environment(tmp_path, monkeypat
     file = tmp_path / "gpu" / "cuda-sm_90.json"
     file.write_text('{"sm_90": {"layer_norm_forward": 7}, "sm_80": {"layer_norm_forward": 1}}')
     monkeypatch.setenv("LLMOS_TUNED", str(tmp_path))
-    x = torch.randn(8, 8)
 
-    def runs_here(rows):
+    def runs_here(rows, width=8):
         emulated_cuda.accesses()
-        torch.ops.llmos_emulated.layer_norm_forward(x[:rows], None, None, 8, 1e-5, True)
+        x = torch.randn(rows, width)
+        torch.ops.llmos_emulated.layer_norm_forward(x, None, None, width, 1e-5, True)
         return any(emulated_cuda.accesses()[0].values())
 
     with emulated_cuda.most_rows("layer_norm_forward", 100):
@@ -129,6 +129,11 @@ def test_who_computes_is_read_from_files_and_the_environment(tmp_path, monkeypat
         monkeypatch.setenv("LLMOS_CUDA", "triton")
         cuda_part.configure(emulated_cuda.LIBRARY)
         assert not runs_here(1)
+        file.write_text('{"sm_90": {"layer_norm_forward": {"4": 9, "8": 2, "16": 5, "32": 1}}}')
+        monkeypatch.delenv("LLMOS_CUDA")
+        cuda_part.configure(emulated_cuda.LIBRARY)
+        found = {width: [n for n in (1, 2, 4) if runs_here(n, width)] for width in (3, 6, 9, 40)}
+        assert found == {3: [1, 2, 4], 6: [1, 2], 9: [1, 2, 4], 40: [1]}
         monkeypatch.setenv("LLMOS_CUDA", "cpp")
         cuda_part.configure(emulated_cuda.LIBRARY)
         assert runs_here(8)
@@ -136,11 +141,14 @@ def test_who_computes_is_read_from_files_and_the_environment(tmp_path, monkeypat
         with pytest.raises(ValueError, match="LLMOS_CUDA must be cpp or triton, got 'ptx'"):
             cuda_part.configure(emulated_cuda.LIBRARY)
         monkeypatch.delenv("LLMOS_CUDA")
-        file.write_text('{"sm_90": {"layer_norm_forward": "many"}}')
-        with pytest.warns(
-            RuntimeWarning, match="rows of layer_norm_forward must be a number of 0 to"
-        ):
-            cuda_part.configure(emulated_cuda.LIBRARY)
+        for wrong, why in {
+            '"many"': "rows of layer_norm_forward must be a number of 0 to 2.62, got 'many'",
+            '{"8": -1}': "rows of layer_norm_forward must be a number of 0 to 2.62, got -1",
+            '{"wide": 1}': "widths of layer_norm_forward must be numbers, got 'wide'",
+        }.items():
+            file.write_text(f'{{"sm_90": {{"layer_norm_forward": {wrong}}}}}')
+            with pytest.warns(RuntimeWarning, match=why):
+                cuda_part.configure(emulated_cuda.LIBRARY)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
@@ -195,7 +203,11 @@ def test_a_whole_layer_calls_norms_products_and_attention(dtype, norm_first, mas
         options = 4, 8**-0.5, activation, norm_first, 1e-5, 1e-6, []
         args = src, mask, padding, *parameters, *options
         emulated_cuda.accesses()
+        before = cuda_part.attention_calls(emulated_cuda.LIBRARY)
         made = emulated(*args)
+        calls = cuda_part.attention_calls(emulated_cuda.LIBRARY)
+        whose = "triton" if masked else "torch"
+        assert {who: calls[who] - n for who, n in before.items() if calls[who] > n} == {whose: 1}
         assert any(emulated_cuda.accesses()[0].values()), "the norms ran elsewhere"
         exact = op.reference(*cast(args, torch.float64))
         compared = {"output": (made, exact, op.reference(*args))}
@@ -230,6 +242,39 @@ def test_no_policy_gives_a_kernel_more_rows_than_it_has(monkeypatch):
     torch.testing.assert_close(many, rows.sum(1, keepdim=True).expand(17, 16), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_no_order_of_threads_changes_a_bit(seed):
+    """Of rows that a warp has, and rows that a block has; each launch draws an order of its own."""
+    op = torch.ops.llmos_emulated
+    for rows, d in ((3, 264), (40, 1032)):
+        torch.manual_seed(0)
+        x, weight = torch.randn(rows, d), torch.randn(d)
+        int8 = torch.randint(-99, 99, (12, d), dtype=torch.int8)
+        stats, scale = torch.rand(2, rows), torch.rand(12)
+        few, sparse, by_columns = x[:3], x[:3].relu(), torch.randn(d, 24).mT
+        made = []
+        for order in (0, 1000 + seed, 2000 + seed):
+            emulated_cuda.seed(order)
+            made.append(
+                (
+                    *op.layer_norm_forward(x, weight, weight, d, 1e-5, True),
+                    *op.add_layer_norm_forward(
+                        x, x, weight, None, d, 1e-5, True, 0.3, torch.tensor([1, 2])
+                    ),
+                    *op.layer_norm_backward(
+                        x, None, x, weight, stats, d, True, 0.0, None, True, True
+                    ),
+                    *op.int8_norm(x, None, weight, None, d, 1e-5, True),
+                    *op.int8_quantize(x),
+                    op.int8_linear(few, int8, scale, None, None, 1, 2.0),
+                    op.int8_weight_only(few, int8, scale, None, 0),
+                    *op.linear_forward(sparse, by_columns, None, 0, 0.0, None, False),
+                )
+            )
+        for other in made[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(made[0], other, strict=True))
+
+
 def test_an_error_of_what_a_call_was_handed_to_keeps_its_text():
     args = torch.randn(2, 5, 32), None, None, *layer_arguments(F32, True, True)
     wrong = list(args)
@@ -237,6 +282,22 @@ def test_an_error_of_what_a_call_was_handed_to_keeps_its_text():
     emulated = emulated_cuda.kernel(torch.ops.llmos.encoder_layer.default)
     with pytest.raises(RuntimeError, match=r"aten::linear: .*32.*31"):
         emulated(*wrong, 4, 0.3, 1, False, 1e-5, 1e-5, [])
+
+
+def test_a_whole_layer_refuses_wrong_arguments():
+    emulated = emulated_cuda.kernel(torch.ops.llmos.encoder_layer.default)
+    parameters = layer_arguments(F32, True, True)
+    src, right = torch.randn(2, 5, 32), (4, 0.3, 1, False, 1e-5, 1e-5, [])
+    for masks, options, why in (
+        ((torch.zeros(5, 5), None), right, "attn_mask must have 4 dimensions"),
+        ((torch.zeros(1, 3, 5, 5), None), right, "dimension 1 of attn_mask must be 1 or 4, got 3"),
+        ((None, torch.zeros(2, 4).bool()), right, r"key_padding_mask must be bool \[2, 5\]"),
+        ((None, torch.zeros(2, 5)), right, r"key_padding_mask must be bool \[2, 5\]"),
+        ((None, None), (5, *right[1:]), "5 heads cannot share 32 features"),
+        ((None, None), (4, 0.3, 9, *right[3:]), "there is no activation 9"),
+    ):
+        with pytest.raises(RuntimeError, match=why):
+            emulated(src, *masks, *parameters, *options)
 
 
 @pytest.mark.parametrize(("rows", "d", "dtype"), NORM_CALLS, ids=str)

@@ -1,4 +1,4 @@
-"""Machine code of GPU kernels for sm_90: tensor core instructions, load widths, prefetch, spills.
+"""Machine code of GPU kernels: tensor core instructions, load widths, prefetch, spills.
 
 No GPU is needed.
 """
@@ -191,17 +191,18 @@ FAMILIES = ("embedding", "int8", "int8_norm", "norm", "norm_backward", "sparse")
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cuda_kernels_use_whole_words_and_no_local_memory(family, tmp_path):
+def test_cuda_kernels_use_whole_words_and_no_local_memory(family, arch, tmp_path):
     """In CUDA C++ packs are read and written 16 bytes at a time, and nothing is spilled."""
     from llmos_kernels._tools import inspect_cuda
 
     cubin, headers = tmp_path / "kernels.cubin", Path(torch.__file__).parent / "include"
-    options = ["-std=c++20", "-O3", "-arch=sm_90", "-cubin", "-DUSE_CUDA"]
+    options = ["-std=c++20", "-O3", f"-arch={arch}", "-cubin", "-DUSE_CUDA"]
     options += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(headers)]
     command = ["nvcc", *options, "-o", str(cubin), str(CSRC / f"{family}.cu")]
     subprocess.run(command, check=True)
-    kernels = list(inspect_cuda.kernels(cubin, "sm_90"))
+    kernels = list(inspect_cuda.kernels(cubin, arch))
     assert len(kernels) >= 9
     for kernel in kernels:
         assert kernel.stack == 0, f"{kernel.name} spills {kernel.stack} bytes"

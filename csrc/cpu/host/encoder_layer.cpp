@@ -2,9 +2,9 @@
 // gradients.
 #include <torch/csrc/stable/library.h>
 
-#include <array>
 #include <vector>
 
+#include "../../encoder_layer.h"
 #include "attention_inputs.h"
 #include "linear_inputs.h"
 #include "norm_common.h"
@@ -161,20 +161,6 @@ struct Layer {
   }
 };
 
-// Raise an error unless attn_mask broadcasts to `sizes`, and padding is [batch, key].
-void check_masks(const Optional& mask, const Optional& padding,
-                 const std::array<int64_t, 4>& sizes) {
-  STD_TORCH_CHECK(!mask || mask->dim() == 4, "encoder_layer: attn_mask must have 4 dimensions");
-  for (int64_t i = 0; mask && i < 4; ++i)
-    STD_TORCH_CHECK(mask->size(i) == 1 || mask->size(i) == sizes[i], "encoder_layer: dimension ", i,
-                    " of attn_mask must be 1 or ", sizes[i], ", got ", mask->size(i));
-  if (padding)
-    STD_TORCH_CHECK(padding->scalar_type() == ScalarType::Bool && padding->dim() == 2 &&
-                        padding->size(0) == sizes[0] && padding->size(1) == sizes[3],
-                    "encoder_layer: key_padding_mask must be bool [", sizes[0], ", ", sizes[3],
-                    "]");
-}
-
 Tensor encoder_layer(const Tensor& src, const Optional& mask, const Optional& padding,
                      std::vector<Tensor> in_weights, std::vector<Tensor> in_biases,
                      const Tensor& out_weight, const Optional& out_bias,
@@ -183,18 +169,10 @@ Tensor encoder_layer(const Tensor& src, const Optional& mask, const Optional& pa
                      const Optional& bias2, const Optional& norm2_weight,
                      const Optional& norm2_bias, int64_t heads, double scale, int64_t activation,
                      bool norm_first, double eps1, double eps2, std::vector<Tensor> panels) {
-  STD_TORCH_CHECK(src.dim() == 3 && src.is_contiguous(),
-                  "encoder_layer: src must be contiguous [batch, length, d], got ", src.dim(),
-                  " dimensions");
+  check_encoder_layer(src, mask, padding, in_weights, in_biases, heads, Activation(activation));
   const int64_t batch = src.size(0), length = src.size(1), d = src.size(2);
   const ScalarType dtype = src.scalar_type();
-  STD_TORCH_CHECK(heads > 0 && d % heads == 0 && d / heads <= 256, "encoder_layer: ", heads,
-                  " heads cannot share ", d, " features, at most 256 each");
-  check_masks(mask, padding, {batch, heads, length, length});
   const size_t count = in_weights.size();
-  STD_TORCH_CHECK((count == 1 || count == 3) && (in_biases.empty() || in_biases.size() == count),
-                  "encoder_layer: expected 1 or 3 input projections, got ", count, " with ",
-                  in_biases.size(), " biases");
   STD_TORCH_CHECK(panels.empty() || panels.size() == count + 3, "encoder_layer: expected ",
                   count + 3, " weights in panels, got ", panels.size());
   const auto panels_of = [&](size_t i) { return panels.empty() ? Optional{} : panels[i]; };
@@ -202,8 +180,6 @@ Tensor encoder_layer(const Tensor& src, const Optional& mask, const Optional& pa
   for (size_t i = 0; i < count; ++i) {
     const Optional bias = in_biases.empty() ? Optional{} : in_biases[i];
     project.emplace_back(in_weights[i], bias, panels_of(i), dtype, d);
-    STD_TORCH_CHECK(project[i].outer == (count == 1 ? 3 * d : d),
-                    "encoder_layer: an input projection has ", project[i].outer, " rows");
   }
   const Layer layer{batch,
                     length,
