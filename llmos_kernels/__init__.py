@@ -20,6 +20,7 @@ from llmos_kernels.ops.int8_norm import int8_add_layer_norm, int8_layer_norm
 from llmos_kernels.ops.int8_vnni_weight import int8_vnni_weight
 from llmos_kernels.ops.layer_norm import add_layer_norm, layer_norm
 from llmos_kernels.ops.linear import linear
+from llmos_kernels.ops.padding import pad_input, unpad_input
 from llmos_kernels.ops.rms_norm import add_rms_norm, rms_norm
 from llmos_kernels.swap import load_quantized, optimize, quantize, restore, save_quantized
 
@@ -44,9 +45,11 @@ __all__ = [
     "native_decompositions",
     "nn",
     "optimize",
+    "pad_input",
     "quantize",
     "restore",
     "rms_norm",
     "save_quantized",
     "scaled_dot_product_attention",
+    "unpad_input",
 ]

@@ -46,6 +46,7 @@ MODULES = (
     "norm.embedding",
     "norm.layer_norm",
     "norm.layer_norm_backward",
+    "padding",
 )
 #: Approximate seconds to compile a kernel on one core, for the estimate that a build prints first.
 SECONDS_PER_KERNEL = 0.6

@@ -113,6 +113,8 @@ CAPTURED = {
     "feed_forward-gelu": False,
     "linear": False,
     "embedding": False,
+    "unpad": True,
+    "pad": True,
 }
 REPLAYS = 100
 

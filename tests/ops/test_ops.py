@@ -325,7 +325,7 @@ def test_bad_calls_name_the_value(case, device):
     args = case.make(case.small_shape(4), device=device)
     with pytest.raises(ValueError, match="'cuda-magic'"):
         case.op(*args, backend="cuda-magic")
-    for dtype in (torch.int64, torch.complex64, torch.float8_e4m3fn):
+    for dtype in (torch.int64, torch.complex64, torch.float8_e4m3fn)[case.any_dtype :]:
         with pytest.raises(TypeError, match=str(dtype)):
             case.op(*(a.to(dtype) if isinstance(a, torch.Tensor) else a for a in args))
     assert not use_reference(None, torch.float32)

@@ -5,7 +5,8 @@ from llmos_kernels.testing.cases.case import Case
 from llmos_kernels.testing.cases.embedding import EMBEDDING
 from llmos_kernels.testing.cases.linear import LINEAR
 from llmos_kernels.testing.cases.norms import NORMS
+from llmos_kernels.testing.cases.padding import PADDING
 
-CASES = NORMS + ATTENTION + LINEAR + EMBEDDING
+CASES = NORMS + ATTENTION + LINEAR + EMBEDDING + PADDING
 
 __all__ = ["CASES", "Case"]

@@ -26,6 +26,7 @@ class Case:
     multi_block_shape: tuple = (67, 129)  # Several blocks of each kernel.
     compile_widths: tuple = (64, 768, 4096, 8192, 16384, 32768)  # Last dimensions to compile for.
     row_wise: bool = True  # Each output row depends only on the same row of each input.
+    any_dtype: bool = False  # It copies, and takes integers, too.
 
     def __str__(self) -> str:
         return self.name
