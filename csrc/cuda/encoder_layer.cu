@@ -73,9 +73,8 @@ struct Norm {
 };
 
 // Return the attention of x [batch, length, d] before its output projection.
-Tensor attend(const Tensor& x, const Optional& mask, const Optional& padding,
-              const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, int64_t heads,
-              double scale) {
+Tensor attend(const Tensor& x, const LayerMasks& masks, const std::vector<Tensor>& weights,
+              const std::vector<Tensor>& biases, int64_t heads, double scale) {
   const int64_t batch = x.size(0), length = x.size(1), d = x.size(2);
   const auto of_heads = [&](const Tensor& rows) {
     const int64_t sizes[] = {batch, length, heads, d / heads};
@@ -99,32 +98,33 @@ Tensor attend(const Tensor& x, const Optional& mask, const Optional& padding,
                             0.0, false, std::optional<double>(scale), false)[0];
     return torch::stable::transpose(out, 1, 2);
   };
-  const bool is_masked = mask || padding;
+  const auto& [mask, padding, cu_seqlens] = masks;
+  const bool is_masked = bool(masks);
   ++attention_calls[is_masked];
   // Ours is [batch, length, heads, d / heads].
   const Tensor out =
-      is_masked ? call<2>("llmos::attention_forward", query, key, value, mask, padding, Optional{},
-                          Optional{}, Optional{}, scale, int64_t(0), 0.0, 0.0, Optional{})[0]
+      is_masked ? call<2>("llmos::attention_forward", query, key, value, mask, padding, cu_seqlens,
+                          cu_seqlens, Optional{}, scale, int64_t(0), 0.0, 0.0, Optional{})[0]
                 : by_torch();
   const int64_t sizes[] = {batch, length, d};
   return torch::stable::reshape(out, {sizes, 3});
 }
 
 Tensor encoder_layer(const Tensor& src, const Optional& mask, const Optional& padding,
-                     std::vector<Tensor> in_weights, std::vector<Tensor> in_biases,
-                     const Tensor& out_weight, const Optional& out_bias,
-                     const Optional& norm1_weight, const Optional& norm1_bias,
-                     const Tensor& weight1, const Optional& bias1, const Tensor& weight2,
-                     const Optional& bias2, const Optional& norm2_weight,
+                     const Optional& cu_seqlens, std::vector<Tensor> in_weights,
+                     std::vector<Tensor> in_biases, const Tensor& out_weight,
+                     const Optional& out_bias, const Optional& norm1_weight,
+                     const Optional& norm1_bias, const Tensor& weight1, const Optional& bias1,
+                     const Tensor& weight2, const Optional& bias2, const Optional& norm2_weight,
                      const Optional& norm2_bias, int64_t heads, double scale, int64_t activation,
                      bool norm_first, double eps1, double eps2, std::vector<Tensor>) {
-  check_encoder_layer(src, mask, padding, in_weights, in_biases, heads, Activation(activation));
+  const LayerMasks masks{mask, padding, cu_seqlens};
+  check_encoder_layer(src, masks, in_weights, in_biases, heads, Activation(activation));
   const int64_t d = src.size(2);
   if (src.numel() == 0) return output_like(src);
   const Norm norm1{norm1_weight, norm1_bias, eps1, d}, norm2{norm2_weight, norm2_bias, eps2, d};
   const auto attention = [&](const Tensor& x) {
-    return linear(attend(x, mask, padding, in_weights, in_biases, heads, scale), out_weight,
-                  out_bias);
+    return linear(attend(x, masks, in_weights, in_biases, heads, scale), out_weight, out_bias);
   };
   const auto feed_forward = [&](const Tensor& x) {
     return linear(activated(linear(x, weight1, bias1), Activation(activation)), weight2, bias2);

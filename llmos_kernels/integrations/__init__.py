@@ -4,6 +4,7 @@ Importing this package tells ``llmos_kernels.swap`` which rules belong to models
 A rule is imported when ``optimize`` or ``restore`` gets such a model.
 """
 
+from llmos_kernels.swap.padding import PaddingRule, register_padding_rule
 from llmos_kernels.swap.rules import register_library
 from llmos_kernels.swap.rules.rule import ModelRule
 
@@ -14,4 +15,11 @@ def _transformers_attention() -> ModelRule:
     return TransformersAttentionRule()
 
 
+def _transformers_padding() -> PaddingRule:
+    from llmos_kernels.integrations.transformers.padding_rule import TransformersPaddingRule
+
+    return TransformersPaddingRule()
+
+
+register_padding_rule("transformers.modeling_utils", "PreTrainedModel", _transformers_padding)
 register_library("transformers.modeling_utils", "PreTrainedModel", _transformers_attention)

@@ -84,6 +84,7 @@ class LayerMasks(NamedTuple):
 
     attn_mask: Tensor | None = None  # Four dimensions that broadcast to [batch, heads, q, key].
     key_padding_mask: Tensor | None = None  # [batch, length], bool, True where a key is ignored.
+    cu_seqlens: Tensor | None = None  # [sequences + 1], int32, of rows [1, total, d] without masks.
 
 
 def _attention(
@@ -95,8 +96,13 @@ def _attention(
     batch, length, d = x.shape
     qkv = torch.cat([*parts], -1).view(batch, length, 3, options.heads, d // options.heads)
     heads = qkv.permute(2, 0, 3, 1, 4).unbind()
-    out: Any = scaled_dot_product_attention_reference(
-        *heads, **masks._asdict(), scale=options.scale
+    if masks.cu_seqlens is not None:
+        heads = tuple(t.squeeze(0).transpose(0, 1) for t in heads)
+        cu = {"cu_seqlens_q": masks.cu_seqlens, "cu_seqlens_k": masks.cu_seqlens}
+        out: Any = scaled_dot_product_attention_reference(*heads, **cu, scale=options.scale)
+        return out.reshape(x.shape)
+    out = scaled_dot_product_attention_reference(
+        *heads, masks.attn_mask, key_padding_mask=masks.key_padding_mask, scale=options.scale
     )
     return out.transpose(1, 2).reshape(x.shape)
 
@@ -105,6 +111,7 @@ def reference(
     src: Tensor,
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     in_weights: list[Tensor],
     in_biases: list[Tensor],
     *rest: Any,
@@ -112,7 +119,7 @@ def reference(
     """Return the layer by the references of its parts; the arguments are those of the schema."""
     out_weight, out_bias, w1, b1, weight1, bias1, weight2, bias2, w2, b2, *_ = rest
     options, shape = LayerOptions(*rest[10:-1]), src.shape[2:]
-    masks = LayerMasks(attn_mask, key_padding_mask)
+    masks = LayerMasks(attn_mask, key_padding_mask, cu_seqlens)
 
     def attend(x: Tensor) -> Tensor:
         out = _attention(x, masks, in_weights, in_biases, options)
@@ -133,13 +140,13 @@ def reference(
 
 def _flops(src: Tensor, *rest: Any) -> int:
     batch, length, d = src.shape
-    _, _, in_weights, _, out_weight, _, _, _, weight1, _, weight2, *_ = rest
+    _, _, _, in_weights, _, out_weight, _, _, _, weight1, _, weight2, *_ = rest
     weights = sum(w.numel() for w in (*in_weights, out_weight, weight1, weight2))
     return 2 * batch * length * (weights + 2 * length * d)
 
 
 _op = define(
-    "encoder_layer(Tensor src, Tensor? attn_mask, Tensor? key_padding_mask,"
+    "encoder_layer(Tensor src, Tensor? attn_mask, Tensor? key_padding_mask, Tensor? cu_seqlens,"
     " Tensor[] in_weights, Tensor[] in_biases,"
     " Tensor out_weight, Tensor? out_bias, Tensor? norm1_weight, Tensor? norm1_bias,"
     " Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2,"
@@ -236,7 +243,7 @@ def _is_input(src: Tensor) -> bool:
 
 
 def _are_masks(masks: LayerMasks, src: Tensor) -> bool:
-    mask, padding = masks
+    mask, padding, _ = masks  # cu_seqlens are our own.
     if padding is not None:
         is_padding = padding.dtype == torch.bool and padding.shape == src.shape[:2]
         if not (type(padding) in _PLAIN and padding.device == src.device and is_padding):

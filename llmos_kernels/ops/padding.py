@@ -63,7 +63,7 @@ def _scatter_reference(x: Tensor, indices: Tensor, rows: int) -> Tensor:
     return x.new_zeros(rows + 1, x.shape[1]).index_copy(0, at, x)[:rows]
 
 
-_indices = define(
+find_tokens = define(
     "unpad_indices(Tensor mask, SymInt size) -> (Tensor indices, Tensor ends, Tensor counts)",
     reference=_indices_reference,
     fake=_indices_fake,
@@ -166,7 +166,7 @@ def token_indices(mask: Tensor, max_tokens: int | None = None) -> tuple[Tensor, 
     if max_tokens is not None and max_tokens < 0:
         raise ValueError(f"max_tokens must be 0 or more, got {max_tokens}")
     size = batch * length if max_tokens is None else max_tokens
-    indices, ends, counts = _indices(mask, size)
+    indices, ends, counts = find_tokens(mask, size)
     if max_tokens is not None and (mask.is_cuda or is_traced(mask)):
         # Nobody waits for the device: it stops by itself.
         torch._assert_async(counts[2] == 0, "there are more tokens than max_tokens")

@@ -49,6 +49,7 @@ def generate_class(
     forward: type[GeneratedClass],
     replaced: Any,
     made_by: tuple[Callable[..., type], tuple[Any, ...]],
+    same_name: bool = False,
     **members: Any,
 ) -> type:
     """Return a subclass of ``replaced`` with the ``forward`` of another class.
@@ -60,6 +61,8 @@ def generate_class(
         replaced: the original class.
         made_by: the function that calls this one, and its arguments. They are pickled in place of
             the class, so both must be picklable.
+        same_name: whether the class is called what ``replaced`` is: of a model that is looked up, or
+            saved, by the name of its class.
         members: class attributes of the new class.
 
     Returns:
@@ -75,11 +78,24 @@ def generate_class(
     is_named = parameters and parameters[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
     members["_first_argument"] = parameters[0].name if is_named else None
     attributes = {"_replaced": replaced, "_made_by": made_by, "forward": own_forward, **members}
+    name = f"Fused{replaced.__name__}"
+    if same_name:
+        name = replaced.__name__
+        attributes |= {"__module__": replaced.__module__, "__qualname__": replaced.__qualname__}
     # Not by calling the metaclass, whose ``__init__`` may enter the class in a user's registry.
     metaclass: Any = type(replaced)
-    return metaclass.__new__(
-        metaclass, f"Fused{replaced.__name__}", (forward, replaced), attributes
-    )
+    return metaclass.__new__(metaclass, name, (forward, replaced), attributes)
+
+
+def checkpointed(cls: type) -> type:
+    """Return a generated class whose forward transformers checkpoints, as it does the original's.
+
+    transformers wraps the forward of each subclass of its layers, and the outermost one checkpoints.
+    """
+    for base in cls.__mro__:
+        if base.__name__ == "GradientCheckpointingLayer":
+            vars(base)["__init_subclass__"].__func__(cls)
+    return cls
 
 
 def _defines(cls: type, name: str) -> bool:

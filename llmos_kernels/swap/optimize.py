@@ -16,6 +16,12 @@ from llmos_kernels._core.numerics import shifted
 from llmos_kernels.nn.frozen import Freezable, freeze, thaw
 from llmos_kernels.swap import rules, timing
 from llmos_kernels.swap.calls import ModelRun, ModuleCall, as_meta, captured_calls, clone
+from llmos_kernels.swap.padding import (
+    PaddingChanges,
+    class_with_padding,
+    padding_candidates,
+    restore_padding,
+)
 from llmos_kernels.swap.rules.handwritten import HandwrittenRule, has_own_forward
 from llmos_kernels.swap.rules.rule import Candidate, ModelCandidate, ancestors, first_line
 from llmos_kernels.swap.summary import Entry, Report
@@ -32,6 +38,7 @@ def optimize(
     inputs: tuple | Mapping | None = None,
     always: bool = False,
     freeze_weights: bool = False,
+    skip_padding: bool = False,
 ) -> Report:
     """Swap modules of ``model`` for fused ones, in place, where they are right and not slower.
 
@@ -63,6 +70,10 @@ def optimize(
             torch, such as through ``weight.data`` or NumPy, cannot be seen: the layer then computes
             with the old values. ``train()`` and ``restore`` drop the copies; copies and pickles of
             the model have none.
+        skip_padding: let encoders compute the tokens of a padded batch alone: those of transformers
+            whose attention becomes "llmos", ``nn.TransformerEncoder`` and ``nn.TransformerDecoder``.
+            The hidden states that they return are 0 at padding. It is proved on the whole model, on
+            ``inputs`` with several masks, and timed on ``inputs``.
 
     Returns:
         A ``Report``: ``print(report)`` summarises it, ``print(report.details())`` lists every
@@ -82,13 +93,20 @@ def optimize(
         >>> report = optimize(model, inputs=(torch.randn(8, 128, 64),))
     """
     check_model(model, inputs)
-    options = {"verify": verify, "strict": strict, "always": always}
-    for option, given in (options | {"freeze_weights": freeze_weights}).items():
+    options = {
+        "verify": verify,
+        "strict": strict,
+        "always": always,
+        "freeze_weights": freeze_weights,
+        "skip_padding": skip_padding,
+    }
+    for option, given in options.items():
         if not isinstance(given, bool):
             raise TypeError(f"{option} must be a bool, got {given!r}")
     if freeze_weights and model.training:
         raise ValueError("freeze_weights is for inference, and the model is in train mode")
     models = [c for rule in rules.model_rules(model) for c in rule.candidates(model)]
+    padding = padding_candidates(model) if skip_padding else []
     gpus = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     with torch.inference_mode(False), torch.random.fork_rng(devices=gpus):
         for generator in (
@@ -114,6 +132,7 @@ def optimize(
         ]
         judged = [c.model for c in models if not c.why_not]
         judged += [c.module for c in modules if not c.why_not]
+        judged += [c.model for c in padding]
         objects = [c.module for c in modules if isinstance(c.rule, HandwrittenRule)]
         try:
             captured = capture(model, judged, run, with_objects=objects)
@@ -133,6 +152,7 @@ def optimize(
             for i, candidate in enumerate(candidates)
             if report.entries[i].swapped
         }
+        changes = None
         try:
             for switch in switches.values():
                 switch.on()
@@ -142,7 +162,13 @@ def optimize(
                 _time_model(report, model, run, switches, search=not always)
             if freeze_weights:
                 report.frozen_weights, report.frozen_bytes = _freeze(model)
+            changes = PaddingChanges(padding, captured)
+            report.padding = changes.decide(model, verify, always, run)
+            if strict and (not_skipped := [e for e in report.padding if e.is_wrong]):
+                raise ValueError("\n".join(["padding that is computed:", *map(str, not_skipped)]))
         except BaseException:  # An interrupt leaves the model as it was, too.
+            if changes is not None:
+                changes.undo()
             for switch in switches.values():
                 switch.off()
             _thaw(model)
@@ -317,11 +343,12 @@ def restore(model: nn.Module) -> None:
     check_model(model)
     swapped = [(name, m) for name, m in model.named_modules() if MARK in m.__dict__]
     for name, module in swapped:
-        if not rules.is_swap(module, module.__dict__[MARK]):
+        if not rules.is_swap(class_with_padding(module), module.__dict__[MARK]):
             raise ValueError(
                 f"{name or 'the model'} became a {type(module).__name__} after it was swapped:"
                 " undo that first (a parametrization, or sharding)"
             )
+    restore_padding(model)
     for _, module in swapped:
         rules.set_class(module, module.__dict__.pop(MARK))
     _thaw(model)

@@ -54,6 +54,53 @@ class Entry:
         return min((t.speedup for t in self.timings), default=None)
 
 
+@dataclass(frozen=True)
+class Padding:
+    """A model that was asked to skip its padding.
+
+    Args:
+        module: its name in the model; empty for the model itself.
+        cls: its class.
+        skipped: whether it computes tokens alone.
+        reason: why it computes padding.
+        fill: which part of the positions of ``inputs`` are tokens; None where they do not say.
+        error: the largest error over its budget, of outputs at tokens and of gradients. None: not
+            proved.
+        timings: times of the model with padding and without it, other swaps included.
+        slower: whether it is right, and computes padding only because that is faster here.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(64))
+        >>> llmos_kernels.optimize(model, skip_padding=True).padding  # It has no encoder.
+        []
+    """
+
+    module: str
+    cls: str
+    skipped: bool = False
+    reason: str = ""
+    fill: float | None = None
+    error: float | None = None
+    timings: tuple[Timing, ...] = ()
+    slower: bool = False
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether padding is computed for another reason than speed."""
+        return not self.skipped and not self.slower
+
+    def __str__(self) -> str:
+        name = f"{self.cls}{f' ({self.module})' * bool(self.module)}"
+        full = "" if self.fill is None else f", {self.fill:.0%} of the positions are tokens"
+        if not self.skipped:
+            return f"{name} computes padding{full}: {self.reason}"
+        shown = (
+            f"{'a step' if t.backward else 'the model'} {span(t.before, t.after)} ({t.speedup:.2f}x)"
+            for t in self.timings
+        )
+        return f"{name} skips padding{full}{': ' * bool(self.timings)}{', '.join(shown)}"
+
+
 @dataclass
 class Report:
     """Every module that ``optimize`` looked at.
@@ -67,6 +114,7 @@ class Report:
         frozen_weights: how many weights have a packed copy; None unless ``freeze_weights`` was
             asked for.
         frozen_bytes: the memory of these copies.
+        padding: the models that were asked to skip their padding; empty unless ``skip_padding``.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.Dropout())
@@ -80,6 +128,7 @@ class Report:
     why_no_model: str = ""
     frozen_weights: int | None = None
     frozen_bytes: int = 0
+    padding: list[Padding] = field(default_factory=list)
 
     @property
     def swapped(self) -> list[Entry]:
@@ -160,6 +209,7 @@ class Report:
         for t in self.model:
             what = "a step of the model, forward and backward" if t.backward else "the model"
             yield f"{what}: {span(t.before, t.after)} ({t.speedup:.2f}x)"
+        yield from map(str, self.padding)
         if self.frozen_weights:
             mib = self.frozen_bytes / 2**20
             yield f"packed copies of {self.frozen_weights} weights: {mib:.1f} MiB"

@@ -189,7 +189,7 @@ def layer_arguments(dtype, together, bias):
     return weights, biases, *rest, draw(32, 64), vector(32), draw(32), vector(32)
 
 
-@pytest.mark.parametrize("masked", ["", "padding", "mask"])
+@pytest.mark.parametrize("masked", ["", "padding", "mask", "packed"])
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_a_whole_layer_calls_norms_products_and_attention(dtype, norm_first, masked):
@@ -198,10 +198,13 @@ def test_a_whole_layer_calls_norms_products_and_attention(dtype, norm_first, mas
     src = torch.randn(2, 5, 32).to(dtype)
     padding = torch.arange(5)[None] >= torch.tensor([[3], [5]]) if masked == "padding" else None
     mask = torch.randn(1, 4, 5, 5).to(dtype) if masked == "mask" else None
+    cu_seqlens = None
+    if masked == "packed":
+        src, cu_seqlens = src.view(1, 10, 32), torch.tensor([0, 3, 10], dtype=torch.int32)
     for together, activation in ((True, 1), (False, 3), (False, 4), (True, 2), (False, 5)):
         parameters = layer_arguments(dtype, together, bias=activation != 5)
         options = 4, 8**-0.5, activation, norm_first, 1e-5, 1e-6, []
-        args = src, mask, padding, *parameters, *options
+        args = src, mask, padding, cu_seqlens, *parameters, *options
         emulated_cuda.accesses()
         before = cuda_part.attention_calls(emulated_cuda.LIBRARY)
         made = emulated(*args)
@@ -276,9 +279,9 @@ def test_no_order_of_threads_changes_a_bit(seed):
 
 
 def test_an_error_of_what_a_call_was_handed_to_keeps_its_text():
-    args = torch.randn(2, 5, 32), None, None, *layer_arguments(F32, True, True)
+    args = torch.randn(2, 5, 32), None, None, None, *layer_arguments(F32, True, True)
     wrong = list(args)
-    wrong[5] = torch.randn(32, 31)  # The weight of the output projection.
+    wrong[6] = torch.randn(32, 31)  # The weight of the output projection.
     emulated = emulated_cuda.kernel(torch.ops.llmos.encoder_layer.default)
     with pytest.raises(RuntimeError, match=r"aten::linear: .*32.*31"):
         emulated(*wrong, 4, 0.3, 1, False, 1e-5, 1e-5, [])
@@ -288,6 +291,7 @@ def test_a_whole_layer_refuses_wrong_arguments():
     emulated = emulated_cuda.kernel(torch.ops.llmos.encoder_layer.default)
     parameters = layer_arguments(F32, True, True)
     src, right = torch.randn(2, 5, 32), (4, 0.3, 1, False, 1e-5, 1e-5, [])
+    cu_seqlens = torch.tensor([0, 10], dtype=torch.int32)
     for masks, options, why in (
         ((torch.zeros(5, 5), None), right, "attn_mask must have 4 dimensions"),
         ((torch.zeros(1, 3, 5, 5), None), right, "dimension 1 of attn_mask must be 1 or 4, got 3"),
@@ -297,7 +301,9 @@ def test_a_whole_layer_refuses_wrong_arguments():
         ((None, None), (4, 0.3, 9, *right[3:]), "there is no activation 9"),
     ):
         with pytest.raises(RuntimeError, match=why):
-            emulated(src, *masks, *parameters, *options)
+            emulated(src, *masks, None, *parameters, *options)
+    with pytest.raises(RuntimeError, match=r"cu_seqlens must be int32 .* with a batch of 1, got 2"):
+        emulated(src, None, None, cu_seqlens, *parameters, *right)
 
 
 @pytest.mark.parametrize(("rows", "d", "dtype"), NORM_CALLS, ids=str)

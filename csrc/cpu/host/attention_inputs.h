@@ -53,6 +53,30 @@ inline std::vector<Sequence> batch_sequences(int64_t batch, int64_t q_len, int64
   return sequences;
 }
 
+// Return the last key that query 0 sees, counted from the diagonal of `causal`.
+inline int64_t diagonal(int64_t causal, int64_t q_len, int64_t k_len) {
+  return causal == 0 ? k_len : causal == 1 ? 0 : k_len - q_len;
+}
+
+// Return the varlen sequences that begin at cu_seqlens, of so many queries and keys in all.
+inline std::vector<Sequence> varlen_sequences(const Tensor& cu_q_, const Tensor& cu_k_,
+                                              int64_t q_total, int64_t k_total, int64_t causal) {
+  const Tensor cu_q = llmos::contiguous(cu_q_), cu_k = llmos::contiguous(cu_k_);
+  const int32_t *q = data<int32_t>(cu_q), *k = data<int32_t>(cu_k);
+  const int64_t n = cu_q.numel() - 1;
+  STD_TORCH_CHECK(q[0] == 0 && k[0] == 0 && q[n] == q_total && k[n] == k_total,
+                  "attention: cu_seqlens must go from 0 to the total, ", q_total, " and ", k_total,
+                  ", got ", q[0], " to ", q[n], " and ", k[0], " to ", k[n]);
+  std::vector<Sequence> sequences;
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t q_len = q[i + 1] - q[i], k_len = k[i + 1] - k[i];
+    STD_TORCH_CHECK(q_len >= 0 && k_len >= 0, "attention: cu_seqlens must not fall, got ", q[i],
+                    " to ", q[i + 1], " and ", k[i], " to ", k[i + 1]);
+    sequences.push_back({0, q[i], q_len, k[i], k_len, 0, k_len, diagonal(causal, q_len, k_len)});
+  }
+  return sequences;
+}
+
 // The arguments that all attention ops share, checked.
 struct AttentionInputs {
   Tensor query, key, value;
@@ -98,7 +122,7 @@ struct AttentionInputs {
       });
     }
     if (cu_q)
-      split_varlen(*cu_q, *cu_k, causal);
+      sequences = varlen_sequences(*cu_q, *cu_k, q_total, k_total, causal);
     else
       sequences =
           batch_sequences(batch, q_total, k_total, padding, diagonal(causal, q_total, k_total));
@@ -146,26 +170,6 @@ struct AttentionInputs {
     a.m = m;
     a.inverse = inverse;
     return a;
-  }
-
- private:
-  static int64_t diagonal(int64_t causal, int64_t q_len, int64_t k_len) {
-    return causal == 0 ? k_len : causal == 1 ? 0 : k_len - q_len;
-  }
-
-  void split_varlen(const Tensor& cu_q_, const Tensor& cu_k_, int64_t causal) {
-    const Tensor cu_q = llmos::contiguous(cu_q_), cu_k = llmos::contiguous(cu_k_);
-    const int32_t *q = data<int32_t>(cu_q), *k = data<int32_t>(cu_k);
-    const int64_t n = cu_q.numel() - 1;
-    STD_TORCH_CHECK(q[0] == 0 && k[0] == 0 && q[n] == q_total && k[n] == k_total,
-                    "attention: cu_seqlens must go from 0 to the total, ", q_total, " and ",
-                    k_total, ", got ", q[0], " to ", q[n], " and ", k[0], " to ", k[n]);
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t q_len = q[i + 1] - q[i], k_len = k[i + 1] - k[i];
-      STD_TORCH_CHECK(q_len >= 0 && k_len >= 0, "attention: cu_seqlens must not fall, got ", q[i],
-                      " to ", q[i + 1], " and ", k[i], " to ", k[i + 1]);
-      sequences.push_back({0, q[i], q_len, k[i], k_len, 0, k_len, diagonal(causal, q_len, k_len)});
-    }
   }
 };
 

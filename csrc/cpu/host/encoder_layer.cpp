@@ -93,7 +93,7 @@ struct Norm {
 struct Layer {
   int64_t batch, length, d, heads;
   double scale;
-  Optional mask, padding;       // As of the attention op.
+  LayerMasks masks;
   std::vector<Linear> project;  // One layer for query, key and value together, or three.
   Linear project_out, first, second;
   Norm norm1, norm2;
@@ -112,7 +112,10 @@ struct Layer {
     const auto view = [&](const T* at) {
       return Heads<const T>{at, length * row_stride, d / heads, row_stride};
     };
-    const auto sequences = batch_sequences(batch, length, length, padding, length);
+    const auto& [mask, padding, cu_seqlens] = masks;
+    const auto sequences = cu_seqlens
+                               ? varlen_sequences(*cu_seqlens, *cu_seqlens, length, length, 0)
+                               : batch_sequences(batch, length, length, padding, length);
     AttentionCommonArgs<T> a{};
     a.query = view(qkv);
     a.key = view(qkv + next);
@@ -120,7 +123,8 @@ struct Layer {
     set_masks(a, mask, padding);
     a.sequences = sequences.data();
     a.heads = a.kv_heads = heads;
-    a.q_total = a.k_longest = length;
+    a.q_total = length;
+    for (const Sequence& s : sequences) a.k_longest = std::max(a.k_longest, s.k_len);
     a.dim = a.v_dim = d / heads;
     a.scale = float(scale);
     a.m = stats;
@@ -162,14 +166,15 @@ struct Layer {
 };
 
 Tensor encoder_layer(const Tensor& src, const Optional& mask, const Optional& padding,
-                     std::vector<Tensor> in_weights, std::vector<Tensor> in_biases,
-                     const Tensor& out_weight, const Optional& out_bias,
-                     const Optional& norm1_weight, const Optional& norm1_bias,
-                     const Tensor& weight1, const Optional& bias1, const Tensor& weight2,
-                     const Optional& bias2, const Optional& norm2_weight,
+                     const Optional& cu_seqlens, std::vector<Tensor> in_weights,
+                     std::vector<Tensor> in_biases, const Tensor& out_weight,
+                     const Optional& out_bias, const Optional& norm1_weight,
+                     const Optional& norm1_bias, const Tensor& weight1, const Optional& bias1,
+                     const Tensor& weight2, const Optional& bias2, const Optional& norm2_weight,
                      const Optional& norm2_bias, int64_t heads, double scale, int64_t activation,
                      bool norm_first, double eps1, double eps2, std::vector<Tensor> panels) {
-  check_encoder_layer(src, mask, padding, in_weights, in_biases, heads, Activation(activation));
+  const LayerMasks masks{mask, padding, cu_seqlens};
+  check_encoder_layer(src, masks, in_weights, in_biases, heads, Activation(activation));
   const int64_t batch = src.size(0), length = src.size(1), d = src.size(2);
   const ScalarType dtype = src.scalar_type();
   const size_t count = in_weights.size();
@@ -186,8 +191,7 @@ Tensor encoder_layer(const Tensor& src, const Optional& mask, const Optional& pa
                     d,
                     heads,
                     scale,
-                    mask,
-                    padding,
+                    masks,
                     std::move(project),
                     Linear(out_weight, out_bias, panels_of(count), dtype, d),
                     Linear(weight1, bias1, panels_of(count + 1), dtype, d),

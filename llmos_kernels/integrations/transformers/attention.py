@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
 from llmos_kernels._core.registry import needs_grad
+from llmos_kernels.nn.packed import Packed, attend_varlen
 from llmos_kernels.ops.attention import scaled_dot_product_attention
 
 try:
@@ -58,7 +59,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | Packed | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -82,7 +83,8 @@ def attention(
         query: [batch, heads, q_len, head_dim].
         key: [batch, kv_heads, k_len, head_dim]; ``heads`` is a multiple of ``kv_heads``.
         value: [batch, kv_heads, k_len, v_dim].
-        attention_mask: bool or float, broadcastable to [batch, heads, q_len, k_len].
+        attention_mask: bool or float, broadcastable to [batch, heads, q_len, k_len]; or the
+            ``Packed`` of a batch without its padding.
         dropout: the probability of dropping a weight.
         scaling: the factor of the scores. Default: 1 / sqrt(head_dim).
         is_causal: whether a query sees no later key.
@@ -134,11 +136,20 @@ def attention(
                 "cu_seq_lens_q goes with a batch of 1 and no position_bias,"
                 f" got {query.shape[0]} and {'one' if position_bias is not None else 'none'}"
             )
-        return _varlen(query, key, value, cu_seq_lens_q, cu_seq_lens_k, options), None
-    attn_mask, padding = _masks(attention_mask, query.shape[0])
+        cu_k = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
+        return attend_varlen(query, key, value, cu_seq_lens_q.int(), cu_k.int(), **options), None
+    needs_weights = output_attentions or are_weights_collected(module)
+    if isinstance(attention_mask, Packed):
+        no_bias = position_bias is None and sliding_window is None and not needs_weights
+        if not no_bias or key.shape[2] != query.shape[2]:
+            raise NotImplementedError(
+                "packed batches have no relative positions, windows, cross attention or weights"
+            )
+        cu = attention_mask.cu_seqlens
+        return attend_varlen(query, key, value, cu, cu, **options), None
+    attn_mask, padding = key_padding_of(attention_mask, query.shape[0])
     if position_bias is not None:
         attn_mask = _biased(position_bias, attn_mask)
-    needs_weights = output_attentions or _are_weights_collected(module)
     result = scaled_dot_product_attention(
         query,
         key,
@@ -155,19 +166,28 @@ def attention(
     return out.transpose(1, 2), weights
 
 
-def _are_weights_collected(module: nn.Module) -> bool:
+def are_weights_collected(module: nn.Module) -> bool:
     """Return whether transformers collects attention weights without saying so to the attention.
 
     Layers of GPT-2, OPT and others do not pass ``output_attentions`` on.
     """
     if getattr(getattr(module, "config", None), "output_attentions", False):
         return True
+    return any(name.endswith("attentions") for name in _collected())
+
+
+def collected_states() -> list[list[Tensor]]:
+    """Return the lists of hidden states that transformers collects while a model runs."""
+    return [of for name, of in _collected().items() if name == "hidden_states"]
+
+
+def _collected() -> dict[str, list[Tensor]]:
     if _active_collector is None or torch.compiler.is_compiling():
-        return False
-    return any(name.endswith("attentions") for name in _active_collector.get() or ())
+        return {}
+    return _active_collector.get() or {}
 
 
-def _masks(mask: Tensor | None, batch: int) -> tuple[Tensor | None, Tensor | None]:
+def key_padding_of(mask: Tensor | None, batch: int) -> tuple[Tensor | None, Tensor | None]:
     """Return ``mask`` as attn_mask; or as key_padding_mask, if all heads and queries have the same.
 
     The key_padding_mask is [batch, k_len], and True hides a key.
@@ -188,28 +208,27 @@ def _biased(position_bias: Tensor, mask: Tensor | None) -> Tensor:
     return position_bias + mask
 
 
-def _varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor | None,
-    options: dict[str, Any],
-) -> Tensor:
-    """Return the attention of varlen sequences, which follow one another in a batch of 1.
+def attention_mask(*, q_length: int, **options: Any) -> Tensor | None:
+    """Return the mask for ``attention``, as transformers' ``AttentionMaskInterface`` asks for it.
 
-    ``query``, ``key`` and ``value`` are [1, heads, total, head_dim]; the result is
-    [1, total, heads, v_dim].
+    Args:
+        q_length: the number of queries.
+        options: the other arguments of transformers' ``sdpa_mask``.
+
+    Returns:
+        None where the mask is plainly causal or full, else bool [batch, 1, q_len, k_len]; expanded
+        from one query where all of them see the same keys, so that ``attention`` can tell.
+
+    Example:
+        >>> attention_mask(batch_size=2, q_length=3, kv_length=3).shape
+        torch.Size([2, 1, 3, 3])
     """
-    cu_q, cu_k = cu_q.int(), (cu_q if cu_k is None else cu_k).int()
-    query, key, value = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
-    out = scaled_dot_product_attention(
-        query, key, value, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **options
-    )
-    assert isinstance(out, Tensor)
-    return out.unsqueeze(0)
+    plain = options.get("mask_function") is bidirectional_mask_function
+    if not plain or options.get("use_vmap"):
+        return sdpa_mask(q_length=q_length, **options)
+    mask = sdpa_mask(q_length=1, **options)
+    return None if mask is None else mask.expand(-1, -1, q_length, -1)
 
 
 AttentionInterface.register(NAME, attention)
-# None where the mask is plainly causal or full, else bool [batch, 1, q_len, k_len].
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, attention_mask)

@@ -4,6 +4,7 @@ The attention is a name in the configs of a model.  The rule sets it to "llmos",
 whole model that the outputs stay the same.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable, Hashable, Iterator
 from functools import partial
@@ -49,7 +50,7 @@ class TransformersAttentionRule(ModelRule):
             inside.update(module.modules())
             if set(_names(module)) != {NAME}:
                 shown = f"attention of {type(module).__name__}"
-                why = _why_not(module, ancestors(model, name))
+                why = why_no_attention(module, ancestors(model, name))
                 yield ModelCandidate(name, module, self, shown, why)
 
     def prove(self, model: Any, captured: list[ModuleCall]) -> tuple[float, list[Timing]]:
@@ -95,7 +96,7 @@ class TransformersAttentionRule(ModelRule):
                 _put(module, [old if name == NAME else name for old, name in names])
 
 
-def _why_not(model: Any, around: list[nn.Module]) -> str:
+def why_no_attention(model: Any, around: list[nn.Module]) -> str:
     """Return why the attention of ``model`` cannot be changed, or an empty string."""
     why = why_untouchable(model, around)
     if why:
@@ -182,7 +183,7 @@ def _timings(model: Any, calls: list[ModuleCall]) -> list[Timing]:
         for call in calls:
             run = ModelRun(copied, call)
             on()
-            modules = _attending(run)
+            modules = attending(run)
             given = []
             for choose in (off, on):  # The two may get different masks.
                 choose()
@@ -208,7 +209,7 @@ def _run_with(choose: Callable[[], None], run: ModelRun, backward: bool) -> None
     run(backward)
 
 
-def _attending(run: ModelRun) -> list[nn.Module]:
+def attending(run: Callable[[], object]) -> list[nn.Module]:
     """Return the modules that call the attention "llmos" in ``run``."""
     found: dict[nn.Module, None] = {}
 
@@ -222,6 +223,17 @@ def _attending(run: ModelRun) -> list[nn.Module]:
     finally:
         AttentionInterface.register(NAME, attention)
     return list(found)
+
+
+@contextlib.contextmanager
+def chosen(model: Any) -> Iterator[None]:
+    """Choose "llmos" in a ``with`` block."""
+    before = _names(model)
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        _put(model, before)
 
 
 def _first_calls(modules: list[nn.Module], run: ModelRun) -> dict[nn.Module, ModuleCall]:

@@ -168,18 +168,17 @@ def _why_no_instance(module: nn.Module, drop_in: type) -> str:
     return ""
 
 
-def is_swap(module: nn.Module, original: type) -> bool:
-    """Return True if the class of ``module`` is still the drop-in of ``original``.
+def is_swap(cls: type, original: type) -> bool:
+    """Return True if ``cls`` is the drop-in of ``original``.
 
     Args:
-        module: a module that was swapped.
+        cls: the class of a module that was swapped.
         original: the class that it had before.
 
     Returns:
         False if another tool has changed the class since.
     """
-    replaced = type(module).__dict__.get("_replaced")
-    return replaced is original or type(module) is _drop_ins().get(original)
+    return cls.__dict__.get("_replaced") is original or cls is _drop_ins().get(original)
 
 
 def register_library(module: str, name: str, load: Callable[[], ModelRule]) -> None:

@@ -19,9 +19,10 @@ from llmos_kernels.nn.encoder_layer import LayerParts, whole_layer
 from llmos_kernels.nn.frozen import Freezable, panels_of
 from llmos_kernels.nn.fusible import is_fusible
 from llmos_kernels.nn.linear import linear_parameters
+from llmos_kernels.nn.packed import Packed
 from llmos_kernels.ops._encoder_layer import LayerMasks, may_fuse
 from llmos_kernels.swap.calls import ModuleCall
-from llmos_kernels.swap.generated_class import GeneratedClass, generate_class
+from llmos_kernels.swap.generated_class import GeneratedClass, checkpointed, generate_class
 from llmos_kernels.swap.proof import judge
 from llmos_kernels.swap.rules._kinks import largest_error_without_kinks
 from llmos_kernels.swap.rules.rule import Candidate, Match, Rule, example_batch, tensor_options
@@ -94,7 +95,7 @@ def _whole(
     layer: Any,
     layout: Layout,
     hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | Packed | None = None,
     *args: Any,
     **kwargs: Any,
 ) -> Tensor | None:
@@ -141,6 +142,8 @@ def _masks(mask: Any) -> LayerMasks | None:
     """Return the masks of transformers' ``attention_mask``; None if it is no tensor."""
     if mask is None:
         return LayerMasks()
+    if isinstance(mask, Packed):
+        return LayerMasks(cu_seqlens=mask.cu_seqlens)
     if not isinstance(mask, Tensor):
         return None
     alike = mask.dim() == 4 and mask.shape[1] == 1 and (mask.shape[2] == 1 or not mask.stride(2))
@@ -171,12 +174,14 @@ def _class_of(module: Any) -> type:
     return vars(type(module)).get("_replaced", type(module))
 
 
-def _is_plain_attention(attend: Any, mask: Tensor | None) -> bool:
+def _is_plain_attention(attend: Any, mask: Tensor | Packed | None) -> bool:
     """Return whether the attention is bidirectional, by a function that ``_ATTENTION`` lists."""
     name = attend.config._attn_implementation
     if attend.is_causal is not False or name not in _ATTENTION or attend.config.output_attentions:
         return False
     # transformers' eager attention adds whatever mask it gets.
+    if isinstance(mask, Packed):
+        return name == "llmos"
     return name != "eager" or mask is None or mask.is_floating_point()
 
 
@@ -184,12 +189,7 @@ def _is_plain_attention(attend: Any, mask: Tensor | None) -> bool:
 def fused_bert_layer(replaced: Any, layout: Layout) -> type:
     """Return the drop-in subclass of ``replaced`` for layers of that ``layout``."""
     made_by = (fused_bert_layer, (replaced, layout))
-    cls = generate_class(FusedBertLayer, replaced, made_by, _layout=layout)
-    for base in replaced.__mro__:
-        # It wraps the forward of each subclass, so that the outermost one is checkpointed.
-        if base.__name__ == "GradientCheckpointingLayer":
-            vars(base)["__init_subclass__"].__func__(cls)
-    return cls
+    return checkpointed(generate_class(FusedBertLayer, replaced, made_by, _layout=layout))
 
 
 class BertLayerRule(Rule):

@@ -31,6 +31,8 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"mask": "added", "norm_first": True, "activation": "relu"},
     {"mask": "causal", "norm_first": True, "bias": False, "apart": True, "activation": "gelu_tanh"},
     {"mask": "padding", "bias": False, "affine": False, "activation": "silu"},
+    {"mask": "packed"},
+    {"mask": "packed", "norm_first": True, "apart": True},
 )
 #: Draws of each shape and variant, which are judged together.
 DRAWS = 4
@@ -120,6 +122,11 @@ def make(
         "added": LayerMasks(torch.randn(batch, 1, 1, length, **options)),
         "causal": LayerMasks(causal),
     }
+    # Sequences of different lengths, empty ones too, as one.
+    part = torch.linspace(0, 1, max(batch, 1) + 1, device=keys.device) ** 2
+    masks["packed"] = LayerMasks(cu_seqlens=(part * batch * length).int())
+    if mask == "packed":
+        batch, length = 1, batch * length
     code = _activations.code_of(activation)
     scale = (d // heads) ** -0.5
     return Arguments(
@@ -132,8 +139,11 @@ def make(
 
 def eager(given: Arguments) -> Tensor:
     """Return the layer by torch's functions, in the dtype of ``given``."""
-    src, (mask, padding), p, options = given
+    src, (mask, padding, cu_seqlens), p, options = given
     batch, length, d = src.shape
+    if cu_seqlens is not None:
+        sequence = torch.arange(length, device=src.device)[:, None] >= cu_seqlens[1:]
+        mask = (sequence.sum(1)[:, None] == sequence.sum(1))[None, None]
 
     def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         return F.layer_norm(x, (d,), weight, bias, eps)

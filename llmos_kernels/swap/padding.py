@@ -1,0 +1,177 @@
+"""``optimize(skip_padding=True)``: whole models that compute the tokens of padded batches alone.
+
+The modules that change get another class, after all other swaps and on top of them.
+"""
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from llmos_kernels.swap import timing
+from llmos_kernels.swap.calls import ModelRun, ModuleCall
+from llmos_kernels.swap.rules import set_class
+from llmos_kernels.swap.rules.rule import ModelCandidate, first_line
+from llmos_kernels.swap.summary import Padding
+
+#: The attribute of a changed module that holds the class it had before.
+_MARK = "_llmos_class_with_padding"
+#: What loads the rule of a library, by the module and the name of the library's base class.
+_LOADERS: dict[tuple[str, str], Callable[[], "PaddingRule"]] = {}
+
+Change = dict[nn.Module, type]
+
+
+class PaddingRule(ABC):
+    """How models of one kind leave out their padding, proved on the whole model."""
+
+    @abstractmethod
+    def candidates(self, model: nn.Module) -> Iterator[ModelCandidate]:
+        """Yield the models in ``model`` that compute padding, with why they have to if so."""
+
+    @abstractmethod
+    def change(
+        self, model: nn.Module, captured: list[ModuleCall], verify: bool
+    ) -> tuple[float | None, Change]:
+        """Return the largest error over its budget, and the new class of each module that changes.
+
+        Args:
+            model: the model of a candidate.
+            captured: how it was called when the user's inputs ran; empty without such inputs.
+            verify: whether it is proved; else the error is None.
+
+        Raises:
+            ValueError: the model cannot be changed; the message is the reason.
+        """
+
+    def switch(self, model: nn.Module) -> tuple[Callable[[], None], Callable[[], None]]:
+        """Return what else has to be done before classes change, and what undoes it."""
+        return (lambda: None), (lambda: None)
+
+    @abstractmethod
+    def fill(self, captured: list[ModuleCall]) -> float | None:
+        """Return which part of the positions of the calls are tokens; None if nothing says so."""
+
+
+def register_padding_rule(module: str, name: str, load: Callable[[], PaddingRule]) -> None:
+    """Add the rule for models with a base class, which is not imported before there is one.
+
+    Args:
+        module: the module that defines the base class.
+        name: its name.
+        load: imports and returns the rule.
+    """
+    _LOADERS[module, name] = load
+
+
+def padding_candidates(model: nn.Module) -> list[ModelCandidate]:
+    """Return what the rules say of the models in ``model``."""
+    bases = {(c.__module__, c.__name__) for m in model.modules() for c in type(m).__mro__}
+    rules = [load() for base, load in _LOADERS.items() if base[0] in sys.modules and base in bases]
+    return [c for rule in rules for c in rule.candidates(model)]
+
+
+def skips_padding(module: nn.Module) -> bool:
+    """Return whether a module in ``module`` has the class of one that skips padding."""
+    return any(_MARK in m.__dict__ for m in module.modules())
+
+
+def class_with_padding(module: nn.Module) -> type:
+    """Return the class of ``module``, or the one it had before it skipped padding."""
+    return module.__dict__.get(_MARK, type(module))
+
+
+def restore_padding(model: nn.Module) -> None:
+    """Let every module inside ``model`` compute padding again."""
+    for module in model.modules():
+        if _MARK in module.__dict__:
+            set_class(module, module.__dict__.pop(_MARK))
+
+
+class PaddingChanges:
+    """Decides which candidates leave out their padding, and lets them.
+
+    Args:
+        candidates: of ``padding_candidates``.
+        captured: how modules were called when the user's inputs ran.
+    """
+
+    def __init__(
+        self, candidates: Sequence[ModelCandidate], captured: dict[nn.Module, list[ModuleCall]]
+    ) -> None:
+        self.candidates, self.captured = candidates, captured
+        self._switches: list[timing.Switch] = []
+
+    def decide(
+        self, model: nn.Module, verify: bool, always: bool, run: ModelRun | None
+    ) -> list[Padding]:
+        """Change what is right and not slower; return what became of each candidate.
+
+        Args:
+            model: the model that is optimized, with its other swaps.
+            verify: whether changes are proved and timed.
+            always: whether what is slower is changed, too.
+            run: runs the model on the user's inputs, if there are any.
+        """
+        return [self._judged(c, verify, always, model, run) for c in self.candidates]
+
+    def undo(self) -> None:
+        """Undo all changes."""
+        for switch in self._switches:
+            switch.off()
+        self._switches.clear()
+
+    def _judged(
+        self,
+        candidate: ModelCandidate,
+        verify: bool,
+        always: bool,
+        model: nn.Module,
+        run: ModelRun | None,
+    ) -> Padding:
+        rule: Any = candidate.rule
+        calls = self.captured.get(candidate.model, [])
+        kept = Padding(candidate.name, type(candidate.model).__name__, fill=rule.fill(calls))
+        if candidate.why_not:
+            return replace(kept, reason=candidate.why_not)
+        try:
+            error, change = rule.change(candidate.model, calls, verify)
+        except Exception as e:  # Whatever a user's model raises is a reason to keep it.
+            why = first_line(e) or type(e).__name__
+            shown = why if type(e) is ValueError else f"{type(e).__name__}: {why}"
+            return replace(kept, reason=shown)
+        kept = replace(kept, error=error)
+        if error is not None and not error <= 1:
+            return replace(kept, reason="it misses the error budget")
+        switch = self._switch(candidate, change)
+        self._switches.append(switch)
+        if not verify or run is None:
+            switch.on()
+            return replace(kept, skipped=True)
+        timings, without = timing.of_model(model, run, [switch], search=not always)
+        kept = replace(kept, timings=tuple(timings))
+        if without:
+            return replace(kept, reason=f"slower here, {timings[0]}", slower=True)
+        return replace(kept, skipped=True)
+
+    def _switch(self, candidate: ModelCandidate, change: Change) -> timing.Switch:
+        before = {m: type(m) for m in change}
+        rule: Any = candidate.rule
+        prepare, back = rule.switch(candidate.model)
+
+        def on() -> None:
+            prepare()
+            for module, cls in change.items():
+                module.__dict__[_MARK] = before[module]
+                set_class(module, cls)
+
+        def off() -> None:
+            for module, cls in before.items():
+                module.__dict__.pop(_MARK, None)
+                set_class(module, cls)
+            back()
+
+        return timing.Switch(candidate.name, on, off)
