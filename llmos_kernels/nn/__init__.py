@@ -9,6 +9,7 @@ from llmos_kernels.nn.feed_forward import FeedForward
 from llmos_kernels.nn.int8 import Int8Linear, Int8MultiheadAttention
 from llmos_kernels.nn.linear import Linear
 from llmos_kernels.nn.norm import AddLayerNorm, LayerNorm, RMSNorm
+from llmos_kernels.nn.packed_transformer import TransformerDecoder, TransformerEncoder
 from llmos_kernels.nn.position import SinusoidalPositionalEncoding
 from llmos_kernels.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
@@ -23,6 +24,8 @@ __all__ = [
     "MultiheadAttention",
     "RMSNorm",
     "SinusoidalPositionalEncoding",
+    "TransformerDecoder",
     "TransformerDecoderLayer",
+    "TransformerEncoder",
     "TransformerEncoderLayer",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmos_kernels._core.registry import needs_grad
 from llmos_kernels.nn.nested import nested_like, nested_rows
+from llmos_kernels.nn.packed import PackedKeys, attend_varlen
 from llmos_kernels.ops._attention_arguments import MAX_DIM
 from llmos_kernels.ops._products import is_traced
 from llmos_kernels.ops.attention import scaled_dot_product_attention
@@ -61,6 +62,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        if isinstance(key_padding_mask, PackedKeys):
+            return self._attend_packed(query, key, value, key_padding_mask), None
         if query.is_nested or key.is_nested or value.is_nested:
             alike = query is key and key is value and not need_weights
             if alike and attn_mask is None and key_padding_mask is None:
@@ -114,6 +117,23 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if not batched:
             out, weights = out.squeeze(0), None if weights is None else weights.squeeze(0)
         return out, weights
+
+    def _attend_packed(
+        self, query: Tensor, key: Tensor, value: Tensor, packed: PackedKeys
+    ) -> Tensor:
+        """Return the output for packed inputs, [1, total, embed_dim] if ``batch_first``."""
+        parts = self._project(query, key, value)
+        q, k, v = (_by_head(p, self.num_heads, self.batch_first) for p in parts)
+        out = attend_varlen(
+            q,
+            k,
+            v,
+            packed.queries.cu_seqlens,
+            packed.keys.cu_seqlens,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=packed.is_causal,
+        ).flatten(2)
+        return project_out(self, out if self.batch_first else out.transpose(0, 1))
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Return the projections of query, key and value.

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ class Packed:
     """Where the tokens of a padded batch are. Rows are [1, total, ...].
 
     Args:
-        indices: [total], the position of each token in [batch * length, ...].
+        indices: [total], the position of each token in [batch * length, ...]; None: all are tokens.
         cu_seqlens: [batch + 1], int32.
         batch: the number of sequences.
         length: the length to which they are padded.
@@ -25,15 +25,15 @@ class Packed:
 
     __slots__ = ("batch", "cu_seqlens", "indices", "length")
 
-    def __init__(self, indices: Tensor, cu_seqlens: Tensor, batch: int, length: int) -> None:
+    def __init__(self, indices: Tensor | None, cu_seqlens: Tensor, batch: int, length: int) -> None:
         self.indices, self.cu_seqlens = indices, cu_seqlens
         self.batch, self.length = batch, length
 
     @classmethod
     def of(cls, is_token: Tensor, unless: Sequence[Tensor] = ()) -> "Packed | None":
-        """Return the pack of a mask [batch, length], True at tokens; None if it is not worth one.
+        """Return the pack of a mask [batch, length], True at tokens; None where padding is read.
 
-        That is where nothing is padding, or everything. The device is waited for once.
+        Where everything is padding there is none, either. The device is waited for once.
 
         Args:
             is_token: the mask.
@@ -42,14 +42,27 @@ class Packed:
         batch, length = is_token.shape
         indices, ends, counts = find_tokens(is_token, is_token.numel())
         total, *read = torch.stack([counts[0], *(t.long() for t in unless)]).tolist()
-        if any(read) or total in (0, batch * length):
+        if any(read) or total == 0:
             return None
+        if total == batch * length:
+            return cls.whole(batch, length, is_token.device)
         return cls(indices[:total], ends[:-1], batch, length)
+
+    @classmethod
+    def whole(cls, batch: int, length: int, device: torch.device) -> "Packed":
+        """Return the pack of a batch without padding."""
+        ends = torch.arange(0, batch * length + 1, max(length, 1), dtype=torch.int32, device=device)
+        return cls(None, ends, batch, length)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is no padding."""
+        return self.indices is None
 
     @property
     def total(self) -> int:
         """The number of tokens."""
-        return self.indices.shape[0]
+        return self.batch * self.length if self.indices is None else self.indices.shape[0]
 
     def is_padded(self, x: Any) -> bool:
         """Return whether ``x`` is a tensor [batch, length, ...]."""
@@ -57,12 +70,16 @@ class Packed:
 
     def take(self, x: Tensor) -> Tensor:
         """Return the tokens [1, total, ...] of ``x`` [batch or 1, length, ...]."""
+        if self.indices is None:
+            return x.expand(self.batch, *x.shape[1:]).reshape(1, self.total, *x.shape[2:])
         if x.shape[0] == self.batch:
             return take_tokens(x, self.indices)[None]
         return take_tokens(x, self.indices % self.length)[None]
 
     def put(self, rows: Tensor) -> Tensor:
         """Return [batch, length, ...] of rows [1, total, ...]; 0 at padding."""
+        if self.indices is None:
+            return rows.reshape(self.batch, self.length, *rows.shape[2:])
         return pad_input(rows[0], self.indices, self.batch, self.length)
 
     def padded(self, result: Any) -> Any:
@@ -75,6 +92,20 @@ class Packed:
             for name, value in list(result.items()):
                 result[name] = self.padded(value)
         return result
+
+
+class PackedKeys(NamedTuple):
+    """What attention takes in the place of a key padding mask, where its inputs are packed.
+
+    Args:
+        queries: the batch of the queries.
+        keys: the batch of the keys.
+        is_causal: whether query i of a sequence sees keys up to i alone.
+    """
+
+    queries: Packed
+    keys: Packed
+    is_causal: bool = False
 
 
 def attend_varlen(

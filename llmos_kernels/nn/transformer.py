@@ -19,6 +19,7 @@ from llmos_kernels.nn.int8 import activated
 from llmos_kernels.nn.linear import linear_parameters
 from llmos_kernels.nn.nested import nested_like, nested_rows
 from llmos_kernels.nn.norm import LayerNorm, add_and_norm
+from llmos_kernels.nn.packed import PackedKeys
 from llmos_kernels.ops._encoder_layer import LayerMasks, may_fuse
 from llmos_kernels.ops.feed_forward import feed_forward
 
@@ -127,7 +128,7 @@ class TransformerEncoderLayer(Freezable, _Layer, nn.TransformerEncoderLayer):
     def is_one_op(self, src: Tensor) -> bool:
         return self._whole(src, None) is not None
 
-    def _whole(self, src: Tensor, padding: Tensor | None) -> Tensor | None:
+    def _whole(self, src: Tensor, padding: Tensor | PackedKeys | None) -> Tensor | None:
         """Return the output by one op, or None where the parts have to be called."""
         attention = self.self_attn
         if type(self) is not TransformerEncoderLayer or type(attention) is not MultiheadAttention:
@@ -135,7 +136,11 @@ class TransformerEncoderLayer(Freezable, _Layer, nn.TransformerEncoderLayer):
         weight = getattr(self.linear1, "weight", None)
         if not isinstance(weight, Tensor):
             return None
-        if padding is None or padding.dtype == torch.bool:
+        if isinstance(padding, PackedKeys):
+            if padding.is_causal:
+                return None
+            masks = LayerMasks(cu_seqlens=padding.keys.cu_seqlens)
+        elif padding is None or padding.dtype == torch.bool:
             masks = LayerMasks(None, padding)
         elif not padding.is_floating_point():
             return None  # The attention refuses it.
