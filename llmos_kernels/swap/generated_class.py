@@ -16,7 +16,8 @@ class GeneratedClass(torch.nn.Module):
     """Base of the fused forwards that ``generate_class`` mixes into other classes.
 
     A subclass defines ``forward``.  Where its arguments are not what the fused computation takes,
-    it calls ``self._replaced.forward``.
+    it calls ``self._replaced.forward``; one whose class may replace a generated one, calls
+    ``super().forward``.
     """
 
     #: The name of the first argument of the original forward, by which it may be given.
@@ -49,7 +50,6 @@ def generate_class(
     forward: type[GeneratedClass],
     replaced: Any,
     made_by: tuple[Callable[..., type], tuple[Any, ...]],
-    same_name: bool = False,
     **members: Any,
 ) -> type:
     """Return a subclass of ``replaced`` with the ``forward`` of another class.
@@ -61,8 +61,6 @@ def generate_class(
         replaced: the original class.
         made_by: the function that calls this one, and its arguments. They are pickled in place of
             the class, so both must be picklable.
-        same_name: whether the class is called what ``replaced`` is: of a model that is looked up, or
-            saved, by the name of its class.
         members: class attributes of the new class.
 
     Returns:
@@ -77,20 +75,40 @@ def generate_class(
     _, *parameters = signature.parameters.values()
     is_named = parameters and parameters[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
     members["_first_argument"] = parameters[0].name if is_named else None
-    attributes = {"_replaced": replaced, "_made_by": made_by, "forward": own_forward, **members}
-    name = f"Fused{replaced.__name__}"
-    if same_name:
-        name = replaced.__name__
-        attributes |= {"__module__": replaced.__module__, "__qualname__": replaced.__qualname__}
+    # What a generated class replaces stays so for its own forward, if it is replaced in turn.
+    original = replaced._replaced if issubclass(replaced, GeneratedClass) else replaced
+    attributes = {"_replaced": original, "_made_by": made_by, "forward": own_forward, **members}
     # Not by calling the metaclass, whose ``__init__`` may enter the class in a user's registry.
     metaclass: Any = type(replaced)
-    return metaclass.__new__(metaclass, name, (forward, replaced), attributes)
+    return metaclass.__new__(
+        metaclass, f"Fused{replaced.__name__}", (forward, replaced), attributes
+    )
+
+
+def named_as_before(cls: Any) -> type:
+    """Return a generated class under the name of the original.
+
+    transformers looks models up, and saves them, by the names of their classes.
+    """
+    for attribute in ("__name__", "__qualname__", "__module__"):
+        setattr(cls, attribute, getattr(cls._replaced, attribute))
+    return cls
+
+
+def recipe(cls: Any) -> Any:
+    """Return what ``class_of`` makes ``cls`` of, and pickle takes."""
+    return cls._made_by if issubclass(cls, GeneratedClass) else cls
+
+
+def class_of(made_by: Any) -> type:
+    """Return the class of a ``recipe``."""
+    return made_by if isinstance(made_by, type) else made_by[0](*made_by[1])
 
 
 def checkpointed(cls: type) -> type:
     """Return a generated class whose forward transformers checkpoints, as it does the original's.
 
-    transformers wraps the forward of each subclass of its layers, and the outermost one checkpoints.
+    transformers wraps the forward of each subclass of its layers; the outermost one checkpoints.
     """
     for base in cls.__mro__:
         if base.__name__ == "GradientCheckpointingLayer":

@@ -70,10 +70,11 @@ def optimize(
             torch, such as through ``weight.data`` or NumPy, cannot be seen: the layer then computes
             with the old values. ``train()`` and ``restore`` drop the copies; copies and pickles of
             the model have none.
-        skip_padding: let encoders compute the tokens of a padded batch alone: those of transformers
-            whose attention becomes "llmos", ``nn.TransformerEncoder`` and ``nn.TransformerDecoder``.
-            The hidden states that they return are 0 at padding. It is proved on the whole model, on
-            ``inputs`` with several masks, and timed on ``inputs``.
+        skip_padding: let encoders compute the tokens of a padded batch alone, in inference and in
+            training: those of transformers whose attention becomes "llmos",
+            ``nn.TransformerEncoder`` and ``nn.TransformerDecoder``. The hidden states that they
+            return are 0 at padding. This is proved on the whole model, with several masks, and
+            timed on ``inputs``. A batch of which something reads the padding is computed with it.
 
     Returns:
         A ``Report``: ``print(report)`` summarises it, ``print(report.details())`` lists every

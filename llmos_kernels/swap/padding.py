@@ -3,18 +3,17 @@
 The modules that change get another class, after all other swaps and on top of them.
 """
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import NamedTuple
 
 from torch import nn
 
 from llmos_kernels.swap import timing
 from llmos_kernels.swap.calls import ModelRun, ModuleCall
 from llmos_kernels.swap.rules import set_class
-from llmos_kernels.swap.rules.rule import ModelCandidate, first_line
+from llmos_kernels.swap.rules.rule import first_line
 from llmos_kernels.swap.summary import Padding
 
 #: The attribute of a changed module that holds the class it had before.
@@ -25,11 +24,27 @@ _LOADERS: dict[tuple[str, str], Callable[[], "PaddingRule"]] = {}
 Change = dict[nn.Module, type]
 
 
+class PaddingCandidate(NamedTuple):
+    """One model that a ``PaddingRule`` knows.
+
+    Args:
+        name: its name in the model that is optimized; empty for that model itself.
+        model: the model.
+        rule: the rule that knows it.
+        why_not: why it has to compute padding, or an empty string.
+    """
+
+    name: str
+    model: nn.Module
+    rule: "PaddingRule"
+    why_not: str = ""
+
+
 class PaddingRule(ABC):
     """How models of one kind leave out their padding, proved on the whole model."""
 
     @abstractmethod
-    def candidates(self, model: nn.Module) -> Iterator[ModelCandidate]:
+    def candidates(self, model: nn.Module) -> Iterator[PaddingCandidate]:
         """Yield the models in ``model`` that compute padding, with why they have to if so."""
 
     @abstractmethod
@@ -67,11 +82,11 @@ def register_padding_rule(module: str, name: str, load: Callable[[], PaddingRule
     _LOADERS[module, name] = load
 
 
-def padding_candidates(model: nn.Module) -> list[ModelCandidate]:
+def padding_candidates(model: nn.Module) -> list[PaddingCandidate]:
     """Return what the rules say of the models in ``model``."""
     bases = {(c.__module__, c.__name__) for m in model.modules() for c in type(m).__mro__}
-    rules = [load() for base, load in _LOADERS.items() if base[0] in sys.modules and base in bases]
-    return [c for rule in rules for c in rule.candidates(model)]
+    loads = dict.fromkeys(load for base, load in _LOADERS.items() if base in bases)
+    return [c for load in loads for c in load().candidates(model)]
 
 
 def skips_padding(module: nn.Module) -> bool:
@@ -100,7 +115,7 @@ class PaddingChanges:
     """
 
     def __init__(
-        self, candidates: Sequence[ModelCandidate], captured: dict[nn.Module, list[ModuleCall]]
+        self, candidates: Sequence[PaddingCandidate], captured: dict[nn.Module, list[ModuleCall]]
     ) -> None:
         self.candidates, self.captured = candidates, captured
         self._switches: list[timing.Switch] = []
@@ -126,13 +141,13 @@ class PaddingChanges:
 
     def _judged(
         self,
-        candidate: ModelCandidate,
+        candidate: PaddingCandidate,
         verify: bool,
         always: bool,
         model: nn.Module,
         run: ModelRun | None,
     ) -> Padding:
-        rule: Any = candidate.rule
+        rule = candidate.rule
         calls = self.captured.get(candidate.model, [])
         kept = Padding(candidate.name, type(candidate.model).__name__, fill=rule.fill(calls))
         if candidate.why_not:
@@ -157,9 +172,9 @@ class PaddingChanges:
             return replace(kept, reason=f"slower here, {timings[0]}", slower=True)
         return replace(kept, skipped=True)
 
-    def _switch(self, candidate: ModelCandidate, change: Change) -> timing.Switch:
+    def _switch(self, candidate: PaddingCandidate, change: Change) -> timing.Switch:
         before = {m: type(m) for m in change}
-        rule: Any = candidate.rule
+        rule = candidate.rule
         prepare, back = rule.switch(candidate.model)
 
         def on() -> None:
@@ -175,3 +190,13 @@ class PaddingChanges:
             back()
 
         return timing.Switch(candidate.name, on, off)
+
+
+def _of_stacks() -> PaddingRule:
+    from llmos_kernels.swap.stack_padding import StackPaddingRule
+
+    return StackPaddingRule()
+
+
+for _name in ("TransformerEncoder", "TransformerDecoder"):
+    register_padding_rule("torch.nn.modules.transformer", _name, _of_stacks)

@@ -94,10 +94,9 @@ class Padding:
         full = "" if self.fill is None else f", {self.fill:.0%} of the positions are tokens"
         if not self.skipped:
             return f"{name} computes padding{full}: {self.reason}"
-        shown = (
-            f"{'a step' if t.backward else 'the model'} {span(t.before, t.after)} ({t.speedup:.2f}x)"
-            for t in self.timings
-        )
+        names = ("a step" if t.backward else "the model" for t in self.timings)
+        times = (f"{span(t.before, t.after)} ({t.speedup:.2f}x)" for t in self.timings)
+        shown = map(" ".join, zip(names, times, strict=True))
         return f"{name} skips padding{full}{': ' * bool(self.timings)}{', '.join(shown)}"
 
 

@@ -3,7 +3,8 @@
 A *stack* is the module whose forward calls the layers of an encoder. Where it takes hidden states
 and a mask (BERT), it is given the tokens, and a ``Packed`` in place of the mask, which reaches the
 attention "llmos" through the layers. Where it looks up the embeddings itself (BART), its layers are
-given that. What the stack returns is put back into the batch, with 0 at padding.
+given that. What the stack returns is put back into the batch, with 0 at padding. Where the model
+around a stack has embeddings that take positions, they are looked up for tokens alone.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmos_kernels.integrations.transformers.attention import (
     are_weights_collected,
@@ -22,7 +23,14 @@ from llmos_kernels.integrations.transformers.attention import (
     key_padding_of,
 )
 from llmos_kernels.nn.packed import Packed
-from llmos_kernels.swap.generated_class import GeneratedClass, checkpointed, generate_class
+from llmos_kernels.swap.generated_class import (
+    GeneratedClass,
+    checkpointed,
+    class_of,
+    generate_class,
+    named_as_before,
+    recipe,
+)
 
 #: The label that losses ignore.
 _IGNORED = -100
@@ -35,10 +43,13 @@ _READ_ALL = ("start_positions", "end_positions")
 class _Current(threading.local):
     """What is true of the call that runs in this thread."""
 
-    #: The batch whose layers run.
-    packed: Packed | None = None
     #: Whether something besides attention reads padding: None, or a bool tensor.
     read: Tensor | None = None
+    #: The batch that a model has packed for its stack; None where there is no model around the
+    #: stack, False where that has its reasons not to.
+    batch: Packed | bool | None = None
+    #: The batch whose layers run.
+    of_layers: Packed | None = None
 
 
 _current = _Current()
@@ -70,9 +81,9 @@ class PaddingReader(GeneratedClass):
     """A model whose loss may read padded positions: it looks at labels before its stack runs."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        read = _reads_padding(self.config, _named(self._replaced, args, kwargs))
+        read = _reads_padding(self.config, _named(type(self), args, kwargs))
         with _setting(read=read):
-            return self._replaced.forward(self, *args, **kwargs)
+            return super().forward(*args, **kwargs)
 
 
 def _reads_padding(config: Any, given: dict[str, Any]) -> Tensor | None:
@@ -88,6 +99,42 @@ def _reads_padding(config: Any, given: dict[str, Any]) -> Tensor | None:
     return ((labels != _IGNORED) & (mask == 0)).any()
 
 
+class PackedModel(GeneratedClass):
+    """A model that packs a batch before its embeddings are looked up, those of padding never."""
+
+    _reads_first: bool
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = _named(type(self), args, kwargs)
+        with _setting(batch=_packed(self, given, self._reads_first) or False):
+            return super().forward(*args, **kwargs)
+
+
+class PackedEmbeddings(GeneratedClass):
+    """The embeddings of a ``PackedModel``: 0 at padding."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        packed = _current.batch
+        given = _named(type(self), args, kwargs)
+        ids: Any = given.get("input_ids")
+        if not isinstance(packed, Packed) or packed.is_whole or not packed.is_padded(ids):
+            return super().forward(*args, **kwargs)
+        if given.get("position_ids") is None:
+            given["position_ids"] = _position_ids(self, ids)
+        for name in ("input_ids", "position_ids", "token_type_ids"):
+            if isinstance(given.get(name), Tensor):
+                given[name] = packed.take(given[name])
+        return packed.put(super().forward(**given))
+
+
+def _position_ids(embeddings: Any, ids: Tensor) -> Tensor:
+    """Return the positions that embeddings of transformers look up for tokens [batch, length]."""
+    create = getattr(embeddings, "create_position_ids_from_input_ids", None)
+    if create is not None:
+        return create(ids, embeddings.padding_idx)
+    return embeddings.position_ids[:, : ids.shape[1]]
+
+
 class PackedStack(GeneratedClass):
     """A stack whose layers compute tokens alone, where nothing reads what padding would give."""
 
@@ -95,24 +142,26 @@ class PackedStack(GeneratedClass):
     _has_states: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = _named(self._replaced, args, kwargs)
-        packed = _packed(self, given, self._reads_first)
+        given = _named(type(self), args, kwargs)
+        packed = _current.batch
         if packed is None:
-            return self._replaced.forward(self, *args, **kwargs)
+            packed = _packed(self, given, self._reads_first)
+        if not isinstance(packed, Packed) or packed.is_whole:
+            return super().forward(*args, **kwargs)
         if self._has_states:
             states = given.pop("hidden_states")
             given |= {"attention_mask": packed}
-            out = self._replaced.forward(self, packed.take(states), **given)
+            out = super().forward(packed.take(states), **given)
         else:
-            with _setting(packed=packed):
-                out = self._replaced.forward(self, *args, **kwargs)
+            with _setting(of_layers=packed):
+                out = super().forward(*args, **kwargs)
         for states in collected_states():
             states[:] = map(packed.padded, states)
         return packed.padded(out)
 
 
-def _packed(stack: Any, given: dict[str, Any], reads_first: bool) -> Packed | None:
-    """Return the pack of a call of ``stack``; None where its padded path has to run."""
+def _packed(module: Any, given: dict[str, Any], reads_first: bool) -> Packed | None:
+    """Return the pack of a call of a model or a stack; None where its padded path has to run."""
     if torch.compiler.is_compiling():
         return None
     mask = given.get("attention_mask")
@@ -120,7 +169,8 @@ def _packed(stack: Any, given: dict[str, Any], reads_first: bool) -> Packed | No
         return None
     if any(given.get(name) not in (None, False) for name in _PADDED_ONLY):
         return None
-    if are_weights_collected(stack):
+    config = getattr(module, "config", None)
+    if getattr(config, "output_attentions", False) or are_weights_collected(module):
         return None
     states = next((given[k] for k in _INPUTS if isinstance(given.get(k), Tensor)), None)
     if states is None:
@@ -149,14 +199,14 @@ class PackedLayer(GeneratedClass):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Before the forward, which a checkpoint runs again, when no call of the stack runs.
-        packed = _current.packed
+        packed = _current.of_layers
         if packed is not None:
             args = tuple(_given_packed(packed, a) for a in args)
             kwargs = {name: _given_packed(packed, a) for name, a in kwargs.items()}
         return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._replaced.forward(self, *args, **kwargs)
+        return super().forward(*args, **kwargs)
 
 
 def _given_packed(packed: Packed, argument: Any) -> Any:
@@ -168,41 +218,69 @@ def _given_packed(packed: Packed, argument: Any) -> Any:
     return packed.take(argument) if packed.is_padded(argument) else argument
 
 
-@functools.cache
 def padding_reader(replaced: Any) -> type:
-    """Return the drop-in subclass of ``replaced``, a model."""
-    return generate_class(PaddingReader, replaced, (padding_reader, (replaced,)), same_name=True)
+    """Return the drop-in subclass of ``replaced``, a model with a loss."""
+    return _generated(PaddingReader, recipe(replaced))
 
 
-@functools.cache
+def packed_model(replaced: Any, reads_first: bool) -> type:
+    """Return the drop-in subclass of ``replaced``, a model around a stack.
+
+    Args:
+        replaced: its class.
+        reads_first: whether a head reads position 0 of what it returns, whatever that is.
+    """
+    return _generated(PackedModel, recipe(replaced), reads_first)
+
+
+def packed_embeddings(replaced: Any) -> type:
+    """Return the drop-in subclass of ``replaced``, the embeddings of a model."""
+    return _generated(PackedEmbeddings, recipe(replaced))
+
+
 def packed_stack(replaced: Any, reads_first: bool) -> type:
     """Return the drop-in subclass of ``replaced``, a stack.
 
     Args:
         replaced: the class of the stack.
-        reads_first: whether a head reads position 0 of what it returns, whatever that is.
+        reads_first: as for ``packed_model``.
     """
-    names = _parameter_names(replaced)
-    made_by = packed_stack, (replaced, reads_first)
-    members = {"_reads_first": reads_first, "_has_states": names[0] == "hidden_states"}
-    return generate_class(PackedStack, replaced, made_by, same_name=True, **members)
+    return _generated(PackedStack, recipe(replaced), reads_first)
+
+
+def packed_layer(replaced: Any) -> type:
+    """Return the drop-in subclass of ``replaced``, a layer."""
+    return _generated(PackedLayer, recipe(replaced))
 
 
 def reading_first(cls: Any) -> type:
-    """Return the drop-in of a stack that knows of a head that reads position 0; others as given."""
-    return packed_stack(cls._replaced, True) if issubclass(cls, PackedStack) else cls
+    """Return the drop-in that knows of a head that reads position 0; others as given."""
+    _, (base, made_by, *_) = cls._made_by
+    return _generated(base, made_by, True) if base in (PackedModel, PackedStack) else cls
 
 
 @functools.cache
-def packed_layer(replaced: Any) -> type:
-    """Return the drop-in subclass of ``replaced``, a layer."""
-    made_by = packed_layer, (replaced,)
-    return checkpointed(generate_class(PackedLayer, replaced, made_by, same_name=True))
+def _generated(base: Any, made_by: Any, reads_first: bool = False) -> Any:
+    replaced: Any = class_of(made_by)
+    members: Any = {"_reads_first": reads_first}
+    if base is PackedStack:
+        members["_has_states"] = _parameter_names(replaced)[0] == "hidden_states"
+    made = generate_class(base, replaced, (_generated, (base, made_by, reads_first)), **members)
+    return checkpointed(named_as_before(made)) if base is PackedLayer else named_as_before(made)
 
 
-def why_no_stack(stack: nn.Module) -> str:
-    """Return why a module cannot be a stack, or an empty string."""
-    names = _parameter_names(type(stack))
+def why_no_stack(cls: Any) -> str:
+    """Return why a module of a class cannot be a stack, or an empty string."""
+    names = _parameter_names(cls)
     if "attention_mask" not in names or names[0] not in _INPUTS:
-        return f"{type(stack).__name__} takes neither hidden states nor tokens, with a mask"
+        return f"{cls.__name__} takes neither hidden states nor tokens, with a mask"
     return ""
+
+
+def are_packable(embeddings: Any) -> bool:
+    """Return whether a module looks up embeddings of given positions, and says which by itself."""
+    cls: Any = type(embeddings)
+    names = _parameter_names(cls)
+    known = hasattr(embeddings, "create_position_ids_from_input_ids")
+    known = known or isinstance(getattr(embeddings, "position_ids", None), Tensor)
+    return known and {"input_ids", "position_ids"} <= {*names}

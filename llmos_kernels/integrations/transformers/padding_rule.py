@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmos_kernels._core.numerics import Compared, exactly, make_gradients, with_scale
 from llmos_kernels.integrations.transformers.attention_rule import (
     TransformersAttentionRule,
     attending,
@@ -21,17 +20,20 @@ from llmos_kernels.integrations.transformers.attention_rule import (
     why_no_attention,
 )
 from llmos_kernels.integrations.transformers.padding import (
+    are_packable,
+    packed_embeddings,
     packed_layer,
+    packed_model,
     packed_stack,
     padding_reader,
     reading_first,
     why_no_stack,
 )
-from llmos_kernels.swap.calls import ModuleCall, set_training, tensors_in
-from llmos_kernels.swap.padding import Change, PaddingRule, skips_padding
-from llmos_kernels.swap.proof import DRAWS, largest_of
+from llmos_kernels.swap.calls import ModuleCall, set_training
+from llmos_kernels.swap.padding import Change, PaddingCandidate, PaddingRule, skips_padding
+from llmos_kernels.swap.padding_proof import largest_error, run
 from llmos_kernels.swap.replica import replica
-from llmos_kernels.swap.rules.rule import ModelCandidate, ancestors
+from llmos_kernels.swap.rules.rule import ancestors
 
 #: The largest batch and length of a proof.
 _BATCH, _LENGTH = 4, 64
@@ -40,7 +42,7 @@ _BATCH, _LENGTH = 4, 64
 class TransformersPaddingRule(PaddingRule):
     """Lets the encoders of Hugging Face models compute the tokens of padded batches alone."""
 
-    def candidates(self, model: nn.Module) -> Iterator[ModelCandidate]:
+    def candidates(self, model: nn.Module) -> Iterator[PaddingCandidate]:
         """Yield the outermost Hugging Face models in ``model`` that compute padding."""
         inside: set[nn.Module] = set()
         for name, module in model.named_modules():
@@ -49,22 +51,22 @@ class TransformersPaddingRule(PaddingRule):
             inside.update(module.modules())
             if skips_padding(module):
                 continue
-            shown = f"padding of {type(module).__name__}"
             why = why_no_attention(module, ancestors(model, name)) or _why_not(module)
-            yield ModelCandidate(name, module, self, shown, why)
+            yield PaddingCandidate(name, module, self, why)
 
     def change(
         self, model: Any, captured: list[ModuleCall], verify: bool
     ) -> tuple[float | None, Change]:
         right, left = _calls(model, captured)
         change = _classes(model, right)
+        # A pooler or a head may read position 0, which is padding to the left.
+        careful = {m: reading_first(cls) for m, cls in change.items()}
         if not verify:
-            return None, change
+            run(model, careful, right)
+            return None, careful
         error = _largest_error(model, change, right)
         if error <= 1 and not _largest_error(model, change, left) <= 1:
-            # A pooler or a head reads position 0, which is padding there.
-            change = {m: reading_first(cls) for m, cls in change.items()}
-            error = max(error, _largest_error(model, change, left))
+            return max(error, _largest_error(model, careful, left)), careful
         return error, change
 
     def switch(self, model: Any) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -139,39 +141,48 @@ def _classes(model: Any, call: ModuleCall) -> Change:
     set_training(copied, False)
     names_of = {m: name for name, m in copied.named_modules()}
     with chosen(copied), torch.enable_grad():  # With gradients no layer is one op.
-        names = [names_of[m] for m in attending(partial(call.on, copied))]
+        called = attending(partial(call.on, copied))
+    names = [names_of[m] for m in called if m in names_of]  # Others are copies of a tracer.
     found: Change = {}
     for name in names:
         attention = model.get_submodule(name)
         if getattr(attention, "is_causal", True):
             continue
-        stack, layer = _stack_of(model, name)
+        base, stack, layers = _stack_of(model, name)
         if stack in found or _has_decoder(stack, model, names):
             continue
-        if why := why_no_stack(stack):
+        cls: Any = type(stack)
+        if why := why_no_stack(cls):
             raise ValueError(why)
-        cls: Any = packed_stack(type(stack), False)
-        found[stack] = cls
-        if not cls._has_states:
-            for part in layer:
-                found[part] = packed_layer(type(part))
+        packed: Any = packed_stack(cls, False)
+        found[stack] = packed
+        if not packed._has_states:
+            found |= {layer: packed_layer(_class(layer)) for layer in layers}
+        embeddings = [m for m in base.children() if are_packable(m)]
+        if len(embeddings) == 1 and base is not stack:
+            found[base] = packed_model(_class(base), False)
+            found[embeddings[0]] = packed_embeddings(_class(embeddings[0]))
     if not found:
         raise ValueError("it has no encoder")
     if model not in found:
-        found[model] = padding_reader(type(model))
+        found[model] = padding_reader(_class(model))
     return found
 
 
-def _stack_of(model: nn.Module, name: str) -> tuple[nn.Module, nn.ModuleList]:
-    """Return the module whose layers contain the module ``name``, and the list of these.
+def _class(module: nn.Module) -> Any:
+    return type(module)
 
-    It is inside of the innermost model of transformers around that module.
+
+def _stack_of(model: nn.Module, name: str) -> tuple[nn.Module, nn.Module, nn.ModuleList]:
+    """Return the innermost model of transformers around the module ``name``, and its stack.
+
+    That is the module whose layers contain ``name``; the third result is the list of these.
     """
     around = [*ancestors(model, name)]
     first = max(i for i, m in enumerate(around) if isinstance(m, PreTrainedModel))
     for outer, inner in zip(around[first:], around[first + 1 :], strict=False):
         if isinstance(inner, nn.ModuleList):
-            return outer, inner
+            return around[first], outer, inner
     raise ValueError(f"{name} is in no list of layers")
 
 
@@ -182,44 +193,12 @@ def _has_decoder(stack: nn.Module, model: nn.Module, names: list[str]) -> bool:
     return any(m in inside and getattr(m, "is_causal", True) for m in modules)
 
 
-def _largest_error(model: Any, classes: Change, call: ModuleCall) -> float:
-    """Return the largest error of outputs and gradients at tokens over its budget, in eval mode."""
-    exact, stock = replica(model, dtype=torch.float64), replica(model)
-    ours = replica(model, classes.get(model), classes=classes)
-
-    def results(call: ModuleCall, draw: int) -> Compared | None:
-        with chosen(model):  # All copies share the config.
-            expected = _at_tokens(exact, call, draw, torch.float64)
-            eager = _at_tokens(stock, call, draw)
-            actual = _at_tokens(ours, call, draw)
-        if not [len(r) for r in actual] == [len(r) for r in eager] == [len(r) for r in expected]:
-            return None
-        outputs, gradients = (
-            list(zip(*each, strict=True)) for each in zip(actual, expected, eager, strict=True)
-        )
-        compared = [*outputs, *with_scale(gradients)]
-        return {f"result {i}": triple for i, triple in enumerate(compared)}
-
-    draws = (results(call, draw) for draw in range(2, DRAWS + 2))
-    return largest_of(results(call, 1), draws)
+def _largest_error(model: Any, change: Change, call: ModuleCall) -> float:
+    with chosen(model):  # All copies share the config.
+        return largest_error(model, change, call, _at_tokens)
 
 
-def _at_tokens(
-    model: nn.Module, call: ModuleCall, draw: int, dtype: torch.dtype | None = None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the floating point results of ``model`` at tokens, and gradients of parameters."""
-    set_training(model, False)
+def _at_tokens(call: ModuleCall, results: list[Tensor]) -> list[Tensor]:
+    """Return those of the results that have a place for each position at tokens alone."""
     mask: Any = _mask_of(call)
-    given = call.map(lambda t: t.to(dtype) if dtype and t.is_floating_point() else t)
-    with torch.enable_grad():
-        with exactly(dtype):
-            result = given.on(model)
-        found = [t[mask != 0] if t.shape[:2] == mask.shape else t for t in tensors_in(result)]
-        outputs = [t for t in found if t.requires_grad]
-        if not outputs:
-            raise ValueError("it returns no tensors that depend on its parameters")
-        drawn = make_gradients([t.detach().double() for t in outputs], draw)
-        drawn = [g.to(t.dtype) for g, t in zip(drawn, outputs, strict=True)]
-        parameters = [p for p in model.parameters() if p.is_floating_point()]
-        gradients = torch.autograd.grad(outputs, parameters, drawn, allow_unused=True)
-    return [t.detach() for t in found], [g for g in gradients if g is not None]
+    return [t[mask != 0] if t.shape[:2] == mask.shape else t for t in results]

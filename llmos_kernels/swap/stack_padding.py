@@ -1,0 +1,92 @@
+"""The rule of ``optimize(skip_padding=True)`` for the stacks of torch."""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmos_kernels.nn.packed_transformer import STACKS, why_not
+from llmos_kernels.swap.calls import ModuleCall
+from llmos_kernels.swap.padding import Change, PaddingCandidate, PaddingRule
+from llmos_kernels.swap.padding_proof import largest_error
+from llmos_kernels.swap.rules.rule import (
+    ancestors,
+    example_batch,
+    tensor_options,
+    why_untouchable,
+)
+
+#: The key padding masks that say where a stack's own tokens are, and all such masks.
+_OWN = ("src_key_padding_mask", "tgt_key_padding_mask")
+_PADDING = (*_OWN, "memory_key_padding_mask")
+
+
+class StackPaddingRule(PaddingRule):
+    """Lets ``nn.TransformerEncoder`` and ``nn.TransformerDecoder`` compute tokens alone."""
+
+    def candidates(self, model: nn.Module) -> Iterator[PaddingCandidate]:
+        """Yield the stacks in ``model``."""
+        for name, module in model.named_modules():
+            if type(module) in STACKS:
+                why = why_untouchable(module, ancestors(model, name))
+                yield PaddingCandidate(name, module, self, why)
+
+    def change(
+        self, model: Any, captured: list[ModuleCall], verify: bool
+    ) -> tuple[float | None, Change]:
+        if why := why_not(model):
+            raise ValueError(why)
+        change: Change = {model: STACKS[type(model)]}
+        if not verify:
+            return None, change
+        padded = [c for c in captured if _masks_of(model, c)]
+        if captured and not padded:
+            raise ValueError("inputs have no padding here")
+        call = padded[0] if padded else _example_call(model)
+        return largest_error(model, change, call, lambda c, out: _at_tokens(model, c, out)), change
+
+    def fill(self, captured: list[ModuleCall]) -> float | None:
+        masks = [m for call in captured for m in call.kwargs.items() if m[0] in _PADDING]
+        given = [m for _, m in masks if isinstance(m, Tensor)]
+        hidden = [m if m.dtype == torch.bool else m == float("-inf") for m in given]
+        positions = sum(m.numel() for m in hidden)
+        return 1 - sum(int(m.sum()) for m in hidden) / positions if positions else None
+
+
+def _masks_of(stack: nn.Module, call: ModuleCall) -> dict[str, Any]:
+    """Return the padding masks of a call that are tensors, by their names."""
+    given = inspect.signature(stack.forward).bind(*call.args, **call.kwargs).arguments
+    return {k: given[k] for k in _PADDING if isinstance(given.get(k), Tensor)}
+
+
+def _at_tokens(stack: Any, call: ModuleCall, results: list[Tensor]) -> list[Tensor]:
+    """Return the result of a stack at tokens."""
+    masks = _masks_of(stack, call)
+    mask = next((masks[name] for name in _OWN if name in masks), None)
+    if mask is None:
+        return results
+    hidden = mask if mask.dtype == torch.bool else mask == float("-inf")
+    first = stack.layers[0].self_attn.batch_first
+    return [t[~hidden] if first else t.transpose(0, 1)[~hidden] for t in results]
+
+
+def _example_call(stack: Any) -> ModuleCall:
+    """Return a call with random inputs and key padding."""
+    batch, length = example_batch(None)
+    options = tensor_options(stack)
+    attention = stack.layers[0].self_attn
+
+    def draw(length: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(batch, length, attention.embed_dim, **options)
+        lengths = torch.randint(1, length + 1, (batch, 1), device=x.device)
+        padding = torch.arange(length, device=x.device) >= lengths
+        return (x if attention.batch_first else x.transpose(0, 1)), padding
+
+    x, padding = draw(length)
+    if isinstance(stack, nn.TransformerEncoder):
+        return ModuleCall((x,), {"src_key_padding_mask": padding})
+    memory, memory_padding = draw(length + 2)
+    given = {"tgt_key_padding_mask": padding, "memory_key_padding_mask": memory_padding}
+    return ModuleCall((x, memory), given)
