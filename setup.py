@@ -101,8 +101,9 @@ def pack_modules() -> str:
     wanted = os.environ.get("LLMOS_BUILD_PACK", "")
     if wanted in ("", "0") or SANITIZE:
         return ""
-    files = (ROOT / "llmos_kernels" / "_triton").glob("*/*.py")
-    known = {f"{f.parent.name}.{f.stem}" for f in files if "\ndef variants(" in f.read_text()}
+    folder = ROOT / "llmos_kernels" / "_triton"
+    files = [f for f in folder.glob("**/*.py") if "\ndef variants(" in f.read_text()]
+    known = {".".join(f.relative_to(folder).with_suffix("").parts) for f in files}
     modules = wanted.replace(",", " ").split()
     if wanted != "1" and (unknown := [name for name in modules if name not in known]):
         raise SystemExit(

@@ -212,7 +212,6 @@ def unpad_input(
         >>> tokens, indices, cu_seqlens, _ = unpad_input(x, mask)
         >>> tokens.shape, cu_seqlens.tolist()
         (torch.Size([107, 512]), [0, 90, 107])
-        >>> y = pad_input(torch.nn.functional.gelu(tokens), indices, 2, 128)
     """
     _check_mask(mask)
     if x.shape[:2] != mask.shape:
@@ -256,9 +255,10 @@ def pad_input(
             for: they leave out what is outside.
 
     Example:
+        >>> x, mask = torch.randn(2, 128, 512), torch.arange(128) < torch.tensor([[90], [17]])
         >>> tokens, indices, *_ = unpad_input(x, mask)
-        >>> pad_input(tokens, indices, *mask.shape).shape == x.shape
-        True
+        >>> pad_input(torch.nn.functional.gelu(tokens), indices, *mask.shape).shape
+        torch.Size([2, 128, 512])
     """
     if tokens.ndim < 1 or indices.shape != tokens.shape[:1]:
         raise ValueError(

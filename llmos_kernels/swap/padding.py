@@ -190,13 +190,3 @@ class PaddingChanges:
             back()
 
         return timing.Switch(candidate.name, on, off)
-
-
-def _of_stacks() -> PaddingRule:
-    from llmos_kernels.swap.stack_padding import StackPaddingRule
-
-    return StackPaddingRule()
-
-
-for _name in ("TransformerEncoder", "TransformerDecoder"):
-    register_padding_rule("torch.nn.modules.transformer", _name, _of_stacks)

@@ -220,7 +220,7 @@ def attention_mask(*, q_length: int, **options: Any) -> Tensor | None:
         from one query where all of them see the same keys, so that ``attention`` can tell.
 
     Example:
-        >>> attention_mask(batch_size=2, q_length=3, kv_length=3).shape
+        >>> attention_mask(batch_size=2, q_length=3, kv_length=3, allow_is_causal_skip=False).shape
         torch.Size([2, 1, 3, 3])
     """
     plain = options.get("mask_function") is bidirectional_mask_function
