@@ -231,6 +231,11 @@ def test_architecture(op, size, dtype, direction, provider, side_by_side):
 def step(stock, model, given):
     """Run forward and backward; the loss is the mean square of the states without padding."""
     stock.zero_grad()
+    add_gradients(stock, model, given)
+
+
+def add_gradients(stock, model, given):
+    """Run forward and backward, and add to the gradients that are there."""
     filled(stock, given, model(*given)).float().square().mean().backward()
 
 

@@ -116,3 +116,47 @@ def test_two_processes(tmp_path):
         assert [p.wait(timeout=120) for p in ranks] == [0, 0]
         found.append(torch.load(names["out"]))
     torch.testing.assert_close(*found, atol=1e-6, rtol=1e-4)
+
+
+def test_the_example_runs(sentences):
+    example = pathlib.Path(__file__).parents[2] / "docs" / "examples" / "embed_and_fine_tune.py"
+    done = subprocess.run(
+        [sys.executable, str(example), "--quick"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "BertModel (0.auto_model) skips padding" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("train, as they come")
+
+
+@pytest.mark.parametrize("first", ["quantize", "optimize"])
+def test_int8_before_and_after(first, packs):
+    torch.manual_seed(0)
+    model = model_of("bert", "BertModel")().eval()
+    given = {k: v for k, v in collated(texts(4)).items() if k != "labels"}
+    mask = given["attention_mask"].bool()
+    expected = model(**given)[0][mask]
+    steps = {
+        "quantize": lambda: lk.quantize(model, always=True),
+        "optimize": lambda: lk.optimize(model, verify=False, skip_padding=True),
+    }
+    for step in (first, *(name for name in steps if name != first)):
+        steps[step]()
+    packs.clear()
+    with torch.no_grad():
+        out = model(**given)[0]
+    assert packs and not out[~mask].any()
+    torch.testing.assert_close(out[mask], expected, rtol=0.1, atol=0.1)
+
+
+def test_autocast(packs):
+    torch.manual_seed(0)
+    model = model_of("bert", "BertModel")().eval()
+    given = {k: v for k, v in collated(texts(4)).items() if k != "labels"}
+    mask = given["attention_mask"].bool()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(**given)[0][mask]
+        lk.optimize(model, verify=False, skip_padding=True)
+        packs.clear()
+        out = model(**given)[0]
+    assert packs and out.dtype == expected.dtype
+    torch.testing.assert_close(out[mask], expected, rtol=0.05, atol=0.05)
