@@ -256,6 +256,14 @@ class ModelRun:
             self._put_back()
         return any(g is not None for g in gradients)
 
+    def results(self) -> list[Tensor]:
+        """Run the model without gradients; return the floating point tensors of its result."""
+        try:
+            with torch.no_grad():
+                return list(tensors_in(self.call.copied().on(self.model)))
+        finally:
+            self._put_back()
+
     def _put_back(self) -> None:
         with torch.no_grad():
             for i, (buffers, name, buffer, before) in enumerate(self._buffers):

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from llmos_kernels.swap import timing
-from llmos_kernels.swap.calls import ModelRun, ModuleCall
+from llmos_kernels.swap.calls import ModelRun, ModuleCall, evaluating
 from llmos_kernels.swap.rules import set_class
 from llmos_kernels.swap.rules.rule import first_line
 from llmos_kernels.swap.summary import Padding
@@ -49,7 +50,7 @@ class PaddingRule(ABC):
 
     @abstractmethod
     def change(
-        self, model: nn.Module, captured: list[ModuleCall], verify: bool
+        self, model: nn.Module, captured: list[ModuleCall], verify: bool, is_whole: bool
     ) -> tuple[float | None, Change]:
         """Return the largest error over its budget, and the new class of each module that changes.
 
@@ -57,6 +58,8 @@ class PaddingRule(ABC):
             model: the model of a candidate.
             captured: how it was called when the user's inputs ran; empty without such inputs.
             verify: whether it is proved; else the error is None.
+            is_whole: whether the model is all that is optimized: nothing around it reads its
+                results.
 
         Raises:
             ValueError: the model cannot be changed; the message is the reason.
@@ -67,8 +70,8 @@ class PaddingRule(ABC):
         return (lambda: None), (lambda: None)
 
     @abstractmethod
-    def fill(self, captured: list[ModuleCall]) -> float | None:
-        """Return which part of the positions of the calls are tokens; None if nothing says so."""
+    def is_token(self, model: nn.Module, call: ModuleCall) -> Tensor | None:
+        """Return bool [batch, length], True where a call has tokens; None if it does not say."""
 
 
 def register_padding_rule(module: str, name: str, load: Callable[[], PaddingRule]) -> None:
@@ -149,11 +152,15 @@ class PaddingChanges:
     ) -> Padding:
         rule = candidate.rule
         calls = self.captured.get(candidate.model, [])
-        kept = Padding(candidate.name, type(candidate.model).__name__, fill=rule.fill(calls))
+        masks = [m for c in calls if (m := rule.is_token(candidate.model, c)) is not None]
+        positions = sum(m.numel() for m in masks)
+        fill = sum(int(m.sum()) for m in masks) / positions if positions else None
+        kept = Padding(candidate.name, type(candidate.model).__name__, fill=fill)
         if candidate.why_not:
             return replace(kept, reason=candidate.why_not)
         try:
-            error, change = rule.change(candidate.model, calls, verify)
+            is_whole = candidate.model is model
+            error, change = rule.change(candidate.model, calls, verify, is_whole)
         except Exception as e:  # Whatever a user's model raises is a reason to keep it.
             why = first_line(e) or type(e).__name__
             shown = why if type(e) is ValueError else f"{type(e).__name__}: {why}"
@@ -166,6 +173,8 @@ class PaddingChanges:
         if not verify or run is None:
             switch.on()
             return replace(kept, skipped=True)
+        if not is_whole and _differs(model, run, switch, masks):
+            return replace(kept, reason="what is around it reads padded positions")
         timings, without = timing.of_model(model, run, [switch], search=not always)
         kept = replace(kept, timings=tuple(timings))
         if without:
@@ -190,3 +199,44 @@ class PaddingChanges:
             back()
 
         return timing.Switch(candidate.name, on, off)
+
+
+def _differs(
+    model: nn.Module, run: ModelRun, switch: timing.Switch, masks: Sequence[Tensor]
+) -> bool:
+    """Return whether a model returns other values with a switch on: not of rounding, at tokens.
+
+    The switch is off then. ``masks`` are those of tokens in its inputs.
+    """
+
+    def results() -> list[Tensor]:
+        with evaluating(model):
+            found = run.results()
+        return [_at_tokens(t, masks) for t in found]
+
+    before = results()
+    switch.on()
+    try:
+        after = results()
+    finally:
+        switch.off()
+    pairs = zip(before, after, strict=True)
+    return len(before) != len(after) or not all(_is_close(b, a) for b, a in pairs)
+
+
+def _at_tokens(result: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """Return a result at tokens, if it has a place for each position of one of the masks."""
+    for mask in masks:
+        for is_token in (mask, mask.T):
+            if result.shape[:2] == is_token.shape:
+                return result[is_token]
+    return result
+
+
+def _is_close(before: Tensor, after: Tensor) -> bool:
+    """Return whether two results are equal but for rounding; what reads padding differs by more."""
+    if before.shape != after.shape:
+        return False
+    scale = before.nan_to_num(0.0).abs().max() if before.numel() else 0.0
+    limit = max(1e-3, 8 * torch.finfo(before.dtype).eps) * float(scale)
+    return torch.allclose(before, after, rtol=0.0, atol=limit, equal_nan=True)

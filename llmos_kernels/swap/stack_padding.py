@@ -34,7 +34,7 @@ class StackPaddingRule(PaddingRule):
                 yield PaddingCandidate(name, module, self, why)
 
     def change(
-        self, model: Any, captured: list[ModuleCall], verify: bool
+        self, model: Any, captured: list[ModuleCall], verify: bool, is_whole: bool
     ) -> tuple[float | None, Change]:
         if why := why_not(model):
             raise ValueError(why)
@@ -47,12 +47,15 @@ class StackPaddingRule(PaddingRule):
         call = padded[0] if padded else _example_call(model)
         return largest_error(model, change, call, lambda c, out: _at_tokens(model, c, out)), change
 
-    def fill(self, captured: list[ModuleCall]) -> float | None:
-        masks = [m for call in captured for m in call.kwargs.items() if m[0] in _PADDING]
-        given = [m for _, m in masks if isinstance(m, Tensor)]
-        hidden = [m if m.dtype == torch.bool else m == float("-inf") for m in given]
-        positions = sum(m.numel() for m in hidden)
-        return 1 - sum(int(m.sum()) for m in hidden) / positions if positions else None
+    def is_token(self, model: Any, call: ModuleCall) -> Tensor | None:
+        masks = _masks_of(model, call)
+        own = next((masks[name] for name in _OWN if name in masks), None)
+        return None if own is None else ~_hidden(own)
+
+
+def _hidden(mask: Tensor) -> Tensor:
+    """Return a key padding mask as bool, True where a key is ignored."""
+    return mask if mask.dtype == torch.bool else mask == float("-inf")
 
 
 def _masks_of(stack: nn.Module, call: ModuleCall) -> dict[str, Any]:
@@ -63,13 +66,11 @@ def _masks_of(stack: nn.Module, call: ModuleCall) -> dict[str, Any]:
 
 def _at_tokens(stack: Any, call: ModuleCall, results: list[Tensor]) -> list[Tensor]:
     """Return the result of a stack at tokens."""
-    masks = _masks_of(stack, call)
-    mask = next((masks[name] for name in _OWN if name in masks), None)
-    if mask is None:
+    is_token = StackPaddingRule().is_token(stack, call)
+    if is_token is None:
         return results
-    hidden = mask if mask.dtype == torch.bool else mask == float("-inf")
     first = stack.layers[0].self_attn.batch_first
-    return [t[~hidden] if first else t.transpose(0, 1)[~hidden] for t in results]
+    return [t[is_token] if first else t.transpose(0, 1)[is_token] for t in results]
 
 
 def _example_call(stack: Any) -> ModuleCall:

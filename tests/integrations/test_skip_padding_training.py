@@ -124,7 +124,7 @@ def test_the_example_runs(sentences):
         [sys.executable, str(example), "--quick"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert "BertModel (0.auto_model) skips padding" in done.stdout
+    assert "BertModel (0.model) skips padding" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("train, as they come")
 
 
@@ -160,3 +160,67 @@ def test_autocast(packs):
         out = model(**given)[0]
     assert packs and out.dtype == expected.dtype
     torch.testing.assert_close(out[mask], expected, rtol=0.05, atol=0.05)
+
+
+class Around(nn.Module):
+    """A model of a user's, with a head that reads what it likes."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.encoder = model_of("bert", "BertModel")()
+        self.read = read
+
+    def forward(self, input_ids, attention_mask):
+        return self.read(self.encoder(input_ids, attention_mask)[0], attention_mask)
+
+
+READS = {
+    "first": (lambda x, mask: x[:, 0], True),
+    "mean of tokens": (lambda x, mask: (x * mask[..., None]).sum(1) / mask.sum(1)[:, None], True),
+    "states": (lambda x, mask: x, True),
+    "mean of all": (lambda x, mask: x.mean(1), False),
+    "last": (lambda x, mask: x[:, -1], False),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_what_is_around_a_model(name, packs):
+    torch.manual_seed(0)
+    read, may_skip = READS[name]
+    model = Around(read).eval()
+    given = {k: v for k, v in collated(texts(4)).items() if k != "labels"}
+    mask = given["attention_mask"].bool()
+    (padding,) = lk.optimize(model, inputs=given, skip_padding=True, always=True).padding
+    assert padding.skipped == may_skip
+    assert may_skip or padding.reason == "what is around it reads padded positions"
+    packs.clear()
+    model(**given)
+    assert bool(packs) == may_skip
+    # To the left, position 0 is padding: it may be read, so nothing is skipped.
+    packs.clear()
+    model(given["input_ids"].flip(1), mask.flip(1))
+    assert not packs
+
+
+def test_arguments_by_position(packs):
+    model = model_of("bert", "BertModel")().eval()
+    given = collated(texts(4))
+    inputs = given["input_ids"], given["attention_mask"]
+    (padding,) = lk.optimize(model, inputs=inputs, skip_padding=True, always=True).padding
+    assert padding.skipped and padding.fill < 1
+    packs.clear()
+    model(*inputs)
+    assert packs
+
+
+def test_compiled_models_compute_padding():
+    torch.manual_seed(0)
+    model = model_of("bert", "BertModel")().eval()
+    given = {k: v for k, v in collated(texts(4)).items() if k != "labels"}
+    with torch.no_grad():
+        expected = model(**given)[0]
+        lk.optimize(model, verify=False, skip_padding=True)
+        torch._dynamo.reset()
+        out = torch.compile(model, backend="eager")(**given)[0]
+    mask = given["attention_mask"].bool()
+    torch.testing.assert_close(out[mask], expected[mask], atol=1e-5, rtol=1e-4)

@@ -72,7 +72,7 @@ def _parameter_names(cls: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
-def _named(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def named(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call of a forward by name."""
     return dict(zip(_parameter_names(cls), args, strict=False)) | kwargs
 
@@ -81,7 +81,9 @@ class PaddingReader(GeneratedClass):
     """A model whose loss may read padded positions: it looks at labels before its stack runs."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        read = _reads_padding(self.config, _named(type(self), args, kwargs))
+        if torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        read = _reads_padding(self.config, named(type(self), args, kwargs))
         with _setting(read=read):
             return super().forward(*args, **kwargs)
 
@@ -105,7 +107,9 @@ class PackedModel(GeneratedClass):
     _reads_first: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = _named(type(self), args, kwargs)
+        if torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        given = named(type(self), args, kwargs)
         with _setting(batch=_packed(self, given, self._reads_first) or False):
             return super().forward(*args, **kwargs)
 
@@ -114,8 +118,10 @@ class PackedEmbeddings(GeneratedClass):
     """The embeddings of a ``PackedModel``: 0 at padding."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
         packed = _current.batch
-        given = _named(type(self), args, kwargs)
+        given = named(type(self), args, kwargs)
         ids: Any = given.get("input_ids")
         if not isinstance(packed, Packed) or packed.is_whole or not packed.is_padded(ids):
             return super().forward(*args, **kwargs)
@@ -142,7 +148,9 @@ class PackedStack(GeneratedClass):
     _has_states: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = _named(type(self), args, kwargs)
+        if torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        given = named(type(self), args, kwargs)
         packed = _current.batch
         if packed is None:
             packed = _packed(self, given, self._reads_first)
@@ -150,6 +158,8 @@ class PackedStack(GeneratedClass):
             return super().forward(*args, **kwargs)
         if self._has_states:
             states = given.pop("hidden_states")
+            if not packed.is_padded(states):
+                return super().forward(*args, **kwargs)
             given |= {"attention_mask": packed}
             out = super().forward(packed.take(states), **given)
         else:
@@ -162,8 +172,6 @@ class PackedStack(GeneratedClass):
 
 def _packed(module: Any, given: dict[str, Any], reads_first: bool) -> Packed | None:
     """Return the pack of a call of a model or a stack; None where its padded path has to run."""
-    if torch.compiler.is_compiling():
-        return None
     mask = given.get("attention_mask")
     if not isinstance(mask, Tensor):
         return None
@@ -201,7 +209,7 @@ class PackedLayer(GeneratedClass):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Before the forward, which a checkpoint runs again, when no call of the stack runs.
-        packed = _current.of_layers
+        packed = None if torch.compiler.is_compiling() else _current.of_layers
         if packed is not None:
             args = tuple(_given_packed(packed, a) for a in args)
             kwargs = {name: _given_packed(packed, a) for name, a in kwargs.items()}

@@ -21,6 +21,7 @@ from llmos_kernels.integrations.transformers.attention_rule import (
 )
 from llmos_kernels.integrations.transformers.padding import (
     are_packable,
+    named,
     packed_embeddings,
     packed_layer,
     packed_model,
@@ -55,30 +56,27 @@ class TransformersPaddingRule(PaddingRule):
             yield PaddingCandidate(name, module, self, why)
 
     def change(
-        self, model: Any, captured: list[ModuleCall], verify: bool
+        self, model: Any, captured: list[ModuleCall], verify: bool, is_whole: bool
     ) -> tuple[float | None, Change]:
         right, left = _calls(model, captured)
         change = _classes(model, right)
-        # A pooler or a head may read position 0, which is padding to the left.
+        # A pooler or a head, or what is around the model, may read position 0, which is padding to
+        # the left.
         careful = {m: reading_first(cls) for m, cls in change.items()}
         if not verify:
             run(model, careful, right)
             return None, careful
         error = _largest_error(model, change, right)
-        if error <= 1 and not _largest_error(model, change, left) <= 1:
+        if not is_whole or (error <= 1 and not _largest_error(model, change, left) <= 1):
             return max(error, _largest_error(model, careful, left)), careful
         return error, change
 
     def switch(self, model: Any) -> tuple[Callable[[], None], Callable[[], None]]:
         return TransformersAttentionRule().switch(model)
 
-    def fill(self, captured: list[ModuleCall]) -> float | None:
-        masks = [call.kwargs.get("attention_mask") for call in captured]
-        counts = [(int((m != 0).sum()), m.numel()) for m in masks if isinstance(m, Tensor)]
-        if not counts:
-            return None
-        tokens, positions = map(sum, zip(*counts, strict=True))
-        return tokens / positions
+    def is_token(self, model: Any, call: ModuleCall) -> Tensor | None:
+        mask = _mask_of(_by_name(model, call))
+        return None if mask is None else mask != 0
 
 
 def _why_not(model: Any) -> str:
@@ -96,7 +94,8 @@ def _calls(model: Any, captured: list[ModuleCall]) -> list[ModuleCall]:
     Raises:
         ValueError: the captured calls have no mask.
     """
-    call = next((c for c in captured if _mask_of(c) is not None), None)
+    calls = [_by_name(model, c) for c in captured]
+    call = next((c for c in calls if _mask_of(c) is not None), None)
     if call is None:
         if captured:
             raise ValueError("inputs have no attention_mask [batch, length]")
@@ -115,6 +114,11 @@ def _calls(model: Any, captured: list[ModuleCall]) -> list[ModuleCall]:
     if batch == 1:
         right = columns[None] < max(1, length - 1)
     return [_masked(call, is_token.to(mask.dtype)) for is_token in (right, right.flip(1))]
+
+
+def _by_name(model: Any, call: ModuleCall) -> ModuleCall:
+    """Return the call with all arguments by name."""
+    return ModuleCall(kwargs=named(type(model), call.args, call.kwargs))
 
 
 def _mask_of(call: ModuleCall) -> Tensor | None:
