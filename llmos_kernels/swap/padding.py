@@ -25,6 +25,10 @@ _LOADERS: dict[tuple[str, str], Callable[[], "PaddingRule"]] = {}
 Change = dict[nn.Module, type]
 
 
+class CannotSkipError(ValueError):
+    """A model cannot leave out its padding; the message is the reason."""
+
+
 class PaddingCandidate(NamedTuple):
     """One model that a ``PaddingRule`` knows.
 
@@ -62,7 +66,7 @@ class PaddingRule(ABC):
                 results.
 
         Raises:
-            ValueError: the model cannot be changed; the message is the reason.
+            CannotSkipError: the model cannot be changed.
         """
 
     def switch(self, model: nn.Module) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -163,7 +167,7 @@ class PaddingChanges:
             error, change = rule.change(candidate.model, calls, verify, is_whole)
         except Exception as e:  # Whatever a user's model raises is a reason to keep it.
             why = first_line(e) or type(e).__name__
-            shown = why if type(e) is ValueError else f"{type(e).__name__}: {why}"
+            shown = why if isinstance(e, CannotSkipError) else f"{type(e).__name__}: {why}"
             return replace(kept, reason=shown)
         kept = replace(kept, error=error)
         if error is not None and not error <= 1:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llmos_kernels.nn.packed_transformer import STACKS, why_not
 from llmos_kernels.swap.calls import ModuleCall
-from llmos_kernels.swap.padding import Change, PaddingCandidate, PaddingRule
+from llmos_kernels.swap.padding import CannotSkipError, Change, PaddingCandidate, PaddingRule
 from llmos_kernels.swap.padding_proof import largest_error
 from llmos_kernels.swap.rules.rule import (
     ancestors,
@@ -37,13 +37,13 @@ class StackPaddingRule(PaddingRule):
         self, model: Any, captured: list[ModuleCall], verify: bool, is_whole: bool
     ) -> tuple[float | None, Change]:
         if why := why_not(model):
-            raise ValueError(why)
+            raise CannotSkipError(why)
         change: Change = {model: STACKS[type(model)]}
         if not verify:
             return None, change
         padded = [c for c in captured if _masks_of(model, c)]
         if captured and not padded:
-            raise ValueError("inputs have no padding here")
+            raise CannotSkipError("inputs have no padding here")
         call = padded[0] if padded else _example_call(model)
         return largest_error(model, change, call, lambda c, out: _at_tokens(model, c, out)), change
 

@@ -31,7 +31,13 @@ from llmos_kernels.integrations.transformers.padding import (
     why_no_stack,
 )
 from llmos_kernels.swap.calls import ModuleCall, set_training
-from llmos_kernels.swap.padding import Change, PaddingCandidate, PaddingRule, skips_padding
+from llmos_kernels.swap.padding import (
+    CannotSkipError,
+    Change,
+    PaddingCandidate,
+    PaddingRule,
+    skips_padding,
+)
 from llmos_kernels.swap.padding_proof import largest_error, run
 from llmos_kernels.swap.replica import replica
 from llmos_kernels.swap.rules.rule import ancestors
@@ -92,13 +98,13 @@ def _calls(model: Any, captured: list[ModuleCall]) -> list[ModuleCall]:
     """Return a call whose padding is to the right, with holes, and one with it to the left.
 
     Raises:
-        ValueError: the captured calls have no mask.
+        CannotSkipError: the captured calls have no mask.
     """
     calls = [_by_name(model, c) for c in captured]
     call = next((c for c in calls if _mask_of(c) is not None), None)
     if call is None:
         if captured:
-            raise ValueError("inputs have no attention_mask [batch, length]")
+            raise CannotSkipError("inputs have no attention_mask [batch, length]")
         call = example_calls(model, _BATCH, _LENGTH // 4)[1]
     mask: Any = _mask_of(call)
     shape, part = mask.shape, (slice(_BATCH), slice(_LENGTH))
@@ -139,7 +145,7 @@ def _classes(model: Any, call: ModuleCall) -> Change:
     """Return the new class of each module that changes.
 
     Raises:
-        ValueError: the model has no encoder, or one whose layers are not found.
+        CannotSkipError: the model has no encoder, or one whose layers are not found.
     """
     copied = replica(model)
     set_training(copied, False)
@@ -157,7 +163,7 @@ def _classes(model: Any, call: ModuleCall) -> Change:
             continue
         cls: Any = type(stack)
         if why := why_no_stack(cls):
-            raise ValueError(why)
+            raise CannotSkipError(why)
         packed: Any = packed_stack(cls, False)
         found[stack] = packed
         if not packed._has_states:
@@ -167,7 +173,7 @@ def _classes(model: Any, call: ModuleCall) -> Change:
             found[base] = packed_model(_class(base), False)
             found[embeddings[0]] = packed_embeddings(_class(embeddings[0]))
     if not found:
-        raise ValueError("it has no encoder")
+        raise CannotSkipError("it has no encoder")
     if model not in found:
         found[model] = padding_reader(_class(model))
     return found
@@ -187,7 +193,7 @@ def _stack_of(model: nn.Module, name: str) -> tuple[nn.Module, nn.Module, nn.Mod
     for outer, inner in zip(around[first:], around[first + 1 :], strict=False):
         if isinstance(inner, nn.ModuleList):
             return around[first], outer, inner
-    raise ValueError(f"{name} is in no list of layers")
+    raise CannotSkipError(f"{name} is in no list of layers")
 
 
 def _has_decoder(stack: nn.Module, model: nn.Module, names: list[str]) -> bool:
