@@ -9,7 +9,11 @@ from llmos_kernels.nn.feed_forward import FeedForward
 from llmos_kernels.nn.int8 import Int8Linear, Int8MultiheadAttention
 from llmos_kernels.nn.linear import Linear
 from llmos_kernels.nn.norm import AddLayerNorm, LayerNorm, RMSNorm
-from llmos_kernels.nn.packed_transformer import TransformerDecoder, TransformerEncoder
+from llmos_kernels.nn.packed_transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerEncoder,
+)
 from llmos_kernels.nn.position import SinusoidalPositionalEncoding
 from llmos_kernels.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
@@ -24,6 +28,7 @@ __all__ = [
     "MultiheadAttention",
     "RMSNorm",
     "SinusoidalPositionalEncoding",
+    "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",
     "TransformerEncoder",

@@ -70,6 +70,10 @@ class Packed:
 
     def take(self, x: Tensor) -> Tensor:
         """Return the tokens [1, total, ...] of ``x`` [batch or 1, length, ...]."""
+        if x.shape[0] not in (1, self.batch) or x.shape[1] != self.length:
+            raise ValueError(
+                f"expected [{self.batch} or 1, {self.length}, ...], got {list(x.shape)}"
+            )
         if self.indices is None:
             return x.expand(self.batch, *x.shape[1:]).reshape(1, self.total, *x.shape[2:])
         if x.shape[0] == self.batch:

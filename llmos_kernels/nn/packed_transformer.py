@@ -3,6 +3,8 @@
 Source of the layers: Vaswani et al. 2017, arXiv:1706.03762.
 """
 
+import inspect
+import threading
 from typing import Any
 
 import torch
@@ -45,10 +47,12 @@ class TransformerEncoder(nn.TransformerEncoder):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
     ) -> Tensor:
-        causal = _is_causal(mask, is_causal)
-        packed = None
-        if causal is not None and why_not(self) == "":
+        packed = causal = None
+        if not _memory.is_read and why_not(self) == "":
             packed = _packed(src, src_key_padding_mask, self.layers[0])
+            causal = None if packed is None else _is_causal(mask, is_causal, packed)
+        if causal is None:
+            packed = None
         if packed is None or packed.is_whole:
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         batch_first = _is_batch_first(self.layers[0])
@@ -95,11 +99,14 @@ class TransformerDecoder(nn.TransformerDecoder):
         tgt_is_causal: bool | None = None,
         memory_is_causal: bool = False,
     ) -> Tensor:
-        causal = _is_causal(tgt_mask, tgt_is_causal)
-        queries = keys = None
-        if causal is not None and memory_mask is None and why_not(self) == "":
+        queries = keys = causal = None
+        if memory_mask is None and not memory_is_causal and why_not(self) == "":
             queries = _packed(tgt, tgt_key_padding_mask, self.layers[0])
             keys = _packed(memory, memory_key_padding_mask, self.layers[0])
+        if queries is not None and keys is not None and queries.batch == keys.batch:
+            causal = _is_causal(tgt_mask, tgt_is_causal, queries)
+        if causal is None:
+            queries = keys = None
         if queries is None or keys is None or (queries.is_whole and keys.is_whole):
             return super().forward(
                 tgt,
@@ -119,6 +126,49 @@ class TransformerDecoder(nn.TransformerDecoder):
             x = layer(x, given, tgt_key_padding_mask=own, memory_key_padding_mask=others)
         return _put(queries, x if self.norm is None else self.norm(x), batch_first)
 
+
+class Transformer(nn.Transformer):
+    """``torch.nn.Transformer`` whose encoder and decoder compute tokens alone.
+
+    Memory at padding is read, and so computed, where ``src_key_padding_mask`` is given and
+    ``memory_key_padding_mask`` is not.
+
+    Args:
+        d_model, nhead, ...: the arguments of ``torch.nn.Transformer``. Encoder and decoder are
+            ``lk.nn.TransformerEncoder`` and ``TransformerDecoder`` where they are given as such, or
+            after ``optimize(skip_padding=True)``.
+
+    Returns:
+        ``forward(src, tgt, ...)``: as torch, but 0 at padding.
+
+    Raises:
+        RuntimeError, AssertionError: where torch raises them: shapes disagree.
+
+    Example:
+        >>> model = torch.nn.Transformer(64, 4, 2, 2, batch_first=True).eval()
+        >>> report = llmos_kernels.optimize(model, skip_padding=True, verify=False)
+        >>> type(model).__name__, report.padding[0].skipped
+        ('Transformer', True)
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+        hides = given.get("src_key_padding_mask") is not None
+        before = _memory.is_read
+        _memory.is_read = hides and given.get("memory_key_padding_mask") is None
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            _memory.is_read = before
+
+
+class _Memory(threading.local):
+    #: Whether a decoder reads what an encoder of this thread returns at padding.
+    is_read = False
+
+
+_memory = _Memory()
+_ARGUMENTS = tuple(inspect.signature(nn.Transformer.forward).parameters)[1:]
 
 #: The stacks of torch, and what they become.
 STACKS: dict[type, type] = {
@@ -145,19 +195,17 @@ def _is_batch_first(layer: Any) -> bool:
     return layer.self_attn.batch_first
 
 
-def _is_causal(mask: Tensor | None, hint: bool | None) -> bool | None:
-    """Return whether a mask of torch is causal; None for another mask.
+def _is_causal(mask: Tensor | None, hint: bool | None, packed: Packed) -> bool | None:
+    """Return whether a mask of torch is causal; None for another mask, or a wrong one.
 
-    A mask is looked at on CPUs alone: elsewhere that would wait for the device.
+    A mask is looked at on CPUs; elsewhere that would wait for the device, and the hint counts.
     """
     if mask is None:
-        return False
-    if mask.ndim != 2 or mask.shape[0] != mask.shape[1]:
+        return None if hint else False
+    if mask.shape != (packed.length, packed.length) or is_traced(mask):
         return None
-    if hint:
-        return True
-    if mask.device.type != "cpu" or is_traced(mask):
-        return None
+    if mask.device.type != "cpu":
+        return True if hint else None
     hidden = mask if mask.dtype == torch.bool else mask == float("-inf")
     if not torch.equal(hidden, torch.ones_like(hidden).triu(1)):
         return None
@@ -175,6 +223,8 @@ def _packed(x: Tensor, padding: Tensor | None, layer: Any) -> Packed | None:
         return None
     if padding.dtype == torch.bool:
         return Packed.of(~padding)
+    if padding.dtype != x.dtype:
+        return None
     hidden = padding == float("-inf")
     added = padding.masked_fill(hidden, 0).any()  # A float mask may do more than hide keys.
     return Packed.of(~hidden, [added])

@@ -195,8 +195,9 @@ def unpad_input(
         mask: [batch, length], bool or integers: 1 at tokens, 0 at padding, wherever that is.
         max_tokens: the number of rows of the result, a number that tokens never exceed. Rows after
             the tokens are 0, with index -1, and ``cu_seqlens`` [batch + 2] has them as a sequence
-            of their own. On a GPU nothing is waited for then: ``max_length`` is ``length``, another
-            value of the mask than 0 counts as a token, and more tokens stop the device.
+            of their own. On a GPU, and in a compiled graph, nothing is waited for then:
+            ``max_length`` is ``length``, another value of the mask than 0 counts as a token, and
+            more tokens stop the device.
         backend: "reference" for the plain torch definition, else None.
 
     Returns:

@@ -25,5 +25,5 @@ __all__ = [
     "save_quantized",
 ]
 
-for _name in ("TransformerEncoder", "TransformerDecoder"):
+for _name in ("Transformer", "TransformerEncoder", "TransformerDecoder"):
     register_padding_rule("torch.nn.modules.transformer", _name, StackPaddingRule)

@@ -139,7 +139,9 @@ def optimize(
             captured = capture(model, judged, run, with_objects=objects)
         except Exception:  # The model can run but once: its modules get example calls.
             captured = {}
-        judges = _Judges(verify, always, captured)
+        layers = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+        needed = {m for c in padding for m in c.model.modules() if isinstance(m, layers)}
+        judges = _Judges(verify, always, captured, needed)
         of_models = [judges.of_model(c) for c in models]
         # Innermost first: a module is timed with what was decided for those in it.
         decided = [(c, judges.of_module(c)) for c in reversed(modules)][::-1]
@@ -164,7 +166,8 @@ def optimize(
             if freeze_weights:
                 report.frozen_weights, report.frozen_bytes = _freeze(model)
             changes = PaddingChanges(padding, captured)
-            report.padding = changes.decide(model, verify, always, run)
+            if skip_padding:
+                report.padding = changes.decide(model, verify, always, run)
             if strict and (not_skipped := [e for e in report.padding if e.is_wrong]):
                 raise ValueError("\n".join(["padding that is computed:", *map(str, not_skipped)]))
         except BaseException:  # An interrupt leaves the model as it was, too.
@@ -235,12 +238,17 @@ class _Judges:
         verify: whether swaps are proved and timed.
         always: whether what is slower is swapped, too.
         captured: how modules were called when the user's inputs ran.
+        needed: modules that are swapped although they are slower, for others to be faster.
     """
 
     def __init__(
-        self, verify: bool, always: bool, captured: dict[nn.Module, list[ModuleCall]]
+        self,
+        verify: bool,
+        always: bool,
+        captured: dict[nn.Module, list[ModuleCall]],
+        needed: Collection[nn.Module] = (),
     ) -> None:
-        self.verify, self.always, self.captured = verify, always, captured
+        self.verify, self.always, self.captured, self.needed = verify, always, captured, needed
         #: The drop-ins of the modules that are to be swapped.
         self.classes: dict[nn.Module, type] = {}
         #: What each module is undone together with.
@@ -262,7 +270,8 @@ class _Judges:
         module, cls = candidate.module, type(candidate.module)
         if candidate.why_not:
             return Entry(candidate.name, cls.__name__, False, candidate.why_not)
-        entry = self._judge(candidate.name, cls.__name__, partial(self._prove, candidate))
+        prove, always = partial(self._prove, candidate), module in self.needed
+        entry = self._judge(candidate.name, cls.__name__, prove, always)
         sites = candidate.sites if entry.error is None else candidate.rule.used_sites(candidate)
         entry = replace(entry, sites=sites)
         if entry.swapped and candidate.sites and not sites:
@@ -308,7 +317,11 @@ class _Judges:
         return error, self.timed.get(kind, [])
 
     def _judge(
-        self, name: str, shown: str, prove: Callable[[], tuple[float, list[timing.Timing]]]
+        self,
+        name: str,
+        shown: str,
+        prove: Callable[[], tuple[float, list[timing.Timing]]],
+        always: bool = False,
     ) -> Entry:
         """Return what becomes of a candidate, by the error and the times that ``prove`` returns."""
         if not self.verify:
@@ -321,7 +334,7 @@ class _Judges:
         if not error <= 1:
             return Entry(name, shown, False, "it misses the error budget", error)
         slow = next((t for t in timings if t.is_slower), None)
-        if slow is None or self.always:
+        if slow is None or self.always or always:
             return Entry(name, shown, True, "", error, tuple(timings))
         return Entry(name, shown, False, f"slower here, {slow}", error, tuple(timings), slower=True)
 

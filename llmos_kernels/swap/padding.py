@@ -138,6 +138,11 @@ class PaddingChanges:
             always: whether what is slower is changed, too.
             run: runs the model on the user's inputs, if there are any.
         """
+        if not self.candidates:
+            cls = type(model).__name__
+            if skips_padding(model):
+                return [Padding("", cls, skipped=True, reason="already")]
+            return [Padding("", cls, reason="it has no encoder of transformers or torch")]
         return [self._judged(c, verify, always, model, run) for c in self.candidates]
 
     def undo(self) -> None:
@@ -160,6 +165,8 @@ class PaddingChanges:
         positions = sum(m.numel() for m in masks)
         fill = sum(int(m.sum()) for m in masks) / positions if positions else None
         kept = Padding(candidate.name, type(candidate.model).__name__, fill=fill)
+        if fill == 1 and verify and not always:
+            return replace(kept, reason="inputs have no padding")
         if candidate.why_not:
             return replace(kept, reason=candidate.why_not)
         try:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmos_kernels.nn.packed_transformer import STACKS, why_not
+from llmos_kernels.nn.packed_transformer import STACKS, Transformer, why_not
 from llmos_kernels.swap.calls import ModuleCall
 from llmos_kernels.swap.padding import CannotSkipError, Change, PaddingCandidate, PaddingRule
 from llmos_kernels.swap.padding_proof import largest_error
@@ -18,27 +18,34 @@ from llmos_kernels.swap.rules.rule import (
     why_untouchable,
 )
 
-#: The key padding masks that say where a stack's own tokens are, and all such masks.
-_OWN = ("src_key_padding_mask", "tgt_key_padding_mask")
-_PADDING = (*_OWN, "memory_key_padding_mask")
+_PADDING = ("src_key_padding_mask", "tgt_key_padding_mask", "memory_key_padding_mask")
 
 
 class StackPaddingRule(PaddingRule):
     """Lets ``nn.TransformerEncoder`` and ``nn.TransformerDecoder`` compute tokens alone."""
 
     def candidates(self, model: nn.Module) -> Iterator[PaddingCandidate]:
-        """Yield the stacks in ``model``."""
+        """Yield the stacks in ``model``, those of an ``nn.Transformer`` with it."""
+        inside: set[nn.Module] = set()
         for name, module in model.named_modules():
-            if type(module) in STACKS:
+            if type(module) is nn.Transformer:
+                inside.update(module.modules())
+            if type(module) is nn.Transformer or (type(module) in STACKS and module not in inside):
                 why = why_untouchable(module, ancestors(model, name))
                 yield PaddingCandidate(name, module, self, why)
 
     def change(
         self, model: Any, captured: list[ModuleCall], verify: bool, is_whole: bool
     ) -> tuple[float | None, Change]:
-        if why := why_not(model):
-            raise CannotSkipError(why)
-        change: Change = {model: STACKS[type(model)]}
+        stacks = [m for m in model.modules() if type(m) in STACKS]
+        for stack in stacks:
+            if why := why_not(stack):
+                raise CannotSkipError(why)
+        if not stacks:
+            raise CannotSkipError("its stacks are not those of torch")
+        change: Change = {stack: STACKS[type(stack)] for stack in stacks}
+        if type(model) is nn.Transformer:
+            change[model] = Transformer
         if not verify:
             return None, change
         padded = [c for c in captured if _masks_of(model, c)]
@@ -49,7 +56,8 @@ class StackPaddingRule(PaddingRule):
 
     def is_token(self, model: Any, call: ModuleCall) -> Tensor | None:
         masks = _masks_of(model, call)
-        own = next((masks[name] for name in _OWN if name in masks), None)
+        is_decoder = not isinstance(model, nn.TransformerEncoder)
+        own = masks.get("tgt_key_padding_mask" if is_decoder else "src_key_padding_mask")
         return None if own is None else ~_hidden(own)
 
 
@@ -69,7 +77,7 @@ def _at_tokens(stack: Any, call: ModuleCall, results: list[Tensor]) -> list[Tens
     is_token = StackPaddingRule().is_token(stack, call)
     if is_token is None:
         return results
-    first = stack.layers[0].self_attn.batch_first
+    first = _attention_of(stack).batch_first
     return [t[is_token] if first else t.transpose(0, 1)[is_token] for t in results]
 
 
@@ -77,7 +85,7 @@ def _example_call(stack: Any) -> ModuleCall:
     """Return a call with random inputs and key padding."""
     batch, length = example_batch(None)
     options = tensor_options(stack)
-    attention = stack.layers[0].self_attn
+    attention = _attention_of(stack)
 
     def draw(length: int) -> tuple[Tensor, Tensor]:
         x = torch.randn(batch, length, attention.embed_dim, **options)
@@ -90,4 +98,11 @@ def _example_call(stack: Any) -> ModuleCall:
         return ModuleCall((x,), {"src_key_padding_mask": padding})
     memory, memory_padding = draw(length + 2)
     given = {"tgt_key_padding_mask": padding, "memory_key_padding_mask": memory_padding}
+    if isinstance(stack, nn.Transformer):
+        return ModuleCall((memory, x), given | {"src_key_padding_mask": memory_padding})
     return ModuleCall((x, memory), given)
+
+
+def _attention_of(stack: Any) -> Any:
+    """Return the first attention of a stack."""
+    return next(m for m in stack.modules() if isinstance(m, nn.MultiheadAttention))

@@ -71,8 +71,8 @@ class Padding:
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.LayerNorm(64))
-        >>> llmos_kernels.optimize(model, skip_padding=True).padding  # It has no encoder.
-        []
+        >>> print(llmos_kernels.optimize(model, skip_padding=True).padding[0])
+        Sequential computes padding: it has no encoder of transformers or torch
     """
 
     module: str

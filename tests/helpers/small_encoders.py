@@ -28,9 +28,9 @@ def model_of(package, name, **options):
 
     def make():
         models = getattr(m, package)
-        config = next(c for c in dir(models) if c.lower() == f"{package.replace('_', '')}config")
         of_model = DISTILBERT if package == "distilbert" else BART if package == "bart" else SIZES
-        made = getattr(models, name)(getattr(models, config)(**of_model, **options))
+        cls = getattr(models, name)
+        made = cls(cls.config_class(**of_model, **options))
         for module in made.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0

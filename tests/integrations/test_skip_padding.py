@@ -120,7 +120,8 @@ def test_proof_and_restore(family):
     (padding,) = report.padding
     assert padding.skipped and padding.error <= 1 and padding.fill == 10 / 18, padding
     assert "skips padding, 56% of the positions are tokens: the model" in str(report)
-    assert lk.optimize(model, skip_padding=True, verify=False).padding == []
+    again = lk.optimize(model, skip_padding=True, verify=False)
+    assert again.padding[0].skipped and again.padding[0].reason == "already"
     lk.restore(model)
     assert [type(part) for part in model.modules()] == classes
     assert torch.equal(model(**given)[0], before)
@@ -274,7 +275,7 @@ KEPT = {
     ),
     "GPT2Model": (
         lambda: m.gpt2.GPT2Model(m.gpt2.GPT2Config(n_embd=32, n_layer=1, n_head=4, **TOKENS)),
-        "it has no encoder",
+        "no encoder in it takes its attention from AttentionInterface",
     ),
     "MPNetModel": (
         lambda: m.mpnet.MPNetModel(m.mpnet.MPNetConfig(**SIZES)),
@@ -318,3 +319,69 @@ def test_inputs_without_a_mask_are_a_reason():
 def test_a_switch_that_is_no_bool():
     with pytest.raises(TypeError, match="skip_padding must be a bool, got 'yes'"):
         lk.optimize(nn.Linear(2, 2), skip_padding="yes")
+
+
+def test_another_attention_chosen_since(packs):
+    torch.manual_seed(0)
+    model = FAMILIES["bert"]().eval()
+    given = batch("right", model.config)
+    mask = given["attention_mask"].bool()
+    expected = model(**given)[0][mask]
+    lk.optimize(model, verify=False, skip_padding=True)
+    for name, packed in (("sdpa", False), ("eager", False), ("llmos", True)):
+        model.set_attn_implementation(name)
+        packs.clear()
+        torch.testing.assert_close(model(**given)[0][mask], expected, atol=1e-5, rtol=1e-4)
+        assert bool(packs) == packed
+
+
+def test_ids_that_broadcast():
+    torch.manual_seed(0)
+    model = FAMILIES["bert"]().eval()
+    stock = copy.deepcopy(model).double()
+    model = skipping(model)
+    column, row = torch.tensor([[0], [1], [1]]), torch.arange(6)
+    for others in (
+        {"token_type_ids": column},
+        {"token_type_ids": column[1:2]},
+        {"position_ids": row, "token_type_ids": column.expand(3, 6)},
+        {"position_ids": row[None].flip(1)},
+        {"position_ids": column + 3, "token_type_ids": column.expand(3, 6)},
+    ):
+        given = batch("right", model.config, **others)
+        mask = given["attention_mask"].bool()
+        torch.testing.assert_close(model(**given)[0][mask], stock(**given)[0][mask])
+    for others in ({"token_type_ids": torch.zeros(3, 9).long()}, {"position_ids": row[None, :4]}):
+        with pytest.raises(RuntimeError):
+            model(**batch("right", model.config, **others))
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_embeddings_that_are_given(family):
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    stock = copy.deepcopy(model).double()
+    model = skipping(model)
+    given = batch("right", model.config)
+    mask = given["attention_mask"].bool()
+    clean = stock.get_input_embeddings()(given.pop("input_ids")).detach()
+    expected = stock(inputs_embeds=clean, **given)[0][mask]
+    dirty = clean.masked_fill(~mask[..., None], float("nan")).requires_grad_()
+    out = model(inputs_embeds=dirty, **given)[0][mask]
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert dirty.grad.isfinite().all() and all(g.isfinite().all() for g in gradients)
+
+
+def test_other_reasons():
+    model = FAMILIES["bert"]().eval()
+    given = batch("right", model.config)
+    doubled = given | {"attention_mask": given["attention_mask"] * 2}
+    (padding,) = lk.optimize(model, inputs=doubled, skip_padding=True).padding
+    assert padding.reason == "attention_mask has other values than 0 and 1"
+    whole = given | {"attention_mask": torch.ones_like(given["attention_mask"])}
+    (padding,) = lk.optimize(model, inputs=whole, skip_padding=True).padding
+    assert padding.reason == "inputs have no padding" and padding.fill == 1
+    (padding,) = lk.optimize(nn.Linear(2, 2), verify=False, skip_padding=True).padding
+    assert padding.reason == "it has no encoder of transformers or torch"

@@ -45,7 +45,7 @@ def pair(train, batch_first, norm_first=False):
     model = nn.Transformer(WIDTH, 2, 2, 2, 32, 0.0, **options).train(train)
     ours = copy.deepcopy(model)
     report = lk.optimize(ours, verify=False, skip_padding=True)
-    assert [p.skipped for p in report.padding] == [True, True]
+    assert [p.skipped for p in report.padding] == [True]
     return model.double(), ours.double()
 
 
@@ -117,6 +117,42 @@ def test_whole_transformer(name, batch_first, train, masks, packs):
     assert decoder.total == int(is_token.sum())
 
 
+@pytest.mark.parametrize("verify", [False, True])
+def test_memory_that_is_read_at_padding(verify, packs):
+    """Without a mask of its own a decoder reads what the encoder returns at padding."""
+    torch.manual_seed(0)
+    stock = nn.Transformer(WIDTH, 2, 2, 2, 32, 0.0, batch_first=True).eval()
+    ours = copy.deepcopy(stock)
+    assert lk.optimize(ours, verify=verify, skip_padding=True).padding[0].skipped
+    given = {"src_key_padding_mask": hidden("right")}
+    src, tgt = torch.randn(3, 5, WIDTH), torch.randn(3, 4, WIDTH)
+    packs.clear()
+    torch.testing.assert_close(ours(src, tgt, **given), stock(src, tgt, **given))
+    assert not packs
+    given["memory_key_padding_mask"] = hidden("right")
+    torch.testing.assert_close(ours(src, tgt, **given), stock(src, tgt, **given))
+    assert packs
+
+
+WRONG = {
+    "size": {"mask": torch.ones(4, 4).triu(1).bool()},
+    "hint": {"is_causal": True},
+    "padding": {"src_key_padding_mask": hidden("right")[:, :4]},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_errors_are_those_of_torch(name, packs):
+    stock, ours = (m.encoder.eval() for m in pair(False, True))
+    src = torch.randn(3, 5, WIDTH).double()
+    given = {"src_key_padding_mask": hidden("right")} | WRONG[name]
+    with pytest.raises((RuntimeError, AssertionError, TypeError)):
+        stock(src, **given)
+    with pytest.raises((RuntimeError, AssertionError, TypeError)):
+        ours(src, **given)
+    assert not packs
+
+
 def test_other_masks_take_the_padded_path(packs):
     stock, ours = (m.encoder.eval() for m in pair(False, True))
     padding, src = hidden("right"), torch.randn(3, 5, WIDTH).double()
@@ -130,6 +166,7 @@ def test_other_masks_take_the_padded_path(packs):
         {"src_key_padding_mask": added},
         {"mask": per_head, "src_key_padding_mask": padding},
         {"mask": torch.ones(5, 5).triu(1).bool()},
+        {"mask": other, "src_key_padding_mask": padding, "is_causal": True},
     ):
         actual, expected = ours(src, **given), stock(src, **given)
         is_token = ~padding if given.get("src_key_padding_mask") is padding else padding >= 0

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llmos_kernels.integrations.transformers.attention import (
+    NAME,
     are_weights_collected,
     collected_states,
     key_padding_of,
@@ -122,23 +123,28 @@ class PackedEmbeddings(GeneratedClass):
             return super().forward(*args, **kwargs)
         packed = _current.batch
         given = named(type(self), args, kwargs)
-        ids: Any = given.get("input_ids")
-        if not isinstance(packed, Packed) or packed.is_whole or not packed.is_padded(ids):
+        name = "input_ids" if given.get("input_ids") is not None else "inputs_embeds"
+        inputs: Any = given.get(name)
+        if not isinstance(packed, Packed) or packed.is_whole or not packed.is_padded(inputs):
             return super().forward(*args, **kwargs)
         if given.get("position_ids") is None:
-            given["position_ids"] = _position_ids(self, ids)
-        for name in ("input_ids", "position_ids", "token_type_ids"):
+            given["position_ids"] = _position_ids(self, name, inputs)
+        given[name] = packed.take(inputs)
+        for name in ("position_ids", "token_type_ids"):
             if isinstance(given.get(name), Tensor):
-                given[name] = packed.take(given[name])
+                given[name] = packed.take(given[name].broadcast_to(inputs.shape[:2]))
         return packed.put(super().forward(**given))
 
 
-def _position_ids(embeddings: Any, ids: Tensor) -> Tensor:
-    """Return the positions that embeddings of transformers look up for tokens [batch, length]."""
-    create = getattr(embeddings, "create_position_ids_from_input_ids", None)
+def _position_ids(embeddings: Any, name: str, inputs: Tensor) -> Tensor:
+    """Return the positions that embeddings of transformers look up for their inputs.
+
+    ``name`` is that of the argument: "input_ids" or "inputs_embeds".
+    """
+    create = getattr(embeddings, f"create_position_ids_from_{name}", None)
     if create is not None:
-        return create(ids, embeddings.padding_idx)
-    return embeddings.position_ids[:, : ids.shape[1]]
+        return create(inputs, embeddings.padding_idx)
+    return embeddings.position_ids[:, : inputs.shape[1]]
 
 
 class PackedStack(GeneratedClass):
@@ -178,6 +184,8 @@ def _packed(module: Any, given: dict[str, Any], reads_first: bool) -> Packed | N
     if any(given.get(name) not in (None, False) for name in _PADDED_ONLY):
         return None
     config = getattr(module, "config", None)
+    if getattr(config, "_attn_implementation", NAME) != NAME:
+        return None  # Another was chosen since.
     if getattr(config, "output_attentions", False) or are_weights_collected(module):
         return None
     states = next((given[k] for k in _INPUTS if isinstance(given.get(k), Tensor)), None)

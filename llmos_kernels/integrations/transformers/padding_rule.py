@@ -107,6 +107,8 @@ def _calls(model: Any, captured: list[ModuleCall]) -> list[ModuleCall]:
             raise CannotSkipError("inputs have no attention_mask [batch, length]")
         call = example_calls(model, _BATCH, _LENGTH // 4)[1]
     mask: Any = _mask_of(call)
+    if ((mask != 0) & (mask != 1)).any():
+        raise CannotSkipError("attention_mask has other values than 0 and 1")
     shape, part = mask.shape, (slice(_BATCH), slice(_LENGTH))
 
     def cut(t: Tensor) -> Tensor:
@@ -173,7 +175,7 @@ def _classes(model: Any, call: ModuleCall) -> Change:
             found[base] = packed_model(_class(base), False)
             found[embeddings[0]] = packed_embeddings(_class(embeddings[0]))
     if not found:
-        raise CannotSkipError("it has no encoder")
+        raise CannotSkipError("no encoder in it takes its attention from AttentionInterface")
     if model not in found:
         found[model] = padding_reader(_class(model))
     return found
