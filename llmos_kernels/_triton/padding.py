@@ -15,7 +15,7 @@ from llmos_kernels._triton.runtime.launch import kernel
 _BLOCK = 1024
 
 
-@kernel(do_not_specialize=["N"])
+@kernel(do_not_specialize=["N", "PIECES"])
 def _copy_kernel(x, indices, out, stride, N, D, PIECES, SCATTER: tl.constexpr, BLOCK: tl.constexpr):
     """Copy a piece of a row to or from the place that its index says; no index, no row."""
     row = (tl.program_id(0) // PIECES).to(tl.int64)
@@ -55,8 +55,7 @@ def scatter(x: Tensor, indices: Tensor, rows: int) -> Tensor:
 def variants() -> Iterator[tuple[Callable, tuple]]:
     """Yield launchers and arguments; the kernels that they launch are compiled into the pack."""
     indices = torch.empty(64, dtype=torch.int64)
-    for dtype in pack_shapes.DTYPES:
-        for d in pack_shapes.WIDTHS:
-            x = torch.empty(64, d, dtype=dtype)
-            yield gather, (x, indices)
-            yield scatter, (x, indices, 256)
+    rows = [torch.empty(64, d, dtype=t) for t in pack_shapes.DTYPES for d in pack_shapes.WIDTHS]
+    for x in (*rows, indices[:, None]):  # Tokens are ids, too.
+        yield gather, (x, indices)
+        yield scatter, (x, indices, 256)

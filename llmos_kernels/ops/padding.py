@@ -31,7 +31,9 @@ def _indices_reference(mask: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]
     # Without waiting for the device: rows that are no tokens, or too many, go to one more place.
     at = is_token.flatten().cumsum(0) - 1
     at = torch.where(is_token.flatten() & (at < size), at, size)
-    indices = at.new_full((size + 1,), -1).scatter(0, at, torch.arange(len(at), device=at.device))
+    indices = at.new_full((size + 1,), -1).scatter(
+        0, at, torch.arange(at.shape[0], device=at.device)
+    )
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     ends = torch.cat([cu_seqlens, cu_seqlens.new_full((1,), size)]).int()
     wrong = (is_token & (mask != 1)).sum()
@@ -49,8 +51,8 @@ def _indices_fake(mask: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _gather_reference(x: Tensor, indices: Tensor) -> Tensor:
-    if len(x) == 0:
-        zeros = x.new_zeros(len(indices), x.shape[1])
+    if x.shape[0] == 0:
+        zeros = x.new_zeros(indices.shape[0], x.shape[1])
         return zeros + x.sum() if x.is_floating_point() else zeros  # It stays differentiable.
     rows = x[indices.clamp(min=0)]
     return torch.where(

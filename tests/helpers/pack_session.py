@@ -115,6 +115,10 @@ def model_calls(d, heads, activation, dtype, batch, length):
         empty(batch * length, d, dtype=torch.int8),
         empty(batch * length, dtype=torch.float32),
     )
+    ids = empty(batch * length, 1, dtype=torch.int64)
+    for values in (x, ids):
+        yield "gather_rows", (values, ids[:, 0])
+        yield "scatter_rows", (values, ids[:, 0], 4 * batch * length)
     yield "int8_quantize", (x,)
     yield "int8_matmul", (rows, weight, row_scale, scale, None, *last, dtype)
     for threshold in (0.0, 6.0):

@@ -46,7 +46,7 @@ def _unpad_eager(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _pad(tokens: Tensor, mask: Tensor, **options: Any) -> Tensor:
-    indices, *_ = padding.token_indices(mask, len(tokens))
+    indices, *_ = padding.token_indices(mask, tokens.shape[0])
     return padding.pad_input(tokens, indices, *mask.shape, **options)
 
 
