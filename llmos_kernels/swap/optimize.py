@@ -73,8 +73,8 @@ def optimize(
         skip_padding: let encoders compute the tokens of a padded batch alone, in inference and in
             training: those of transformers whose attention becomes "llmos",
             ``nn.TransformerEncoder`` and ``nn.TransformerDecoder``. The hidden states that they
-            return are 0 at padding. This is proved on the whole model, with several masks, and
-            timed on ``inputs``. A batch of which something reads the padding is computed with it.
+            return are 0 at padding. This is proved with several masks, and timed on ``inputs``. A
+            batch of which something reads the padding is computed with it.
 
     Returns:
         A ``Report``: ``print(report)`` summarises it, ``print(report.details())`` lists every

@@ -46,7 +46,7 @@ class PaddingCandidate(NamedTuple):
 
 
 class PaddingRule(ABC):
-    """How models of one kind leave out their padding, proved on the whole model."""
+    """How models of one kind leave out their padding, and how that is proved."""
 
     @abstractmethod
     def candidates(self, model: nn.Module) -> Iterator[PaddingCandidate]:
