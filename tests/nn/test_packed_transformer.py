@@ -80,8 +80,9 @@ def test_encoder(name, batch_first, train, causal, float_mask, packs):
         results(lambda x, m=m: m(x, **given), [src], m.parameters(), is_token, batch_first)
         for m in (ours, stock)
     ]
-    if name != "nothing in a row":  # There torch gives NaN, also in gradients.
-        torch.testing.assert_close(*run, rtol=1e-7, atol=1e-9)
+    if name == "nothing in a row":  # There torch gives NaN, and all its gradients are NaN.
+        run = [r[:1] for r in run]
+    torch.testing.assert_close(*run, rtol=1e-7, atol=1e-9)
     assert bool(packs) == (name != "none")
     out = ours(src.double(), **given)
     out = out if batch_first else out.transpose(0, 1)
